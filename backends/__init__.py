@@ -1,0 +1,1 @@
+"""The built-in backends, one package each, imported by name when first needed."""

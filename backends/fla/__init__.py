@@ -1,0 +1,112 @@
+"""flash-linear-attention 0.6 behind the common contract: an adapter, which adds no arithmetic of
+its own."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from gdn.backend import Backend, Capabilities, Forward, Gradients
+from gdn.problem import Call, Problem
+
+
+class FlaBackend(Backend):
+    """Calls fla-core's chunked gated delta rule. Three engines can answer inside fla, and `path`
+    says which:
+
+    - its own Triton kernels;
+    - in backward on Hopper, one TileLang kernel in place of a Triton one that Triton 3.4 to 3.7.0
+      miscompiles;
+    - FlashQLA, where installed, for calls without gradients, if FLA_FLASH_QLA=1 asks for it (fla's
+      own default is on; gdn turns it off for the length of the call, so that "fla" means fla).
+    """
+
+    name = "fla"
+    summary = "flash-linear-attention 0.6, Triton kernels"
+    capabilities = Capabilities(
+        dtypes=(torch.float16, torch.bfloat16, torch.float32),
+        packages=("fla", "triton", "einops"),
+        devices=("cuda",),
+        min_sm=80,
+        max_k=256,
+    )
+    priority = 200
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        reasons = []
+        if (
+            problem.needs_grad
+            and problem.dtype != torch.float32
+            and (problem.K % 2 or problem.V % 2)
+        ):
+            reasons.append(f"backward needs even K and V, got K = {problem.K}, V = {problem.V}")
+        if (
+            problem.needs_grad
+            and problem.sm == 90
+            and not _tilelang_part()
+            and _triton_miscompiles()
+        ):
+            reasons.append(
+                "backward on Hopper is wrong with Triton 3.4 to 3.7.0, and fla refuses it, "
+                "unless tilelang and nvcc are installed (FLA_TILELANG not 0)"
+            )
+        return reasons
+
+    def path(self, problem: Problem) -> str:
+        if _takes_flash_qla(problem):
+            return "FlashQLA"
+        return "Triton + TileLang" if problem.needs_grad and _tilelang_part() else "Triton"
+
+    def saved_like(self, call: Call) -> list[Tensor]:
+        from .autograd import saved_like
+
+        return saved_like(call)
+
+    def forward(self, call: Call, save: bool) -> Forward:
+        from .autograd import forward, forward_only
+
+        return forward(call) if save else forward_only(call)
+
+    def backward(
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
+    ) -> Gradients:
+        from .autograd import backward
+
+        return backward(call, saved, grad_o, grad_final_state)
+
+
+def _tilelang_part() -> bool:
+    """Whether fla hands part of backward to TileLang here, by its own rules."""
+    from fla.ops.common.backends.tilelang import CommonTileLangBackend
+
+    part = CommonTileLangBackend()
+    return bool(part.is_available() and part.is_enabled())
+
+
+def _triton_miscompiles() -> bool:
+    from fla.utils import TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
+
+    return bool(TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1)
+
+
+def _takes_flash_qla(problem: Problem) -> bool:
+    """Whether fla would hand this call to FlashQLA, by fla's rules and gdn's (asked for, no
+    gradients)."""
+    if os.environ.get("FLA_FLASH_QLA", "0") == "0" or problem.needs_grad:
+        return False
+    from fla.ops.gated_delta_rule.backends import FlashQLABackend
+
+    fused = {"use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval"} & problem.flags
+    return bool(
+        FlashQLABackend.is_available()
+        and problem.sm in (90, 100, 103, 120)
+        and problem.dtype in (torch.float16, torch.bfloat16)
+        and (problem.sm, problem.dtype) != (120, torch.float16)
+        and problem.K == problem.V == 128
+        and not fused
+    )
+
+
+BACKEND = FlaBackend()

@@ -1,0 +1,145 @@
+"""Argument mapping onto fla-core 0.6: its public entry without gradients, its forward and backward
+pair with.
+
+The pair is what fla's own autograd.Function calls; taking it from there lets backward keep fla's
+intermediates (no second forward), which an op behind torch.ops cannot get from the public entry.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from fla.modules.norm.l2norm import l2norm_bwd, l2norm_fwd
+from fla.ops.common.gate import fused_beta_sigmoid_bwd, fused_beta_sigmoid_fwd
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd, chunk_gated_delta_rule_fwd
+from fla.ops.utils.index import prepare_chunk_indices
+from torch import Tensor
+
+from gdn.backend import Forward, Gradients
+from gdn.problem import CHUNK, Call
+
+
+@contextmanager
+def _flash_qla_off_unless_asked() -> Iterator[None]:
+    """fla's default is on; a value that the user has set stays in force."""
+    if "FLA_FLASH_QLA" in os.environ:
+        yield
+        return
+    os.environ["FLA_FLASH_QLA"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["FLA_FLASH_QLA"]
+
+
+def _beta_scale(call: Call) -> float:
+    return 2.0 if call.allow_neg_eigval else 1.0
+
+
+def _contiguous(call: Call) -> Call:
+    tensors = {n: x.contiguous() for n, x in call._asdict().items() if isinstance(x, Tensor)}
+    return call._replace(**tensors)  # type: ignore[arg-type]
+
+
+def forward_only(call: Call) -> Forward:
+    """The public entry, with `call`'s names, which are fla's."""
+    options: dict[str, Any] = call._asdict()
+    with _flash_qla_off_unless_asked():
+        o, final_state = chunk_gated_delta_rule(**options)
+    return Forward(o, final_state, [])
+
+
+def saved_like(call: Call) -> list[Tensor]:
+    """In order: cumulative g, activated beta [B, T, HV]; inverse [B, T, HV, C]; and with the L2
+    norm fused
+    normalised q, k [B, T, H, K] and their reciprocal norms [B, T, H]."""
+    B, T, H, _ = call.q.shape
+    HV = call.v.shape[2]
+    saved = [
+        call.q.new_empty((B, T, HV), dtype=torch.float32),
+        call.q.new_empty((B, T, HV), dtype=torch.float32),
+        call.k.new_empty((B, T, HV, CHUNK)),
+    ]
+    if call.use_qk_l2norm_in_kernel:
+        norms = (call.q.new_empty((B, T, H), dtype=torch.float32) for _ in range(2))
+        saved += [call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape), *norms]
+    return saved
+
+
+def _common(call: Call) -> dict[str, Any]:
+    """Keywords that fla's forward and backward share."""
+    indices = call.chunk_indices
+    if indices is None and call.cu_seqlens is not None:
+        indices = prepare_chunk_indices(call.cu_seqlens, CHUNK, cu_seqlens_cpu=call.cu_seqlens_cpu)
+    return {
+        "scale": call.scale,
+        "state_v_first": call.state_v_first,
+        "cu_seqlens": call.cu_seqlens,
+        "chunk_indices": indices,
+        "use_gate_in_kernel": call.use_gate_in_kernel,
+        "A_log": call.A_log,
+        "dt_bias": call.dt_bias,
+        "chunk_size": CHUNK,
+    }
+
+
+def forward(call: Call) -> Forward:
+    """fla's forward, keeping what its backward reads."""
+    call = _contiguous(call)
+    q, k, norms = call.q, call.k, []
+    if call.use_qk_l2norm_in_kernel:
+        (q, q_rstd), (k, k_rstd) = l2norm_fwd(q), l2norm_fwd(k)
+        norms = [q, k, q_rstd, k_rstd]
+    if call.use_beta_sigmoid_in_kernel:
+        beta = fused_beta_sigmoid_fwd(call.beta, scale=_beta_scale(call))
+    else:
+        beta = call.beta.to(torch.float32, copy=True)
+    g, o, A, final_state, _, _ = chunk_gated_delta_rule_fwd(
+        q=q,
+        k=k,
+        v=call.v,
+        g=call.g,
+        beta=beta,
+        initial_state=call.initial_state,
+        output_final_state=call.output_final_state,
+        **_common(call),
+    )
+    return Forward(o.to(call.v.dtype), final_state, [g, beta, A, *norms])
+
+
+def backward(
+    call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
+) -> Gradients:
+    """fla's backward, and the fused options' own."""
+    call = _contiguous(call)
+    g, beta, A = saved[:3]
+    q, k = saved[3:5] if call.use_qk_l2norm_in_kernel else (call.q, call.k)
+    dq, dk, dv, dbeta, dg, dS, dA_log, ddt_bias = chunk_gated_delta_rule_bwd(
+        q=q,
+        k=k,
+        v=call.v,
+        g=g,
+        beta=beta,
+        A=A,
+        initial_state=call.initial_state,
+        do=grad_o.contiguous(),
+        dht=None if grad_final_state is None else grad_final_state.contiguous(),
+        g_input=call.g if call.use_gate_in_kernel else None,
+        **_common(call),
+    )
+    if call.use_qk_l2norm_in_kernel:
+        dq, dk = l2norm_bwd(q, saved[5], dq), l2norm_bwd(k, saved[6], dk)
+    if call.use_beta_sigmoid_in_kernel:
+        dbeta = fused_beta_sigmoid_bwd(call.beta, dbeta, scale=_beta_scale(call))
+    gradients = (dq, dk, dv, dg, dbeta, dS, dA_log, ddt_bias)
+    return Gradients(
+        *(
+            None if x is None or gradient is None else gradient.to(x.dtype)
+            for x, gradient in zip(call.differentiable, gradients, strict=True)
+        )  # type: ignore[arg-type]
+    )

@@ -1,0 +1,45 @@
+"""Plain PyTorch: chunked, any device, any dtype, any K and V. The reference that the others must
+match."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gdn.backend import Backend, Capabilities, Forward, Gradients
+from gdn.problem import Call
+
+from .autograd import backward, forward, saved_like
+
+
+class TorchBackend(Backend):
+    """`autograd.py` walks over the chunks, `chunk.py` computes one, `layout.py` finds its tokens.
+
+    `operands`, if given, is the dtype that matrix products round to, in place of the default: the
+    call's dtype on a GPU, the compute dtype on a CPU.
+    """
+
+    name = "torch"
+    summary = "chunked PyTorch, any device"
+    capabilities = Capabilities(
+        dtypes=(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        cuda_graph=False,  # its triangular solve is not promised to be capturable
+    )
+    priority = 100
+
+    def __init__(self, operands: torch.dtype | None = None) -> None:
+        self.operands = operands
+
+    def saved_like(self, call: Call) -> list[Tensor]:
+        return saved_like(call)
+
+    def forward(self, call: Call, save: bool) -> Forward:
+        return forward(call, save, self.operands)
+
+    def backward(
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
+    ) -> Gradients:
+        return backward(call, saved, grad_o, grad_final_state, self.operands)
+
+
+BACKEND = TorchBackend()

@@ -1,0 +1,55 @@
+"""Gradients through the fused options: L2 norm, gate and beta sigmoid (their values are
+gdn.definition.activate).
+
+y = r x,  r = 1 / sqrt(sum x^2 + eps)            dx = r (dy - y (y . dy))
+g = -exp(A_log) softplus(x),  x = raw + dt_bias  dx = -exp(A_log) sigmoid(x) dg,  dA_log = sum g dg
+beta = c sigmoid(x)                              dx = beta (1 - beta / c) dbeta
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn.definition import L2_EPS, log_decay, write_strength
+from gdn.problem import Call
+
+
+class Raw(NamedTuple):
+    """Gradients of raw q, k, g, beta [m, C, ...], and of A_log and dt_bias [HV] where the gate is
+    fused."""
+
+    q: Tensor
+    k: Tensor
+    g: Tensor
+    beta: Tensor
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+
+
+def _through_l2_norm(x: Tensor, dy: Tensor) -> Tensor:
+    x = x.to(dy.dtype)
+    r = torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+    y = x * r
+    return r * (dy - y * (y * dy).sum(-1, keepdim=True))
+
+
+def deactivate(call: Call, dq: Tensor, dk: Tensor, dg: Tensor, dbeta: Tensor) -> Raw:
+    """From gradients of the activated q, k [m, C, H, K] and g, beta [m, C, HV] to those of the
+    call's raw ones."""
+    dA_log = ddt_bias = None
+    if call.use_qk_l2norm_in_kernel:
+        dq, dk = _through_l2_norm(call.q, dq), _through_l2_norm(call.k, dk)
+    if call.use_gate_in_kernel:
+        assert call.A_log is not None  # validated
+        raw = call.g.to(dg.dtype)
+        dA_log = (log_decay(raw, call.A_log, call.dt_bias) * dg).sum((0, 1))
+        x = raw if call.dt_bias is None else raw + call.dt_bias.to(raw)
+        dg = -call.A_log.to(raw).exp() * torch.sigmoid(x) * dg
+        ddt_bias = None if call.dt_bias is None else dg.sum((0, 1))
+    if call.use_beta_sigmoid_in_kernel:
+        beta = write_strength(call.beta.to(dbeta.dtype), call.allow_neg_eigval)
+        dbeta = beta * (1 - beta / (2 if call.allow_neg_eigval else 1)) * dbeta
+    return Raw(dq, dk, dg, dbeta, dA_log, ddt_bias)

@@ -1,0 +1,36 @@
+"""gdn: the gated delta rule (Gated DeltaNet, arXiv 2412.06464) as one op with many backends."""
+
+from gdn.api import GDNOutput, explain, gated_delta_net
+from gdn.backend import Backend, Capabilities
+from gdn.registry import (
+    BackendInfo,
+    BackendUnsupportedError,
+    Explanation,
+    UnknownBackendError,
+    Verdict,
+    list_backends,
+    register_backend,
+    set_default_backend,
+    unregister_backend,
+    use_backend,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "BackendInfo",
+    "BackendUnsupportedError",
+    "Capabilities",
+    "Explanation",
+    "GDNOutput",
+    "UnknownBackendError",
+    "Verdict",
+    "explain",
+    "gated_delta_net",
+    "list_backends",
+    "register_backend",
+    "set_default_backend",
+    "unregister_backend",
+    "use_backend",
+]

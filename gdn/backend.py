@@ -1,0 +1,149 @@
+"""What a backend is: its capabilities as data, the function that turns them into reasons, and the
+base class."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn.problem import FLAGS, Call, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can run. Dispatch, error texts, test skips and the README table all read this.
+
+    `packages` are the modules it imports; `devices` are torch device types (empty: any); `min_sm`
+    is the lowest compute capability times ten; `head_dims` lists the admissible K and V (empty: any
+    up to `max_k`, `max_v`); `cuda_graph` says that dense calls can be captured in a CUDA graph;
+    `flags` are the boolean options of `gdn.problem.Call` that it understands.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    packages: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    min_sm: int | None = None
+    max_sm: int | None = None
+    head_dims: tuple[int, ...] = ()
+    max_k: int | None = None
+    max_v: int | None = None
+    gva: bool = True
+    varlen: bool = True
+    initial_state: bool = True
+    backward: bool = True
+    deterministic: bool = True
+    cuda_graph: bool = True
+    flags: frozenset[str] = field(default=frozenset(FLAGS))
+
+
+def reasons_against(capabilities: Capabilities, problem: Problem) -> list[str]:
+    """Every reason why a backend with these capabilities cannot run this problem; empty if it
+    can."""
+    c, p = capabilities, problem
+    reasons = []
+    if p.dtype not in c.dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in c.dtypes)
+        reasons.append(f"dtype must be one of {names}, got {str(p.dtype).removeprefix('torch.')}")
+    if c.devices and p.device not in c.devices:
+        reasons.append(f"tensors must be on {' or '.join(c.devices)}, got {p.device}")
+    elif (c.min_sm or c.max_sm) and p.sm is None:
+        reasons.append("needs an NVIDIA GPU")
+    elif p.sm is not None:
+        if c.min_sm and p.sm < c.min_sm:
+            reasons.append(f"needs sm_{c.min_sm} or newer, got sm_{p.sm}")
+        if c.max_sm and p.sm > c.max_sm:
+            reasons.append(f"needs sm_{c.max_sm} or older, got sm_{p.sm}")
+    for name, size, limit in (("K", p.K, c.max_k), ("V", p.V, c.max_v)):
+        if c.head_dims and size not in c.head_dims:
+            reasons.append(f"{name} must be one of {', '.join(map(str, c.head_dims))}, got {size}")
+        if limit is not None and size > limit:
+            reasons.append(f"{name} must be at most {limit}, got {size}")
+    if p.HV != p.H and not c.gva:
+        reasons.append(f"HV must equal H (no grouped value heads), got H = {p.H}, HV = {p.HV}")
+    if p.varlen and not c.varlen:
+        reasons.append("cu_seqlens is not supported")
+    if p.initial_state and not c.initial_state:
+        reasons.append("initial_state is not supported")
+    if p.needs_grad and not c.backward:
+        reasons.append("backward is not supported, and an input requires grad")
+    reasons.extend(f"{flag} is not supported" for flag in sorted(p.flags - c.flags))
+    return reasons
+
+
+class Forward(NamedTuple):
+    """What a backend's forward returns.
+
+    o [B, T, HV, V] in v's dtype; final_state in `call.state_shape` and `call.state_dtype`, or None
+    unless call.output_final_state; saved: fresh tensors for backward, shaped as
+    `Backend.saved_like` says.
+    """
+
+    o: Tensor
+    final_state: Tensor | None
+    saved: list[Tensor]
+
+
+class Gradients(NamedTuple):
+    """What a backend's backward returns: each in the shape and dtype of its input, None where the
+    input is None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    initial_state: Tensor | None
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+
+
+class Backend(ABC):
+    """One engine for the op. Subclass it, set the class variables, and hand an instance to
+    `gdn.register_backend`.
+
+    Instances are stateless. `forward` and `backward` run below autograd, with autocast off and the
+    device of q current; B, T, H, HV, K, V >= 1 there. Inputs may be non-contiguous and must not be
+    written to. `priority` orders backends under "auto", highest first; None keeps a backend out of
+    "auto".
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+    priority: ClassVar[int | None] = None
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run in this process at all, or None. Imports nothing and touches
+        no device."""
+        missing = [p for p in self.capabilities.packages if importlib.util.find_spec(p) is None]
+        return f"not installed: {', '.join(missing)}" if missing else None
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        """Reasons against a problem that no field of Capabilities can say."""
+        return []
+
+    def path(self, problem: Problem) -> str:
+        """Which internal path would run this problem, for `gdn.explain` and `gdn compare`."""
+        return self.name
+
+    def saved_like(self, call: Call) -> list[Tensor]:
+        """Empty tensors with the shapes and dtypes of `Forward.saved` for this call. Also runs on
+        fake tensors."""
+        return []
+
+    @abstractmethod
+    def forward(self, call: Call, save: bool) -> Forward:
+        """Compute o and the final state; with save, also what backward needs (else saved is
+        empty)."""
+
+    def backward(
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
+    ) -> Gradients:
+        """Gradients of the differentiable inputs, given those of o and (or None) of the final
+        state."""
+        raise NotImplementedError(f"backend {self.name} has no backward")

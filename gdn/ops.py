@@ -1,0 +1,160 @@
+"""`torch.ops.gdn.forward` and `.backward`: schema, fake and autograd, the same for every backend.
+
+torch.compile sees one node each way. Their `backend` argument is a request as in `gdn.registry`,
+fixed when the call is made or traced; the backend is resolved inside, from metadata, so that the
+fake and the real kernel agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from gdn import registry
+from gdn.backend import Gradients
+from gdn.problem import Call, describe
+from gdn.validation import check_cu_seqlens, validate
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? A_log, "
+    "Tensor? dt_bias, Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, Tensor? chunk_indices, "
+    "float scale, bool output_final_state, bool use_qk_l2norm_in_kernel, bool use_gate_in_kernel, "
+    "bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first, str backend"
+)
+_CALL = len(Call._fields)
+_TENSORS = Call._fields.index("scale")
+
+torch.library.define(
+    "gdn::forward", f"({_INPUTS}, bool save) -> (Tensor o, Tensor final_state, Tensor[] saved)"
+)
+torch.library.define(
+    "gdn::backward",
+    f"({_INPUTS}, Tensor[] saved, Tensor grad_o, Tensor? grad_final_state) -> (Tensor grad_q, "
+    "Tensor grad_k, Tensor grad_v, Tensor grad_g, Tensor grad_beta, Tensor grad_initial_state, "
+    "Tensor grad_A_log, Tensor grad_dt_bias)",
+)
+
+
+def run_forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor | None]:
+    """Call the op: o, and the final state if call.output_final_state. `save` keeps what backward
+    needs."""
+    o, final_state, _ = torch.ops.gdn.forward(*call, request, save)
+    return o, final_state if call.output_final_state else None
+
+
+def _surroundings(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off (a backend chooses its own precisions) and `device` current."""
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(
+        device.type
+    )
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    if not (autocast or elsewhere):
+        return nullcontext()
+    stack = ExitStack()
+    if autocast:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    if elsewhere:
+        stack.enter_context(torch.cuda.device(device))
+    return stack
+
+
+def _has_tokens(call: Call) -> bool:
+    return call.q.shape[0] > 0 and call.q.shape[1] > 0
+
+
+@torch.library.impl("gdn::forward", "CompositeExplicitAutograd")
+def _forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    call, (request, save) = Call(*args[:_CALL]), args[_CALL:]
+    backend = registry.choose(request, call, save)
+    check_cu_seqlens(call)
+    with _surroundings(call.q.device):
+        if _has_tokens(call):
+            o, final_state, saved = backend.forward(call, save)
+        else:
+            o, saved = call.v.new_empty(call.v.shape), backend.saved_like(call) if save else []
+            final_state = call.q.new_zeros(call.state_shape, dtype=call.state_dtype)
+            if call.initial_state is not None:
+                final_state.copy_(call.initial_state)
+    if final_state is None or not call.output_final_state:
+        final_state = call.q.new_empty(0)
+    return o, final_state, saved
+
+
+@torch.library.register_fake("gdn::forward")
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    call, (request, save) = Call(*args[:_CALL]), args[_CALL:]
+    validate(call)
+    backend = registry.resolve(request, describe(call, save))
+    shape = call.state_shape if call.output_final_state else (0,)
+    dtype = call.state_dtype if call.output_final_state else call.q.dtype
+    saved = backend.saved_like(call) if save else []
+    return call.v.new_empty(call.v.shape), call.q.new_empty(shape, dtype=dtype), saved
+
+
+def _gradients_like(call: Call) -> list[Tensor]:
+    """Uninitialised contiguous gradients, an empty tensor for each input that is None."""
+    return [call.q.new_empty(0) if x is None else x.new_empty(x.shape) for x in call.differentiable]
+
+
+@torch.library.impl("gdn::backward", "CompositeExplicitAutograd")
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    call, (request, saved, grad_o, grad_final_state) = Call(*args[:_CALL]), args[_CALL:]
+    backend = registry.choose(request, call, True)
+    with _surroundings(call.q.device):
+        if _has_tokens(call):
+            gradients = backend.backward(call, saved, grad_o, grad_final_state)
+            return tuple(call.q.new_empty(0) if x is None else x for x in gradients)
+        zeros = Gradients(*(x.zero_() for x in _gradients_like(call)))
+        if call.initial_state is not None and grad_final_state is not None:
+            zeros.initial_state.copy_(grad_final_state)  # type: ignore[union-attr]
+        return tuple(zeros)  # type: ignore[arg-type]
+
+
+@torch.library.register_fake("gdn::backward")
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    return tuple(_gradients_like(Call(*args[:_CALL])))
+
+
+def _setup_forward(
+    ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, list[Tensor]]
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_TENSORS], *output[2])
+    ctx.options = tuple(inputs[_TENSORS : _CALL + 1])
+
+
+def _differentiate_forward(
+    ctx: Any, grad_o: Tensor | None, grad_final_state: Tensor | None, _: object
+) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors[:_TENSORS]
+    saved = list(ctx.saved_tensors[_TENSORS:])
+    call = Call(*tensors, *ctx.options[:-1])
+    if grad_o is None:
+        grad_o = call.v.new_zeros(call.v.shape)
+    if not call.output_final_state:
+        grad_final_state = None
+    gradients = torch.ops.gdn.backward(*call, ctx.options[-1], saved, grad_o, grad_final_state)
+    needed = [
+        gradient if x is not None and need else None
+        for gradient, x, need in zip(
+            gradients, call.differentiable, ctx.needs_input_grad, strict=False
+        )
+    ]
+    return (*needed, *[None] * (_CALL + 2 - len(needed)))
+
+
+def _refuse_double_backward(ctx: Any, *grads: object) -> NoReturn:
+    raise RuntimeError(
+        "gdn.gated_delta_net has no double backward; use gdn.definition.gated_delta_rule, which is "
+        "differentiable any number of times, or take gradients without create_graph=True"
+    )
+
+
+torch.library.register_autograd(
+    "gdn::forward", _differentiate_forward, setup_context=_setup_forward
+)
+torch.library.register_autograd("gdn::backward", _refuse_double_backward)

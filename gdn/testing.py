@@ -1,0 +1,192 @@
+"""The shared cases and inputs: what the tests cross-validate, the benchmarks time and `gdn compare`
+runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdn.definition import gated_delta_rule
+from gdn.problem import Call
+
+Gates = Literal["mixed", "none", "weak", "strong", "model"]
+DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
+"""The keyword names that may carry a gradient, in the order of
+`gdn.problem.Call.differentiable`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kind of call. `lengths` packs sequences along T (then B = 1 and T is their sum).
+
+    gates: "none" is g = 0, "weak" about -1e-3, "strong" about -20, "model" a freshly initialised
+        Qwen3.5 layer's, "mixed" a spread from 0 to -5. cosine is the mean cosine between keys.
+        fused turns the L2 norm, gate and beta sigmoid on, with raw inputs to match.
+    """
+
+    name: str
+    T: int = 0
+    B: int = 1
+    H: int = 2
+    HV: int = 2
+    K: int = 64
+    V: int = 64
+    lengths: tuple[int, ...] | None = None
+    dtype: torch.dtype = torch.float32
+    gates: Gates = "mixed"
+    cosine: float = 0.0
+    initial_state: bool = True
+    state_v_first: bool = False
+    fused: bool = False
+    allow_neg_eigval: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """T, or the sum of the packed lengths."""
+        return self.T if self.lengths is None else sum(self.lengths)
+
+    @property
+    def sequences(self) -> int:
+        """N: rows of the state."""
+        return self.B if self.lengths is None else len(self.lengths)
+
+
+CASES = (
+    Case("one-token", T=1),
+    Case("chunk-minus-one", T=63),
+    Case("chunk", T=64, initial_state=False),
+    Case("chunk-plus-one", T=65, B=2),
+    Case("grouped-heads", T=200, H=2, HV=4, B=2),
+    Case("grouped-heads-v-first", T=130, H=1, HV=3, state_v_first=True),
+    Case("head-dim-128", T=150, K=128, V=128, HV=4),
+    Case("wide-keys", T=100, K=128, V=64),
+    Case("narrow-keys-v-first", T=100, K=32, V=64, state_v_first=True),
+    Case("odd-head-dims", T=70, K=20, V=36),
+    Case("packed", lengths=(0, 70, 1, 64, 0, 129), HV=4),
+    Case("packed-v-first-fused", lengths=(33, 128, 5), state_v_first=True, fused=True),
+    Case("packed-nothing", lengths=(0, 0), H=1, HV=1),
+    Case("fused", T=130, HV=4, fused=True),
+    Case("fused-negative-eigenvalues", T=100, fused=True, allow_neg_eigval=True),
+    Case("model-gates", T=200, fused=True, gates="model"),
+    Case("no-decay", T=130, gates="none"),
+    Case("weak-decay", T=130, gates="weak"),
+    Case("strong-decay", T=130, gates="strong"),
+    Case("correlated-keys", T=130, gates="weak", cosine=0.9),
+)
+"""The suite's cases, small enough for an interpreter."""
+
+
+def _keys(case: Case, B: int, T: int, generator: torch.Generator) -> Tensor:
+    """Unit keys whose pairwise cosine is `case.cosine` on average."""
+    shape = (B, T, case.H, case.K)
+    own = F.normalize(torch.randn(shape, generator=generator), dim=-1)
+    common = F.normalize(torch.randn(1, 1, case.H, case.K, generator=generator), dim=-1)
+    return F.normalize(case.cosine**0.5 * common + (1 - case.cosine) ** 0.5 * own, dim=-1)
+
+
+def _log_decay(gates: Gates, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    uniform = torch.rand(shape, generator=generator)
+    if gates == "none":
+        return torch.zeros(shape)
+    if gates == "weak":
+        return -2e-3 * uniform
+    if gates == "strong":
+        return -10 - 20 * uniform
+    return -5 * uniform**4
+
+
+def _gate_parameters(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A_log, dt_bias: as a new layer's (A in (0, 16), step in (1e-3, 0.1)), or plain normal
+    numbers."""
+    if case.gates != "model":
+        return tuple(0.5 * torch.randn(case.HV, generator=generator) for _ in range(2))  # type: ignore[return-value]
+    A = 1e-2 + 16 * torch.rand(case.HV, generator=generator)
+    step = torch.empty(case.HV).uniform_(-6.9, -2.3, generator=generator).exp()
+    return A.log(), step + torch.log(-torch.expm1(-step))
+
+
+def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments of `gdn.gated_delta_net` for a case: the same values on every device, no
+    gradients on.
+
+    g and beta are float32, q, k, v the case's dtype, states and gate parameters float32 (float64 in
+    float64).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    B, T, state = case.B, case.tokens, (case.K, case.V)
+    exact = torch.float64 if case.dtype == torch.float64 else torch.float32
+    q = F.normalize(torch.randn(B, T, case.H, case.K, generator=generator), dim=-1)
+    k = _keys(case, B, T, generator)
+    v = torch.randn(B, T, case.HV, case.V, generator=generator)
+    beta = torch.randn(B, T, case.HV, generator=generator)
+    if case.fused:
+        q, k = 3 * q, 0.5 * k
+        g = torch.randn(B, T, case.HV, generator=generator)
+    else:
+        beta = beta.sigmoid()
+        g = _log_decay(case.gates, (B, T, case.HV), generator)
+    options: dict[str, Any] = {"output_final_state": True, "state_v_first": case.state_v_first}
+    if case.initial_state:
+        S = torch.randn(case.sequences, case.HV, *state, generator=generator)
+        S = S.mT.contiguous() if case.state_v_first else S
+        options["initial_state"] = S.to(device, exact)
+    if case.fused:
+        A_log, dt_bias = _gate_parameters(case, generator)
+        options |= {"A_log": A_log.to(device, exact), "dt_bias": dt_bias.to(device, exact)}
+        options["allow_neg_eigval"] = case.allow_neg_eigval
+        for flag in ("qk_l2norm", "gate", "beta_sigmoid"):
+            options[f"use_{flag}_in_kernel"] = True
+    if case.lengths is not None:
+        bounds = [0, *torch.tensor(case.lengths).cumsum(0).tolist()]
+        options["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
+    qkv = {"q": q, "k": k, "v": v}
+    tensors = {name: x.to(device, case.dtype) for name, x in qkv.items()}
+    return tensors | {"g": g.to(device, exact), "beta": beta.to(device, exact)} | options
+
+
+def with_gradients(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The inputs with fresh leaves that require grad, cast to `dtype` if given."""
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.detach().to(dtype or x.dtype, copy=True).requires_grad_()
+
+    return {
+        name: leaf(x) if name in DIFFERENTIABLE and x is not None else x
+        for name, x in inputs.items()
+    }
+
+
+def make_output_gradients(case: Case, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Random gradients of o (the case's dtype) and of the final state, for one case."""
+    generator = torch.Generator().manual_seed(1)
+    exact = torch.float64 if case.dtype == torch.float64 else torch.float32
+    state = (case.V, case.K) if case.state_v_first else (case.K, case.V)
+    do = torch.randn(case.B, case.tokens, case.HV, case.V, generator=generator)
+    dS = torch.randn(case.sequences, case.HV, *state, generator=generator)
+    return do.to(device, case.dtype), dS.to(device, exact)
+
+
+def gradients(
+    outputs: tuple[Tensor, Tensor], inputs: dict[str, Any], output_gradients: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """Gradients of the differentiable inputs, by name, given those of o and of the final state."""
+    names = [name for name in DIFFERENTIABLE if inputs.get(name) is not None]
+    into = [gradient.to(x) for gradient, x in zip(output_gradients, outputs, strict=True)]
+    found = torch.autograd.grad(
+        outputs, [inputs[name] for name in names], into, materialize_grads=True
+    )
+    return dict(zip(names, found, strict=True))
+
+
+def run_definition(
+    inputs: dict[str, Any], dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """o and the final state by the definition, from the keyword arguments of
+    `gdn.gated_delta_net`."""
+    options = dict(inputs)
+    options.setdefault("scale", inputs["q"].shape[-1] ** -0.5)
+    return gated_delta_rule(Call(**options), dtype)

@@ -1,0 +1,83 @@
+"""What several test modules share: running a case, its cached truth, and the tolerances."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gdn
+from gdn.testing import (
+    Case,
+    gradients,
+    make_inputs,
+    make_output_gradients,
+    run_definition,
+    with_gradients,
+)
+
+# absolute and relative, elementwise, against the float64 definition
+TOLERANCE = {
+    torch.float16: 1e-3,
+    torch.bfloat16: 1.6e-2,
+    torch.float32: 1e-4,
+    torch.float64: 1e-10,
+}
+# relative root mean square, against the same
+RELATIVE = {
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+    torch.float32: 2e-5,
+    torch.float64: 1e-12,
+}
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """||got - truth|| / ||truth||; NaN never passes a comparison."""
+    got, truth = got.double().cpu(), truth.double().cpu()
+    scale = truth.norm().item()
+    return (got - truth).norm().item() / (scale if scale > 0 else 1.0)
+
+
+def able(backend: str, inputs: dict[str, Any]) -> bool:
+    """Whether the backend claims this call; if not, check that it refuses with its reasons."""
+    verdicts = {v.name: v for v in gdn.explain(**inputs, backend=backend).verdicts}
+    reasons = verdicts[backend].reasons
+    if reasons:
+        with pytest.raises(gdn.BackendUnsupportedError) as refusal:
+            gdn.gated_delta_net(**inputs, backend=backend)
+        assert all(reason in str(refusal.value) for reason in reasons)
+    return not reasons
+
+
+def run(backend: str, case: Case, inputs: dict[str, Any], device: str) -> dict[str, Tensor]:
+    """o, final_state and every gradient, by name."""
+    o, final_state = gdn.gated_delta_net(**inputs, backend=backend)
+    grads = gradients((o, final_state), inputs, make_output_gradients(case, device))
+    return {"o": o.detach(), "final_state": final_state.detach()} | grads
+
+
+@functools.cache
+def truth(case: Case) -> dict[str, Tensor]:
+    """The same by the definition, in float64 on the CPU, from inputs rounded to the case's
+    dtype."""
+    inputs = with_gradients(make_inputs(case), torch.float64)
+    outputs = run_definition(inputs)
+    grads = gradients(outputs, inputs, make_output_gradients(case))
+    return {"o": outputs[0].detach(), "final_state": outputs[1].detach()} | grads
+
+
+def assert_close(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Elementwise and in relative RMS, with the tolerances of dtype."""
+    torch.testing.assert_close(
+        got.double().cpu(),
+        expected.double().cpu(),
+        atol=TOLERANCE[dtype],
+        rtol=TOLERANCE[dtype],
+        msg=lambda text: f"{name}: {text}",
+    )
+    error = relative_error(got, expected)
+    assert error <= RELATIVE[dtype], f"{name}: relative RMS error {error:.2e}"

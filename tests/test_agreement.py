@@ -1,0 +1,92 @@
+"""Every backend against the float64 definition: outputs and all gradients, on every case it
+claims."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gdn.backends.torch import TorchBackend
+from support import able, assert_close, relative_error, run, truth
+
+import gdn
+from gdn.testing import CASES, Case, make_inputs, with_gradients
+
+HALF = (torch.bfloat16, torch.float16)
+# in half precision the cases that reach every stage; the others repeat them at other lengths
+HALF_NAMES = ("grouped-heads", "packed-v-first-fused", "head-dim-128", "correlated-keys", "fused")
+PARAMETERS = [pytest.param(case, id=f"{case.name}-float32") for case in CASES] + [
+    pytest.param(replace(case, dtype=dtype), id=f"{case.name}-{str(dtype).removeprefix('torch.')}")
+    for dtype in HALF
+    for case in CASES
+    if case.name in HALF_NAMES
+]
+
+
+class _SameDtype(TorchBackend):
+    """The torch backend with matrix operands rounded to the call's dtype, as tensor cores do."""
+
+    name = "torch_same_dtype"
+
+
+@pytest.fixture
+def same_dtype(request: pytest.FixtureRequest, clean_registry: None) -> str:
+    gdn.register_backend(_SameDtype(request.getfixturevalue("case").dtype))
+    return _SameDtype.name
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_agrees_with_the_definition(backend: str, case: Case, device: str, same_dtype: str) -> None:
+    """Within the tolerances, and at most twice the error of plain PyTorch in the same dtype."""
+    inputs = with_gradients(make_inputs(case, device))
+    if not able(backend, inputs):
+        return
+    expected = truth(case)
+    got = run(backend, case, inputs, device)
+    plain = run(same_dtype, case, with_gradients(make_inputs(case, device)), device)
+    assert got["o"].dtype == case.dtype
+    assert got["final_state"].dtype == torch.float32
+    for name, value in got.items():
+        precision = (
+            torch.float32 if name == "final_state" and case.dtype not in HALF else case.dtype
+        )
+        assert_close(name, value, expected[name], precision)
+        floor = 1e-6  # both are rounding noise below it
+        allowed = 2 * max(relative_error(plain[name], expected[name]), floor)
+        assert relative_error(value, expected[name]) <= allowed, name
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in HALF_NAMES], ids=lambda c: c.name)
+def test_float64_is_exact_to_rounding(backend: str, case: Case, device: str) -> None:
+    case = replace(case, dtype=torch.float64)
+    inputs = with_gradients(make_inputs(case, device))
+    if not able(backend, inputs):
+        return
+    expected = truth(case)
+    for name, value in run(backend, case, inputs, device).items():
+        assert value.dtype == torch.float64
+        assert_close(name, value, expected[name], torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("wanted", ["o", "final_state"])
+def test_gradient_of_one_output_alone(
+    backend: str, wanted: str, dtype: torch.dtype, device: str
+) -> None:
+    """The other output's missing gradient counts as zero."""
+    case = Case("alone", T=100, HV=4, dtype=dtype)
+    inputs = with_gradients(make_inputs(case, device))
+    if not able(backend, inputs):
+        return
+    exact = with_gradients(make_inputs(case), torch.float64)
+    names = ["q", "k", "v", "g", "beta", "initial_state"]
+    expected_out = getattr(gdn.gated_delta_net(**exact, backend="torch"), wanted)
+    weights = torch.randn(expected_out.shape, generator=torch.Generator().manual_seed(3))
+    unused = wanted == "final_state"  # the state does not depend on q
+    expected = torch.autograd.grad((expected_out * weights).sum(), [exact[n] for n in names])
+    out = getattr(gdn.gated_delta_net(**inputs, backend=backend), wanted)
+    got = torch.autograd.grad((out * weights.to(out)).sum(), [inputs[n] for n in names])
+    for name, value, true in zip(names, got, expected, strict=True):
+        assert_close(name, value, true, dtype)
+        assert not (unused and name == "q") or not value.any()
