@@ -130,9 +130,8 @@ def _setup_forward(
 def _differentiate_forward(
     ctx: Any, grad_o: Tensor | None, grad_final_state: Tensor | None, _: object
 ) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors[:_TENSORS]
-    saved = list(ctx.saved_tensors[_TENSORS:])
-    call = Call(*tensors, *ctx.options[:-1])
+    tensors = ctx.saved_tensors  # once: checkpointing recomputes at every access
+    call, saved = Call(*tensors[:_TENSORS], *ctx.options[:-1]), list(tensors[_TENSORS:])
     if grad_o is None:
         grad_o = call.v.new_zeros(call.v.shape)
     if not call.output_final_state:
@@ -158,3 +157,10 @@ torch.library.register_autograd(
     "gdn::forward", _differentiate_forward, setup_context=_setup_forward
 )
 torch.library.register_autograd("gdn::backward", _refuse_double_backward)
+
+
+@torch.library.register_vmap("gdn::forward")
+def _refuse_vmap(*args: object) -> NoReturn:
+    raise RuntimeError(
+        "gdn.gated_delta_net does not support torch.func.vmap; fold the mapped dimension into B"
+    )

@@ -107,6 +107,8 @@ def forward(call: Call, save: bool, operands: torch.dtype | None = None) -> Forw
         out, after = chunk_forward(_prepare(call, layout, n, operands), before)
         layout.put(o, n, _tokens(out, call.v.shape[2]))
         S = after if m == len(S) else torch.cat([after, S[m:]])
+    for states in saved:
+        states[row:] = 0  # rows that short sequences left over: outputs of an op are never junk
     final_state = None
     if call.output_final_state:
         final_state = _split_state(call, layout.unsort(S), call.state_dtype)

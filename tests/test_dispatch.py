@@ -1,0 +1,285 @@
+"""Choosing a backend: precedence, strictness, near misses, reasons, registration, entry points."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gdn
+from gdn import registry
+from gdn.backend import Backend, Capabilities, Forward, reasons_against
+from gdn.problem import FLAGS, Call, Problem
+from gdn.testing import Case, make_inputs
+
+pytestmark = pytest.mark.usefixtures("clean_registry")
+INPUTS = make_inputs(Case("dispatch", T=3, K=4, V=4))
+
+
+class Marker(Backend):
+    """Returns its own number as o, so that a test sees who ran."""
+
+    name = "marker"
+    summary = "for tests"
+    capabilities = Capabilities(dtypes=(torch.float32,))
+
+    def __init__(self, name: str = "marker", number: float = 1.0, **capabilities: Any) -> None:
+        self.name = name  # type: ignore[misc]
+        self.number = number
+        self.capabilities = Capabilities(**{"dtypes": (torch.float32,)} | capabilities)  # type: ignore[misc]
+
+    def forward(self, call: Call, save: bool) -> Forward:
+        state = call.q.new_zeros(call.state_shape) if call.output_final_state else None
+        return Forward(torch.full_like(call.v, self.number), state, [])
+
+
+def who(**kwargs: Any) -> float:
+    return gdn.gated_delta_net(**INPUTS, **kwargs).o.flatten()[0].item()
+
+
+def problem(**changes: Any) -> Problem:
+    values = {
+        "B": 1, "T": 8, "H": 2, "HV": 2, "K": 64, "V": 64, "N": 1, "dtype": torch.float32,
+        "device": "cuda", "sm": 90, "varlen": False, "initial_state": False, "needs_grad": False,
+        "flags": frozenset(),
+    }  # fmt: skip
+    return Problem(**values | changes)
+
+
+@pytest.fixture
+def four(clean_registry: None) -> None:
+    for n, name in enumerate(("one", "two", "three", "four"), 1):
+        gdn.register_backend(Marker(name, n))
+
+
+@pytest.mark.usefixtures("four")
+def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Argument, then context, then default, then GDN_BACKEND read at call time, then auto."""
+    monkeypatch.setenv("GDN_BACKEND", "one")
+    assert who() == 1
+    gdn.set_default_backend("two")
+    assert who() == 2
+    with gdn.use_backend("three"):
+        assert who() == 3
+        with gdn.use_backend("one"):
+            assert who() == 1
+        assert who(backend="four") == 4
+        assert who() == 3
+    assert who() == 2
+    gdn.set_default_backend(None)
+    assert who() == 1
+    monkeypatch.setenv("GDN_BACKEND", "two")
+    assert who() == 2
+    monkeypatch.delenv("GDN_BACKEND")
+    assert gdn.explain(**INPUTS).chosen == "torch"
+    assert gdn.explain(**INPUTS).source == "default"
+
+
+@pytest.mark.usefixtures("four")
+def test_context_ends_with_an_exception_and_stays_in_its_thread() -> None:
+    seen = []
+    with pytest.raises(KeyError), gdn.use_backend("one"):
+        thread = threading.Thread(target=lambda: seen.append(registry.request_in_force()[0]))
+        thread.start()
+        thread.join()
+        raise KeyError
+    assert seen == ["auto"]
+    assert registry.request_in_force()[0] == "auto"
+
+
+def test_a_named_backend_is_strict_and_a_list_falls_through() -> None:
+    gdn.register_backend(Marker("picky", 7, head_dims=(128,), devices=("cuda",)))
+    with pytest.raises(gdn.BackendUnsupportedError) as refusal:
+        who(backend="picky")
+    assert refusal.value.reasons.keys() == {"picky"}
+    text = str(refusal.value)
+    for reason in (
+        "K must be one of 128, got 4",
+        "V must be one of 128",
+        "must be on cuda, got cpu",
+    ):
+        assert reason in text
+    gdn.register_backend(Marker("easy", 5))
+    assert who(backend="picky, easy") == 5
+    assert who(backend="easy,torch") == 5
+    gdn.explain(**INPUTS, backend="picky,auto")
+    with pytest.raises(gdn.BackendUnsupportedError) as refusal:
+        who(backend="picky,fla")
+    assert refusal.value.reasons.keys() == {"picky", "fla"}
+
+
+@pytest.mark.parametrize("name", ["troch", "toch,torch", "", " , "])
+def test_unknown_names_raise_with_near_misses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GDN_BACKEND", "fla")
+    for attempt in (
+        lambda: who(backend=name),
+        lambda: gdn.use_backend(name).__enter__(),
+        lambda: gdn.set_default_backend(name),
+    ):
+        with pytest.raises(gdn.UnknownBackendError, match="torch|auto"):
+            attempt()
+    monkeypatch.setenv("GDN_BACKEND", "torhc")
+    with pytest.raises(gdn.UnknownBackendError, match="did you mean 'torch'"):
+        who()
+
+
+def test_registering() -> None:
+    gdn.register_backend(Marker())
+    assert who(backend="marker") == 1
+    with pytest.raises(ValueError, match="replace=True"):
+        gdn.register_backend(Marker())
+    with pytest.raises(ValueError, match="replace=True"):
+        gdn.register_backend(Marker("torch"))
+    for bad in ("auto", "a,b", "a b", ""):
+        with pytest.raises(ValueError, match="plain word"):
+            gdn.register_backend(Marker(bad))
+    gdn.register_backend(Marker(number=2), replace=True)
+    assert who(backend="marker") == 2  # not the remembered one
+    gdn.unregister_backend("marker")
+    with pytest.raises(gdn.UnknownBackendError):
+        who(backend="marker")
+
+
+def test_auto_takes_only_backends_with_a_priority() -> None:
+    gdn.register_backend(Marker())
+    assert gdn.explain(**INPUTS).chosen == "torch"
+    keen = Marker("keen", 9)
+    keen.priority = 1000  # type: ignore[misc]
+    gdn.register_backend(keen)
+    assert who() == 9
+    names = [info.name for info in gdn.list_backends()]
+    assert names.index("keen") < names.index("fla") < names.index("torch") < names.index("marker")
+
+
+def test_a_missing_package_is_a_reason_and_an_error_in_a_check_is_not() -> None:
+    gdn.register_backend(Marker("lacking", packages=("no_such_package",)))
+    row = next(info for info in gdn.list_backends() if info.name == "lacking")
+    assert (row.available, row.reason) == (False, "not installed: no_such_package")
+    with pytest.raises(gdn.BackendUnsupportedError, match="not installed: no_such_package"):
+        who(backend="lacking")
+
+    class Broken(Marker):
+        def unsupported(self, problem: Problem) -> list[str]:
+            raise ZeroDivisionError
+
+    gdn.register_backend(Broken("broken"))
+    with pytest.raises(ZeroDivisionError):
+        who(backend="broken,torch")
+
+
+def test_entry_points_are_loaded_and_their_failures_contained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def offer(name: str, thing: Any) -> importlib.metadata.EntryPoint:
+        entry = importlib.metadata.EntryPoint(name, f"package:{name}", "gdn.backends")
+        monkeypatch.setattr(type(entry), "load", lambda self: offers[self.name]())
+        offers[name] = thing
+        return entry
+
+    def broken() -> Backend:
+        raise ImportError("no such symbol")
+
+    offers: dict[str, Any] = {}
+    entries = [offer("third", lambda: Marker("third", 3)), offer("bad", broken)]
+    entries.append(offer("odd", lambda: object()))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
+    registry._load_entry_points.cache_clear()
+    with pytest.warns(RuntimeWarning) as caught:
+        assert who(backend="third") == 3
+    texts = [str(warning.message) for warning in caught]
+    assert any("'bad'" in text and "no such symbol" in text for text in texts)
+    assert any("'odd'" in text and "not a gdn.backend.Backend" in text for text in texts)
+    assert {"third"} <= {info.name for info in gdn.list_backends()}
+
+
+@pytest.mark.gpu
+def test_falling_back_to_torch_on_a_gpu_warns_once() -> None:
+    registry._warn_once.cache_clear()
+    inputs = make_inputs(Case("slow", T=3, dtype=torch.float64), "cuda")
+    with pytest.warns(RuntimeWarning, match="slow torch backend"):
+        gdn.gated_delta_net(**inputs)
+    gdn.gated_delta_net(**make_inputs(Case("slow", T=4, dtype=torch.float64), "cuda"))
+    gdn.gated_delta_net(**inputs, backend="torch")
+
+
+def test_explain_says_why_for_every_backend() -> None:
+    explanation = gdn.explain(**INPUTS, backend="fla")
+    assert explanation.chosen is None
+    assert explanation.source == "backend= argument"
+    verdicts = {verdict.name: verdict for verdict in explanation.verdicts}
+    assert verdicts["torch"].reasons == ()
+    assert verdicts["fla"].reasons
+    text = str(explanation)
+    assert all(reason in text for reason in verdicts["fla"].reasons)
+    meta = {n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in INPUTS.items()}
+    assert gdn.explain(**meta).chosen == "torch"
+    with pytest.raises(ValueError, match="beta must be"):
+        gdn.explain(**INPUTS | {"beta": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "reason"),
+    [
+        ({"dtypes": (torch.float16,)}, {}, "dtype must be one of float16, got float32"),
+        ({"devices": ("cpu", "mps")}, {}, "tensors must be on cpu or mps, got cuda"),
+        ({"min_sm": 100}, {}, "needs sm_100 or newer, got sm_90"),
+        ({"max_sm": 80}, {}, "needs sm_80 or older, got sm_90"),
+        ({"min_sm": 80}, {"sm": None, "device": "cpu"}, "needs an NVIDIA GPU"),
+        ({"head_dims": (128, 256)}, {"V": 128}, "K must be one of 128, 256, got 64"),
+        ({"max_v": 32}, {}, "V must be at most 32, got 64"),
+        ({"gva": False}, {"HV": 4}, "no grouped value heads"),
+        ({"varlen": False}, {"varlen": True}, "cu_seqlens is not supported"),
+        ({"initial_state": False}, {"initial_state": True}, "initial_state is not supported"),
+        ({"backward": False}, {"needs_grad": True}, "backward is not supported"),
+        ({"flags": frozenset()}, {"flags": frozenset(["state_v_first"])}, "state_v_first is not"),
+    ],
+)
+def test_each_capability_is_a_reason(
+    capability: dict[str, Any], changes: dict[str, Any], reason: str
+) -> None:
+    every = {"dtypes": (torch.float32,)}
+    assert reasons_against(Capabilities(**every), problem(**changes)) == []
+    (found,) = reasons_against(Capabilities(**every | capability), problem(**changes))
+    assert reason in found
+
+
+@given(
+    st.builds(
+        Capabilities,
+        dtypes=st.sets(st.sampled_from([torch.float32, torch.bfloat16])).map(tuple),
+        gva=st.booleans(),
+        varlen=st.booleans(),
+        backward=st.booleans(),
+        max_k=st.none() | st.integers(1, 256),
+        min_sm=st.none() | st.sampled_from([80, 90, 100]),
+        flags=st.frozensets(st.sampled_from(FLAGS)),
+    ),
+    st.builds(
+        problem,
+        K=st.integers(1, 256),
+        HV=st.sampled_from([2, 4]),
+        varlen=st.booleans(),
+        needs_grad=st.booleans(),
+        sm=st.none() | st.sampled_from([80, 90]),
+        flags=st.frozensets(st.sampled_from(FLAGS)),
+    ),
+)
+def test_more_capable_never_means_more_reasons(capabilities: Capabilities, p: Problem) -> None:
+    everything = Capabilities(dtypes=(torch.float32,))
+    assert reasons_against(everything, p) == []
+    reasons = reasons_against(capabilities, p)
+    wrong = [
+        p.dtype not in capabilities.dtypes,
+        p.HV != p.H and not capabilities.gva,
+        p.varlen and not capabilities.varlen,
+        p.needs_grad and not capabilities.backward,
+        capabilities.max_k is not None and capabilities.max_k < p.K,
+        capabilities.min_sm is not None and (p.sm is None or p.sm < capabilities.min_sm),
+        *(flag not in capabilities.flags for flag in p.flags),
+    ]
+    assert len(reasons) == sum(wrong)

@@ -1,0 +1,197 @@
+"""torch.ops.gdn under PyTorch's machinery: opcheck, torch.compile, autocast, no_grad, vmap,
+graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import able, assert_close
+
+import gdn
+from gdn.problem import Call
+from gdn.testing import Case, make_inputs, with_gradients
+
+CASES = [
+    Case("dense", T=70, HV=4),
+    Case("packed-fused", lengths=(70, 0, 5), fused=True, state_v_first=True),
+]
+NAMES = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
+
+
+def as_call(inputs: dict[str, Any]) -> Call:
+    return Call(**{"scale": inputs["q"].shape[-1] ** -0.5} | inputs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_opcheck(backend: str, device: str, case: Case, needs_grad: bool) -> None:
+    inputs = make_inputs(case, device)
+    inputs = with_gradients(inputs) if needs_grad else inputs
+    if not able(backend, inputs):
+        return
+    call = as_call(inputs)
+    torch.library.opcheck(torch.ops.gdn.forward.default, (*call, backend, needs_grad))
+    with torch.no_grad():
+        o, state, saved = torch.ops.gdn.forward(*call, backend, True)
+    plain = Call(*(x.detach() if isinstance(x, torch.Tensor) else x for x in call))
+    grads = (torch.randn_like(o), torch.randn_like(state))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.gdn.backward.default, (*plain, backend, saved, *grads), test_utils=tests
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_compiles_into_one_node_without_a_break(backend: str, device: str, case: Case) -> None:
+    inputs = with_gradients(make_inputs(case, device))
+    if not able(backend, inputs):
+        return
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def step(inputs: dict[str, Any]) -> torch.Tensor:
+        o, state = gdn.gated_delta_net(**inputs, backend=backend)
+        return o.sum() + state.square().sum()
+
+    torch._dynamo.reset()
+    torch.compile(step, fullgraph=True, backend=record)(inputs)
+    ops = [n.target for graph in graphs for n in graph.graph.nodes if n.op == "call_function"]
+    assert sum("gdn" in str(op) for op in ops) == 1
+    assert len(graphs) == 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    names = [name for name in NAMES if inputs.get(name) is not None]
+    got = torch.autograd.grad(compiled(inputs), [inputs[n] for n in names])
+    expected = torch.autograd.grad(step(inputs), [inputs[n] for n in names])
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_compiles_with_dynamic_shapes(device: str) -> None:
+    def function(inputs: dict[str, Any]) -> torch.Tensor:
+        return gdn.gated_delta_net(**inputs, backend="torch").o
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (70, 130, 200):
+        inputs = make_inputs(Case("dynamic", T=T), device)
+        assert torch.equal(compiled(inputs), function(inputs))
+
+
+def test_compiled_call_keeps_the_request_it_was_traced_under(device: str) -> None:
+    inputs = make_inputs(Case("request", T=5), device)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda: gdn.gated_delta_net(**inputs).o, fullgraph=True, backend="eager"
+    )
+    with gdn.use_backend("torch"):
+        expected = compiled()
+    assert torch.equal(compiled(), expected)
+
+
+def test_autocast_casts_q_k_v_alone(backend: str, device: str) -> None:
+    inputs = with_gradients(make_inputs(Case("autocast", T=70), device))
+    low = dict(inputs)
+    low |= {name: inputs[name].detach().bfloat16().requires_grad_() for name in ("q", "k", "v")}
+    if not able(backend, low):
+        return
+    with torch.autocast(device, torch.bfloat16):
+        o, state = gdn.gated_delta_net(**inputs, backend=backend)
+        (o.float().sum() + state.sum()).backward()
+    expected = gdn.gated_delta_net(**low, backend=backend)
+    assert o.dtype == torch.bfloat16
+    assert torch.equal(o, expected.o)
+    assert torch.equal(state, expected.final_state)
+    assert inputs["q"].grad.dtype == torch.float32
+
+
+def test_no_grad_keeps_nothing_for_backward(backend: str, device: str) -> None:
+    inputs = with_gradients(make_inputs(CASES[0], device))
+    if not able(backend, inputs):
+        return
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert not gdn.gated_delta_net(**inputs, backend=backend).o.requires_grad
+    assert gdn.gated_delta_net(**inputs, backend=backend).o.requires_grad
+
+
+def test_gradients_only_where_asked_for(backend: str, device: str) -> None:
+    inputs = make_inputs(CASES[0], device)
+    inputs["k"].requires_grad_()
+    if not able(backend, inputs):
+        return
+    expected = with_gradients(make_inputs(CASES[0], device))
+    for kwargs in (inputs, expected):
+        gdn.gated_delta_net(**kwargs, backend=backend).o.sum().backward()
+    assert inputs["q"].grad is None
+    assert_close("k", inputs["k"].grad, expected["k"].grad, torch.float32)
+
+
+def test_double_backward_is_refused_clearly(backend: str, device: str) -> None:
+    inputs = with_gradients(make_inputs(CASES[0], device))
+    if not able(backend, inputs):
+        return
+    o = gdn.gated_delta_net(**inputs, backend=backend).o
+    (dq,) = torch.autograd.grad(o.square().sum(), inputs["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no double backward"):
+        torch.autograd.grad(dq.sum(), inputs["q"])
+
+
+def test_vmap_is_refused(device: str) -> None:
+    inputs = make_inputs(CASES[0], device)
+    v = torch.stack([inputs["v"]] * 2)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda v: gdn.gated_delta_net(**inputs | {"v": v}, backend="torch").o)(v)
+
+
+def test_checkpointing_gives_the_same_gradients(backend: str, device: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    inputs = with_gradients(make_inputs(CASES[0], device))
+    if not able(backend, inputs):
+        return
+
+    def function(v: torch.Tensor) -> torch.Tensor:
+        return gdn.gated_delta_net(**inputs | {"v": v}, backend=backend).o.square().sum()
+
+    (plain,) = torch.autograd.grad(function(inputs["v"]), inputs["v"])
+    (again,) = torch.autograd.grad(
+        checkpoint(function, inputs["v"], use_reentrant=False), inputs["v"]
+    )
+    assert torch.equal(plain, again)
+
+
+@pytest.mark.gpu
+def test_is_captured_in_a_cuda_graph(backend: str) -> None:
+    """Forward and backward together, replayed on new data."""
+    capabilities = next(i.capabilities for i in gdn.list_backends() if i.name == backend)
+    if not capabilities.cuda_graph:
+        pytest.skip("does not claim CUDA graphs")
+    case = Case("graph", T=200, HV=4, dtype=torch.bfloat16)
+    inputs = with_gradients(make_inputs(case, "cuda"))
+    if not able(backend, inputs):
+        return
+    leaves = [inputs[name] for name in NAMES[:6]]
+
+    def step() -> list[torch.Tensor]:
+        o, state = gdn.gated_delta_net(**inputs, backend=backend)
+        return [o, state, *torch.autograd.grad(o.float().sum() + state.sum(), leaves)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    fresh = make_inputs(case, "cuda", seed=4)
+    with torch.no_grad():
+        for name in NAMES[:6]:
+            inputs[name].copy_(fresh[name])
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
