@@ -83,11 +83,15 @@ def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("four")
 def test_context_ends_with_an_exception_and_stays_in_its_thread() -> None:
     seen = []
-    with pytest.raises(KeyError), gdn.use_backend("one"):
+
+    def look_from_another_thread() -> None:
         thread = threading.Thread(target=lambda: seen.append(registry.request_in_force()[0]))
         thread.start()
         thread.join()
         raise KeyError
+
+    with pytest.raises(KeyError), gdn.use_backend("one"):
+        look_from_another_thread()
     assert seen == ["auto"]
     assert registry.request_in_force()[0] == "auto"
 
@@ -121,7 +125,7 @@ def test_unknown_names_raise_with_near_misses(name: str, monkeypatch: pytest.Mon
         lambda: gdn.use_backend(name).__enter__(),
         lambda: gdn.set_default_backend(name),
     ):
-        with pytest.raises(gdn.UnknownBackendError, match="torch|auto"):
+        with pytest.raises(gdn.UnknownBackendError, match=r"torch|auto"):
             attempt()
     monkeypatch.setenv("GDN_BACKEND", "torhc")
     with pytest.raises(gdn.UnknownBackendError, match="did you mean 'torch'"):

@@ -3,6 +3,7 @@ itself."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def test_packed_equals_one_by_one(backend: str, device: str) -> None:
         return
     packed = gdn.gated_delta_net(**inputs, backend=backend)
     bounds = inputs.pop("cu_seqlens").tolist()
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         state = inputs["initial_state"][n : n + 1]
         alone = gdn.gated_delta_net(**cut(inputs, start, end, initial_state=state), backend=backend)
         close(packed.o[:, start:end], alone.o)
@@ -192,10 +193,10 @@ def test_torch_packed_equals_padded(
         rows = inputs[name].new_full(
             (len(lengths), T, *inputs[name].shape[2:]), idle.get(name, 0.0)
         )
-        for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for n, (start, end) in enumerate(itertools.pairwise(bounds)):
             rows[n, : end - start] = inputs[name][0, start:end]
         padded[name] = rows
     dense = gdn.gated_delta_net(**padded, backend="torch")
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         close(dense.o[n, : end - start], packed.o[0, start:end], torch.float64)
     close(dense.final_state, packed.final_state, torch.float64)
