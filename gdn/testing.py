@@ -124,7 +124,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
     v = torch.randn(B, T, case.HV, case.V, generator=generator)
     beta = torch.randn(B, T, case.HV, generator=generator)
     if case.fused:
-        q, k = 3 * q, 0.5 * k
+        q, k = 3 * q, 2 * k
         g = torch.randn(B, T, case.HV, generator=generator)
     else:
         beta = beta.sigmoid()
@@ -161,12 +161,16 @@ def with_gradients(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> 
 
 
 def make_output_gradients(case: Case, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Random gradients of o (the case's dtype) and of the final state, for one case."""
+    """Random gradients of o (the case's dtype) and of the final state, for one case.
+
+    Scaled so that every gradient of the suite's cases has elements of order 1 or less, where an
+    absolute tolerance means as much as a relative one.
+    """
     generator = torch.Generator().manual_seed(1)
     exact = torch.float64 if case.dtype == torch.float64 else torch.float32
     state = (case.V, case.K) if case.state_v_first else (case.K, case.V)
-    do = torch.randn(case.B, case.tokens, case.HV, case.V, generator=generator)
-    dS = torch.randn(case.sequences, case.HV, *state, generator=generator)
+    do = torch.randn(case.B, case.tokens, case.HV, case.V, generator=generator) / 32
+    dS = torch.randn(case.sequences, case.HV, *state, generator=generator) / 32
     return do.to(device, case.dtype), dS.to(device, exact)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +34,13 @@ def pytest_configure() -> None:
             from triton.runtime.autotuner import Autotuner
         except ImportError:
             return
-    # two configurations each, not dozens: the second in case the first does not fit the device
+    # one configuration each, not dozens: the one that needs the least shared memory
     every = Autotuner.prune_configs
-    Autotuner.prune_configs = lambda self, kwargs: every(self, kwargs)[:2]
+    Autotuner.prune_configs = lambda self, kwargs: [min(every(self, kwargs), key=_footprint)]
+
+
+def _footprint(config: Any) -> tuple[int, int]:
+    return config.num_stages, sum(x for x in config.kwargs.values() if isinstance(x, int))
 
 
 @pytest.fixture(params=DEVICES)
@@ -48,6 +53,13 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Every registered backend. A test asks `able` whether it can run, and else expects a
     refusal."""
     return request.param
+
+
+@pytest.fixture
+def dtype(backend: str) -> torch.dtype:
+    """The most precise dtype up to float32 that the backend claims."""
+    claimed = next(i.capabilities.dtypes for i in gdn.list_backends() if i.name == backend)
+    return next(d for d in (torch.float32, torch.bfloat16, torch.float16) if d in claimed)
 
 
 @pytest.fixture

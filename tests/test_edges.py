@@ -3,6 +3,8 @@ through."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import able
@@ -22,7 +24,10 @@ EMPTY = (
 
 
 @pytest.mark.parametrize("case", EMPTY, ids=lambda case: case.name)
-def test_no_tokens_pass_the_state_through(backend: str, device: str, case: Case) -> None:
+def test_no_tokens_pass_the_state_through(
+    backend: str, device: str, case: Case, dtype: torch.dtype
+) -> None:
+    case = replace(case, dtype=dtype)
     inputs = with_gradients(make_inputs(case, device))
     if not able(backend, inputs):
         return
@@ -38,8 +43,8 @@ def test_no_tokens_pass_the_state_through(backend: str, device: str, case: Case)
     assert all(x.shape == inputs[name].shape and not x.any() for name, x in found.items())
 
 
-def test_final_state_only_when_asked_for(backend: str, device: str) -> None:
-    inputs = make_inputs(Case("state", T=70), device)
+def test_final_state_only_when_asked_for(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(Case("state", T=70, dtype=dtype), device)
     if not able(backend, inputs):
         return
     assert gdn.gated_delta_net(**inputs, backend=backend).final_state is not None
@@ -63,8 +68,8 @@ def test_states_of_other_dtypes_come_back_in_float32(backend: str, device: str) 
         assert inputs[name].grad.dtype == torch.bfloat16
 
 
-def test_scale_defaults_to_the_root_of_K(backend: str, device: str) -> None:
-    inputs = make_inputs(Case("scale", T=70, K=32), device)
+def test_scale_defaults_to_the_root_of_K(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(Case("scale", T=70, K=32, dtype=dtype), device)
     if not able(backend, inputs):
         return
     plain = gdn.gated_delta_net(**inputs, backend=backend).o
@@ -75,8 +80,8 @@ def test_scale_defaults_to_the_root_of_K(backend: str, device: str) -> None:
     assert not gdn.gated_delta_net(**inputs, scale=0.0, backend=backend).o.any()
 
 
-def test_dt_bias_may_be_left_out(backend: str, device: str) -> None:
-    inputs = make_inputs(Case("bias", T=70, fused=True), device)
+def test_dt_bias_may_be_left_out(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(Case("bias", T=70, fused=True, dtype=dtype), device)
     if not able(backend, inputs):
         return
     zero = gdn.gated_delta_net(

@@ -3,6 +3,7 @@ graphs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,14 +21,21 @@ CASES = [
 NAMES = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
 
 
+@pytest.fixture
+def dense(dtype: torch.dtype) -> Case:
+    return replace(CASES[0], dtype=dtype)
+
+
 def as_call(inputs: dict[str, Any]) -> Call:
     return Call(**{"scale": inputs["q"].shape[-1] ** -0.5} | inputs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("needs_grad", [False, True])
-def test_opcheck(backend: str, device: str, case: Case, needs_grad: bool) -> None:
-    inputs = make_inputs(case, device)
+def test_opcheck(
+    backend: str, device: str, dtype: torch.dtype, case: Case, needs_grad: bool
+) -> None:
+    inputs = make_inputs(replace(case, dtype=dtype), device)
     inputs = with_gradients(inputs) if needs_grad else inputs
     if not able(backend, inputs):
         return
@@ -44,8 +52,10 @@ def test_opcheck(backend: str, device: str, case: Case, needs_grad: bool) -> Non
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_compiles_into_one_node_without_a_break(backend: str, device: str, case: Case) -> None:
-    inputs = with_gradients(make_inputs(case, device))
+def test_compiles_into_one_node_without_a_break(
+    backend: str, device: str, dtype: torch.dtype, case: Case
+) -> None:
+    inputs = with_gradients(make_inputs(replace(case, dtype=dtype), device))
     if not able(backend, inputs):
         return
     graphs: list[torch.fx.GraphModule] = []
@@ -109,8 +119,8 @@ def test_autocast_casts_q_k_v_alone(backend: str, device: str) -> None:
     assert inputs["q"].grad.dtype == torch.float32
 
 
-def test_no_grad_keeps_nothing_for_backward(backend: str, device: str) -> None:
-    inputs = with_gradients(make_inputs(CASES[0], device))
+def test_no_grad_keeps_nothing_for_backward(backend: str, device: str, dense: Case) -> None:
+    inputs = with_gradients(make_inputs(dense, device))
     if not able(backend, inputs):
         return
     for context in (torch.no_grad(), torch.inference_mode()):
@@ -119,20 +129,20 @@ def test_no_grad_keeps_nothing_for_backward(backend: str, device: str) -> None:
     assert gdn.gated_delta_net(**inputs, backend=backend).o.requires_grad
 
 
-def test_gradients_only_where_asked_for(backend: str, device: str) -> None:
-    inputs = make_inputs(CASES[0], device)
+def test_gradients_only_where_asked_for(backend: str, device: str, dense: Case) -> None:
+    inputs = make_inputs(dense, device)
     inputs["k"].requires_grad_()
     if not able(backend, inputs):
         return
-    expected = with_gradients(make_inputs(CASES[0], device))
+    expected = with_gradients(make_inputs(dense, device))
     for kwargs in (inputs, expected):
         gdn.gated_delta_net(**kwargs, backend=backend).o.sum().backward()
     assert inputs["q"].grad is None
-    assert_close("k", inputs["k"].grad, expected["k"].grad, torch.float32)
+    assert_close("k", inputs["k"].grad, expected["k"].grad, dense.dtype)
 
 
-def test_double_backward_is_refused_clearly(backend: str, device: str) -> None:
-    inputs = with_gradients(make_inputs(CASES[0], device))
+def test_double_backward_is_refused_clearly(backend: str, device: str, dense: Case) -> None:
+    inputs = with_gradients(make_inputs(dense, device))
     if not able(backend, inputs):
         return
     o = gdn.gated_delta_net(**inputs, backend=backend).o
@@ -148,10 +158,10 @@ def test_vmap_is_refused(device: str) -> None:
         torch.func.vmap(lambda v: gdn.gated_delta_net(**inputs | {"v": v}, backend="torch").o)(v)
 
 
-def test_checkpointing_gives_the_same_gradients(backend: str, device: str) -> None:
+def test_checkpointing_gives_the_same_gradients(backend: str, device: str, dense: Case) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    inputs = with_gradients(make_inputs(CASES[0], device))
+    inputs = with_gradients(make_inputs(dense, device))
     if not able(backend, inputs):
         return
 

@@ -17,10 +17,16 @@ import gdn
 from gdn.testing import Case, make_inputs, with_gradients
 
 TOKENS = ("q", "k", "v", "g", "beta")
-CASE = Case("property", T=150, HV=4, B=2)
+T = 150
 
 
-def close(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> None:
+@pytest.fixture
+def case(dtype: torch.dtype) -> Case:
+    return Case("property", T=T, HV=4, B=2, dtype=dtype)
+
+
+def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    a, b = a.double(), b.double()
     torch.testing.assert_close(a, b, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
@@ -31,21 +37,21 @@ def cut(inputs: dict[str, Any], start: int, end: int, **changes: Any) -> dict[st
 
 @pytest.mark.parametrize("split", [1, 64, 100])
 def test_segments_chained_through_the_state_equal_the_whole(
-    backend: str, device: str, split: int
+    backend: str, device: str, case: Case, split: int
 ) -> None:
-    inputs = make_inputs(CASE, device)
+    inputs = make_inputs(case, device)
     if not able(backend, inputs):
         return
     whole = gdn.gated_delta_net(**inputs, backend=backend)
     first = gdn.gated_delta_net(**cut(inputs, 0, split), backend=backend)
-    rest = cut(inputs, split, CASE.T, initial_state=first.final_state)
+    rest = cut(inputs, split, T, initial_state=first.final_state)
     second = gdn.gated_delta_net(**rest, backend=backend)
-    close(torch.cat([first.o, second.o], 1), whole.o)
-    close(second.final_state, whole.final_state)
+    close(torch.cat([first.o, second.o], 1), whole.o, case.dtype)
+    close(second.final_state, whole.final_state, case.dtype)
 
 
-def test_packed_equals_one_by_one(backend: str, device: str) -> None:
-    case = Case("packed", lengths=(5, 64, 0, 100), HV=4)
+def test_packed_equals_one_by_one(backend: str, device: str, dtype: torch.dtype) -> None:
+    case = Case("packed", lengths=(5, 64, 0, 100), HV=4, dtype=dtype)
     inputs = make_inputs(case, device)
     if not able(backend, inputs):
         return
@@ -54,16 +60,16 @@ def test_packed_equals_one_by_one(backend: str, device: str) -> None:
     for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         state = inputs["initial_state"][n : n + 1]
         alone = gdn.gated_delta_net(**cut(inputs, start, end, initial_state=state), backend=backend)
-        close(packed.o[:, start:end], alone.o)
-        close(packed.final_state[n : n + 1], alone.final_state)
+        close(packed.o[:, start:end], alone.o, dtype)
+        close(packed.final_state[n : n + 1], alone.final_state, dtype)
 
 
-def test_a_batch_slot_depends_on_itself_alone(backend: str, device: str) -> None:
-    inputs = make_inputs(CASE, device)
+def test_a_batch_slot_depends_on_itself_alone(backend: str, device: str, case: Case) -> None:
+    inputs = make_inputs(case, device)
     if not able(backend, inputs):
         return
     before = gdn.gated_delta_net(**inputs, backend=backend)
-    other = make_inputs(CASE, device, seed=9)
+    other = make_inputs(case, device, seed=9)
     for name in (*TOKENS, "initial_state"):
         other[name][1] = inputs[name][1]
     after = gdn.gated_delta_net(**other, backend=backend)
@@ -72,8 +78,8 @@ def test_a_batch_slot_depends_on_itself_alone(backend: str, device: str) -> None
     assert not torch.equal(before.o[0], after.o[0])
 
 
-def test_nan_stays_in_its_sequence(backend: str, device: str) -> None:
-    inputs = make_inputs(Case("nan", lengths=(70, 3, 130)), device)
+def test_nan_stays_in_its_sequence(backend: str, device: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(Case("nan", lengths=(70, 3, 130), dtype=dtype), device)
     if not able(backend, inputs):
         return
     clean = gdn.gated_delta_net(**inputs, backend=backend)
@@ -84,33 +90,33 @@ def test_nan_stays_in_its_sequence(backend: str, device: str) -> None:
         assert torch.equal(got.o[:, start:end], clean.o[:, start:end])
 
 
-def test_without_writing_the_state_only_decays(backend: str, device: str) -> None:
-    inputs = make_inputs(CASE, device)
+def test_without_writing_the_state_only_decays(backend: str, device: str, case: Case) -> None:
+    inputs = make_inputs(case, device)
     inputs["beta"] = torch.zeros_like(inputs["beta"])
     if not able(backend, inputs):
         return
     got = gdn.gated_delta_net(**inputs, backend=backend)
     decay = inputs["g"].double().cumsum(1).exp()
     state = inputs["initial_state"].double()
-    close(got.final_state.double(), decay[:, -1, :, None, None] * state)
-    q = inputs["q"].double().repeat_interleave(2, 2) * CASE.K**-0.5
-    close(got.o.double(), decay[..., None] * torch.einsum("bthk,bhkv->bthv", q, state))
+    close(got.final_state, decay[:, -1, :, None, None] * state, case.dtype)
+    q = inputs["q"].double().repeat_interleave(2, 2) * case.K**-0.5
+    close(got.o, decay[..., None] * torch.einsum("bthk,bhkv->bthv", q, state), case.dtype)
 
 
-def test_is_linear_in_v_from_a_zero_state(backend: str, device: str) -> None:
-    inputs = make_inputs(CASE, device) | {"initial_state": None}
+def test_is_linear_in_v_from_a_zero_state(backend: str, device: str, case: Case) -> None:
+    inputs = make_inputs(case, device) | {"initial_state": None}
     if not able(backend, inputs):
         return
-    other = make_inputs(CASE, device, seed=5)["v"]
+    other = make_inputs(case, device, seed=5)["v"]
 
     def out(v: Tensor) -> Tensor:
         return gdn.gated_delta_net(**inputs | {"v": v}, backend=backend).o
 
-    close(out(2 * inputs["v"] - 3 * other), 2 * out(inputs["v"]) - 3 * out(other))
+    close(out(2 * inputs["v"] - 3 * other), 2 * out(inputs["v"]) - 3 * out(other), case.dtype)
 
 
-def test_repeated_runs_are_bit_equal(backend: str, device: str) -> None:
-    inputs = with_gradients(make_inputs(CASE, device))
+def test_repeated_runs_are_bit_equal(backend: str, device: str, case: Case) -> None:
+    inputs = with_gradients(make_inputs(case, device))
     if not able(backend, inputs):
         return
     if not next(i for i in gdn.list_backends() if i.name == backend).capabilities.deterministic:
@@ -127,8 +133,8 @@ def test_repeated_runs_are_bit_equal(backend: str, device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
 
 
-def test_strided_and_expanded_inputs_give_the_same(backend: str, device: str) -> None:
-    inputs = make_inputs(CASE, device)
+def test_strided_and_expanded_inputs_give_the_same(backend: str, device: str, case: Case) -> None:
+    inputs = make_inputs(case, device)
     if not able(backend, inputs):
         return
     plain = gdn.gated_delta_net(**inputs, backend=backend)
@@ -147,8 +153,8 @@ def test_strided_and_expanded_inputs_give_the_same(backend: str, device: str) ->
     assert torch.equal(gdn.gated_delta_net(**expanded, backend=backend).o, expected.o)
 
 
-def test_nothing_is_written_to_the_inputs(backend: str, device: str) -> None:
-    case = Case("packed", lengths=(70, 3), fused=True)
+def test_nothing_is_written_to_the_inputs(backend: str, device: str, dtype: torch.dtype) -> None:
+    case = Case("packed", lengths=(70, 3), fused=True, dtype=dtype)
     inputs = with_gradients(make_inputs(case, device))
     if not able(backend, inputs):
         return
