@@ -2,17 +2,19 @@
 
 from gdn.api import GDNOutput, explain, gated_delta_net
 from gdn.backend import Backend, Capabilities
-from gdn.registry import (
-    BackendInfo,
+from gdn.dispatch import (
     BackendUnsupportedError,
     Explanation,
-    UnknownBackendError,
     Verdict,
+    set_default_backend,
+    use_backend,
+)
+from gdn.registry import (
+    BackendInfo,
+    UnknownBackendError,
     list_backends,
     register_backend,
-    set_default_backend,
     unregister_backend,
-    use_backend,
 )
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gdn import ops, registry
+from gdn import dispatch, ops
 from gdn.problem import Call, describe
 from gdn.validation import check_cu_seqlens, validate
 
@@ -116,7 +116,7 @@ def gated_delta_net(
     return GDNOutput(*ops.run_forward(call, _request(backend), _needs_grad(call)))
 
 
-def explain(*args: Any, backend: str | None = None, **options: Any) -> registry.Explanation:
+def explain(*args: Any, backend: str | None = None, **options: Any) -> dispatch.Explanation:
     """Why each backend would or would not run this call, and which would; arguments as
     `gated_delta_net`'s.
 
@@ -126,8 +126,8 @@ def explain(*args: Any, backend: str | None = None, **options: Any) -> registry.
     call = _make_call(*args, **options)
     validate(call)
     check_cu_seqlens(call)
-    request, source = registry.request_in_force(backend)
-    return registry.explain(request, source, describe(call, _needs_grad(call)))
+    request, source = dispatch.request_in_force(backend)
+    return dispatch.explain(request, source, describe(call, _needs_grad(call)))
 
 
 def _make_call(
@@ -180,4 +180,4 @@ def _needs_grad(call: Call) -> bool:
 def _request(backend: str | None) -> str:
     """The request in force: a constant to torch.compile, which holds the one it was traced
     under."""
-    return registry.request_in_force(backend)[0]
+    return dispatch.request_in_force(backend)[0]

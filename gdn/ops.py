@@ -1,6 +1,6 @@
 """`torch.ops.gdn.forward` and `.backward`: schema, fake and autograd, the same for every backend.
 
-torch.compile sees one node each way. Their `backend` argument is a request as in `gdn.registry`,
+torch.compile sees one node each way. Their `backend` argument is a request as in `gdn.dispatch`,
 fixed when the call is made or traced; the backend is resolved inside, from metadata, so that the
 fake and the real kernel agree.
 """
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gdn import registry
+from gdn import dispatch
 from gdn.backend import Gradients
 from gdn.problem import Call, describe
 from gdn.validation import check_cu_seqlens, validate
@@ -69,7 +69,7 @@ def _has_tokens(call: Call) -> bool:
 @torch.library.impl("gdn::forward", "CompositeExplicitAutograd")
 def _forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     call, (request, save) = Call(*args[:_CALL]), args[_CALL:]
-    backend = registry.choose(request, call, save)
+    backend = dispatch.choose(request, call, save)
     check_cu_seqlens(call)
     with _surroundings(call.q.device):
         if _has_tokens(call):
@@ -88,7 +88,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     call, (request, save) = Call(*args[:_CALL]), args[_CALL:]
     validate(call)
-    backend = registry.resolve(request, describe(call, save))
+    backend = dispatch.resolve(request, describe(call, save))
     shape = call.state_shape if call.output_final_state else (0,)
     dtype = call.state_dtype if call.output_final_state else call.q.dtype
     saved = backend.saved_like(call) if save else []
@@ -103,7 +103,7 @@ def _gradients_like(call: Call) -> list[Tensor]:
 @torch.library.impl("gdn::backward", "CompositeExplicitAutograd")
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     call, (request, saved, grad_o, grad_final_state) = Call(*args[:_CALL]), args[_CALL:]
-    backend = registry.choose(request, call, True)
+    backend = dispatch.choose(request, call, True)
     with _surroundings(call.q.device):
         if _has_tokens(call):
             gradients = backend.backward(call, saved, grad_o, grad_final_state)

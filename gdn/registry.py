@@ -1,9 +1,4 @@
-"""Choosing a backend: names, the request in force, and the reasons for and against every backend.
-
-Precedence: backend= argument > use_backend context > set_default_backend > GDN_BACKEND (read at
-    call time) > auto. One name is strict; a list ("tilelang,triton") and "auto" fall through in
-    order.
-"""
+"""The backends by name: built in, registered, or offered by other packages' entry points."""
 
 from __future__ import annotations
 
@@ -12,42 +7,24 @@ import functools
 import importlib
 import importlib.metadata
 import math
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
-from gdn.backend import Backend, Capabilities, reasons_against
-from gdn.problem import Call, Problem, describe
-from gdn.validation import validate
+from gdn.backend import Backend, Capabilities
 
 BUILTIN = ("fla", "torch")
 """Backends that live in gdn.backends, imported by name when first needed."""
 
 ENTRY_POINT_GROUP = "gdn.backends"
 
+generation = 0
+"""Grows whenever a name may have come to mean another backend."""
+
 _backends: dict[str, Backend] = {}
-_chosen: dict[tuple[object, ...], Backend] = {}
-_default: str | None = None
-_context: ContextVar[str | None] = ContextVar("gdn_backend", default=None)
-_CHOSEN_LIMIT = 4096
-_TENSORS = Call._fields.index("scale")
 
 
 class UnknownBackendError(ValueError):
     """A backend was asked for by a name that nobody registered."""
-
-
-class BackendUnsupportedError(RuntimeError):
-    """No backend that was asked for can run the call. `reasons` maps each one's name to why not."""
-
-    def __init__(self, request: str, problem: Problem, reasons: dict[str, list[str]]) -> None:
-        self.request, self.problem, self.reasons = request, problem, reasons
-        lines = [f"  {name}: {'; '.join(why)}" for name, why in reasons.items()]
-        super().__init__(f"no backend in {request!r} can run {problem}\n" + "\n".join(lines))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,43 +40,10 @@ class BackendInfo:
     capabilities: Capabilities
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One backend on one problem: no reasons means that it would run, along `path`."""
-
-    name: str
-    reasons: tuple[str, ...]
-    path: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What `gdn.explain` returns: the request and where it came from, the choice, and a verdict a
-    backend."""
-
-    request: str
-    source: str
-    problem: Problem
-    chosen: str | None
-    verdicts: tuple[Verdict, ...]
-
-    def __str__(self) -> str:
-        lines = [f"problem  {self.problem}", f"request  {self.request} ({self.source})"]
-        lines.append(
-            f"chosen   {self.chosen or 'none: the call would raise BackendUnsupportedError'}"
-        )
-        width = max((len(verdict.name) for verdict in self.verdicts), default=0)
-        for verdict in self.verdicts:
-            why = "; ".join(verdict.reasons) if verdict.reasons else f"can run it ({verdict.path})"
-            lines.append(
-                f"  {verdict.name:<{width}}  {'no:  ' if verdict.reasons else 'yes: '}{why}"
-            )
-        return "\n".join(lines)
-
-
 def register_backend(backend: Backend, *, replace: bool = False) -> None:
     """Add a backend under `backend.name`. ValueError if the name is taken (unless replace) or not a
     plain word."""
+    global generation
     name = backend.name
     if not name.isidentifier() or name == "auto":
         raise ValueError(
@@ -110,14 +54,15 @@ def register_backend(backend: Backend, *, replace: bool = False) -> None:
             f"backend {name!r} is registered already; pass replace=True to take its place"
         )
     _backends[name] = backend
-    _chosen.clear()
+    generation += 1
 
 
 def unregister_backend(name: str) -> None:
     """Forget a registered backend; a built-in one comes back when next needed. Unknown names are
     ignored."""
+    global generation
     _backends.pop(name, None)
-    _chosen.clear()
+    generation += 1
 
 
 @functools.cache
@@ -168,9 +113,9 @@ def backend_names() -> list[str]:
     for name in BUILTIN:
         find_backend(name)
 
-    def rank(name: str) -> tuple[int, str]:
+    def rank(name: str) -> tuple[float, str]:
         priority = _backends[name].priority
-        return (-(10**9) if priority is None else priority) * -1, name
+        return math.inf if priority is None else -priority, name
 
     return sorted(_backends, key=rank)
 
@@ -193,129 +138,3 @@ def list_backends() -> tuple[BackendInfo, ...]:
             )
         )
     return tuple(rows)
-
-
-def parse_request(request: str) -> list[str]:
-    """The names that a request stands for, in order: one name, a comma-separated list, or
-    "auto"."""
-    names: list[str] = []
-    for part in (part.strip() for part in request.split(",")):
-        if part == "auto":
-            names += [name for name in backend_names() if _backends[name].priority is not None]
-        elif part:
-            names.append(find_backend(part).name)
-    if not names:
-        raise UnknownBackendError(
-            f"backend must name at least one backend, got {request!r}; try 'auto'"
-        )
-    return list(dict.fromkeys(names))
-
-
-def request_in_force(backend: str | None = None) -> tuple[str, str]:
-    """The request that a call with this backend= argument makes, and where it comes from."""
-    if backend is not None:
-        return backend, "backend= argument"
-    from_context = _context.get()
-    if from_context is not None:
-        return from_context, "use_backend"
-    if _default is not None:
-        return _default, "set_default_backend"
-    from_environment = os.environ.get("GDN_BACKEND")
-    if from_environment:
-        return from_environment, "GDN_BACKEND"
-    return "auto", "default"
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within the block (and this thread or task), calls without backend= use this name, list or
-    "auto"."""
-    parse_request(name)
-    token = _context.set(name)
-    try:
-        yield
-    finally:
-        _context.reset(token)
-
-
-def set_default_backend(name: str | None) -> None:
-    """Make calls without backend= use this name, list or "auto", process-wide; None takes the
-    default back."""
-    global _default
-    if name is not None:
-        parse_request(name)
-    _default = name
-
-
-def judge(name: str, problem: Problem) -> list[str]:
-    """Every reason why the named backend cannot run the problem; empty if it can."""
-    backend = find_backend(name)
-    unavailable = backend.unavailable()
-    reasons = [] if unavailable is None else [unavailable]
-    reasons += reasons_against(backend.capabilities, problem)
-    return reasons or backend.unsupported(problem)
-
-
-def resolve(request: str, problem: Problem) -> Backend:
-    """The first backend of the request that can run the problem, or BackendUnsupportedError with
-    every reason."""
-    reasons: dict[str, list[str]] = {}
-    for name in parse_request(request):
-        why = judge(name, problem)
-        if not why:
-            if name == "torch" and problem.device == "cuda" and "torch" not in request:
-                _warn_slow(reasons)
-            return find_backend(name)
-        reasons[name] = why
-    raise BackendUnsupportedError(request, problem, reasons)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=5)
-
-
-def _warn_slow(reasons: dict[str, list[str]]) -> None:
-    """Once a process: the automatic choice fell back to plain PyTorch although the tensors are on a
-    GPU."""
-    if not _warn_once.cache_info().currsize:
-        why = "".join(f"\n  {name}: {'; '.join(r)}" for name, r in reasons.items())
-        _warn_once(
-            f"gdn runs on the slow torch backend although the tensors are on a GPU, because{why}"
-        )
-
-
-def _metadata(x: Any) -> tuple[object, ...] | None:
-    return None if x is None else (x.shape, x.dtype, x.device)
-
-
-def choose(request: str, call: Call, needs_grad: bool) -> Backend:
-    """Validate a call and resolve the request for it; remembered, so that a repeated call costs a
-    look-up."""
-    key = (
-        request,
-        needs_grad,
-        *map(_metadata, call[:_TENSORS]),
-        math.isfinite(call.scale),
-        call[_TENSORS + 1 :],
-    )
-    backend = _chosen.get(key)
-    if backend is None:
-        validate(call)
-        backend = resolve(request, describe(call, needs_grad))
-        if len(_chosen) >= _CHOSEN_LIMIT:
-            _chosen.clear()
-        _chosen[key] = backend
-    return backend
-
-
-def explain(request: str, source: str, problem: Problem) -> Explanation:
-    """Judge every backend on a problem and say which one the request would pick."""
-    verdicts = []
-    for name in backend_names():
-        reasons = judge(name, problem)
-        path = None if reasons else find_backend(name).path(problem)
-        verdicts.append(Verdict(name, tuple(reasons), path))
-    able = {verdict.name for verdict in verdicts if not verdict.reasons}
-    chosen = next((name for name in parse_request(request) if name in able), None)
-    return Explanation(request, source, problem, chosen, tuple(verdicts))

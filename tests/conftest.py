@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gdn
-from gdn import registry
+from gdn import dispatch, registry
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS = [info.name for info in gdn.list_backends()]
@@ -65,9 +65,9 @@ def dtype(backend: str) -> torch.dtype:
 @pytest.fixture
 def clean_registry() -> Iterator[None]:
     """Undo registrations and defaults."""
-    before, default = dict(registry._backends), registry._default
+    before, default = dict(registry._backends), dispatch._default
     yield
     registry._backends.clear()
     registry._backends.update(before)
-    registry._chosen.clear()
-    registry._default = default
+    registry.generation += 1
+    dispatch._default = default

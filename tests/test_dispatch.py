@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gdn
-from gdn import registry
+from gdn import dispatch, registry
 from gdn.backend import Backend, Capabilities, Forward, reasons_against
 from gdn.problem import FLAGS, Call, Problem
 from gdn.testing import Case, make_inputs
@@ -85,7 +85,7 @@ def test_context_ends_with_an_exception_and_stays_in_its_thread() -> None:
     seen = []
 
     def look_from_another_thread() -> None:
-        thread = threading.Thread(target=lambda: seen.append(registry.request_in_force()[0]))
+        thread = threading.Thread(target=lambda: seen.append(dispatch.request_in_force()[0]))
         thread.start()
         thread.join()
         raise KeyError
@@ -93,7 +93,7 @@ def test_context_ends_with_an_exception_and_stays_in_its_thread() -> None:
     with pytest.raises(KeyError), gdn.use_backend("one"):
         look_from_another_thread()
     assert seen == ["auto"]
-    assert registry.request_in_force()[0] == "auto"
+    assert dispatch.request_in_force()[0] == "auto"
 
 
 def test_a_named_backend_is_strict_and_a_list_falls_through() -> None:
@@ -203,7 +203,7 @@ def test_entry_points_are_loaded_and_their_failures_contained(
 
 @pytest.mark.gpu
 def test_falling_back_to_torch_on_a_gpu_warns_once() -> None:
-    registry._warn_once.cache_clear()
+    dispatch._warn_once.cache_clear()
     inputs = make_inputs(Case("slow", T=3, dtype=torch.float64), "cuda")
     with pytest.warns(RuntimeWarning, match="slow torch backend"):
         gdn.gated_delta_net(**inputs)
