@@ -188,13 +188,15 @@ def choose(request: str, call: Call, needs_grad: bool) -> Backend:
     return backend
 
 
+def verdict(name: str, problem: Problem) -> Verdict:
+    """Whether and how the named backend would run the problem."""
+    reasons = judge(name, problem)
+    return Verdict(name, tuple(reasons), None if reasons else find_backend(name).path(problem))
+
+
 def explain(request: str, source: str, problem: Problem) -> Explanation:
     """Judge every backend on a problem and say which one the request would pick."""
-    verdicts = []
-    for name in backend_names():
-        reasons = judge(name, problem)
-        path = None if reasons else find_backend(name).path(problem)
-        verdicts.append(Verdict(name, tuple(reasons), path))
+    verdicts = [verdict(name, problem) for name in backend_names()]
     able = {verdict.name for verdict in verdicts if not verdict.reasons}
     chosen = next((name for name in parse_request(request) if name in able), None)
     return Explanation(request, source, problem, chosen, tuple(verdicts))

@@ -19,6 +19,23 @@ DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias
 `gdn.problem.Call.differentiable`."""
 
 
+TOLERANCE = {
+    torch.float16: 1e-3,
+    torch.bfloat16: 1.6e-2,
+    torch.float32: 1e-4,
+    torch.float64: 1e-10,
+}
+"""Against the float64 definition, outputs and gradients: in relative error, and elementwise."""
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """||got - truth|| / ||truth|| (the norm of got if truth is zero); NaN never passes a
+    comparison."""
+    got, truth = got.double(), truth.double().to(got.device)
+    scale = truth.norm().item()
+    return float((got - truth).norm().item() / (scale if scale > 0 else 1.0))
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One kind of call. `lengths` packs sequences along T (then B = 1 and T is their sum).

@@ -11,29 +11,15 @@ from torch import Tensor
 
 import gdn
 from gdn.testing import (
+    TOLERANCE,
     Case,
     gradients,
     make_inputs,
     make_output_gradients,
+    relative_error,
     run_definition,
     with_gradients,
 )
-
-# against the float64 definition: elementwise, absolute and relative, and in relative RMS
-TOLERANCE = {
-    torch.float16: 1e-3,
-    torch.bfloat16: 1.6e-2,
-    torch.float32: 1e-4,
-    torch.float64: 1e-10,
-}
-
-
-def relative_error(got: Tensor, truth: Tensor) -> float:
-    """||got - truth|| / ||truth||; NaN never passes a comparison."""
-    got, truth = got.double().cpu(), truth.double().cpu()
-    scale = truth.norm().item()
-    return (got - truth).norm().item() / (scale if scale > 0 else 1.0)
-
 
 def able(backend: str, inputs: dict[str, Any]) -> bool:
     """Whether the backend claims this call; if not, check that it refuses with its reasons."""

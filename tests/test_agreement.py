@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from gdn.backends.torch import TorchBackend
-from support import able, assert_close, relative_error, run, truth
+from support import able, assert_close, run, truth
 
 import gdn
-from gdn.testing import CASES, Case, make_inputs, with_gradients
+from gdn.testing import CASES, Case, make_inputs, relative_error, with_gradients
 
 HALF = (torch.bfloat16, torch.float16)
 # the cases that reach every stage; the others repeat them at other lengths

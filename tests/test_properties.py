@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import TOLERANCE, able
+from support import able
 from torch import Tensor
 
 import gdn
-from gdn.testing import Case, make_inputs, with_gradients
+from gdn.testing import TOLERANCE, Case, make_inputs, with_gradients
 
 TOKENS = ("q", "k", "v", "g", "beta")
 T = 150

@@ -1,0 +1,210 @@
+"""The command line: `gdn info`, `gdn explain`, `gdn compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import gdn
+from gdn import compare, dispatch, measure, tables
+from gdn.problem import Call, Problem, compute_capability, describe
+from gdn.testing import Case, make_inputs
+from gdn.validation import validate
+
+SIZES = ("B", "T", "H", "HV", "K", "V")
+QWEN: dict[str, Any] = {"B": 1, "H": 16, "HV": 32, "K": 128, "V": 128}
+"""The linear-attention heads of Qwen3-Next and of Qwen3.5 (their configurations' defaults)."""
+
+
+def _shape(text: str) -> dict[str, int]:
+    """{"T": 8192, "HV": 64} from "T=8192,HV=64"."""
+    sizes = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name.strip() not in SIZES or not value.strip().isdigit():
+            raise argparse.ArgumentTypeError(
+                f"must be like T=8192,H=16,HV=64 with names of {' '.join(SIZES)}, got {text!r}"
+            )
+        sizes[name.strip()] = int(value)
+    return sizes
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be like 100,2000,31, got {text!r}")
+    return tuple(int(part) for part in text.split(","))
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _make_case(args: argparse.Namespace) -> Case:
+    on_gpu = args.device.startswith("cuda")
+    sizes = QWEN | {"T": 8192 if on_gpu else 512} | args.shape
+    if args.lengths is not None:
+        sizes |= {"B": 1, "T": sum(args.lengths)}
+    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    return Case(
+        "command-line",
+        **sizes,
+        lengths=args.lengths,
+        dtype=getattr(torch, dtype),
+        gates="model" if args.raw else "mixed",
+        fused=args.raw,
+        initial_state=False,
+        state_v_first=args.state_v_first,
+    )
+
+
+def _print_table(console: Console, headers: Sequence[str], rows: list[list[str]]) -> None:
+    table = Table(*headers, box=SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def info(args: argparse.Namespace) -> int:
+    """Versions, device, and each backend: available or why not."""
+    backends = gdn.list_backends()
+    if args.markdown:
+        print(tables.markdown(tables.CAPABILITIES, tables.capability_rows(backends)))
+        return 0
+    console = _console()
+    device = torch.device(_default_device())
+    about, sm = measure.environment(device), compute_capability(device)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    console.print(f"device    {about['device']}" + (f" (sm_{sm})" if sm else ""))
+    console.print(f"versions  python {about['python']}, {versions}", soft_wrap=True)
+    request, source = dispatch.request_in_force()
+    console.print(f"request   {request} ({source})")
+    rows = []
+    for backend in backends:
+        case = Case("info", T=8192, dtype=torch.bfloat16, **QWEN)
+        problems = [_describe(case, device.type, grad, sm) for grad in (False, True)]
+        verdicts = [dispatch.verdict(backend.name, problem) for problem in problems]
+        said = ["no: " + "; ".join(v.reasons) if v.reasons else f"yes: {v.path}" for v in verdicts]
+        rows.append([backend.name, backend.summary, *said])
+    _print_table(console, ("backend", "what it is", "Qwen3.5 forward here", "and backward"), rows)
+    return 0
+
+
+def _describe(case: Case, device: str, needs_grad: bool, sm: int | None) -> Problem:
+    """The problem that a case is on a device; its tensors are never made."""
+    inputs = make_inputs(replace(case, T=0, lengths=None), "meta")
+    for name in ("q", "k", "v", "g", "beta"):
+        x = inputs[name]
+        inputs[name] = x.new_empty((case.B, case.tokens, *x.shape[2:]))
+    if case.lengths is not None:
+        inputs["cu_seqlens"] = torch.empty(case.sequences + 1, dtype=torch.int32, device="meta")
+    call = Call(**inputs)
+    validate(call)
+    return replace(describe(call, needs_grad), device=device, sm=sm)
+
+
+def explain(args: argparse.Namespace) -> int:
+    """Why each backend would or would not run a call of the given shape."""
+    device = torch.device(args.device)
+    sm = args.sm or (compute_capability(device) if torch.cuda.is_available() else None)
+    problem = _describe(_make_case(args), device.type, args.gradients, sm)
+    found = dispatch.explain(*dispatch.request_in_force(args.backend), problem)
+    print(found)
+    return 0 if found.chosen else 1
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """The main job: agreement, then timings, of every backend available here."""
+    case, device = _make_case(args), torch.device(args.device)
+    names = dispatch.parse_request(args.backends) if args.backends else None
+    total = compare.steps(len(names or gdn.list_backends()))
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("inputs", total=total)
+
+        def step(text: str) -> None:
+            progress.update(task, description=text, advance=1)
+
+        report = compare.compare(case, device, names, step)
+    rows = tables.comparison_rows(report)
+    title, notes = tables.comparison_title(report), tables.comparison_notes(report)
+    if args.markdown:
+        print(tables.markdown(tables.COMPARISON, rows), *notes, *title.splitlines(), sep="\n\n")
+    else:
+        console = _console()
+        console.print(title, soft_wrap=True, highlight=False)
+        _print_table(console, tables.COMPARISON, rows)
+        for note in notes:
+            console.print(note, soft_wrap=True, highlight=False)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    if args.plot is not None:
+        tables.plot(report, args.plot)
+    return 0 if report.ok else 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; each command's function is its `run`."""
+    parser = argparse.ArgumentParser(prog="gdn", description=gdn.__doc__)
+    parser.add_argument("--version", action="version", version=f"gdn {gdn.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    problem = argparse.ArgumentParser(add_help=False)
+    problem.add_argument(
+        "--shape", type=_shape, default={}, metavar="T=8192,H=16,HV=32",
+        help="sizes, any of B T H HV K V; the others are Qwen3.5's, T 512 (on a GPU 8192)",
+    )  # fmt: skip
+    problem.add_argument("--lengths", type=_lengths, metavar="N,N,...", help="packed sequences")
+    problem.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
+    problem.add_argument("--device", default=_default_device())
+    problem.add_argument("--state-v-first", action="store_true", help="states [N, HV, V, K]")
+    problem.add_argument(
+        "--raw", action=argparse.BooleanOptionalAction, default=True,
+        help="give raw q, k, gate and beta, with the L2 norm, gate and sigmoid fused",
+    )  # fmt: skip
+
+    command = commands.add_parser("info", help=info.__doc__)
+    command.add_argument("--markdown", action="store_true", help="the capability table for README")
+    command.set_defaults(run=info)
+
+    command = commands.add_parser("explain", help=explain.__doc__, parents=[problem])
+    command.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
+    command.add_argument("--backend", help="a name, a list, or auto")
+    command.add_argument("--sm", type=int, help="compute capability times ten, if not this GPU's")
+    command.set_defaults(run=explain)
+
+    command = commands.add_parser("compare", help=run_compare.__doc__, parents=[problem])
+    command.add_argument("--backends", help="a list, such as tilelang,fla; all by default")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+    command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
+    command.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    command.set_defaults(run=run_compare)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if all is well, 1 if a backend failed or none was found, 2 on bad
+    options."""
+    args = make_parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except ValueError as error:  # malformed shapes, unknown backends: the message says all
+        print(f"gdn: {error}", file=sys.stderr)
+        return 2
+    return status

@@ -1,0 +1,176 @@
+"""Tables and the plot of the command line: rows of text, printed by rich or as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gdn.compare import PASSES, Report
+from gdn.measure import Timing
+from gdn.problem import FLAGS
+from gdn.registry import BackendInfo
+
+OUTPUTS = ("o", "final_state")
+COMPARISON = (
+    "backend",
+    "pass",
+    "path",
+    "o",
+    "state",
+    "gradients",
+    "GPU ms",
+    "wall ms",
+    "TFLOPS",
+    "GB/s",
+    "roofline",
+)
+CAPABILITIES = (
+    "backend",
+    "dtypes",
+    "devices",
+    "K, V",
+    "grouped heads",
+    "packed",
+    "backward",
+    "fused options",
+    "deterministic",
+    "CUDA graph",
+    "needs",
+)
+
+Table = list[list[str]]
+
+
+def markdown(headers: Sequence[str], rows: Table) -> str:
+    """A GitHub table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _milliseconds(timing: Timing | None) -> str:
+    if timing is None:
+        return "-"
+    return f"{timing.ms:.3f}" + ("*" if timing.clock == "events" else "")
+
+
+def comparison_rows(report: Report) -> Table:
+    """A row a backend and timed pass, under the headers `COMPARISON`; "-" for what has no value."""
+    rows = []
+    for row in report.rows:
+        gradients = [error for name, error in row.errors.items() if name not in OUTPUTS]
+        values = [row.errors.get(name) for name in OUTPUTS], [max(gradients, default=None)]
+        errors = [["-" if x is None else f"{x:.1e}" for x in found] for found in values]
+        for which, found in row.passes.items():
+            forward = which == PASSES[0]
+            rows.append(
+                [
+                    row.backend,
+                    which,
+                    found.path,
+                    *([*errors[0], "-"] if forward else ["-", "-", *errors[1]]),
+                    _milliseconds(found.gpu),
+                    _milliseconds(found.wall),
+                    f"{found.tflops:.3g}",
+                    f"{found.gbytes:.0f}",
+                    f"{100 * found.roofline:.1f} %",
+                ]
+            )
+    return rows
+
+
+def comparison_notes(report: Report) -> list[str]:
+    """A line for each backend that disagreed, raised, or could not run a pass."""
+    notes = []
+    for row in report.rows:
+        if row.failure is not None:
+            notes.append(f"{row.backend}: FAILED, and was not timed: {row.failure}")
+        reasons = list(row.refusals.values())
+        if len(reasons) == len(PASSES) and reasons[0] == reasons[1]:
+            notes.append(f"{row.backend}: not run: {'; '.join(reasons[0])}")
+        else:
+            notes += [f"{row.backend}: no {n}: {'; '.join(r)}" for n, r in row.refusals.items()]
+    return notes
+
+
+def comparison_title(report: Report) -> str:
+    """What was compared, where, and what the numbers are."""
+    case, limits, about = report.case, report.ceilings, report.environment
+    length = (
+        f"T={case.T}" if case.lengths is None else f"lengths={','.join(map(str, case.lengths))}"
+    )
+    dtype = str(case.dtype).removeprefix("torch.")
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines = [
+        f"B={case.B} {length} H={case.H} HV={case.HV} K={case.K} V={case.V} {dtype}, "
+        f"{'raw' if case.fused else 'finished'} gates, on {about['device']}",
+        f"{versions}, commit {about['commit'] or 'unknown'}: {about['command']}",
+        f"ceilings measured here: {limits.flops / 1e12:.3g} TFLOPS ({dtype} product), "
+        f"{limits.bytes / 1e9:.0f} GB/s (copy)",
+        f"o, state, gradients (the worst): relative errors against the float64 definition, on "
+        f"{report.checked.tokens} tokens",
+    ]
+    if any(m.gpu and m.gpu.clock == "events" for row in report.rows for m in row.passes.values()):
+        lines.append("* timed between events, launch gaps included; the others by graph replay")
+    return "\n".join(lines)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def capability_rows(backends: Sequence[BackendInfo]) -> Table:
+    """What each backend declares, under the headers `CAPABILITIES`."""
+    rows = []
+    for info in backends:
+        c = info.capabilities
+        sizes = ", ".join(map(str, c.head_dims)) or "any"
+        limits = [f"{n} ≤ {m}" for n, m in (("K", c.max_k), ("V", c.max_v)) if m is not None]
+        chips = f"sm_{c.min_sm} or newer" if c.min_sm else ""
+        fused = "all" if c.flags >= set(FLAGS) else ", ".join(sorted(c.flags)) or "none"
+        rows.append(
+            [
+                f"`{info.name}`",
+                ", ".join(str(dtype).removeprefix("torch.") for dtype in c.dtypes),
+                " ".join(filter(None, [", ".join(c.devices) or "any", chips])),
+                ", ".join([sizes, *limits]),
+                *map(_yes, (c.gva, c.varlen, c.backward)),
+                fused,
+                *map(_yes, (c.deterministic, c.cuda_graph)),
+                ", ".join(c.packages) or "nothing",
+            ]
+        )
+    return rows
+
+
+def plot(report: Report, path: Path) -> None:
+    """Latency and error of every backend that ran, as a PNG (or what the suffix says)."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in report.rows if row.passes]
+    figure, (latency, error) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.8 * max(1, len(rows))))
+    height = 0.38
+    for n, which in enumerate(PASSES):
+        timed = [(y, row.passes[which]) for y, row in enumerate(rows) if which in row.passes]
+        places = [y + (n - 0.5) * height for y, _ in timed]
+        bars = latency.barh(places, [found.ms for _, found in timed], height, label=which)
+        latency.bar_label(
+            bars, [f"{found.ms:.3g} ms ({found.roofline:.0%})" for _, found in timed], padding=3
+        )
+        names = OUTPUTS if n == 0 else [x for row in rows for x in row.errors if x not in OUTPUTS]
+        worst = [max((row.errors.get(x, 0.0) for x in names), default=0.0) for row in rows]
+        error.barh([y + (n - 0.5) * height for y in range(len(rows))], worst, height, label=which)
+    for axes in (latency, error):
+        axes.set_yticks(range(len(rows)), [row.backend for row in rows])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.spines[["top", "right"]].set_visible(False)
+    latency.margins(x=0.3)
+    latency.set_xlabel("ms a call (share of the roofline)")
+    latency.legend()
+    error.set_xlabel("worst relative error against float64")
+    figure.suptitle(comparison_title(report).splitlines()[0], fontsize=10)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
