@@ -150,27 +150,31 @@ def plot(report: Report, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in report.rows if row.passes]
-    figure, (latency, error) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.8 * max(1, len(rows))))
-    height = 0.38
+    figure, (latency, error) = plt.subplots(1, 2, figsize=(12, 2 + 0.6 * max(1, len(rows))))
     for n, which in enumerate(PASSES):
-        timed = [(y, row.passes[which]) for y, row in enumerate(rows) if which in row.passes]
-        places = [y + (n - 0.5) * height for y, _ in timed]
-        bars = latency.barh(places, [found.ms for _, found in timed], height, label=which)
-        latency.bar_label(
-            bars, [f"{found.ms:.3g} ms ({found.roofline:.0%})" for _, found in timed], padding=3
-        )
+        shift = 0.3 * (n - 0.5)
+        timed = [
+            (y + shift, row.passes[which]) for y, row in enumerate(rows) if which in row.passes
+        ]
+        latency.plot([found.ms for _, found in timed], [y for y, _ in timed], "o", label=which)
+        for y, found in timed:
+            text = f"  {found.ms:.3g} ms ({found.roofline:.1%})"
+            latency.annotate(text, (found.ms, y), va="center", fontsize=9)
         names = OUTPUTS if n == 0 else [x for row in rows for x in row.errors if x not in OUTPUTS]
         worst = [max((row.errors.get(x, 0.0) for x in names), default=0.0) for row in rows]
-        error.barh([y + (n - 0.5) * height for y in range(len(rows))], worst, height, label=which)
+        label = "outputs" if n == 0 else "gradients"
+        error.barh([y + shift for y in range(len(rows))], worst, 0.28, label=label)
     for axes in (latency, error):
         axes.set_yticks(range(len(rows)), [row.backend for row in rows])
-        axes.invert_yaxis()
-        axes.set_xscale("log")
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.spines[["top", "right"]].set_visible(False)
-    latency.margins(x=0.3)
+        axes.grid(axis="x", alpha=0.3)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    latency.set_xscale("log")
+    latency.margins(x=0.5)
     latency.set_xlabel("ms a call (share of the roofline)")
-    latency.legend()
+    error.ticklabel_format(axis="x", scilimits=(0, 0))
     error.set_xlabel("worst relative error against float64")
-    figure.suptitle(comparison_title(report).splitlines()[0], fontsize=10)
+    figure.suptitle(comparison_title(report).splitlines()[0], fontsize=10, y=1.04)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
