@@ -21,6 +21,7 @@ from gdn.testing import (
     with_gradients,
 )
 
+
 def able(backend: str, inputs: dict[str, Any]) -> bool:
     """Whether the backend claims this call; if not, check that it refuses with its reasons."""
     verdicts = {v.name: v for v in gdn.explain(**inputs, backend=backend).verdicts}
