@@ -158,7 +158,7 @@ def _make_call(
         warnings.warn(
             "transpose_state_layout is fla's former name of state_v_first; pass that instead",
             DeprecationWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
         state_v_first = transpose_state_layout
     if scale is None:
@@ -176,8 +176,11 @@ def _needs_grad(call: Call) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def _request(backend: str | None) -> str:
     """The request in force: a constant to torch.compile, which holds the one it was traced
     under."""
     return dispatch.request_in_force(backend)[0]
+
+
+# torch.compiler.assume_constant_result's mark; the decorator would import Dynamo, and so Triton
+_request._dynamo_marked_constant = True  # type: ignore[attr-defined]

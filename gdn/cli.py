@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,20 +129,26 @@ def explain(args: argparse.Namespace) -> int:
     return 0 if found.chosen else 1
 
 
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A function that moves a progress bar on stderr; without a terminal, one that prints lines."""
+    if not sys.stderr.isatty():
+        start = time.perf_counter()
+        yield lambda text: print(f"{time.perf_counter() - start:6.1f} s  {text}", file=sys.stderr)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("inputs", total=total)
+        yield lambda text: progress.update(task, description=text, advance=1)
+
+
 def run_compare(args: argparse.Namespace) -> int:
     """The main job: agreement, then timings, of every backend available here."""
     case, device = _make_case(args), torch.device(args.device)
     names = dispatch.parse_request(args.backends) if args.backends else None
     total = compare.steps(len(names or gdn.list_backends()))
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("inputs", total=total)
-
-        def step(text: str) -> None:
-            progress.update(task, description=text, advance=1)
-
+    with _progress(total) as step:
         report = compare.compare(case, device, names, step)
     rows = tables.comparison_rows(report)
     title, notes = tables.comparison_title(report), tables.comparison_notes(report)

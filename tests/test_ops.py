@@ -189,7 +189,8 @@ def test_is_captured_in_a_cuda_graph(backend: str) -> None:
 
     def step() -> list[torch.Tensor]:
         o, state = gdn.gated_delta_net(**inputs, backend=backend)
-        return [o, state, *torch.autograd.grad(o.float().sum() + state.sum(), leaves)]
+        grads = torch.autograd.grad(o.float().sum() + state.sum(), leaves)
+        return [o.detach(), state.detach(), *grads]  # no autograd graph outlives its stream
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

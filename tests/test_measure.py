@@ -1,0 +1,66 @@
+"""The measuring rules: the work model's known values, the error measure, the clocks."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+
+from gdn import measure
+from gdn.measure import Ceilings
+from gdn.testing import Case, relative_error
+
+QWEN = Case("model", T=32768, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16, initial_state=False)
+
+
+def test_work_of_a_chunk_and_a_token() -> None:
+    """Counted by hand: 10.6 million operations a chunk and value head; 520 + 512 / G bytes a
+    token and value head, besides the final state."""
+    work = measure.work(QWEN, backward=False)
+    assert work.flops / (512 * 32) == pytest.approx(10.6e6, rel=0.01)
+    state = 32 * 128 * 128 * 4
+    assert (work.bytes - state) / (32768 * 32) == 520 + 512 / 2
+    assert Ceilings(790e12, 4.27e12).floor_ms(work) == pytest.approx(0.22, rel=0.02)
+    both = measure.work(QWEN, backward=True)
+    assert both.flops == 4 * work.flops
+    assert 2 * work.bytes < both.bytes < 4 * work.bytes
+
+
+def test_work_counts_packed_chunks_and_states() -> None:
+    packed = Case("packed", lengths=(1, 64, 65, 0), initial_state=False)
+    dense = Case("dense", T=64, initial_state=False)
+    assert measure.work(packed, False).flops == 4 * measure.work(dense, False).flops
+    kept = Case("state", lengths=(1, 64, 65, 0))
+    more = measure.work(kept, False).bytes - measure.work(packed, False).bytes
+    assert more == 4 * 2 * 64 * 64 * 4
+
+
+def test_relative_error() -> None:
+    truth = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert relative_error(torch.tensor([3.0, 4.5]), truth) == pytest.approx(0.1)
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error(torch.ones(1), torch.zeros(1)) == 1
+    assert math.isnan(relative_error(torch.tensor([3.0, torch.nan]), truth))
+
+
+def test_wall_times_tell_slow_from_fast() -> None:
+    runs = {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.002)}
+    found = measure.wall_times(runs, torch.device("cpu"), budget=0.2)
+    assert 20 <= found["slow"].ms < 200
+    assert 2 <= found["fast"].ms < found["slow"].ms
+    assert found["slow"].repeats == found["fast"].repeats >= 5
+
+
+@pytest.mark.gpu
+def test_gpu_times_agree_with_and_without_a_graph() -> None:
+    x = torch.randn(2**26, device="cuda")
+    y = torch.empty_like(x)
+    runs = dict.fromkeys(("graph", "events"), lambda: y.copy_(x))
+    found = measure.gpu_times(runs, {"graph": True, "events": False}, budget=0.2)
+    assert found["graph"].clock == "graph"
+    assert found["events"].clock == "events"
+    assert found["graph"].ms == pytest.approx(found["events"].ms, rel=0.3)
+    ceilings = measure.ceilings(torch.device("cuda"), torch.bfloat16)
+    assert ceilings.bytes == pytest.approx(2 * x.nbytes / found["graph"].ms * 1e3, rel=0.3)

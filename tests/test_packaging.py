@@ -1,0 +1,65 @@
+"""The house keeps its own rules: the wheel's package list, README's table and commands, sizes."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import gdn
+from gdn import registry, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not in a checkout")
+SOURCES = sorted(
+    path for top in ("gdn", "backends", "tests", "bench") for path in (ROOT / top).rglob("*.py")
+)
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    found = set()
+    for top, name in (("gdn", "gdn"), ("backends", "gdn.backends")):
+        for path in (ROOT / top).rglob("*.py"):
+            inner = path.parent.relative_to(ROOT / top).parts
+            found.add(".".join((name, *inner)))
+    assert set(project()["tool"]["setuptools"]["packages"]) == found
+
+
+def test_every_builtin_backend_has_a_package_and_an_extra_if_it_needs_one() -> None:
+    folders = {path.parent.name for path in (ROOT / "backends").glob("*/__init__.py")}
+    assert folders == set(registry.BUILTIN)
+    extras = project()["project"]["optional-dependencies"]
+    for info in gdn.list_backends():
+        assert not info.capabilities.packages or info.name in extras
+
+
+def test_version_is_said_once() -> None:
+    assert project()["project"]["version"] == gdn.__version__
+    assert f"## {gdn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_readme_has_the_generated_table_of_capabilities() -> None:
+    builtin = [info for info in gdn.list_backends() if info.name in registry.BUILTIN]
+    table = tables.markdown(tables.CAPABILITIES, tables.capability_rows(builtin))
+    assert table in (ROOT / "README.md").read_text(), "paste the output of: gdn info --markdown"
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    command = next(line for line in lines if line.startswith("tox "))
+    readme = (ROOT / "README.md").read_text()
+    assert "tox -e py311\n" in readme
+    assert command.split()[:2] == ["tox", "-e"]
+    assert command.split()[2].split(",")[0] == "py311"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short_and_say_what_they_are(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    assert text.startswith('"""')
