@@ -108,14 +108,15 @@ def _plain_row(row: Row) -> dict[str, Any]:
     return asdict(replace(row, passes={})) | {"passes": passes}
 
 
-def _shortened(case: Case) -> Case:
+def shortened(case: Case) -> Case:
+    """The case cut to about CHECKED_TOKENS tokens."""
     if case.lengths is None:
         return replace(case, T=min(case.T, CHECKED_TOKENS), B=1)
     share = max(1, CHECKED_TOKENS // max(1, len(case.lengths)))
     return replace(case, lengths=tuple(min(length, share) for length in case.lengths))
 
 
-def _make_rows(names: list[str], case: Case, device: torch.device) -> list[Row]:
+def make_rows(names: list[str], case: Case, device: torch.device) -> list[Row]:
     """A row a backend, with what it can run of the case and why not the rest."""
     rows = [Row(name) for name in names]
     inputs = make_inputs(case, device)
@@ -137,14 +138,15 @@ def _run(name: str, inputs: dict[str, Any], into: tuple[Tensor, Tensor] | None) 
     return outputs._asdict() | found
 
 
-def _truth(case: Case, device: torch.device) -> dict[str, Tensor]:
+def truth(case: Case, device: torch.device) -> dict[str, Tensor]:
+    """Outputs and gradients of a case by the definition in float64, by name."""
     inputs = with_gradients(make_inputs(case, device), torch.float64)
     o, state = run_definition(inputs)
     found = gradients((o, state), inputs, make_output_gradients(case, device))
     return {"o": o.detach(), "final_state": state.detach()} | found
 
 
-def _check(row: Row, case: Case, truth: dict[str, Tensor], device: torch.device) -> None:
+def check(row: Row, case: Case, expected: dict[str, Tensor], device: torch.device) -> None:
     """Fill in the row's errors, and its failure if one of them is above tolerance."""
     inputs, into = make_inputs(case, device), None
     if PASSES[1] in row.paths:
@@ -154,7 +156,7 @@ def _check(row: Row, case: Case, truth: dict[str, Tensor], device: torch.device)
     except Exception as error:  # one backend's fault must not end the comparison of the others
         row.failure = f"{type(error).__name__}: {error}"
         return
-    row.errors = {name: relative_error(x.detach(), truth[name]) for name, x in got.items()}
+    row.errors = {name: relative_error(x.detach(), expected[name]) for name, x in got.items()}
     tolerance = TOLERANCE[case.dtype]
     over = [f"{name} {error:.1e}" for name, error in row.errors.items() if not error <= tolerance]
     if over:
@@ -205,14 +207,14 @@ def compare(
     raises, keeps its failure and is never timed.
     """
     names = [info.name for info in gdn.list_backends()] if backends is None else backends
-    checked = _shortened(case)
-    rows = _make_rows(names, case, device)
+    checked = shortened(case)
+    rows = make_rows(names, case, device)
     step("float64 definition")
-    truth = _truth(checked, device) if any(row.paths for row in rows) else {}
+    expected = truth(checked, device) if any(row.paths for row in rows) else {}
     for row in rows:
         step(f"agreement of {row.backend}")
         if row.paths:
-            _check(row, checked, truth, device)
+            check(row, checked, expected, device)
     step("ceilings of the device")
     limits = measure.ceilings(device, case.dtype)
     for which in PASSES:
