@@ -15,13 +15,7 @@ from torch import Tensor
 
 import gdn
 from gdn import compare
-from gdn.testing import (
-    Case,
-    gradients,
-    make_inputs,
-    make_output_gradients,
-    with_gradients,
-)
+from gdn.testing import Case
 
 LENGTHS = {"cpu": (512, 2048), "cuda": (2048, 8192)}
 CASE = Case("model", H=16, HV=32, K=128, V=128, fused=True, gates="model", initial_state=False)
@@ -43,20 +37,11 @@ def test_op(
     (row,) = compare.make_rows([backend], case, device)
     if which in row.refusals:
         pytest.skip("; ".join(row.refusals[which]))
+    compare.call_first(row, case, device)
     checked = compare.shortened(case)
     compare.check(row, checked, truth(checked, device), device)
     assert row.failure is None
-    inputs = make_inputs(case, device)
-    into = make_output_gradients(case, device)
-    if which == compare.PASSES[1]:
-        inputs = with_gradients(inputs)
-
-    def run() -> object:
-        outputs = gdn.gated_delta_net(**inputs, backend=backend)
-        return gradients(outputs, inputs, into) if which == compare.PASSES[1] else outputs
-
+    prepared = compare.prepare(case, device, which)
     worst = max(row.errors.values())
-    record(
-        run, 10, T=case.T, **{"pass": which}, backend=backend, path=row.paths[which],
-        error=f"{worst:.1e}",
-    )  # fmt: skip
+    columns = {"T": case.T, "pass": which, "backend": backend, "path": row.paths[which]}
+    record(lambda: compare.run(backend, *prepared), 10, **columns, error=f"{worst:.1e}")

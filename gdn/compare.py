@@ -3,6 +3,8 @@ definition, then timed."""
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -53,11 +55,13 @@ class Measurement:
 @dataclass(slots=True)
 class Row:
     """One backend: the path of each pass that it can run and the reasons against one that it
-    cannot; relative errors by tensor name; what failed, if anything did; what was timed."""
+    cannot; seconds that each pass's first call took, compiling and autotuning included; relative
+    errors by tensor name; what failed, if anything did; what was timed."""
 
     backend: str
     paths: dict[str, str] = field(default_factory=dict)
     refusals: dict[str, list[str]] = field(default_factory=dict)
+    first_calls: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     failure: str | None = None
     passes: dict[str, Measurement] = field(default_factory=dict)
@@ -131,7 +135,7 @@ def make_rows(names: list[str], case: Case, device: torch.device) -> list[Row]:
     return rows
 
 
-def _run(name: str, inputs: dict[str, Any], into: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+def run(name: str, inputs: dict[str, Any], into: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
     """Outputs by name, and the gradients `into` gives, if any."""
     outputs = gdn.gated_delta_net(**inputs, backend=name)
     found = {} if into is None else gradients(outputs, inputs, into)  # type: ignore[arg-type]
@@ -146,16 +150,33 @@ def truth(case: Case, device: torch.device) -> dict[str, Tensor]:
     return {"o": o.detach(), "final_state": state.detach()} | found
 
 
+def prepare(case: Case, device: torch.device, which: str) -> tuple[dict[str, Any], Any]:
+    """Inputs of one pass, and the gradients of its outputs or None: what `run` takes."""
+    inputs = make_inputs(case, device)
+    if which == PASSES[0]:
+        return inputs, None
+    return with_gradients(inputs), make_output_gradients(case, device)
+
+
+def call_first(row: Row, case: Case, device: torch.device) -> None:
+    """Each pass once, at the size that will be timed: what autotunes, tunes for that size. Fills in
+    the row's first_calls, or its failure."""
+    for which in row.paths:
+        prepared = prepare(case, device, which)
+        start = time.perf_counter()
+        try:
+            run(row.backend, *prepared)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except Exception as error:  # one backend's fault must not end the comparison of the others
+            row.failure = f"{type(error).__name__}: {error}"
+            return
+        row.first_calls[which] = time.perf_counter() - start
+
+
 def check(row: Row, case: Case, expected: dict[str, Tensor], device: torch.device) -> None:
     """Fill in the row's errors, and its failure if one of them is above tolerance."""
-    inputs, into = make_inputs(case, device), None
-    if PASSES[1] in row.paths:
-        inputs, into = with_gradients(inputs), make_output_gradients(case, device)
-    try:
-        got = _run(row.backend, inputs, into)
-    except Exception as error:  # one backend's fault must not end the comparison of the others
-        row.failure = f"{type(error).__name__}: {error}"
-        return
+    got = run(row.backend, *prepare(case, device, list(row.paths)[-1]))
     row.errors = {name: relative_error(x.detach(), expected[name]) for name, x in got.items()}
     tolerance = TOLERANCE[case.dtype]
     over = [f"{name} {error:.1e}" for name, error in row.errors.items() if not error <= tolerance]
@@ -165,15 +186,10 @@ def check(row: Row, case: Case, expected: dict[str, Tensor], device: torch.devic
 
 def _time(rows: list[Row], case: Case, device: torch.device, limits: Ceilings, which: str) -> None:
     """Time one pass of all rows, interleaved, and write the measurements into them."""
-    backward = which == PASSES[1]
-    inputs, into = make_inputs(case, device), None
-    if backward:
-        inputs, into = with_gradients(inputs), make_output_gradients(case, device)
-
-    def make_run(name: str) -> Run:
-        return lambda: _run(name, inputs, into)
-
-    runs = {row.backend: make_run(row.backend) for row in rows}
+    prepared = prepare(case, device, which)
+    runs: dict[str, Run] = {
+        row.backend: functools.partial(run, row.backend, *prepared) for row in rows
+    }
     wall, gpu = measure.wall_times(runs, device), None
     if device.type == "cuda":
         infos = {info.name: info.capabilities for info in gdn.list_backends()}
@@ -181,7 +197,7 @@ def _time(rows: list[Row], case: Case, device: torch.device, limits: Ceilings, w
             gpu = measure.gpu_times(
                 runs, {n: infos[n].cuda_graph and case.lengths is None for n in runs}
             )
-    least = measure.work(case, backward)
+    least = measure.work(case, backward=which == PASSES[1])
     for row in rows:
         timing = wall[row.backend] if gpu is None else gpu[row.backend]
         row.passes[which] = Measurement(
@@ -212,8 +228,9 @@ def compare(
     step("float64 definition")
     expected = truth(checked, device) if any(row.paths for row in rows) else {}
     for row in rows:
-        step(f"agreement of {row.backend}")
-        if row.paths:
+        step(f"first calls and agreement of {row.backend}")
+        call_first(row, case, device)
+        if row.paths and row.failure is None:
             check(row, checked, expected, device)
     step("ceilings of the device")
     limits = measure.ceilings(device, case.dtype)

@@ -18,6 +18,7 @@ COMPARISON = (
     "o",
     "state",
     "gradients",
+    "first s",
     "GPU ms",
     "wall ms",
     "TFLOPS",
@@ -68,6 +69,7 @@ def comparison_rows(report: Report) -> Table:
                     which,
                     found.path,
                     *([*errors[0], "-"] if forward else ["-", "-", *errors[1]]),
+                    f"{row.first_calls[which]:.2f}",
                     _milliseconds(found.gpu),
                     _milliseconds(found.wall),
                     f"{found.tflops:.3g}",
@@ -107,7 +109,7 @@ def comparison_title(report: Report) -> str:
         f"ceilings measured here: {limits.flops / 1e12:.3g} TFLOPS ({dtype} product), "
         f"{limits.bytes / 1e9:.0f} GB/s (copy)",
         f"o, state, gradients (the worst): relative errors against the float64 definition, on "
-        f"{report.checked.tokens} tokens",
+        f"{report.checked.tokens} tokens; first s: the first call, compiling and tuning included",
     ]
     if any(m.gpu and m.gpu.clock == "events" for row in report.rows for m in row.passes.values()):
         lines.append("* timed between events, launch gaps included; the others by graph replay")

@@ -91,7 +91,7 @@ def test_compare_checks_times_writes_and_draws(
     assert cli.main(["compare", *SMALL, "--json", str(file), "--plot", str(picture)]) == 0
     out, err = capsys.readouterr()
     assert "fla: not run: " in out
-    assert "agreement of torch" in err
+    assert "first calls and agreement of torch" in err
     report = json.loads(file.read_text())
     (row,) = (row for row in report["rows"] if row["backend"] == "torch")
     assert set(row["errors"]) == {

