@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -145,6 +146,8 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
 def run_compare(args: argparse.Namespace) -> int:
     """The main job: agreement, then timings, of every backend available here."""
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('--plot needs matplotlib, which is not installed; pip install "gdn[plot]"')
     case, device = _make_case(args), torch.device(args.device)
     names = dispatch.parse_request(args.backends) if args.backends else None
     total = compare.steps(len(names or gdn.list_backends()))
