@@ -79,7 +79,7 @@ def _print_table(console: Console, headers: Sequence[str], rows: list[list[str]]
 
 
 def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    return Console() if sys.stdout.isatty() else Console(width=132)
 
 
 def info(args: argparse.Namespace) -> int:

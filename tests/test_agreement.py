@@ -87,11 +87,13 @@ def test_gradient_of_one_output_alone(
     backend: str, wanted: str, dtype: torch.dtype, device: str
 ) -> None:
     """The other output's missing gradient counts as zero."""
-    case = Case("alone", T=100, HV=4, dtype=dtype)
-    inputs = with_gradients(make_inputs(case, device))
+    case = Case("alone", T=70, HV=4, dtype=dtype)
+    inputs, exact = make_inputs(case, device), make_inputs(case)
+    for kwargs in (inputs, exact):
+        kwargs["g"] *= 0.05  # else the first state's gradient underflows float16
+    inputs, exact = with_gradients(inputs), with_gradients(exact, torch.float64)
     if not able(backend, inputs):
         return
-    exact = with_gradients(make_inputs(case), torch.float64)
     names = ["q", "k", "v", "g", "beta", "initial_state"]
     expected_out = getattr(gdn.gated_delta_net(**exact, backend="torch"), wanted)
     weights = torch.randn(expected_out.shape, generator=torch.Generator().manual_seed(3)) / 32
