@@ -1,0 +1,73 @@
+"""The fla adapter: the limits that capabilities cannot say, and the path that runs."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from gdn.backends import fla
+
+import gdn
+from gdn.problem import Problem
+from gdn.testing import Case, make_inputs
+
+HOPPER = Problem(
+    B=1, T=8, H=2, HV=2, K=128, V=128, N=1, dtype=torch.bfloat16, device="cuda", sm=90,
+    varlen=False, initial_state=False, needs_grad=True, flags=frozenset(),
+)  # fmt: skip
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, tilelang: bool, miscompiles: bool) -> None:
+    monkeypatch.setattr(fla, "_tilelang_part", lambda: tilelang)
+    monkeypatch.setattr(fla, "_triton_miscompiles", lambda: miscompiles)
+
+
+def test_backward_on_hopper_needs_a_right_triton_or_tilelang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(monkeypatch, tilelang=False, miscompiles=True)
+    (reason,) = fla.BACKEND.unsupported(HOPPER)
+    assert "backward on Hopper is wrong with Triton 3.4 to 3.7.0" in reason
+    assert not fla.BACKEND.unsupported(replace(HOPPER, sm=80))
+    assert not fla.BACKEND.unsupported(replace(HOPPER, needs_grad=False))
+    pretend(monkeypatch, tilelang=False, miscompiles=False)
+    assert not fla.BACKEND.unsupported(HOPPER)
+    assert fla.BACKEND.path(HOPPER) == "Triton"
+    pretend(monkeypatch, tilelang=True, miscompiles=True)
+    assert not fla.BACKEND.unsupported(HOPPER)
+    assert fla.BACKEND.path(HOPPER) == "Triton + TileLang"
+    assert fla.BACKEND.path(replace(HOPPER, needs_grad=False)) == "Triton"
+
+
+def test_backward_needs_even_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, tilelang=True, miscompiles=True)
+    (reason,) = fla.BACKEND.unsupported(replace(HOPPER, V=63))
+    assert reason == "backward needs even K and V, got K = 128, V = 63"
+    assert not fla.BACKEND.unsupported(replace(HOPPER, V=63, needs_grad=False))
+
+
+@pytest.mark.gpu
+def test_the_path_said_is_the_path_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashQLA replaced by a marker: it is called if and only if `path` says so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        flash_qla = pytest.importorskip("flash_qla")
+    inputs = make_inputs(Case("path", T=70, K=128, V=128, dtype=torch.bfloat16), "cuda")
+    calls = []
+
+    def marker(**kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(kwargs)
+        return torch.zeros_like(kwargs["v"]), torch.zeros_like(kwargs["initial_state"])
+
+    monkeypatch.setattr(flash_qla, "chunk_gated_delta_rule", marker)
+    for value, expected in ((None, "Triton"), ("0", "Triton"), ("1", "FlashQLA")):
+        monkeypatch.delenv("FLA_FLASH_QLA", raising=False)
+        if value is not None:
+            monkeypatch.setenv("FLA_FLASH_QLA", value)
+        paths = {v.name: v.path for v in gdn.explain(**inputs, backend="fla").verdicts}
+        gdn.gated_delta_net(**inputs, backend="fla")
+        assert paths["fla"] == expected
+        assert bool(calls) == (expected == "FlashQLA")
