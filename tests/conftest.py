@@ -25,8 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """Keep peers' import-time warnings and autotuning out of the suite; neither is under test."""
+    """Triton's interpreter where there is no GPU. Peers' import-time warnings and autotuning stay
+    out of the suite; neither is under test."""
     os.environ.pop("GDN_BACKEND", None)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -22,8 +22,9 @@ PARAMETERS = [
     for case in CASES
     if dtype != torch.float16 or case.name in SHORT_NAMES
 ]
-# other libraries' arithmetic: held to the tolerances, not to the error of plain PyTorch
-ADAPTERS = ("fla",)
+# held to twice the error of plain PyTorch; the others sum products of states, which every chunked
+# kernel hands on in the call's dtype and plain PyTorch keeps in float32
+HELD_TO_PLAIN = ("o", "final_state", "q", "k", "v")
 DEVIATIONS = {
     ("fla", "correlated-keys", torch.float16): "fla merges its inverse in TF32: state off by 2.4e-3"
 }
@@ -45,7 +46,8 @@ def same_dtype(request: pytest.FixtureRequest, clean_registry: None) -> str:
 def test_agrees_with_the_definition(
     request: pytest.FixtureRequest, backend: str, case: Case, device: str, same_dtype: str
 ) -> None:
-    """Within the tolerances, and at most twice the error of plain PyTorch in the same dtype."""
+    """Within the tolerances, and outputs, dq, dk and dv at most at twice the error of plain
+    PyTorch in the same dtype."""
     inputs = with_gradients(make_inputs(case, device))
     if not able(backend, inputs):
         return
@@ -62,11 +64,9 @@ def test_agrees_with_the_definition(
         )
         assert_close(name, value, expected[name], precision)
         assert_close(f"plain {name}", plain[name], expected[name], precision)
-        if backend in ADAPTERS:
-            continue
         floor = 1e-6  # both are rounding noise below it
         allowed = 2 * max(relative_error(plain[name], expected[name]), floor)
-        assert relative_error(value, expected[name]) <= allowed, name
+        assert name not in HELD_TO_PLAIN or relative_error(value, expected[name]) <= allowed, name
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in SHORT_NAMES], ids=lambda c: c.name)
