@@ -72,7 +72,7 @@ def gradients_kernel(
     start, count = locate(slot, cu_seqlens, slot_sequence, slot_chunk, T, NT, VARLEN, C)
     if count <= 0:
         return
-    dtype = q.dtype.element_ty
+    dtype: tl.constexpr = q.dtype.element_ty
     live = tl.arange(0, C) < count
     queries = load_rows(q, start, count, kh, H, K, 0, C, BK)
     keys = load_rows(k, start, count, kh, H, K, 0, C, BK)

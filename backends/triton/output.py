@@ -40,7 +40,8 @@ def output_kernel(
     start, count = locate(slot, cu_seqlens, slot_sequence, slot_chunk, T, NT, VARLEN, C)
     if count <= 0:
         return
-    kh, dtype = head // (HV // H), q.dtype.element_ty
+    kh = head // (HV // H)
+    dtype: tl.constexpr = q.dtype.element_ty
     queries = load_rows(q, start, count, kh, H, K, 0, C, BK)
     keys = load_rows(k, start, count, kh, H, K, 0, C, BK)
     turned = load_columns(k, start, count, kh, H, K, 0, C, BK)
@@ -69,7 +70,8 @@ def local_gradient_kernel(
     start, count = locate(slot, cu_seqlens, slot_sequence, slot_chunk, T, NT, VARLEN, C)
     if count <= 0:
         return
-    kh, dtype = head // (HV // H), q.dtype.element_ty
+    kh = head // (HV // H)
+    dtype: tl.constexpr = q.dtype.element_ty
     queries = load_rows(q, start, count, kh, H, K, 0, C, BK)
     keys = load_rows(k, start, count, kh, H, K, 0, C, BK)
     turned = load_columns(q, start, count, kh, H, K, 0, C, BK)

@@ -40,7 +40,8 @@ def reverse_scan_kernel(
     sequence_head, first = program // blocks, (program % blocks) * BV
     n, head = sequence_head // HV, sequence_head % HV
     start, tokens, slot = span(n, cu_seqlens, first_slot, T, NT, VARLEN)
-    kh, dtype = head // (HV // H), k.dtype.element_ty
+    kh = head // (HV // H)
+    dtype: tl.constexpr = k.dtype.element_ty
 
     at, inside = tile_offsets(sequence_head, first, K, V, BK, BV, V_FIRST)
     dS = tl.zeros([BK, BV], tl.float32)
