@@ -1,8 +1,8 @@
-"""Our Triton port: three kernels forward, four backward (one of them forward's scan again).
+"""Our Triton port: two kernels forward, three backward (one of them forward's scan again).
 
-`prepare.py` couples the tokens of a chunk, `scan.py` carries the state along, `output.py` reads it;
-`reverse_scan.py` and `gradients.py` go back. `tiles.py` is what they share, `autograd.py` launches
-them.
+`prepare.py` couples the tokens of a chunk, `scan.py` carries the state along and reads it;
+`reverse_scan.py` and `gradients.py` go back. `tiles.py` is what they share, `launch.py` how they
+are launched, `autograd.py` in what order.
 """
 
 from __future__ import annotations
@@ -13,28 +13,30 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Forward, Gradients
-from gdn.problem import Call
+from gdn.problem import Call, Problem
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class TritonBackend(Backend):
-    """So far proved under Triton's interpreter alone, and offered there alone: set
-    TRITON_INTERPRET=1 before Triton is imported. Not part of "auto" until measured on a GPU."""
+    """NVIDIA GPUs from Ampere on. With TRITON_INTERPRET=1 set before Triton is imported, the same
+    kernels run on a CPU, slowly, for tests and for learning, and stay out of "auto"."""
 
     name = "triton"
-    summary = "our Triton kernels; so far under the interpreter alone"
+    summary = "our Triton kernels"
     capabilities = Capabilities(
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
         packages=("triton",),
-        devices=("cpu",),
+        devices=("cpu",) if INTERPRETED else ("cuda",),
+        min_sm=None if INTERPRETED else 80,
         max_k=256,
         max_v=256,
-        cuda_graph=False,
+        cuda_graph=not INTERPRETED,
     )
+    priority = None if INTERPRETED else 300
 
-    def unavailable(self) -> str | None:
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            return "runs under Triton's interpreter alone so far: set TRITON_INTERPRET=1"
-        return super().unavailable()
+    def path(self, problem: Problem) -> str:
+        return "interpreter" if INTERPRETED else "Triton"
 
     def saved_like(self, call: Call) -> list[Tensor]:
         from .autograd import saved_like

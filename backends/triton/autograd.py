@@ -11,11 +11,13 @@ from torch import Tensor
 from gdn.backend import Forward, Gradients
 from gdn.problem import CHUNK, Call
 
-from .gradients import gradients_kernel
-from .output import local_gradient_kernel, output_kernel
+from .key_gradients import key_gradients_kernel
+from .launch import launch
 from .prepare import prepare_kernel
+from .query_gradients import query_gradients_kernel
 from .reverse_scan import reverse_scan_kernel
 from .scan import scan_kernel
+from .tiles import FACTORS
 
 
 class Slots(NamedTuple):
@@ -31,11 +33,17 @@ class Slots(NamedTuple):
     first: Tensor | None  # [N], the first slot of each sequence
 
 
+def slot_count(call: Call) -> int:
+    """`Slots.total`, from shapes alone."""
+    B, T = call.q.shape[:2]
+    return T // CHUNK + call.sequences if call.cu_seqlens is not None else B * -(-T // CHUNK)
+
+
 def make_slots(call: Call) -> Slots:
     """The chunks of a call."""
+    total = slot_count(call)
     if call.cu_seqlens is None:
-        return Slots(call.q.shape[0] * triton.cdiv(call.q.shape[1], CHUNK), None, None, None, None)
-    total = call.q.shape[1] // CHUNK + call.sequences
+        return Slots(total, None, None, None, None)
     chunks = (call.cu_seqlens.diff() + CHUNK - 1) // CHUNK
     ends = chunks.cumsum(0)
     slots = torch.arange(total, device=ends.device)
@@ -45,11 +53,12 @@ def make_slots(call: Call) -> Slots:
 
 
 def saved_like(call: Call) -> list[Tensor]:
-    """In order: G and beta [B, T, HV] in float32, A [B, T, HV, C] in the call's dtype."""
-    B, T = call.q.shape[:2]
+    """In order, for every slot and value head: `factors` in float32; A diag(beta), P and A in the
+    call's dtype. See `tiles.py`."""
     HV = call.v.shape[2]
-    scalars = [call.q.new_empty((B, T, HV), dtype=torch.float32) for _ in range(2)]
-    return [*scalars, call.q.new_empty((B, T, HV, CHUNK))]
+    slots = slot_count(call)
+    factors = call.q.new_empty((slots, HV, FACTORS.value, CHUNK), dtype=torch.float32)
+    return [factors, *(call.q.new_empty((slots, HV, CHUNK, CHUNK)) for _ in range(3))]
 
 
 def _contiguous(call: Call) -> Call:
@@ -58,17 +67,14 @@ def _contiguous(call: Call) -> Call:
 
 
 def _sizes(call: Call) -> dict[str, Any]:
-    K, V = call.q.shape[3], call.v.shape[3]
     return {
         "H": call.q.shape[2],
         "HV": call.v.shape[2],
-        "K": K,
-        "V": V,
-        "BK": max(16, triton.next_power_of_2(K)),
-        "BV": min(64, max(16, triton.next_power_of_2(V))),
+        "K": call.q.shape[3],
+        "V": call.v.shape[3],
+        "BK": max(16, triton.next_power_of_2(call.q.shape[3])),
         "C": CHUNK,
         "VARLEN": call.cu_seqlens is not None,
-        "L2": call.use_qk_l2norm_in_kernel,
     }
 
 
@@ -84,8 +90,9 @@ def _sequences(slots: Slots, call: Call) -> tuple[Any, ...]:
     return slots.cu_seqlens, slots.first, T, triton.cdiv(T, CHUNK)
 
 
-def _gates(call: Call) -> dict[str, Any]:
+def _options(call: Call) -> dict[str, Any]:
     return {
+        "L2": call.use_qk_l2norm_in_kernel,
         "GATE": call.use_gate_in_kernel,
         "BIAS": call.dt_bias is not None,
         "SIGMOID": call.use_beta_sigmoid_in_kernel,
@@ -93,43 +100,35 @@ def _gates(call: Call) -> dict[str, Any]:
     }
 
 
-def _prepare(call: Call, slots: Slots) -> list[Tensor]:
-    sizes, saved = _sizes(call), saved_like(call)
-    grid = (slots.total * sizes["HV"],)
-    del sizes["V"], sizes["BV"]
-    prepare_kernel[grid](
-        call.k, call.g, call.beta, call.A_log, call.dt_bias, *saved, *_chunks(slots, call),
-        **sizes, **_gates(call),
-    )  # fmt: skip
-    return saved
-
-
-def _scan(call: Call, slots: Slots, saved: list[Tensor], final: Tensor | None) -> list[Tensor]:
-    """The state before every chunk [slots, HV, K, V], and U like v."""
+def _scan(
+    call: Call, slots: Slots, saved: list[Tensor], o: Tensor | None, final: Tensor | None,
+    states: Tensor | None = None, U: Tensor | None = None,
+) -> None:  # fmt: skip
     sizes = _sizes(call)
-    states = call.q.new_empty((slots.total, *(sizes[name] for name in ("HV", "K", "V"))))
-    U = torch.empty_like(call.v)
-    scan_kernel[(call.sequences * sizes["HV"] * triton.cdiv(sizes["V"], sizes["BV"]),)](
-        call.k, call.v, *saved, call.initial_state, states, U, final, *_sequences(slots, call),
-        **sizes, V_FIRST=call.state_v_first, INITIAL=call.initial_state is not None,
-        FINAL=final is not None,
+    launch(
+        scan_kernel, call.sequences * sizes["HV"],
+        call.q, call.k, call.v, *saved[:3], call.initial_state, o, final, states, U,
+        *_sequences(slots, call), **sizes, V_FIRST=call.state_v_first,
+        INITIAL=call.initial_state is not None, FINAL=final is not None, OUTPUT=o is not None,
+        STATES=states is not None,
     )  # fmt: skip
-    return [states, U]
 
 
 def forward(call: Call, save: bool) -> Forward:
     """See `gdn.backend.Backend.forward`."""
     call = _contiguous(call)
-    slots, sizes = make_slots(call), _sizes(call)
-    saved = _prepare(call, slots)
+    slots, sizes, saved = make_slots(call), _sizes(call), saved_like(call)
+    del sizes["V"]
+    launch(
+        prepare_kernel, slots.total * sizes["HV"],
+        call.q, call.k, call.g, call.beta, call.A_log, call.dt_bias, *saved, call.scale,
+        *_chunks(slots, call), **sizes, **_options(call), SAVE=save,
+    )  # fmt: skip
     final = None
     if call.output_final_state:
         final = call.q.new_empty(call.state_shape, dtype=call.state_dtype)
-    states, U = _scan(call, slots, saved, final)
     o = torch.empty_like(call.v)
-    output_kernel[(slots.total * sizes["HV"] * triton.cdiv(sizes["V"], sizes["BV"]),)](
-        call.q, call.k, saved[0], states, U, o, call.scale, *_chunks(slots, call), **sizes
-    )
+    _scan(call, slots, saved, o, final)
     return Forward(o, final, saved if save else [])
 
 
@@ -139,33 +138,38 @@ def backward(
     """See `gdn.backend.Backend.backward`. The states are computed again, not kept."""
     call, grad_o = _contiguous(call), grad_o.contiguous()
     slots, sizes = make_slots(call), _sizes(call)
-    blocks = triton.cdiv(sizes["V"], sizes["BV"])
-    G, beta, A = saved
-    states, U = _scan(call, slots, saved, None)
-    R = torch.empty_like(call.v)
-    local_gradient_kernel[(slots.total * sizes["HV"] * blocks,)](
-        call.q, call.k, G, grad_o, R, call.scale, *_chunks(slots, call), **sizes
-    )
-    grad_states = torch.empty_like(states)
+    factors, _, P, A = saved
+    HV, K, V = sizes["HV"], sizes["K"], sizes["V"]
+    states, grad_states = (call.q.new_empty((slots.total, HV, V, K)) for _ in range(2))
+    U, R = (call.q.new_empty((slots.total, HV, V, CHUNK)) for _ in range(2))
+    _scan(call, slots, saved, None, None, states, U)
     dS = None if call.initial_state is None else torch.empty_like(call.initial_state)
     grad_final = None if grad_final_state is None else grad_final_state.contiguous()
-    reverse_scan_kernel[(call.sequences * sizes["HV"] * blocks,)](
-        call.q, call.k, G, beta, A, grad_o, R, grad_final, grad_states, dS, call.scale,
+    launch(
+        reverse_scan_kernel, call.sequences * HV,
+        call.q, call.k, factors, A, P, grad_o, grad_final, R, grad_states, dS,
         *_sequences(slots, call), **sizes, V_FIRST=call.state_v_first,
         FINAL=grad_final is not None, INITIAL=dS is not None,
     )  # fmt: skip
-    dq, dk, dg, dbeta = (torch.empty_like(x) for x in (call.q, call.k, call.g, call.beta))
+    dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in call[:5])
     partial = [
-        None if x is None else x.new_zeros((slots.total, sizes["HV"]), dtype=torch.float32)
+        None if x is None else x.new_zeros((slots.total, HV), dtype=torch.float32)
         for x in (call.A_log, call.dt_bias)
     ]
-    gradients_kernel[(slots.total * sizes["H"],)](
-        call.q, call.k, call.v, call.g, call.beta, G, beta, states, grad_states, U, R, grad_o,
-        call.A_log, call.dt_bias, dq, dk, dg, dbeta, *partial, call.scale,
-        *_chunks(slots, call), **sizes, **_gates(call),
+    dG = torch.empty_like(factors[:, :, 0])
+    launch(
+        query_gradients_kernel, slots.total * sizes["H"],
+        call.q, call.k, factors, P, states, U, grad_o, dq, dG, call.scale,
+        *_chunks(slots, call), **sizes, L2=call.use_qk_l2norm_in_kernel,
+    )  # fmt: skip
+    launch(
+        key_gradients_kernel, slots.total * sizes["H"],
+        call.q, call.k, call.v, call.g, factors, states, grad_states, U, R, grad_o, dG,
+        call.A_log, call.dt_bias, dk, dv, dg, dbeta, *partial, call.scale,
+        *_chunks(slots, call), **sizes, **_options(call),
     )  # fmt: skip
     sums = (
         None if x is None or rows is None else rows.sum(0).to(x.dtype)
         for x, rows in zip((call.A_log, call.dt_bias), partial, strict=True)
     )
-    return Gradients(dq, dk, R, dg, dbeta, dS, *sums)
+    return Gradients(dq, dk, dv, dg, dbeta, dS, *sums)

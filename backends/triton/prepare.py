@@ -1,12 +1,12 @@
-"""Stage 1 of forward, a program a chunk and value head: gates, and the inverse that couples a
-chunk's tokens.
+"""Stage 1 of forward, a program a chunk and value head: all that needs no state.
 
     g = -exp(A_log) softplus(g_raw + dt_bias), beta = c sigmoid(beta_raw)    where fused
+    rq, rk = 1 / sqrt(sum x^2 + 1e-6) of the rows of q and k                 where fused
     G = cumsum(g) within the chunk,  L_ij = exp(G_i - G_j)
-    A = (I + tril(beta_i L_ij k_i.k_j, -1))^-1
+    A = (I + tril(beta_i L_ij k_i.k_j, -1))^-1,  P = scale tril(L_ij q_i.k_j)
 
-Reads k once a value head, g and beta; writes G, beta (float32, [tokens, HV]) and A (the call's
-dtype, [tokens, HV, C]).
+Reads q, k, g and beta; writes `factors` (see `tiles.py`), A diag(beta) and P, and for backward A,
+in the call's dtype. Norms are applied to products of the raw rows, here and later.
 """
 
 from __future__ import annotations
@@ -15,18 +15,25 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    INTO,
+    LOG_DECAY,
+    NORM_K,
+    NORM_Q,
+    ONTO,
+    READ,
+    STRENGTH,
     decay_matrix,
     dot,
     invert,
-    load_columns,
     load_rows,
     load_scalars,
     locate,
-    reciprocal_norm,
-    store_rows,
-    store_scalars,
+    store_factor,
+    store_matrix,
     strictly_lower,
 )
+
+L2_EPS = tl.constexpr(1e-6)
 
 
 @triton.jit
@@ -37,38 +44,63 @@ def softplus(x):
 
 
 @triton.jit
+def reciprocal_norm(x):
+    """1 / sqrt(sum x^2 + 1e-6) of each row."""
+    wide = x.to(tl.float32)
+    return 1 / tl.sqrt(tl.sum(wide * wide, axis=1) + L2_EPS)
+
+
+@triton.jit
 def prepare_kernel(
-    k, g, beta, A_log, dt_bias, G_out, beta_out, A_out,
+    q, k, g, beta, A_log, dt_bias, factors, A_beta, P_out, A_out, scale,
     cu_seqlens, slot_sequence, slot_chunk, T, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     VARLEN: tl.constexpr, L2: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
-    SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
+    SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    slot, head = program // HV, program % HV
+    block = tl.program_id(0).to(tl.int64)
+    slot, head = block // HV, block % HV
     start, count = locate(slot, cu_seqlens, slot_sequence, slot_chunk, T, NT, VARLEN, C)
     if count <= 0:
         return
     live = tl.arange(0, C) < count
+    dtype: tl.constexpr = k.dtype.element_ty
 
     step = load_scalars(g, start, count, head, HV, C)
     if GATE:
         if BIAS:
             step += tl.load(dt_bias + head).to(tl.float32)
         step = -tl.exp(tl.load(A_log + head).to(tl.float32)) * softplus(step)
-    G = tl.cumsum(tl.where(live, step, 0.0), axis=0)
+    step = tl.where(live, step, 0.0)  # so that G stays at its last value past the end
+    G = tl.cumsum(step, axis=0)
+    total = tl.sum(tl.where(tl.arange(0, C) == C - 1, G, 0.0), axis=0)  # bit-equal to G's last
     strength = load_scalars(beta, start, count, head, HV, C)
     if SIGMOID:
         strength = BETA_SCALE * tl.sigmoid(strength)
     strength = tl.where(live, strength, 0.0)
 
     kh = head // (HV // H)
+    queries = load_rows(q, start, count, kh, H, K, 0, C, BK)
     keys = load_rows(k, start, count, kh, H, K, 0, C, BK)
-    turned = load_columns(k, start, count, kh, H, K, 0, C, BK)
-    r = reciprocal_norm(keys, L2)
-    kk = dot(keys, turned) * r[:, None] * r[None, :]
-    A = invert(strictly_lower(strength[:, None] * decay_matrix(G, C) * kk, C), C)
+    turned = tl.trans(keys)
+    L = decay_matrix(G, C)
+    P = L * dot(queries, turned)
+    M = L * dot(keys, turned)
+    rq, rk = tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32)
+    if L2:
+        rq, rk = reciprocal_norm(queries), reciprocal_norm(keys)
+        P *= rk[None, :]
+        M *= rk[None, :]
+    store_matrix(P_out, (scale * rq)[:, None] * P, block, 0, C, C, C)
+    A = invert(strictly_lower((strength * rk)[:, None] * M, C), C, dtype)
+    store_matrix(A_beta, A * strength[None, :], block, 0, C, C, C)
+    if SAVE:
+        store_matrix(A_out, A, block, 0, C, C, C)
 
-    store_scalars(G_out, G, start, count, head, HV, C)
-    store_scalars(beta_out, strength, start, count, head, HV, C)
-    store_rows(A_out, A, start, count, head, HV, C, 0, C, C)
+    store_factor(factors, G, block, LOG_DECAY, C)
+    store_factor(factors, strength, block, STRENGTH, C)
+    store_factor(factors, rk * tl.exp(G), block, INTO, C)
+    store_factor(factors, rk * tl.exp(total - G), block, ONTO, C)
+    store_factor(factors, scale * rq * tl.exp(G), block, READ, C)
+    store_factor(factors, rq, block, NORM_Q, C)
+    store_factor(factors, rk, block, NORM_K, C)

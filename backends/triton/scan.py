@@ -1,10 +1,14 @@
 """Stage 2 of forward, a program a sequence, value head and block of V: the state, chunk by chunk.
 
-    E = V - e^G * (K S),  U = A (beta * E),  S <- e^gamma S + K^T (e^{gamma - G} * U)
+    U = A diag(beta) (V - e^G * (K S))
+    O = scale e^G * (Q S) + P U                 where OUTPUT
+    S <- e^gamma S + K^T (e^{gamma - G} * U)
 
-S [K, BV] stays in registers. Reads k, v, G, beta, A; writes the state before every chunk and U, for
-the output stage and for backward, and the final state. Under the fused L2 norm, products take raw k
-and the rows' reciprocal norms multiply what comes out.
+All of it transposed: S^T [BV, K] and U^T [BV, C] are then always the left operand of a product,
+which tensor cores take from registers, so that the state never leaves them.
+
+Reads k, v, `factors`, A diag(beta), and q, P for the output; writes o and the final state in
+forward. Backward runs it again for what it needs: the state before every chunk and U^T (STATES).
 """
 
 from __future__ import annotations
@@ -13,54 +17,84 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    INTO,
+    ONTO,
+    READ,
+    chunk_decay,
     dot,
-    load_columns,
-    load_decay,
+    load_factor,
+    load_matrix,
     load_rows,
-    load_scalars,
     narrow,
-    reciprocal_norm,
     span,
-    store_rows,
+    store_columns,
+    store_matrix,
     tile_offsets,
 )
 
 
 @triton.jit
-def scan_kernel(
-    k, v, G, beta, A, initial, states, U_out, final,
-    cu_seqlens, first_slot, T, NT,
+def advance(
+    S, q, k, v, factors, A_beta, P, o, states, U_out, start, count, block, head, first,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, L2: tl.constexpr,
-    V_FIRST: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OUTPUT: tl.constexpr,
+    STATES: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """One chunk: the state after it."""
+    kh = head // (HV // H)
+    dtype: tl.constexpr = k.dtype.element_ty
+    keys = load_rows(k, start, count, kh, H, K, 0, C, BK, FULL)
+    values = load_rows(v, start, count, head, HV, V, first, C, BV, FULL)
+    turned_A = tl.trans(load_matrix(A_beta, block, 0, C, C, C))
+    into = load_factor(factors, block, INTO, C)
+    onto = load_factor(factors, block, ONTO, C)
+    read = load_factor(factors, block, READ, C)
+    decay = chunk_decay(factors, block, C)
+    before = narrow(S, dtype)
+    known = narrow(into[None, :] * dot(before, tl.trans(keys)), dtype)
+    U = dot(tl.trans(values), turned_A) - dot(known, turned_A)
+    if STATES:
+        kept, inside = tile_offsets(block, first, K, V, BK, BV, True)
+        tl.store(states + kept, before, mask=inside)
+        store_matrix(U_out, U, block, first, V, BV, C)
+    if OUTPUT:
+        queries = load_rows(q, start, count, kh, H, K, 0, C, BK, FULL)
+        turned_P = tl.trans(load_matrix(P, block, 0, C, C, C))
+        out = read[None, :] * dot(before, tl.trans(queries)) + dot(narrow(U, dtype), turned_P)
+        store_columns(o, out, start, count, head, HV, V, first, C, BV)
+    written = narrow(onto[None, :] * U, dtype)
+    return decay * S + dot(written, keys)
+
+
+@triton.jit
+def scan_kernel(
+    q, k, v, factors, A_beta, P, initial, o, final, states, U_out, cu_seqlens, first_slot, T, NT,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
+    V_FIRST: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, OUTPUT: tl.constexpr,
+    STATES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (V + BV - 1) // BV
-    sequence_head, first = program // blocks, (program % blocks) * BV
+    sequence_head, first = program // blocks, ((program % blocks) * BV).to(tl.int32)
     n, head = sequence_head // HV, sequence_head % HV
     start, tokens, slot = span(n, cu_seqlens, first_slot, T, NT, VARLEN)
-    kh = head // (HV // H)
-    dtype: tl.constexpr = k.dtype.element_ty
 
     at, inside = tile_offsets(sequence_head, first, K, V, BK, BV, V_FIRST)
-    S = tl.zeros([BK, BV], tl.float32)
+    S = tl.zeros([BV, BK], tl.float32)
     if INITIAL:
         S = tl.load(initial + at, mask=inside, other=0.0).to(tl.float32)
-    for done in range(0, tokens, C):
-        here, count = start + done, tokens - done
-        before, _ = tile_offsets((slot + done // C) * HV + head, first, K, V, BK, BV, False)
-        tl.store(states + before, narrow(S, dtype), mask=inside)
-        keys = load_rows(k, here, count, kh, H, K, 0, C, BK)
-        turned = load_columns(k, here, count, kh, H, K, 0, C, BK)
-        values = load_rows(v, here, count, head, HV, V, first, C, BV).to(tl.float32)
-        inverse = load_rows(A, here, count, head, HV, C, 0, C, C)
-        decay, total = load_decay(G, here, count, head, HV, C)
-        strength = load_scalars(beta, here, count, head, HV, C)
-        r = reciprocal_norm(keys, L2)
-
-        E = values - (r * tl.exp(decay))[:, None] * dot(keys, narrow(S, dtype))
-        U = dot(inverse, narrow(strength[:, None] * E, dtype))
-        store_rows(U_out, U, here, count, head, HV, V, first, C, BV)
-        S = tl.exp(total) * S + dot(turned, narrow((r * tl.exp(total - decay))[:, None] * U, dtype))
+    block = slot * HV + head
+    whole = (tokens // C).to(tl.int32)
+    for chunk in range(whole):
+        S = advance(
+            S, q, k, v, factors, A_beta, P, o, states, U_out, start + chunk * C, C,
+            block + chunk * HV, head, first, H, HV, K, V, BK, BV, C, OUTPUT, STATES, True,
+        )  # fmt: skip
+    if tokens % C > 0:
+        S = advance(
+            S, q, k, v, factors, A_beta, P, o, states, U_out, start + whole * C, tokens % C,
+            block + whole * HV, head, first, H, HV, K, V, BK, BV, C, OUTPUT, STATES, False,
+        )  # fmt: skip
     if FINAL:
         tl.store(final + at, S, mask=inside)

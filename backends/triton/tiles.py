@@ -1,5 +1,10 @@
 """What the kernels share: where a chunk's tokens lie, tiles of [tokens, head dim], products, decay,
-and the inverse of a unit lower triangular [64, 64]."""
+and the inverse of a unit lower triangular [64, 64].
+
+What a stage hands to the next is kept by slot (chunk) and value head, padded to C tokens: `factors`
+[slots, HV, FACTORS, C] in float32, one row each of G, beta, e^G rk, e^{gamma - G} rk, scale e^G rq,
+rq and rk (the reciprocal norms of q and k, or ones), and matrices [slots, HV, C, C].
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,8 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-L2_EPS = tl.constexpr(1e-6)
+FACTORS = tl.constexpr(7)
+LOG_DECAY, STRENGTH, INTO, ONTO, READ, NORM_Q, NORM_K = (tl.constexpr(i) for i in range(7))
 
 
 @triton.jit
@@ -57,23 +63,19 @@ def span(n, cu_seqlens, first_slot, T, NT, VARLEN: tl.constexpr):
 @triton.jit
 def load_rows(
     x, start, count, head, HEADS: tl.constexpr, D: tl.constexpr,
-    first, C: tl.constexpr, BD: tl.constexpr,
+    first, C: tl.constexpr, BD: tl.constexpr, FULL: tl.constexpr = False,
 ):  # fmt: skip
-    """x[start:start + C, head, first:first + BD] of [tokens, HEADS, D], zero past count and D."""
-    r, d = tl.arange(0, C), first + tl.arange(0, BD)
-    at = x + (start * HEADS + head) * D + r[:, None] * (HEADS * D) + d[None, :]
-    return tl.load(at, mask=(r[:, None] < count) & (d[None, :] < D), other=0.0)
+    """x[start:start + C, head, first:first + BD] of [tokens, HEADS, D], zero past count and D.
 
-
-@triton.jit
-def load_columns(
-    x, start, count, head, HEADS: tl.constexpr, D: tl.constexpr,
-    first, C: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """The transpose of `load_rows`: [BD, C]. A second load costs less than turning registers."""
-    r, d = tl.arange(0, C), first + tl.arange(0, BD)
-    at = x + (start * HEADS + head) * D + r[None, :] * (HEADS * D) + d[:, None]
-    return tl.load(at, mask=(r[None, :] < count) & (d[:, None] < D), other=0.0)
+    FULL says that all C tokens are there, which saves the tests.
+    """
+    r, d = tl.arange(0, C)[:, None], tl.arange(0, BD)[None, :]
+    at = x + ((start * HEADS + head) * D + first) + (r * (HEADS * D) + d)
+    if FULL and D % BD == 0:
+        return tl.load(at)
+    if FULL:
+        return tl.load(at, mask=(first + d < D) & (r >= 0), other=0.0)
+    return tl.load(at, mask=(r < count) & (first + d < D), other=0.0)
 
 
 @triton.jit
@@ -82,10 +84,20 @@ def store_rows(
     first, C: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `load_rows`, rounding to x's dtype."""
-    r, d = tl.arange(0, C), first + tl.arange(0, BD)
-    at = x + (start * HEADS + head) * D + r[:, None] * (HEADS * D) + d[None, :]
-    mask = (r[:, None] < count) & (d[None, :] < D)
-    tl.store(at, narrow(value, x.dtype.element_ty), mask=mask)
+    r, d = tl.arange(0, C)[:, None], tl.arange(0, BD)[None, :]
+    at = x + ((start * HEADS + head) * D + first) + (r * (HEADS * D) + d)
+    tl.store(at, narrow(value, x.dtype.element_ty), mask=(r < count) & (first + d < D))
+
+
+@triton.jit
+def store_columns(
+    x, value, start, count, head, HEADS: tl.constexpr, D: tl.constexpr,
+    first, C: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The same from the transpose, [BD, C]."""
+    r, d = tl.arange(0, C)[None, :], tl.arange(0, BD)[:, None]
+    at = x + ((start * HEADS + head) * D + first) + (r * (HEADS * D) + d)
+    tl.store(at, narrow(value, x.dtype.element_ty), mask=(r < count) & (first + d < D))
 
 
 @triton.jit
@@ -93,16 +105,6 @@ def load_scalars(x, start, count, head, HEADS: tl.constexpr, C: tl.constexpr):
     """x[start:start + C, head] of [tokens, HEADS] in float32, zero past count."""
     r = tl.arange(0, C)
     return tl.load(x + start * HEADS + head + r * HEADS, mask=r < count, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_decay(G, start, count, head, HEADS: tl.constexpr, C: tl.constexpr):
-    """G of a chunk, and its last value; rows past the end repeat that, so that no exponent that is
-    made of their differences is positive."""
-    last = tl.minimum(count, C) - 1
-    rows = tl.minimum(tl.arange(0, C), last)
-    first = G + start * HEADS + head
-    return tl.load(first + rows * HEADS), tl.load(first + last * HEADS)
 
 
 @triton.jit
@@ -114,13 +116,37 @@ def store_scalars(x, value, start, count, head, HEADS: tl.constexpr, C: tl.const
 
 
 @triton.jit
-def reciprocal_norm(x, L2: tl.constexpr):
-    """1 / sqrt(sum x^2 + 1e-6) of each row of x, or ones."""
-    wide = x.to(tl.float32)
-    squares = tl.sum(wide * wide, axis=1)
-    if L2:
-        return 1 / tl.sqrt(squares + L2_EPS)
-    return squares * 0 + 1
+def load_factor(factors, block, which: tl.constexpr, C: tl.constexpr):
+    """One row [C] of `factors` at block = slot * HV + head."""
+    return tl.load(factors + (block * FACTORS + which) * C + tl.arange(0, C))
+
+
+@triton.jit
+def store_factor(factors, value, block, which: tl.constexpr, C: tl.constexpr):
+    """The inverse of `load_factor`."""
+    tl.store(factors + (block * FACTORS + which) * C + tl.arange(0, C), value)
+
+
+@triton.jit
+def chunk_decay(factors, block, C: tl.constexpr):
+    """e^gamma: the decay over a whole chunk."""
+    return tl.exp(tl.load(factors + (block * FACTORS + LOG_DECAY) * C + C - 1))
+
+
+@triton.jit
+def load_matrix(x, block, first, ROWS: tl.constexpr, BR: tl.constexpr, C: tl.constexpr):
+    """Rows first:first + BR of the [ROWS, C] matrix at block, zero past ROWS."""
+    r, c = first + tl.arange(0, BR)[:, None], tl.arange(0, C)[None, :]
+    at = x + block * (ROWS * C) + (r * C + c)
+    return tl.load(at) if ROWS % BR == 0 else tl.load(at, mask=(r < ROWS) & (c >= 0), other=0.0)
+
+
+@triton.jit
+def store_matrix(x, value, block, first, ROWS: tl.constexpr, BR: tl.constexpr, C: tl.constexpr):
+    """The inverse of `load_matrix`, rounding to x's dtype."""
+    r, c = first + tl.arange(0, BR)[:, None], tl.arange(0, C)[None, :]
+    at = x + block * (ROWS * C) + (r * C + c)
+    tl.store(at, narrow(value, x.dtype.element_ty), mask=(r < ROWS) & (c >= 0))
 
 
 @triton.jit
@@ -128,17 +154,35 @@ def tile_offsets(
     block, first, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     V_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and mask of the [BK, BV] tile from column `first` in a state [.., K, V] (or V, K)."""
-    i, j = tl.arange(0, BK)[:, None], first + tl.arange(0, BV)[None, :]
+    """Offsets and mask of the [BV, BK] tile from `first` of V, in a state [.., V, K] (or K, V)."""
+    i, j = tl.arange(0, BK)[None, :], first + tl.arange(0, BV)[:, None]
     inner = (j * K + i) if V_FIRST else (i * V + j)
     return block * (K * V) + inner, (i < K) & (j < V)
+
+
+@triton.jit
+def load_state(
+    states, block, first, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
+):
+    """[BV, BK]: rows from `first` of a kept state [V, K]."""
+    at, inside = tile_offsets(block, first, K, V, BK, BV, True)
+    if K == BK and V % BV == 0:
+        return tl.load(states + at)
+    return tl.load(states + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def through_norm(grad, x, r):
+    """The gradient of x given that of y = r x, r = 1 / sqrt(sum x^2 + eps)."""
+    y = r[:, None] * x
+    return r[:, None] * (grad - y * tl.sum(y * grad, axis=1)[:, None])
 
 
 @triton.jit
 def decay_matrix(G, C: tl.constexpr):
     """L_ij = exp(G_i - G_j) for i >= j, zero above; masked before the exponential."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return tl.where(i >= j, tl.exp(tl.where(i >= j, G[:, None] - G[None, :], 0.0)), 0.0)
+    return tl.exp(tl.where(i >= j, G[:, None] - G[None, :], -float("inf")))
 
 
 @triton.jit
@@ -148,14 +192,16 @@ def strictly_lower(x, C: tl.constexpr):
 
 
 @triton.jit
-def invert(M, C: tl.constexpr):
+def invert(M, C: tl.constexpr, dtype: tl.constexpr):
     """(I + M)^-1 for strictly lower M [C, C], in float32.
 
     Forward substitution on the diagonal blocks of 16, all at once; then neighbours are merged,
     twice: with X the inverse of the block diagonal and F what M holds between two neighbours,
-    X - X F X is the inverse at twice the block size.
+    X - X F X is the inverse at twice the block size. The operands of these products keep float16's
+    ten bits where the result is for bfloat16, and float32's otherwise.
     """
     N: tl.constexpr = C // 16
+    merged: tl.constexpr = tl.float16 if dtype == tl.bfloat16 else tl.float32
     block, other = tl.arange(0, N)[:, None, None, None], tl.arange(0, N)[None, None, :, None]
     row, column = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
     diagonal = tl.sum(tl.where(block == other, tl.reshape(M, [N, 16, N, 16]), 0.0), axis=2)
@@ -169,5 +215,6 @@ def invert(M, C: tl.constexpr):
     for step in tl.static_range(2):
         size = 16 << step
         between = (r // size != c // size) & (r // (2 * size) == c // (2 * size))
-        X -= dot(dot(X, tl.where(between, M, 0.0)), X)
+        F = tl.where(between, M, 0.0).to(merged)
+        X -= dot(dot(X.to(merged), F).to(merged), X.to(merged))
     return X
