@@ -1,4 +1,4 @@
-"""Launching a kernel with the configuration measured for it: block of V, warps, pipeline stages."""
+"""Launching a kernel with the configuration measured for it."""
 
 from __future__ import annotations
 
@@ -6,33 +6,43 @@ from typing import Any, NamedTuple
 
 import triton
 
-SCANS = ("scan_kernel", "reverse_scan_kernel")
+from .cut import BLOCK
 
 
 class Configuration(NamedTuple):
-    """BV columns of V a program (or a step of its loop), warps, and stages of its pipeline."""
+    """Columns of V a program (or a step of its loop), warps, pipeline stages, registers a thread
+    at most (None: what the compiler takes)."""
 
     BV: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
-def configuration(name: str, BK: int, V: int, itemsize: int) -> Configuration:
-    """The configuration of a kernel, by the padded K, by V, and by the bytes of an element."""
-    BV = 64 if V > 32 else 32
+def configuration(name: str, BK: int, V: int, itemsize: int, walks: int) -> Configuration:
+    """The configuration of a kernel, by the padded K, by V, the bytes of an element, and how many
+    sequences (or chunks) times heads there are."""
+    wide = BK * itemsize > 256
     if name == "prepare_kernel":
-        return Configuration(0, 4, 1)
+        return Configuration(0, 4, 1, None if wide else 168)
+    if name == "carry_kernel":
+        return Configuration(16, 4, 1)
     if name.endswith("gradients_kernel"):
-        return Configuration(BV, 8, 1)
-    return Configuration(BV, 4, 2 if BK * itemsize <= 256 else 1)
+        return Configuration(BLOCK if wide else 2 * BLOCK, 8, 1)
+    return Configuration(BLOCK, 4, 1 if wide else 3 if name == "scan_kernel" else 2)
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Run a kernel on `programs` programs; scans run one more for every further block of V."""
+    """Run a kernel on `programs` programs, times the blocks of V for those that walk."""
     name = kernel.fn.__name__
-    sizes = configuration(name, constants["BK"], constants.get("V", 0), args[0].element_size())
-    if sizes.BV:
-        constants["BV"] = sizes.BV
-    if name in SCANS:
-        programs *= triton.cdiv(constants["V"], sizes.BV)
-    kernel[(programs,)](*args, **constants, num_warps=sizes.num_warps, num_stages=sizes.num_stages)
+    V, BK = constants.get("V", 0), constants.get("BK", 0)
+    chosen = configuration(name, BK, V, args[0].element_size(), programs)
+    if chosen.BV:
+        constants["BV"] = chosen.BV
+    if name in ("scan_kernel", "reverse_scan_kernel", "carry_kernel"):
+        rows = V + constants["K"] if constants.get("TRANSFER") else V
+        programs *= triton.cdiv(rows, chosen.BV)
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    if chosen.maxnreg:
+        options["maxnreg"] = chosen.maxnreg
+    kernel[(programs,)](*args, **constants, **options)

@@ -1,11 +1,12 @@
-"""The first stage of backward after forward's scan, a program a sequence, value head and block of
+"""The first stage of backward after forward's scan, a program a piece, value head and block of
 V: the gradient of the state, chunk by chunk from the last to the first.
 
     dU = P^T dO + e^{gamma - G} * (K dS),   R = A^T dU
     dS <- e^gamma dS + Q^T (scale e^G * dO) - K^T (beta e^G * R)
 
 Transposed as in `scan.py`: dS^T [BV, K] stays in registers. Reads q, k, `factors`, A, P and dO;
-writes R^T, the gradient of the state after every chunk, and that of the initial state.
+writes R^T, the gradient of the state after every chunk (both only with KEEP), and that of the
+initial state. CUT as there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from .tiles import (
 def retreat(
     dS, q, k, factors, A, P, do, R_out, grad_states, start, count, block, head, first,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, KEEP: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     """One chunk: the gradient of the state before it."""
     kh = head // (HV // H)
@@ -50,11 +52,12 @@ def retreat(
     decay = chunk_decay(factors, block, C)
 
     after = narrow(dS, dtype)
-    kept, inside = tile_offsets(block, first, K, V, BK, BV, True)
-    tl.store(grad_states + kept, after, mask=inside)
     dU = onto[None, :] * dot(after, tl.trans(keys)) + dot(grad_o, scores)
     R = dot(narrow(dU, dtype), inverse)
-    store_matrix(R_out, R, block, first, V, BV, C)
+    if KEEP:
+        kept, inside = tile_offsets(block, first, K, V, BK, BV, True)
+        tl.store(grad_states + kept, after, mask=inside)
+        store_matrix(R_out, R, block, first, V, BV, C)
     dS = decay * dS
     dS += dot(narrow(read[None, :] * grad_o.to(tl.float32), dtype), queries)
     return dS - dot(narrow(into[None, :] * R, dtype), keys)
@@ -63,33 +66,36 @@ def retreat(
 @triton.jit
 def reverse_scan_kernel(
     q, k, factors, A, P, do, grad_final, R_out, grad_states, grad_initial,
-    cu_seqlens, first_slot, T, NT,
+    cu_seqlens, piece_sequence, piece_index, first_slot, T, NT, each, LENGTH,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
-    V_FIRST: tl.constexpr, FINAL: tl.constexpr, INITIAL: tl.constexpr,
+    V_FIRST: tl.constexpr, FINAL: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr,
+    CUT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (V + BV - 1) // BV
-    sequence_head, first = program // blocks, ((program % blocks) * BV).to(tl.int32)
-    n, head = sequence_head // HV, sequence_head % HV
-    start, tokens, slot = span(n, cu_seqlens, first_slot, T, NT, VARLEN)
-
-    at, inside = tile_offsets(sequence_head, first, K, V, BK, BV, V_FIRST)
+    piece_head, first = program // blocks, ((program % blocks) * BV).to(tl.int32)
+    piece, head = piece_head // HV, piece_head % HV
+    start, tokens, slot = span(
+        piece, cu_seqlens, piece_sequence, piece_index, first_slot, T, NT, each, LENGTH,
+        VARLEN, CUT, C,
+    )  # fmt: skip
+    at, inside = tile_offsets(piece_head, first, K, V, BK, BV, V_FIRST)
     dS = tl.zeros([BV, BK], tl.float32)
     if FINAL:
         dS = tl.load(grad_final + at, mask=inside, other=0.0).to(tl.float32)
     block = slot * HV + head
     whole = (tokens // C).to(tl.int32)
-    if tokens % C > 0:
+    if tokens > whole * C:
         dS = retreat(
-            dS, q, k, factors, A, P, do, R_out, grad_states, start + whole * C, tokens % C,
-            block + whole * HV, head, first, H, HV, K, V, BK, BV, C, False,
+            dS, q, k, factors, A, P, do, R_out, grad_states, start + whole * C, tokens - whole * C,
+            block + whole * HV, head, first, H, HV, K, V, BK, BV, C, KEEP, False,
         )  # fmt: skip
     for step in range(whole):
         chunk = whole - 1 - step
         dS = retreat(
             dS, q, k, factors, A, P, do, R_out, grad_states, start + chunk * C, C,
-            block + chunk * HV, head, first, H, HV, K, V, BK, BV, C, True,
+            block + chunk * HV, head, first, H, HV, K, V, BK, BV, C, KEEP, True,
         )  # fmt: skip
     if INITIAL:
         tl.store(grad_initial + at, dS, mask=inside)

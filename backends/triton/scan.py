@@ -1,4 +1,4 @@
-"""Stage 2 of forward, a program a sequence, value head and block of V: the state, chunk by chunk.
+"""Stage 2 of forward, a program a piece, value head and block of V: the state, chunk by chunk.
 
     U = A diag(beta) (V - e^G * (K S))
     O = scale e^G * (Q S) + P U                 where OUTPUT
@@ -9,6 +9,10 @@ which tensor cores take from registers, so that the state never leaves them.
 
 Reads k, v, `factors`, A diag(beta), and q, P for the output; writes o and the final state in
 forward. Backward runs it again for what it needs: the state before every chunk and U^T (STATES).
+
+Where sequences are few, they are CUT into pieces that are walked at the same time, twice: first
+each from a zero state, and (TRANSFER) with V = 0 from the identity in place of a state, which says
+what the piece does to any state; then, after `carry.py`, from the states they really begin with.
 """
 
 from __future__ import annotations
@@ -38,13 +42,15 @@ def advance(
     S, q, k, v, factors, A_beta, P, o, states, U_out, start, count, block, head, first,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OUTPUT: tl.constexpr,
-    STATES: tl.constexpr, FULL: tl.constexpr,
+    STATES: tl.constexpr, TRANSFER: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """One chunk: the state after it."""
     kh = head // (HV // H)
     dtype: tl.constexpr = k.dtype.element_ty
     keys = load_rows(k, start, count, kh, H, K, 0, C, BK, FULL)
-    values = load_rows(v, start, count, head, HV, V, first, C, BV, FULL)
+    values = load_rows(v, start, count, head, HV, V, first % V if TRANSFER else first, C, BV, FULL)
+    if TRANSFER:
+        values = tl.where(first < V, values, 0.0)
     turned_A = tl.trans(load_matrix(A_beta, block, 0, C, C, C))
     into = load_factor(factors, block, INTO, C)
     onto = load_factor(factors, block, ONTO, C)
@@ -68,33 +74,41 @@ def advance(
 
 @triton.jit
 def scan_kernel(
-    q, k, v, factors, A_beta, P, initial, o, final, states, U_out, cu_seqlens, first_slot, T, NT,
+    q, k, v, factors, A_beta, P, initial, o, final, states, U_out,
+    cu_seqlens, piece_sequence, piece_index, first_slot, T, NT, each, LENGTH,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
     V_FIRST: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, OUTPUT: tl.constexpr,
-    STATES: tl.constexpr,
+    STATES: tl.constexpr, TRANSFER: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    blocks: tl.constexpr = (V + BV - 1) // BV
-    sequence_head, first = program // blocks, ((program % blocks) * BV).to(tl.int32)
-    n, head = sequence_head // HV, sequence_head % HV
-    start, tokens, slot = span(n, cu_seqlens, first_slot, T, NT, VARLEN)
-
-    at, inside = tile_offsets(sequence_head, first, K, V, BK, BV, V_FIRST)
+    rows: tl.constexpr = V + K if TRANSFER else V
+    blocks: tl.constexpr = (rows + BV - 1) // BV
+    piece_head, first = program // blocks, ((program % blocks) * BV).to(tl.int32)
+    piece, head = piece_head // HV, piece_head % HV
+    start, tokens, slot = span(
+        piece, cu_seqlens, piece_sequence, piece_index, first_slot, T, NT, each, LENGTH,
+        VARLEN, CUT, C,
+    )  # fmt: skip
+    at, inside = tile_offsets(piece_head, first, K, rows, BK, BV, V_FIRST)
     S = tl.zeros([BV, BK], tl.float32)
     if INITIAL:
         S = tl.load(initial + at, mask=inside, other=0.0).to(tl.float32)
+    if TRANSFER:
+        S = tl.where(first - V + tl.arange(0, BV)[:, None] == tl.arange(0, BK)[None, :], 1.0, S)
     block = slot * HV + head
     whole = (tokens // C).to(tl.int32)
     for chunk in range(whole):
         S = advance(
             S, q, k, v, factors, A_beta, P, o, states, U_out, start + chunk * C, C,
-            block + chunk * HV, head, first, H, HV, K, V, BK, BV, C, OUTPUT, STATES, True,
+            block + chunk * HV, head, first, H, HV, K, V, BK, BV, C, OUTPUT, STATES,
+            TRANSFER, True,
         )  # fmt: skip
-    if tokens % C > 0:
+    if tokens > whole * C:
         S = advance(
-            S, q, k, v, factors, A_beta, P, o, states, U_out, start + whole * C, tokens % C,
-            block + whole * HV, head, first, H, HV, K, V, BK, BV, C, OUTPUT, STATES, False,
+            S, q, k, v, factors, A_beta, P, o, states, U_out, start + whole * C, tokens - whole * C,
+            block + whole * HV, head, first, H, HV, K, V, BK, BV, C, OUTPUT, STATES,
+            TRANSFER, False,
         )  # fmt: skip
     if FINAL:
         tl.store(final + at, S, mask=inside)

@@ -52,12 +52,26 @@ def locate(
 
 
 @triton.jit
-def span(n, cu_seqlens, first_slot, T, NT, VARLEN: tl.constexpr):
-    """First token, tokens and first slot of sequence n."""
+def span(
+    piece, cu_seqlens, piece_sequence, piece_index, first_slot, T, NT, each, LENGTH,
+    VARLEN: tl.constexpr, CUT: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """First token, tokens and first slot of a piece of LENGTH chunks (not CUT: of a sequence)."""
     if VARLEN:
-        start = tl.load(cu_seqlens + n).to(tl.int64)
-        return start, tl.load(cu_seqlens + n + 1).to(tl.int64) - start, tl.load(first_slot + n)
-    return n * T, (n * 0 + T), n * NT
+        n, index = piece, piece * 0
+        if CUT:
+            n = tl.load(piece_sequence + piece).to(tl.int64)
+            index = tl.load(piece_index + piece).to(tl.int64)
+        start = tl.load(cu_seqlens + n).to(tl.int64) + index * LENGTH * C
+        left = tl.load(cu_seqlens + n + 1).to(tl.int64) - start
+        slot = tl.load(first_slot + n) + index * LENGTH
+    else:
+        n, index = piece // each, piece % each
+        start, left = n * T + index * LENGTH * C, T - index * LENGTH * C
+        slot = n * NT + index * LENGTH
+    if CUT:
+        left = tl.minimum(left, LENGTH * C)
+    return start, tl.maximum(left, 0), slot
 
 
 @triton.jit
@@ -195,25 +209,26 @@ def strictly_lower(x, C: tl.constexpr):
 def invert(M, C: tl.constexpr, dtype: tl.constexpr):
     """(I + M)^-1 for strictly lower M [C, C], in float32.
 
-    Forward substitution on the diagonal blocks of 16, all at once; then neighbours are merged,
-    twice: with X the inverse of the block diagonal and F what M holds between two neighbours,
+    Forward substitution on the diagonal blocks of 8, all at once; then neighbours are merged, three
+    times: with X the inverse of the block diagonal and F what M holds between two neighbours,
     X - X F X is the inverse at twice the block size. The operands of these products keep float16's
     ten bits where the result is for bfloat16, and float32's otherwise.
     """
-    N: tl.constexpr = C // 16
+    SIZE: tl.constexpr = 8
+    N: tl.constexpr = C // SIZE
     merged: tl.constexpr = tl.float16 if dtype == tl.bfloat16 else tl.float32
     block, other = tl.arange(0, N)[:, None, None, None], tl.arange(0, N)[None, None, :, None]
-    row, column = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
-    diagonal = tl.sum(tl.where(block == other, tl.reshape(M, [N, 16, N, 16]), 0.0), axis=2)
+    row, column = tl.arange(0, SIZE)[None, :, None], tl.arange(0, SIZE)[None, None, :]
+    diagonal = tl.sum(tl.where(block == other, tl.reshape(M, [N, SIZE, N, SIZE]), 0.0), axis=2)
     X = tl.where(row == column, 1.0, 0.0) + diagonal * 0
-    for i in range(1, 16):
-        factors = tl.sum(tl.where(row == i, diagonal, 0.0), axis=1)  # [N, 16]
-        known = tl.sum(factors[:, :, None] * X, axis=1)  # [N, 16]
+    for i in range(1, SIZE):
+        factors = tl.sum(tl.where(row == i, diagonal, 0.0), axis=1)  # [N, SIZE]
+        known = tl.sum(factors[:, :, None] * X, axis=1)  # [N, SIZE]
         X = tl.where(row == i, X - known[:, None, :], X)
     X = tl.reshape(tl.where(block == other, X[:, :, None, :], 0.0), [C, C])
     r, c = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    for step in tl.static_range(2):
-        size = 16 << step
+    for step in tl.static_range(3):
+        size = SIZE << step
         between = (r // size != c // size) & (r // (2 * size) == c // (2 * size))
         F = tl.where(between, M, 0.0).to(merged)
         X -= dot(dot(X.to(merged), F).to(merged), X.to(merged))
