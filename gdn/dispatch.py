@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from gdn import registry
 from gdn.backend import Backend, reasons_against
 from gdn.problem import Call, Problem, describe
@@ -165,12 +167,13 @@ def _warn_slow(reasons: dict[str, list[str]]) -> None:
 def choose(request: str, call: Call, needs_grad: bool) -> Backend:
     """Validate a call and resolve the request for it; remembered, so that a repeated call costs a
     look-up."""
+    tensors: tuple[Tensor | None, ...] = call[:_TENSORS]  # type: ignore[assignment]
     key = (
         registry.generation,
         request,
         needs_grad,
         # inline, because a function call a tensor would cost a fifth of the whole look-up
-        *[None if x is None else (x.shape, x.dtype, x.device) for x in call[:_TENSORS]],
+        *[None if x is None else (x.shape, x.dtype, x.device) for x in tensors],
         math.isfinite(call.scale),
         call[_TENSORS + 1 :],
     )

@@ -20,7 +20,7 @@ from .tiles import dot, tile_offsets
 
 @triton.jit
 def carry_kernel(
-    walked, own, initial, begins, final, cu_seqlens, first_piece, T, each, LENGTH,
+    walked, own, initial, begins, final, cu_seqlens, each, LENGTH,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     VARLEN: tl.constexpr, V_FIRST: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -31,8 +31,9 @@ def carry_kernel(
     n, head = sequence_head // HV, sequence_head % HV
     piece, count = n * each, each
     if VARLEN:
-        piece = tl.load(first_piece + n)
-        tokens = tl.load(cu_seqlens + n + 1) - tl.load(cu_seqlens + n)
+        start = tl.load(cu_seqlens + n).to(tl.int64)
+        piece = start // (LENGTH * C) + n
+        tokens = tl.load(cu_seqlens + n + 1) - start
         count = tl.cdiv(tokens, LENGTH * C).to(tl.int32)
     at, _ = tile_offsets(sequence_head, first, K, V, K, BV, V_FIRST)
     S = tl.zeros([BV, K], tl.float32)

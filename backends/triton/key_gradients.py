@@ -47,14 +47,14 @@ from .tiles import (
 def key_gradients_kernel(
     q, k, v, g, factors, states, grad_states, U, R, do, dG_read, A_log, dt_bias,
     dk, dv, dg, dbeta, dA_log, ddt_bias, scale,
-    cu_seqlens, slot_sequence, slot_chunk, T, NT,
+    cu_seqlens, N, T, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, L2: tl.constexpr,
     GATE: tl.constexpr, BIAS: tl.constexpr, SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     slot, kh = program // H, program % H
-    start, count = locate(slot, cu_seqlens, slot_sequence, slot_chunk, T, NT, VARLEN, C)
+    start, count = locate(slot, cu_seqlens, N, T, NT, VARLEN, C)
     if count <= 0:
         return
     dtype: tl.constexpr = q.dtype.element_ty

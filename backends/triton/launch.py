@@ -1,12 +1,18 @@
-"""Launching a kernel with the configuration measured for it."""
+"""Launching a kernel with the configuration measured for it, and with little work on the host."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
+from triton.runtime.errors import OutOfResources
 
 from .cut import BLOCK
+from .tiles import INTERPRETED
+
+WALKS = ("scan_kernel", "reverse_scan_kernel", "carry_kernel")
 
 
 class Configuration(NamedTuple):
@@ -19,30 +25,86 @@ class Configuration(NamedTuple):
     maxnreg: int | None = None
 
 
-def configuration(name: str, BK: int, V: int, itemsize: int, walks: int) -> Configuration:
-    """The configuration of a kernel, by the padded K, by V, the bytes of an element, and how many
-    sequences (or chunks) times heads there are."""
+SEARCHED: dict[str, list[tuple[int, ...]]] = {
+    "prepare_kernel": [(0, 4, 1, 128), (0, 4, 1, 168), (0, 4, 1), (0, 8, 1)],
+    "carry_kernel": [(16, 4, 1), (16, 4, 2), (32, 4, 1)],
+    "scan_kernel": [(BV, w, n) for BV, w in ((64, 4), (64, 8), (128, 8)) for n in (1, 2, 3)],
+    "query_gradients_kernel": [(BV, w, n) for BV in (64, 128) for w in (4, 8) for n in (1, 2)],
+}
+SEARCHED["reverse_scan_kernel"] = SEARCHED["scan_kernel"]
+SEARCHED["key_gradients_kernel"] = SEARCHED["query_gradients_kernel"]
+"""What GDN_TRITON_AUTOTUNE=1 tries."""
+
+
+def configuration(name: str, BK: int, itemsize: int, walks: int, room: int) -> Configuration:
+    """The configuration of a kernel, as measured on an H200 with bfloat16 and K = V = 128.
+
+    BK is K padded, itemsize the bytes of an element, walks the number of sequences (or pieces of
+    them) times value heads, room the bytes of shared memory that a program can have.
+    """
     wide = BK * itemsize > 256
     if name == "prepare_kernel":
         return Configuration(0, 4, 1, None if wide else 168)
     if name == "carry_kernel":
-        return Configuration(16, 4, 1)
+        return Configuration(16, 4, 2 if room > 150_000 else 1)
     if name.endswith("gradients_kernel"):
-        return Configuration(BLOCK if wide else 2 * BLOCK, 8, 1)
-    return Configuration(BLOCK, 4, 1 if wide else 3 if name == "scan_kernel" else 2)
+        return Configuration(BLOCK if wide or room < 230_000 else 2 * BLOCK, 8, 1)
+    if wide:
+        return Configuration(32, 8, 1)
+    if room < 230_000:
+        return Configuration(32, 4, 2 if room > 100_000 else 1)
+    if name == "scan_kernel":
+        return Configuration(2 * BLOCK, 8, 3) if walks >= 128 else Configuration(BLOCK, 4, 3)
+    return Configuration(BLOCK, 8, 3)
 
 
-def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Run a kernel on `programs` programs, times the blocks of V for those that walk."""
-    name = kernel.fn.__name__
-    V, BK = constants.get("V", 0), constants.get("BK", 0)
-    chosen = configuration(name, BK, V, args[0].element_size(), programs)
-    if chosen.BV:
-        constants["BV"] = chosen.BV
-    if name in ("scan_kernel", "reverse_scan_kernel", "carry_kernel"):
-        rows = V + constants["K"] if constants.get("TRANSFER") else V
-        programs *= triton.cdiv(rows, chosen.BV)
-    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-    if chosen.maxnreg:
-        options["maxnreg"] = chosen.maxnreg
-    kernel[(programs,)](*args, **constants, **options)
+class Stage:
+    """A kernel with its constants, for calls of one kind: those that `autograd.py` has one plan
+    for, so that Triton's own look-up of the compiled kernel is needed once."""
+
+    def __init__(self, kernel: Any, programs: int, chosen: Configuration, **constants: Any):
+        self.kernel, self.programs, self.constants = kernel, programs, constants
+        self.compiled: Callable[..., None] | None = None
+        self.choose(chosen)
+
+    def choose(self, chosen: Configuration) -> None:
+        """Take a configuration."""
+        name, constants = self.kernel.fn.__name__, dict(self.constants)
+        self.grid, self.options = self.programs, {
+            "num_warps": chosen.num_warps, "num_stages": chosen.num_stages,
+        }  # fmt: skip
+        if chosen.BV:
+            constants["BV"] = chosen.BV
+        if name in WALKS:
+            rows = constants["V"] + (constants["K"] if constants.get("TRANSFER") else 0)
+            self.grid *= triton.cdiv(rows, chosen.BV)
+        if chosen.maxnreg:
+            self.options["maxnreg"] = chosen.maxnreg
+        self.bound = {n: constants[n] for n in self.kernel.arg_names if n in constants}
+
+    def run(self, *args: Any) -> Any:
+        return self.kernel[(self.grid,)](*args, **self.bound, **self.options)
+
+    def search(self, *args: Any) -> None:
+        """Take the configuration that is fastest on these arguments."""
+        times = {}
+        for candidate in (Configuration(*c) for c in SEARCHED[self.kernel.fn.__name__]):
+            if self.constants.get("V", 0) < candidate.BV:
+                continue
+            self.choose(candidate)
+            try:
+                times[candidate] = triton.testing.do_bench(lambda: self.run(*args), rep=20)
+            except OutOfResources:
+                continue
+        self.choose(min(times, key=lambda candidate: times[candidate]))
+
+    def __call__(self, aligned: bool, *args: Any) -> None:
+        """Run the kernel. Triton compiles apart for pointers that are no multiple of 16 bytes."""
+        if aligned and self.compiled is not None:
+            self.compiled(*args, *self.bound.values())
+            return
+        if not INTERPRETED and os.environ.get("GDN_TRITON_AUTOTUNE") == "1":
+            self.search(*args)
+        compiled = self.run(*args)
+        if aligned and not INTERPRETED:
+            self.compiled = compiled[(self.grid, 1, 1)]

@@ -5,8 +5,8 @@
     G = cumsum(g) within the chunk,  L_ij = exp(G_i - G_j)
     A = (I + tril(beta_i L_ij k_i.k_j, -1))^-1,  P = scale tril(L_ij q_i.k_j)
 
-Reads q, k, g and beta; writes `factors` (see `tiles.py`), A diag(beta) and P, and for backward A,
-in the call's dtype. Norms are applied to products of the raw rows, here and later.
+Reads q, k, g and beta; writes `factors` and `matrices` (see `tiles.py`), A itself
+only for backward (SAVE). Norms are applied to products of the raw rows, here and later.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ import triton
 import triton.language as tl
 
 from .tiles import (
-    INTO,
+    A_K,
+    A_V,
+    FACTORS,
+    INVERSE,
     LOG_DECAY,
+    MATRICES,
     NORM_K,
     NORM_Q,
     ONTO,
     READ,
+    SCORES,
     STRENGTH,
     decay_matrix,
     dot,
@@ -52,16 +57,22 @@ def reciprocal_norm(x):
 
 @triton.jit
 def prepare_kernel(
-    q, k, g, beta, A_log, dt_bias, factors, A_beta, P_out, A_out, scale,
-    cu_seqlens, slot_sequence, slot_chunk, T, NT,
+    q, k, g, beta, A_log, dt_bias, factors, matrices, scale,
+    cu_seqlens, N, T, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     VARLEN: tl.constexpr, L2: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
     SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     slot, head = block // HV, block % HV
-    start, count = locate(slot, cu_seqlens, slot_sequence, slot_chunk, T, NT, VARLEN, C)
+    start, count = locate(slot, cu_seqlens, N, T, NT, VARLEN, C)
     if count <= 0:
+        if SAVE:  # what is handed out is never left as it was found
+            for which in tl.static_range(FACTORS):
+                store_factor(factors, tl.zeros([C], tl.float32), block, which, C)
+            for which in tl.static_range(MATRICES):
+                nothing = tl.zeros([C, C], tl.float32)
+                store_matrix(matrices, nothing, block * MATRICES + which, 0, C, C, C)
         return
     live = tl.arange(0, C) < count
     dtype: tl.constexpr = k.dtype.element_ty
@@ -91,15 +102,16 @@ def prepare_kernel(
         rq, rk = reciprocal_norm(queries), reciprocal_norm(keys)
         P *= rk[None, :]
         M *= rk[None, :]
-    store_matrix(P_out, (scale * rq)[:, None] * P, block, 0, C, C, C)
+    store_matrix(matrices, (scale * rq)[:, None] * P, block * MATRICES + SCORES, 0, C, C, C)
     A = invert(strictly_lower((strength * rk)[:, None] * M, C), C, dtype)
-    store_matrix(A_beta, A * strength[None, :], block, 0, C, C, C)
+    through_k = strength * rk * tl.exp(G)
+    store_matrix(matrices, A * strength[None, :], block * MATRICES + A_V, 0, C, C, C)
+    store_matrix(matrices, A * through_k[None, :], block * MATRICES + A_K, 0, C, C, C)
     if SAVE:
-        store_matrix(A_out, A, block, 0, C, C, C)
+        store_matrix(matrices, A, block * MATRICES + INVERSE, 0, C, C, C)
 
     store_factor(factors, G, block, LOG_DECAY, C)
     store_factor(factors, strength, block, STRENGTH, C)
-    store_factor(factors, rk * tl.exp(G), block, INTO, C)
     store_factor(factors, rk * tl.exp(total - G), block, ONTO, C)
     store_factor(factors, scale * rq * tl.exp(G), block, READ, C)
     store_factor(factors, rq, block, NORM_Q, C)

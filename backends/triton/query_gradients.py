@@ -17,9 +17,11 @@ import triton.language as tl
 
 from .tiles import (
     LOG_DECAY,
+    MATRICES,
     NORM_K,
     NORM_Q,
     READ,
+    SCORES,
     decay_matrix,
     dot,
     load_factor,
@@ -36,14 +38,14 @@ from .tiles import (
 
 @triton.jit
 def query_gradients_kernel(
-    q, k, factors, P, states, U, do, dq, dG_out, scale,
-    cu_seqlens, slot_sequence, slot_chunk, T, NT,
+    q, k, factors, matrices, states, U, do, dq, dG_out, scale,
+    cu_seqlens, N, T, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, L2: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     slot, kh = program // H, program % H
-    start, count = locate(slot, cu_seqlens, slot_sequence, slot_chunk, T, NT, VARLEN, C)
+    start, count = locate(slot, cu_seqlens, N, T, NT, VARLEN, C)
     if count <= 0:
         return
     dtype: tl.constexpr = q.dtype.element_ty
@@ -64,7 +66,8 @@ def query_gradients_kernel(
         inter *= load_factor(factors, block, READ, C)[:, None]
         grad_q += inter
         queries = load_rows(q, start, count, kh, H, K, 0, C, BK)
-        dL = strictly_lower(dP * load_matrix(P, block, 0, C, C, C).to(tl.float32), C)
+        P = load_matrix(matrices, block * MATRICES + SCORES, 0, C, C, C).to(tl.float32)
+        dL = strictly_lower(dP * P, C)
         from_k += dP * decay_matrix(load_factor(factors, block, LOG_DECAY, C), C)
         dG = tl.sum(queries.to(tl.float32) * inter, axis=1) + tl.sum(dL, axis=1)
         tl.store(dG_out + block * C + tl.arange(0, C), dG - tl.sum(dL, axis=0))

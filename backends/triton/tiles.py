@@ -1,9 +1,14 @@
 """What the kernels share: where a chunk's tokens lie, tiles of [tokens, head dim], products, decay,
 and the inverse of a unit lower triangular [64, 64].
 
-What a stage hands to the next is kept by slot (chunk) and value head, padded to C tokens: `factors`
-[slots, HV, FACTORS, C] in float32, one row each of G, beta, e^G rk, e^{gamma - G} rk, scale e^G rq,
-rq and rk (the reciprocal norms of q and k, or ones), and matrices [slots, HV, C, C].
+Sequences are cut into pieces of C tokens (chunks, in slots) or more. Piece i of sequence n has the
+number cu_seqlens[n] // length + n + i: in packed input some numbers stay unused, and nobody needs a
+table or has to read cu_seqlens back.
+
+What a stage hands to the next is kept by slot and value head, padded to C tokens: `factors`
+[slots, HV, FACTORS, C] in float32, one row each of G, beta, e^{gamma - G} rk, scale e^G rq, rq and
+rk (the reciprocal norms of q and k, or ones), and `matrices` [slots, HV, MATRICES, C, C] in the
+call's dtype: A_v = A diag(beta), A_k = A diag(beta e^G rk), P and A.
 """
 
 from __future__ import annotations
@@ -14,8 +19,10 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-FACTORS = tl.constexpr(7)
-LOG_DECAY, STRENGTH, INTO, ONTO, READ, NORM_Q, NORM_K = (tl.constexpr(i) for i in range(7))
+FACTORS = tl.constexpr(6)
+LOG_DECAY, STRENGTH, ONTO, READ, NORM_Q, NORM_K = (tl.constexpr(i) for i in range(6))
+MATRICES = tl.constexpr(4)
+A_V, A_K, SCORES, INVERSE = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
@@ -37,34 +44,42 @@ def dot(a, b):
 
 
 @triton.jit
-def locate(
-    slot, cu_seqlens, slot_sequence, slot_chunk, T, NT, VARLEN: tl.constexpr, C: tl.constexpr
-):
+def sequence_of(piece, cu_seqlens, N, length):
+    """The last sequence whose first piece is not past this one, and the piece's place in it."""
+    low, high = piece * 0, piece * 0 + N
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(cu_seqlens + middle).to(tl.int64) // length + middle <= piece
+        low, high = tl.where(before, middle, low), tl.where(before, high, middle)
+    return low, piece - (tl.load(cu_seqlens + low).to(tl.int64) // length + low)
+
+
+@triton.jit
+def locate(slot, cu_seqlens, N, T, NT, VARLEN: tl.constexpr, C: tl.constexpr):
     """First token of a slot's chunk, and how many it has (0 or less: the slot is not in use)."""
     if VARLEN:
-        n = tl.load(slot_sequence + slot).to(tl.int64)
-        start = tl.load(cu_seqlens + n).to(tl.int64) + tl.load(slot_chunk + slot).to(tl.int64) * C
+        n, index = sequence_of(slot, cu_seqlens, N, C)
+        start = tl.load(cu_seqlens + n).to(tl.int64) + index * C
         end = tl.load(cu_seqlens + n + 1).to(tl.int64)
     else:
-        start = (slot // NT) * T + (slot % NT) * C
-        end = (slot // NT + 1) * T
+        start, end = (slot // NT) * T + (slot % NT) * C, (slot // NT + 1) * T
     return start, end - start
 
 
 @triton.jit
 def span(
-    piece, cu_seqlens, piece_sequence, piece_index, first_slot, T, NT, each, LENGTH,
+    piece, cu_seqlens, N, T, NT, each, LENGTH,
     VARLEN: tl.constexpr, CUT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """First token, tokens and first slot of a piece of LENGTH chunks (not CUT: of a sequence)."""
     if VARLEN:
         n, index = piece, piece * 0
         if CUT:
-            n = tl.load(piece_sequence + piece).to(tl.int64)
-            index = tl.load(piece_index + piece).to(tl.int64)
-        start = tl.load(cu_seqlens + n).to(tl.int64) + index * LENGTH * C
+            n, index = sequence_of(piece, cu_seqlens, N, LENGTH * C)
+        first = tl.load(cu_seqlens + n).to(tl.int64)
+        start = first + index * LENGTH * C
         left = tl.load(cu_seqlens + n + 1).to(tl.int64) - start
-        slot = tl.load(first_slot + n) + index * LENGTH
+        slot = first // C + n + index * LENGTH
     else:
         n, index = piece // each, piece % each
         start, left = n * T + index * LENGTH * C, T - index * LENGTH * C
@@ -149,7 +164,7 @@ def chunk_decay(factors, block, C: tl.constexpr):
 
 @triton.jit
 def load_matrix(x, block, first, ROWS: tl.constexpr, BR: tl.constexpr, C: tl.constexpr):
-    """Rows first:first + BR of the [ROWS, C] matrix at block, zero past ROWS."""
+    """Rows first:first + BR of matrix number `block` of [.., ROWS, C], zero past ROWS."""
     r, c = first + tl.arange(0, BR)[:, None], tl.arange(0, C)[None, :]
     at = x + block * (ROWS * C) + (r * C + c)
     return tl.load(at) if ROWS % BR == 0 else tl.load(at, mask=(r < ROWS) & (c >= 0), other=0.0)

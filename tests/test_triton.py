@@ -1,0 +1,172 @@
+"""What is Triton's own: head dims, pieces walked in parallel, sizes past 2^31 and 65,535, first
+calls, and how the kernels compile for GPUs that are not here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import assert_close, run, truth
+
+import gdn
+from gdn.testing import Case, make_inputs, run_definition, with_gradients
+
+pytest.importorskip("triton")
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("K", [64, 100, 128, 256])
+def test_head_dims(K: int, dtype: torch.dtype, device: str) -> None:
+    """Every gradient, at the widths where Triton 3.4 to 3.7.0 is known to miscompile transposed
+    operands on Hopper."""
+    case = Case(f"K{K}", T=150, H=1, HV=2, K=K, V=K, dtype=dtype)
+    if device == "cpu" and (K == 256 or dtype == torch.float16):
+        pytest.skip("too slow under the interpreter; runs on a GPU")
+    expected = truth(case)
+    for name, value in run(
+        "triton", case, with_gradients(make_inputs(case, device)), device
+    ).items():
+        assert_close(name, value, expected[name], dtype)
+
+
+PARALLEL = (
+    Case("dense", T=330, H=1, HV=2, V=128, B=2, state_v_first=True),
+    Case("packed", lengths=(0, 330, 64, 700, 65), H=1, HV=2),
+    Case("fused", T=300, H=1, HV=2, initial_state=False, fused=True, gates="model"),
+    Case("correlated-keys", T=400, H=1, HV=1, gates="weak", cosine=0.9),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", PARALLEL, ids=lambda case: case.name)
+def test_pieces_walked_in_parallel(
+    monkeypatch: pytest.MonkeyPatch, case: Case, dtype: torch.dtype, device: str
+) -> None:
+    from gdn.backends.triton import autograd, cut
+
+    monkeypatch.setattr(cut, "LEAST", 1)
+    monkeypatch.setattr(cut, "processors", lambda device: 10**4)
+    monkeypatch.setattr(autograd, "_plans", {})
+    case = replace(case, dtype=dtype)
+    inputs = with_gradients(make_inputs(case, device))
+    expected = truth(case)
+    got = run("triton", case, inputs, device)
+    (plan,) = autograd._plans.values()
+    assert plan.length == 64
+    for name, value in got.items():
+        assert_close(name, value, expected[name], dtype)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements() -> None:
+    """The last tokens, whose offsets need 64 bits, against the definition from the state there."""
+    T, tail = 2**18 + 192, 192
+    case = Case("long", T=T, H=16, HV=64, K=128, V=128, dtype=torch.bfloat16, initial_state=False)
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=case.dtype, generator=generator)
+
+    q, k = (torch.nn.functional.normalize(random(1, T, case.H, case.K), dim=-1) for _ in range(2))
+    v = random(1, T, case.HV, case.V)
+    assert v.numel() > 2**31
+    g = -random(1, T, case.HV).float().abs() / 8
+    beta = random(1, T, case.HV).float().sigmoid()
+    inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+    inputs = {n: x.requires_grad_() for n, x in inputs.items()}
+    o, final = gdn.gated_delta_net(**inputs, output_final_state=True, backend="triton")
+    before = {name: x[:, :-tail].detach() for name, x in inputs.items()}
+    with torch.no_grad():
+        state = gdn.gated_delta_net(**before, output_final_state=True, backend="triton").final_state
+    last = {n: x[:, -tail:].detach().clone().double().requires_grad_() for n, x in inputs.items()}
+    expected_o, expected_final = run_definition(
+        last | {"initial_state": state.double(), "output_final_state": True}
+    )
+    assert_close("o", o[:, -tail:].detach(), expected_o.detach(), case.dtype)
+    assert_close("final_state", final.detach(), expected_final.detach(), case.dtype)
+    weights = random(1, tail, case.HV, case.V) / 32
+    o[:, -tail:].backward(weights)
+    expected_o.backward(weights.double())
+    for name, x in inputs.items():
+        assert x.grad is not None
+        assert_close(name, x.grad[:, -tail:], last[name].grad, case.dtype)
+
+
+@pytest.mark.gpu
+def test_more_than_65535_sequences_times_heads() -> None:
+    case = Case("many", T=3, B=1100, H=32, HV=64, K=16, V=16, dtype=torch.bfloat16)
+    inputs = with_gradients(make_inputs(case, "cuda"))
+    some = {n: x[-7:] if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
+    some = with_gradients(some)
+    whole, part = (gdn.gated_delta_net(**kwargs, backend="triton") for kwargs in (inputs, some))
+    assert torch.equal(whole.o[-7:], part.o)
+    assert torch.equal(whole.final_state[-7:], part.final_state)
+    whole.o.sum().backward()
+    part.o.sum().backward()
+    assert all(torch.equal(inputs[n].grad[-7:], some[n].grad) for n in ("q", "k", "v", "g", "beta"))
+
+
+FIRST_CALL = """
+import time, torch, gdn
+from gdn.testing import Case, make_inputs, with_gradients
+case = Case("first", T=512, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16, fused=True)
+inputs = with_gradients(make_inputs(case, "cuda"))
+torch.cuda.synchronize()
+start = time.perf_counter()
+o, state = gdn.gated_delta_net(**inputs, backend="triton")
+torch.cuda.synchronize()
+middle = time.perf_counter()
+(o.sum() + state.sum()).backward()
+torch.cuda.synchronize()
+print(middle - start, time.perf_counter() - start)
+"""
+
+
+@pytest.mark.gpu
+def test_first_calls(tmp_path: Path) -> None:
+    """Seconds until the first result: from an empty cache, then from the one that it left."""
+
+    def seconds() -> tuple[float, float]:
+        environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+        out = subprocess.check_output([sys.executable, "-c", FIRST_CALL], env=environment)
+        forward, both = map(float, out.split())
+        return forward, both
+
+    forward, both = seconds()
+    assert (forward < 10, both < 20) == (True, True)
+    assert seconds()[1] < 2
+
+
+COMPILE = Path(__file__).with_name("compile_triton.py")
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_compiles_for(sm: int) -> None:
+    """Every kernel, for a GPU that need not be here: within its shared memory, and the hot ones
+    without much spilling."""
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(COMPILE), str(sm)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    room = {80: 166_912, 90: 232_448}[sm]
+    assert len(rows) == 14
+    for name, dtype, shared, registers, stack in rows:
+        assert int(shared) <= room, name
+        assert 0 < int(registers) <= 255, name
+        if dtype == "bf16":
+            assert int(stack) <= LIMITS[sm], f"{name} uses {stack} bytes of stack a thread"
+
+
+LIMITS = {80: 2048, 90: 512}
+"""Bytes of stack a thread with bfloat16, K = V = 128. A scan keeps its last, partial chunk apart
+from the loop over whole ones, and that copy spills; the loop itself has a few reloads."""
