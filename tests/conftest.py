@@ -13,6 +13,10 @@ import torch
 import gdn
 from gdn import dispatch, registry
 
+if not torch.cuda.is_available():
+    # before Triton is imported, and before its backend says where it runs
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS = [info.name for info in gdn.list_backends()]
 
@@ -25,11 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """Triton's interpreter where there is no GPU. Peers' import-time warnings and autotuning stay
-    out of the suite; neither is under test."""
+    """Peers' import-time warnings and autotuning stay out of the suite; neither is under test."""
     os.environ.pop("GDN_BACKEND", None)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -26,19 +26,23 @@ _plans: dict[tuple[object, ...], Plan] = {}
 _PLANS_LIMIT = 1024
 
 
-def saved_like(call: Call) -> list[Tensor]:
+def _saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """`factors` and `matrices` (see `tiles.py`); and if the call is walked in parallel, what each
     piece does to the state, and the state that it begins with (see `carry.py`)."""
     (HV, V), K = call.v.shape[2:], call.q.shape[3]
     slots, length = pieces(call, CHUNK), parallel_length(call)
-    saved = [
-        call.q.new_empty((slots, HV, FACTORS.value, CHUNK), dtype=torch.float32),
-        call.q.new_empty((slots, HV, MATRICES.value, CHUNK, CHUNK)),
+    shapes = [
+        ((slots, HV, FACTORS.value, CHUNK), torch.float32),
+        ((slots, HV, MATRICES.value, CHUNK, CHUNK), call.q.dtype),
     ]
     if length:
-        shapes = [(pieces(call, length), HV, rows, K) for rows in (V + K, V)]
-        saved += [saved[0].new_empty(shape) for shape in shapes]
-    return saved
+        shapes += [((pieces(call, length), HV, n, K), torch.float32) for n in (V + K, V)]
+    return shapes
+
+
+def saved_like(call: Call) -> list[Tensor]:
+    """Empty tensors for what forward hands on."""
+    return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in _saved_shapes(call)]
 
 
 class Plan:
@@ -55,7 +59,8 @@ class Plan:
             "K": call.q.shape[3],
             "V": call.v.shape[3],
             "C": CHUNK,
-            "BK": max(16, triton.next_power_of_2(call.q.shape[3])),
+            # narrower tiles, split between warpgroups, are read past their end (Triton 3.6)
+            "BK": max(64, triton.next_power_of_2(call.q.shape[3])),
             "VARLEN": call.cu_seqlens is not None,
             "L2": call.use_qk_l2norm_in_kernel,
             "GATE": call.use_gate_in_kernel,
@@ -63,6 +68,7 @@ class Plan:
             "SIGMOID": call.use_beta_sigmoid_in_kernel,
             "BETA_SCALE": 2.0 if call.allow_neg_eigval else 1.0,
         }
+        self.saved, self.state = _saved_shapes(call), call.state_shape
         self.device, self.itemsize = call.q.device, call.q.element_size()
         self.stages: dict[tuple[object, ...], Stage] = {}
         self.walks, cut = call.sequences * HV, (1, each)
@@ -124,11 +130,12 @@ def _plan(call: Call) -> tuple[Plan, Call, bool]:
 def forward(call: Call, save: bool) -> Forward:
     """See `gdn.backend.Backend.forward`."""
     plan, call, aligned = _plan(call)
-    saved = saved_like(call)
+    new_empty = call.q.new_empty
+    saved = [new_empty(shape, dtype=dtype) for shape, dtype in plan.saved]
     factors, matrices, *parallel = saved
     final = None
     if call.output_final_state:
-        final = call.q.new_empty(call.state_shape, dtype=call.state_dtype)
+        final = new_empty(plan.state, dtype=torch.float32)
     o = torch.empty_like(call.v)
     plan.stage(prepare_kernel, plan.slots * plan.common["HV"], SAVE=save)(
         aligned, call.q, call.k, call.g, call.beta, call.A_log, call.dt_bias, factors, matrices,

@@ -42,7 +42,7 @@ def configuration(name: str, BK: int, itemsize: int, walks: int, room: int) -> C
     BK is K padded, itemsize the bytes of an element, walks the number of sequences (or pieces of
     them) times value heads, room the bytes of shared memory that a program can have.
     """
-    wide = BK * itemsize > 256
+    wide = itemsize > 2 or BK > 128
     if name == "prepare_kernel":
         return Configuration(0, 4, 1, None if wide else 168)
     if name == "carry_kernel":
