@@ -5,7 +5,7 @@ and W = tril(L_ij k_i.k_j, -1), for each value head
 
     dK = e^{gamma - G} * (U dS^T) - e^G * (dV S^T) + scale (dP * L)^T Q + (D + D^T) K
     dP = tril(dO U^T),  D = -beta * tril(L * (R U^T), -1)
-    dbeta = rowsum(R * V) - rowsum(e^G * K * (R S^T)) - rowsum(W * (R U^T))
+    dbeta = rowsum(R * V) - rowsum(e^G * K * (R S^T)) - rowsum(W * (R U^T)) = rowsum(R * U) / beta
 
 dg_t sums gradient times value over the factors e^{G_i} with i >= t, e^{G_i - G_j} with i >= t > j,
 e^{gamma - G_j} with t > j, and e^gamma; o's share of it comes from `query_gradients.py`. dK is
@@ -89,10 +89,13 @@ def key_gradients_kernel(
         read = norm_k * tl.sum(keys.to(tl.float32) * inter, axis=1)
         grad_k -= strength[:, None] * inter
         L = decay_matrix(decay, C)
+        along_U = tl.sum(tl.where(row == column, RU, 0.0), axis=1)
         RU = strictly_lower(RU * L, C)
         from_k -= strength[:, None] * RU
         RU *= norm_k[:, None] * norm_k[None, :] * dot(keys, tl.trans(keys))
         grad_beta -= read + tl.sum(RU, axis=1)
+        # the same from U, which is rounded once; not where beta is too weak to divide by
+        grad_beta = tl.where(strength > 0.0625, along_U / tl.maximum(strength, 0.0625), grad_beta)
         dL = strength[:, None] * RU
         dG = tl.load(dG_read + block * C + tl.arange(0, C)) - strength * read
         dG -= tl.sum(dL, axis=1) - tl.sum(dL, axis=0)
