@@ -1,6 +1,6 @@
 """gdn: the gated delta rule (Gated DeltaNet, arXiv 2412.06464) as one op with many backends."""
 
-from gdn.api import GDNOutput, explain, gated_delta_net
+from gdn.api import GDNOutput, explain, gated_delta_net, gated_delta_net_decode
 from gdn.backend import Backend, Capabilities
 from gdn.dispatch import (
     BackendUnsupportedError,
@@ -30,6 +30,7 @@ __all__ = [
     "Verdict",
     "explain",
     "gated_delta_net",
+    "gated_delta_net_decode",
     "list_backends",
     "register_backend",
     "set_default_backend",

@@ -1,4 +1,5 @@
-"""The public op: `gated_delta_net`, and `explain`, which says what it would do."""
+"""The public ops, `gated_delta_net` and `gated_delta_net_decode`, and `explain`, which says what
+they would do."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gdn import dispatch, ops
-from gdn.problem import Call, describe
-from gdn.validation import check_cu_seqlens, validate
+from gdn.problem import Call, Step, describe, describe_step
+from gdn.validation import validate, validate_step
+from gdn.values import check_cu_seqlens, check_slots
 
 
 class GDNOutput(NamedTuple):
@@ -93,40 +95,102 @@ def gated_delta_net(
     in force when the call is traced is the one that holds.
     """
     call = _make_call(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        use_gate_in_kernel=use_gate_in_kernel,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-        allow_neg_eigval=allow_neg_eigval,
-        state_v_first=state_v_first,
-        cu_seqlens=cu_seqlens,
-        cu_seqlens_cpu=cu_seqlens_cpu,
-        chunk_indices=chunk_indices,
-        transpose_state_layout=transpose_state_layout,
-    )
+        q, k, v, g, beta, scale=scale, initial_state=initial_state,
+        output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel, A_log=A_log, dt_bias=dt_bias,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu,
+        chunk_indices=chunk_indices, transpose_state_layout=transpose_state_layout,
+    )  # fmt: skip
     return GDNOutput(*ops.run_forward(call, _request(backend), _needs_grad(call)))
+
+
+def gated_delta_net_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor,
+    state_indices: Tensor | None = None,
+    null_index: int = -1,
+    num_accepted_tokens: Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A decode step of the same rule: T >= 1 new tokens of each of N sequences, whose states lie in
+    a pool and are updated in place. Not differentiable.
+
+    Args:
+        q, k, v, g, beta, scale, the fused options, cu_seqlens, backend: as in `gated_delta_net`. q,
+            k, v of a GPU call may be slices of one tensor; they are not copied.
+        state: the pool [slots, HV, K, V] in float32 or bfloat16 (float64 with float64 inputs); the
+            arithmetic is in float32. Slots may be padded: state.stride(0) may exceed HV K V.
+        state_indices: [N], int32 or int64: the slot of each sequence, read and written. None stands
+            for 0, 1, ..., N - 1, and the pool then has N slots. Or, for speculative decoding, [N, 1
+            + T]: column c is the slot of the state after c tokens of the step. A step starts from
+            column 0 and writes the others; with cu_seqlens there may be fewer columns than tokens,
+            and states past the last column are not kept.
+        null_index: a sequence whose slot this is (padding of a batch) is skipped: its o is zero,
+            and no slot is touched.
+        num_accepted_tokens: [N], with state_indices [N, 1 + T]: the column to start from, in place
+            of 0: how many tokens of the last step, laid out alike, were accepted.
+        state_v_first: the pool is [slots, HV, V, K].
+
+    Returns:
+        o [B, T, HV, V] in v's dtype. Slots that state_indices does not name keep their bits.
+
+    Raises:
+        ValueError, BackendUnsupportedError, UnknownBackendError: as `gated_delta_net`.
+        RuntimeError: an input requires grad while gradients are on.
+
+    The values of state_indices and num_accepted_tokens are checked on the CPU; on a GPU a slot
+    outside the pool counts as null_index, and naming one slot twice is a race.
+    """
+    step = _make_step(
+        q, k, v, g, beta, state=state, state_indices=state_indices, null_index=null_index,
+        num_accepted_tokens=num_accepted_tokens, scale=scale,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
+        A_log=A_log, dt_bias=dt_bias, use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval, state_v_first=state_v_first, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    if torch.is_grad_enabled():
+        for name in ("q", "k", "v", "g", "beta", "state", "A_log", "dt_bias"):
+            x = getattr(step, name)
+            if x is not None and x.requires_grad:
+                raise RuntimeError(
+                    f"gdn.gated_delta_net_decode is not differentiable, and {name} requires grad; "
+                    "call it under torch.no_grad(), or use gdn.gated_delta_net"
+                )
+    return ops.run_decode(step, _request(backend))
 
 
 def explain(*args: Any, backend: str | None = None, **options: Any) -> dispatch.Explanation:
     """Why each backend would or would not run this call, and which would; arguments as
-    `gated_delta_net`'s.
+    `gated_delta_net`'s, or with state= as `gated_delta_net_decode`'s.
 
     Nothing is computed, and tensors on the meta device will do. Raises ValueError on malformed
     arguments.
     """
+    request, source = dispatch.request_in_force(backend)
+    if "state" in options:
+        step = _make_step(*args, **options)
+        validate_step(step)
+        check_cu_seqlens(step)
+        check_slots(step)
+        return dispatch.explain(request, source, describe_step(step))
     call = _make_call(*args, **options)
     validate(call)
     check_cu_seqlens(call)
-    request, source = dispatch.request_in_force(backend)
     return dispatch.explain(request, source, describe(call, _needs_grad(call)))
 
 
@@ -144,11 +208,7 @@ def _make_call(
 ) -> Call:
     """The Call behind the public arguments: defaults filled in, fla's former names and autocast
     applied."""
-    for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"{name} must be a torch.Tensor, got {type(x).__name__}; see torch.as_tensor"
-            )
+    q, k, v, scale = _make_common(q, k, v, g, beta, scale)
     if transpose_state_layout is not None:
         if state_v_first:
             raise ValueError(
@@ -161,13 +221,43 @@ def _make_call(
             stacklevel=3,
         )
         state_v_first = transpose_state_layout
+    return Call(q, k, v, g, beta, scale=scale, state_v_first=state_v_first, **options)
+
+
+def _make_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor,
+    scale: float | None = None,
+    **options: Any,
+) -> Step:
+    """The Step behind the public arguments."""
+    if not isinstance(state, Tensor):
+        raise TypeError(f"state must be a torch.Tensor, got {type(state).__name__}; pass the pool")
+    q, k, v, scale = _make_common(q, k, v, g, beta, scale)
+    return Step(q, k, v, g, beta, state, scale=scale, **options)
+
+
+def _make_common(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """q, k, v as autocast has them, and the scale."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(x).__name__}; see torch.as_tensor"
+            )
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
     device = q.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast to ask for
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-    return Call(q, k, v, g, beta, scale=scale, state_v_first=state_v_first, **options)
+    return q, k, v, scale
 
 
 def _needs_grad(call: Call) -> bool:

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gdn.problem import FLAGS, Call, Problem
+from gdn.problem import FLAGS, Call, Problem, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,9 @@ class Capabilities:
     `packages` are the modules it imports; `devices` are torch device types (empty: any); `min_sm`
     is the lowest compute capability times ten; `head_dims` lists the admissible K and V (empty: any
     up to `max_k`, `max_v`); `cuda_graph` says that dense calls can be captured in a CUDA graph;
-    `flags` are the boolean options of `gdn.problem.Call` that it understands.
+    `flags` are the boolean options of `gdn.problem.Call` that it understands; `decode` lists the
+    dtypes of state pools that it decodes from (empty: no decode), `speculative` says that it can
+    keep the state after each token.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -39,6 +41,12 @@ class Capabilities:
     deterministic: bool = True
     cuda_graph: bool = True
     flags: frozenset[str] = field(default=frozenset(FLAGS))
+    decode: tuple[torch.dtype, ...] = ()
+    speculative: bool = True
+
+
+def _names(*dtypes: torch.dtype) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def reasons_against(capabilities: Capabilities, problem: Problem) -> list[str]:
@@ -47,8 +55,13 @@ def reasons_against(capabilities: Capabilities, problem: Problem) -> list[str]:
     c, p = capabilities, problem
     reasons = []
     if p.dtype not in c.dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in c.dtypes)
-        reasons.append(f"dtype must be one of {names}, got {str(p.dtype).removeprefix('torch.')}")
+        reasons.append(f"dtype must be one of {_names(*c.dtypes)}, got {_names(p.dtype)}")
+    if p.pool is not None and not c.decode:
+        reasons.append("decode is not supported")
+    elif p.pool is not None and p.pool not in c.decode:
+        reasons.append(f"state must be one of {_names(*c.decode)}, got {_names(p.pool)}")
+    if p.speculative and not c.speculative:
+        reasons.append("state_indices [N, 1 + T] are not supported")
     if c.devices and p.device not in c.devices:
         reasons.append(f"tensors must be on {' or '.join(c.devices)}, got {p.device}")
     elif (c.min_sm or c.max_sm) and p.sm is None:
@@ -147,3 +160,10 @@ class Backend(ABC):
         """Gradients of the differentiable inputs, given those of o and (or None) of the final
         state."""
         raise NotImplementedError(f"backend {self.name} has no backward")
+
+    def decode(self, step: Step) -> Tensor:
+        """Take one decode step: o [B, T, HV, V] in v's dtype, and the new states in step.state.
+
+        Rows whose slot is step.null_index, or outside the pool, are zero in o and touch no slot.
+        """
+        raise NotImplementedError(f"backend {self.name} has no decode")

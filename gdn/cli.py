@@ -121,10 +121,13 @@ def _describe(case: Case, device: str, needs_grad: bool, sm: int | None) -> Prob
 
 
 def explain(args: argparse.Namespace) -> int:
-    """Why each backend would or would not run a call of the given shape."""
+    """Why each backend would or would not run a call, or a decode step, of the given shape."""
     device = torch.device(args.device)
     sm = args.sm or (compute_capability(device) if torch.cuda.is_available() else None)
     problem = _describe(_make_case(args), device.type, args.gradients, sm)
+    if args.decode:
+        flags = problem.flags - {"output_final_state"}
+        problem = replace(problem, needs_grad=False, flags=flags, pool=torch.float32)
     found = dispatch.explain(*dispatch.request_in_force(args.backend), problem)
     print(found)
     return 0 if found.chosen else 1
@@ -196,6 +199,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("explain", help=explain.__doc__, parents=[problem])
     command.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
+    command.add_argument("--decode", action="store_true", help="a step, from float32 states")
     command.add_argument("--backend", help="a name, a list, or auto")
     command.add_argument("--sm", type=int, help="compute capability times ten, if not this GPU's")
     command.set_defaults(run=explain)

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from gdn import registry
 from gdn.backend import Backend, reasons_against
-from gdn.problem import Call, Problem, describe
+from gdn.problem import Call, Problem, Step, describe, describe_step
 from gdn.registry import UnknownBackendError, backend_names, find_backend
-from gdn.validation import validate
+from gdn.validation import validate, validate_step
 
 _default: str | None = None
 _context: ContextVar[str | None] = ContextVar("gdn_backend", default=None)
 _chosen: dict[tuple[object, ...], Backend] = {}
 _CHOSEN_LIMIT = 4096
-_TENSORS = Call._fields.index("scale")
+_TENSORS, _STEP_TENSORS = (kind._fields.index("scale") for kind in (Call, Step))
 
 
 class BackendUnsupportedError(RuntimeError):
@@ -180,10 +180,32 @@ def choose(request: str, call: Call, needs_grad: bool) -> Backend:
     backend = _chosen.get(key)
     if backend is None:
         validate(call)
-        backend = resolve(request, describe(call, needs_grad))
-        if len(_chosen) >= _CHOSEN_LIMIT:
-            _chosen.clear()
-        _chosen[key] = backend
+        backend = _remember(key, resolve(request, describe(call, needs_grad)))
+    return backend
+
+
+def choose_decode(request: str, step: Step) -> Backend:
+    """`choose` for a decode step."""
+    tensors: tuple[Tensor | None, ...] = step[:_STEP_TENSORS]  # type: ignore[assignment]
+    key = (
+        registry.generation,
+        request,
+        step.state.stride(),
+        *[None if x is None else (x.shape, x.dtype, x.device) for x in tensors],
+        math.isfinite(step.scale),
+        step[_STEP_TENSORS + 1 :],
+    )
+    backend = _chosen.get(key)
+    if backend is None:
+        validate_step(step)
+        backend = _remember(key, resolve(request, describe_step(step)))
+    return backend
+
+
+def _remember(key: tuple[object, ...], backend: Backend) -> Backend:
+    if len(_chosen) >= _CHOSEN_LIMIT:
+        _chosen.clear()
+    _chosen[key] = backend
     return backend
 
 

@@ -1,4 +1,5 @@
-"""`torch.ops.gdn.forward` and `.backward`: schema, fake and autograd, the same for every backend.
+"""`torch.ops.gdn.forward`, `.backward` and `.decode`: schema, fake and autograd, the same for every
+backend.
 
 torch.compile sees one node each way. Their `backend` argument is a request as in `gdn.dispatch`,
 fixed when the call is made or traced; the backend is resolved inside, from metadata, so that the
@@ -16,14 +17,18 @@ from torch import Tensor
 
 from gdn import dispatch
 from gdn.backend import Gradients
-from gdn.problem import Call, describe
-from gdn.validation import check_cu_seqlens, validate
+from gdn.problem import Call, Step, describe, describe_step
+from gdn.validation import validate, validate_step
+from gdn.values import check_cu_seqlens, check_slots
 
+_FLAGS = (
+    "bool use_qk_l2norm_in_kernel, bool use_gate_in_kernel, bool use_beta_sigmoid_in_kernel, "
+    "bool allow_neg_eigval, bool state_v_first, str backend"
+)
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? A_log, "
     "Tensor? dt_bias, Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, Tensor? chunk_indices, "
-    "float scale, bool output_final_state, bool use_qk_l2norm_in_kernel, bool use_gate_in_kernel, "
-    "bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first, str backend"
+    f"float scale, bool output_final_state, {_FLAGS}"
 )
 _CALL = len(Call._fields)
 _TENSORS = Call._fields.index("scale")
@@ -37,6 +42,12 @@ torch.library.define(
     "Tensor grad_k, Tensor grad_v, Tensor grad_g, Tensor grad_beta, Tensor grad_initial_state, "
     "Tensor grad_A_log, Tensor grad_dt_bias)",
 )
+torch.library.define(
+    "gdn::decode",
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
+    "Tensor? state_indices, Tensor? num_accepted_tokens, Tensor? A_log, Tensor? dt_bias, "
+    f"Tensor? cu_seqlens, float scale, int null_index, {_FLAGS}) -> Tensor",
+)
 
 
 def run_forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor | None]:
@@ -48,6 +59,14 @@ def run_forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor | 
         with torch._C._AutoDispatchBelowAutograd():
             o, final_state, _ = torch.ops.gdn.forward(*call, request, save)
     return o, final_state if call.output_final_state else None
+
+
+def run_decode(step: Step, request: str) -> Tensor:
+    """Call the op: o, and the new states in step.state. Nothing is ever differentiated here."""
+    if torch.compiler.is_compiling():
+        return torch.ops.gdn.decode(*step, request)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.gdn.decode(*step, request)  # type: ignore[no-any-return]
 
 
 def _surroundings(device: torch.device) -> AbstractContextManager[object]:
@@ -66,7 +85,7 @@ def _surroundings(device: torch.device) -> AbstractContextManager[object]:
     return stack
 
 
-def _has_tokens(call: Call) -> bool:
+def _has_tokens(call: Call | Step) -> bool:
     return call.q.shape[0] > 0 and call.q.shape[1] > 0
 
 
@@ -168,3 +187,26 @@ def _refuse_vmap(*args: object) -> NoReturn:
     raise RuntimeError(
         "gdn.gated_delta_net does not support torch.func.vmap; fold the mapped dimension into B"
     )
+
+
+@torch.library.impl("gdn::decode", "CompositeExplicitAutograd")
+def _decode(*args: Any) -> Tensor:
+    step = Step(*args[:-1])
+    backend = dispatch.choose_decode(args[-1], step)
+    check_cu_seqlens(step)
+    check_slots(step)
+    if not _has_tokens(step):
+        return step.v.new_empty(step.v.shape)
+    with _surroundings(step.q.device):
+        o = backend.decode(step)
+    if not step.state.is_inference():
+        torch.autograd.graph.increment_version(step.state)
+    return o
+
+
+@torch.library.register_fake("gdn::decode")
+def _decode_fake(*args: Any) -> Tensor:
+    step = Step(*args[:-1])
+    validate_step(step)
+    dispatch.resolve(args[-1], describe_step(step))
+    return step.v.new_empty(step.v.shape)

@@ -1,10 +1,10 @@
-"""One call of the op: `Call` holds its tensors and options, `Problem` describes it from metadata
-alone."""
+"""One call of an op: `Call` (a whole sequence) and `Step` (decode) hold its tensors and options,
+`Problem` describes it from metadata alone."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -75,12 +75,55 @@ class Call(NamedTuple):
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
 
+class Step(NamedTuple):
+    """The arguments of one `gdn.gated_delta_net_decode` call, as `Call` is those of the other op;
+    the order of the schema of `torch.ops.gdn.decode`.
+
+    state [slots, HV, K, V] ([slots, HV, V, K] if state_v_first), the last three dimensions
+    contiguous; state_indices [N], or [N, 1 + T] where the state after each token has its own slot;
+    num_accepted_tokens [N]. The rest is shaped as in `Call`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    state: Tensor
+    state_indices: Tensor | None = None
+    num_accepted_tokens: Tensor | None = None
+    A_log: Tensor | None = None
+    dt_bias: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    scale: float = 1.0
+    null_index: int = -1
+    use_qk_l2norm_in_kernel: bool = False
+    use_gate_in_kernel: bool = False
+    use_beta_sigmoid_in_kernel: bool = False
+    allow_neg_eigval: bool = False
+    state_v_first: bool = False
+
+    @property
+    def call(self) -> Call:
+        """The same tokens and options as a `Call`, from a zero state."""
+        return Call(**{name: getattr(self, name) for name in _SHARED})
+
+    @property
+    def speculative(self) -> bool:
+        """Whether the state after each token goes to its own slot."""
+        return self.state_indices is not None and self.state_indices.dim() == 2
+
+
+_SHARED = tuple(name for name in Step._fields if name in Call._fields)
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """What dispatch knows of one call: sizes, dtype, device and options; no tensor, no device read.
 
     `sm` is the compute capability of an NVIDIA device times ten (90 on Hopper), None elsewhere.
-    `flags` holds the names of the boolean options of `Call` that are on.
+    `flags` holds the names of the boolean options of `Call` that are on. `pool` is the dtype of the
+    state pool of a decode step, None for a whole call; `speculative` as in `Step`.
     """
 
     B: int
@@ -97,6 +140,8 @@ class Problem:
     initial_state: bool
     needs_grad: bool
     flags: frozenset[str]
+    pool: torch.dtype | None = None
+    speculative: bool = False
 
     def __str__(self) -> str:
         sizes = " ".join(
@@ -105,8 +150,12 @@ class Problem:
         where = self.device if self.sm is None else f"{self.device} sm_{self.sm}"
         extras = sorted(self.flags)
         extras += [
-            name for name in ("varlen", "initial_state", "needs_grad") if getattr(self, name)
+            name
+            for name in ("varlen", "initial_state", "needs_grad", "speculative")
+            if getattr(self, name)
         ]
+        if self.pool is not None:
+            extras.append(f"decode from {str(self.pool).removeprefix('torch.')} states")
         return " ".join([sizes, str(self.dtype).removeprefix("torch."), where, *extras])
 
 
@@ -149,3 +198,9 @@ def describe(call: Call, needs_grad: bool) -> Problem:
         needs_grad=needs_grad,
         flags=frozenset(name for name in FLAGS if getattr(call, name)),
     )
+
+
+def describe_step(step: Step) -> Problem:
+    """The Problem of a decode step that `gdn.validation.validate_step` has accepted."""
+    problem = describe(step.call, needs_grad=False)
+    return replace(problem, pool=step.state.dtype, speculative=step.speculative)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from gdn.compare import PASSES, Report
 from gdn.measure import Timing
 from gdn.problem import FLAGS
@@ -33,6 +35,7 @@ CAPABILITIES = (
     "grouped heads",
     "packed",
     "backward",
+    "decode from",
     "fused options",
     "deterministic",
     "CUDA graph",
@@ -120,6 +123,10 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "no"
+
+
 def capability_rows(backends: Sequence[BackendInfo]) -> Table:
     """What each backend declares, under the headers `CAPABILITIES`."""
     rows = []
@@ -132,10 +139,11 @@ def capability_rows(backends: Sequence[BackendInfo]) -> Table:
         rows.append(
             [
                 f"`{info.name}`",
-                ", ".join(str(dtype).removeprefix("torch.") for dtype in c.dtypes),
+                _names(c.dtypes),
                 " ".join(filter(None, [", ".join(c.devices) or "any", chips])),
                 ", ".join([sizes, *limits]),
                 *map(_yes, (c.gva, c.varlen, c.backward)),
+                _names(c.decode) + ("" if c.speculative or not c.decode else "; one slot each"),
                 fused,
                 *map(_yes, (c.deterministic, c.cuda_graph)),
                 ", ".join(c.packages) or "nothing",

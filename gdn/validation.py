@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from gdn.problem import Call
+from gdn.problem import Call, Step
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,7 +30,7 @@ def _require_shape(name: str, x: Tensor, form: str, shape: tuple[int, ...], hint
 def validate(call: Call) -> None:
     """Raise ValueError unless the call is well-formed; from metadata alone, without a device sync.
 
-    The values of cu_seqlens are `check_cu_seqlens`'s part.
+    What index tensors hold is the part of `gdn.values`.
     """
     q, k, v = call.q, call.k, call.v
     for name, x, form in (
@@ -68,7 +66,9 @@ def validate(call: Call) -> None:
     _validate_options(call)
     _validate_cu_seqlens(call)
     if call.initial_state is not None:
-        _validate_state(call)
+        _require_state(
+            "initial_state", call.initial_state, "N", call.state_shape, call.state_v_first
+        )
     for name in ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias"):
         x = getattr(call, name)
         if x is not None and not x.dtype.is_floating_point:
@@ -167,54 +167,56 @@ def _validate_cu_seqlens(call: Call) -> None:
             )
 
 
-def _validate_state(call: Call) -> None:
-    assert call.initial_state is not None
-    form = "[N, HV, V, K]" if call.state_v_first else "[N, HV, K, V]"
-    shape, got = call.state_shape, _shape(call.initial_state)
-    hint = ""
+def _require_state(
+    name: str, state: Tensor, rows: str, shape: tuple[int, ...], v_first: bool
+) -> None:
+    got, hint = _shape(state), ""
     if got != shape and got == (*shape[:2], shape[3], shape[2]):
-        hint = f"; that is the other layout, pass state_v_first={not call.state_v_first}"
-    _require_shape("initial_state", call.initial_state, form, shape, hint)
+        hint = f"; that is the other layout, pass state_v_first={not v_first}"
+    form = f"[{rows}, HV, V, K]" if v_first else f"[{rows}, HV, K, V]"
+    _require_shape(name, state, form, shape, hint)
 
 
-_checked: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
-
-
-def check_cu_seqlens(call: Call) -> None:
-    """Check that cu_seqlens starts at 0, never descends and ends at T.
-
-    On the CPU (or given cu_seqlens_cpu) at every call, with a ValueError. On a GPU without a device
-    sync: an asynchronous device-side assertion, queued once for a tensor that has not changed since
-    (layers of one model share theirs), so that the error surfaces at the next synchronisation.
-    """
-    cu_seqlens, T = call.cu_seqlens, call.q.shape[1]
-    if cu_seqlens is None or cu_seqlens.device.type == "meta":
-        return
-    host = cu_seqlens if cu_seqlens.device.type == "cpu" else call.cu_seqlens_cpu
-    if host is not None:
-        bounds = host.tolist()
-        name = "cu_seqlens" if host is cu_seqlens else "cu_seqlens_cpu"
-        if bounds[0] != 0:
+def validate_step(step: Step) -> None:
+    """The same for a decode step."""
+    call, state, indices = step.call, step.state, step.state_indices
+    validate(call)
+    N, T = call.sequences, call.q.shape[1]
+    dtypes = (torch.float64,) if call.q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
+    if state.dtype not in dtypes:
+        raise ValueError(
+            f"state must be {' or '.join(map(str, dtypes))} with q in {call.q.dtype}, "
+            f"got {state.dtype}; keep the pool in float32"
+        )
+    slots = state.shape[0] if state.dim() == 4 else 0
+    _require_state("state", state, "slots", (slots, *call.state_shape[1:]), call.state_v_first)
+    inner = state.shape[1] * state.shape[2] * state.shape[3]
+    if not state[:1].is_contiguous() or (slots > 1 and state.stride(0) < inner):
+        raise ValueError(
+            "state must have contiguous slots that do not overlap (slots may be padded), "
+            f"got strides {state.stride()}; it is updated in place, and a copy would be lost"
+        )
+    for name, x in (("state_indices", indices), ("num_accepted_tokens", step.num_accepted_tokens)):
+        if x is not None and x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 or int64, got {x.dtype}; cast it with .int()")
+    for name in ("state", "state_indices", "num_accepted_tokens"):
+        x = getattr(step, name)
+        if x is not None and x.device != call.q.device:
             raise ValueError(
-                f"{name} must start at 0, got {bounds[0]}; prefix the cumulative lengths with 0"
+                f"{name} must be on q's device {call.q.device}, got {x.device}; use .to(q.device)"
             )
-        for n, (start, end) in enumerate(itertools.pairwise(bounds)):
-            if end < start:
-                raise ValueError(
-                    f"{name} must not descend, got {start} then {end} at {n} and {n + 1}; "
-                    "it holds cumulative lengths, cumsum the lengths first"
-                )
-        if bounds[-1] != T:
-            raise ValueError(
-                f"{name} must end at T = {T}, got {bounds[-1]}; "
-                "drop the padding tokens or count them in"
-            )
-        return
-    key = id(cu_seqlens)
-    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
-    seen = _checked.get(key)
-    if seen is not None and seen[0]() is cu_seqlens and seen[1:] == (version, T):
-        return
-    ok = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() >= 0).all()
-    torch._assert_async(ok, f"cu_seqlens must start at 0, never descend and end at T = {T}")
-    _checked[key] = (weakref.ref(cu_seqlens, lambda _: _checked.pop(key, None)), version, T)
+    if indices is None:
+        _require_shape("state", state, "[N, ...]", (N, *state.shape[1:]), "; or give state_indices")
+    elif indices.dim() != 2:
+        _require_shape("state_indices", indices, "[N] or [N, 1 + T]", (N,))
+    elif call.cu_seqlens is None or indices.shape[0] != N:
+        _require_shape("state_indices", indices, "[N, 1 + T]", (N, 1 + T))
+    if step.num_accepted_tokens is not None:
+        _require_shape("num_accepted_tokens", step.num_accepted_tokens, "[N]", (N,))
+        _require(
+            step.speculative,
+            lambda: (
+                "num_accepted_tokens must come with state_indices [N, 1 + T], got "
+                f"{None if indices is None else _shape(indices)}; each token needs its own slot"
+            ),
+        )

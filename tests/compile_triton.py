@@ -12,6 +12,7 @@ from typing import Any
 
 import triton
 from gdn.backends.triton.carry import carry_kernel
+from gdn.backends.triton.decode import decode_kernel
 from gdn.backends.triton.key_gradients import key_gradients_kernel
 from gdn.backends.triton.launch import Configuration, Stage, configuration
 from gdn.backends.triton.prepare import prepare_kernel
@@ -24,11 +25,15 @@ from triton.compiler import ASTSource
 ROOM = {80: 166_912, 90: 232_448}
 WIDE = {"walked", "own", "initial", "begins", "final", "factors", "g", "beta", "A_log", "dt_bias"}
 WIDE |= {"grad_final", "grad_initial", "dG_out", "dG_read", "dg", "dbeta", "dA_log", "ddt_bias"}
-INTEGERS = {"N", "T", "NT", "each", "LENGTH"}
+WIDE |= {"state"}
+INTEGERS = {"N", "T", "NT", "each", "LENGTH", "null_index", "slots", "slot_stride"}
 COMMON = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 64, "BK": 128, "VARLEN": True, "L2": True}
 COMMON |= {"GATE": True, "BIAS": True, "SIGMOID": True, "BETA_SCALE": 1.0, "SAVE": True}
 WALK = {"V_FIRST": False, "INITIAL": True, "FINAL": True, "OUTPUT": True, "STATES": False}
 WALK |= {"TRANSFER": False, "CUT": False, "KEEP": True, "REVERSE": False}
+DECODE = {"COLUMNS": 1, "G_STRIDES": (32, 32, 1), "BETA_STRIDES": (32, 32, 1), "T": 1}
+DECODE |= {"Q_STRIDES": (8192, 8192, 128), "K_STRIDES": (8192, 8192, 128)}
+DECODE |= {"V_STRIDES": (8192, 8192, 128), "accepted": None, "cu_seqlens": None}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (prepare_kernel, {}),
     (scan_kernel, {}),
@@ -37,6 +42,8 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (reverse_scan_kernel, {}),
     (query_gradients_kernel, {}),
     (key_gradients_kernel, {}),
+    (decode_kernel, DECODE),
+    (decode_kernel, DECODE | {"V_FIRST": True}),
 ]
 
 
@@ -46,7 +53,7 @@ def type_of(name: str, dtype: str) -> str:
         return "i32"
     if name == "scale":
         return "fp32"
-    return "*i32" if name == "cu_seqlens" else "*fp32" if name in WIDE else f"*{dtype}"
+    return "*i32" if name in ("cu_seqlens", "indices") else "*fp32" if name in WIDE else f"*{dtype}"
 
 
 def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import gdn
 from gdn.testing import Case, make_inputs
+from gdn.testing_decode import StepCase, make_step
 
 DENSE = Case("bad", T=5, B=2, HV=4, K=8, V=16)
 PACKED = Case("bad-packed", lengths=(2, 3), HV=4, K=8, V=16)
@@ -80,6 +81,49 @@ BAD = {
 def test_is_refused_with_argument_requirement_got_and_remedy(name: str) -> None:
     case, changes, *words = BAD[name]
     refuse(case, *words, **changes)
+
+
+STEP = StepCase("bad-step", B=2, T=2, HV=4, K=8, V=16)
+EACH = StepCase("bad-each", B=2, T=2, HV=4, K=8, V=16, slots="each")
+OWN = StepCase("bad-own", B=2, T=2, HV=4, K=8, V=16, slots="own")
+
+
+def ints(*values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BAD_STEPS = {
+    "q-shape": (STEP, {"q": ones(2, 2, 2, 7)}, "k must be [B, T, H, K] = (2, 2, 2, 7)"),
+    "rank": (STEP, {"state": ones(4, 8, 16)}, "state must be [slots, HV, K, V]", "(4, 8, 16)"),
+    "flipped": (STEP, {"state": ones(6, 4, 16, 8)}, "pass state_v_first=True"),
+    "dtype": (STEP, {"state": ones(6, 4, 8, 16).half()}, "float32 or torch.bfloat16", "float16"),
+    "transposed": (STEP, {"state": ones(6, 4, 16, 8).mT}, "contiguous slots", "strides"),
+    "overlap": (STEP, {"state": ones(1, 4, 8, 16).expand(6, 4, 8, 16)}, "do not overlap"),
+    "device": (STEP, {"state": ones(6, 4, 8, 16, device="meta")}, "state must be on q's device"),
+    "slots": (OWN, {"state": ones(3, 4, 8, 16)}, "(2, 4, 8, 16)", "give state_indices"),
+    "indices-float": (STEP, {"state_indices": ones(2)}, "state_indices must be int32 or int64"),
+    "indices-number": (STEP, {"state_indices": ints(1, 2, 3)}, "[N] or [N, 1 + T] = (2,)"),
+    "indices-columns": (STEP, {"state_indices": ints([1, 2], [3, 4])}, "= (2, 3), got (2, 2)"),
+    "indices-high": (STEP, {"state_indices": ints(0, 6)}, "lie in 0..5", "got 6", "6 slots"),
+    "indices-low": (STEP, {"state_indices": ints(0, -2)}, "null_index = -1", "got -2"),
+    "indices-twice": (STEP, {"state_indices": ints(3, 3)}, "name each slot once", "got 3 twice"),
+    "accepted-alone": (STEP, {"num_accepted_tokens": ints(0, 0)}, "[N, 1 + T], got (2,)"),
+    "accepted-shape": (EACH, {"num_accepted_tokens": ints(0)}, "[N] = (2,), got (1,)"),
+    "accepted-high": (EACH, {"num_accepted_tokens": ints(0, 3)}, "lie in 0..T = 2, got 3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STEPS)
+def test_bad_steps_are_refused_likewise(name: str) -> None:
+    case, changes, *words = BAD_STEPS[name]
+    inputs = make_step(case) | changes
+    texts = []
+    for function in (gdn.gated_delta_net_decode, gdn.explain):
+        with pytest.raises(ValueError) as error:  # noqa: PT011  the words are the match
+            function(**inputs)
+        texts.append(str(error.value))
+    assert all(word in texts[0] for word in (*words, "got")), texts[0]
+    assert texts[0] == texts[1]
 
 
 @given(
@@ -161,11 +205,12 @@ def test_a_wrong_call_is_refused_again_after_a_right_one() -> None:
 ON_GPU = """
 import torch, gdn
 from gdn.testing import Case, make_inputs
+from gdn.testing_decode import StepCase, make_step
 inputs = make_inputs(Case("gpu", lengths=(2, 3)), "cuda")
 torch.cuda.set_sync_debug_mode("error")  # the check itself must not wait for the device
 inputs["cu_seqlens"].{change}
 from gdn.problem import Call
-from gdn.validation import check_cu_seqlens
+from gdn.values import check_cu_seqlens
 check_cu_seqlens(Call(**inputs))
 torch.cuda.set_sync_debug_mode("default")
 torch.cuda.synchronize()

@@ -159,7 +159,7 @@ def test_compiles_for(sm: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     room = {80: 166_912, 90: 232_448}[sm]
-    assert len(rows) == 14
+    assert len(rows) == 18
     for name, dtype, shared, registers, stack in rows:
         assert int(shared) <= room, name
         assert 0 < int(registers) <= 255, name

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Forward, Gradients
-from gdn.problem import Call, Problem
+from gdn.problem import Call, Problem, Step
 
 
 class FlaBackend(Backend):
@@ -34,6 +34,8 @@ class FlaBackend(Backend):
         devices=("cuda",),
         min_sm=80,
         max_k=256,
+        decode=(torch.float32, torch.bfloat16),
+        speculative=False,
     )
     priority = 200
 
@@ -56,6 +58,8 @@ class FlaBackend(Backend):
     def path(self, problem: Problem) -> str:
         if _takes_flash_qla(problem):
             return "FlashQLA"
+        if problem.pool is not None:
+            return "Triton, states gathered and scattered"
         return "Triton + TileLang" if problem.needs_grad and _tilelang_part() else "Triton"
 
     def saved_like(self, call: Call) -> list[Tensor]:
@@ -74,6 +78,11 @@ class FlaBackend(Backend):
         from .autograd import backward
 
         return backward(call, saved, grad_o, grad_final_state)
+
+    def decode(self, step: Step) -> Tensor:
+        from .decode import decode
+
+        return decode(step)
 
 
 def _tilelang_part() -> bool:

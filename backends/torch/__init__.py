@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Forward, Gradients
-from gdn.problem import Call
+from gdn.problem import Call, Step
 
 from .autograd import backward, forward, saved_like
+from .decode import decode
 
 
 class TorchBackend(Backend):
@@ -23,6 +24,7 @@ class TorchBackend(Backend):
     summary = "chunked PyTorch, any device"
     capabilities = Capabilities(
         dtypes=(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        decode=(torch.float32, torch.bfloat16, torch.float64),
         cuda_graph=False,  # its triangular solve is not promised to be capturable
     )
     priority = 100
@@ -40,6 +42,9 @@ class TorchBackend(Backend):
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
         return backward(call, saved, grad_o, grad_final_state, self.operands)
+
+    def decode(self, step: Step) -> Tensor:
+        return decode(step)
 
 
 BACKEND = TorchBackend()

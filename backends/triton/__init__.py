@@ -1,8 +1,9 @@
-"""Our Triton port: two kernels forward, three backward (one of them forward's scan again).
+"""Our Triton port: two kernels forward (four for few heads), four backward, one to decode.
 
 `prepare.py` couples the tokens of a chunk, `scan.py` carries the state along and reads it;
-`reverse_scan.py` and `gradients.py` go back. `tiles.py` is what they share, `launch.py` how they
-are launched, `autograd.py` in what order.
+`reverse_scan.py`, `query_gradients.py` and `key_gradients.py` go back; `cut.py` and `carry.py` let
+the pieces of a sequence be walked in parallel. `tiles.py` is what they share, `launch.py` how they
+are launched, `autograd.py` in what order. `decode.py` is the serving step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Forward, Gradients
-from gdn.problem import Call, Problem
+from gdn.problem import Call, Problem, Step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -32,6 +33,7 @@ class TritonBackend(Backend):
         max_k=256,
         max_v=256,
         cuda_graph=not INTERPRETED,
+        decode=(torch.float32, torch.bfloat16),
     )
     priority = None if INTERPRETED else 300
 
@@ -54,6 +56,11 @@ class TritonBackend(Backend):
         from .autograd import backward
 
         return backward(call, saved, grad_o, grad_final_state)
+
+    def decode(self, step: Step) -> Tensor:
+        from .decode import decode
+
+        return decode(step)
 
 
 BACKEND = TritonBackend()

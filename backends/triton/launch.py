@@ -12,7 +12,7 @@ from triton.runtime.errors import OutOfResources
 from .cut import BLOCK
 from .tiles import INTERPRETED
 
-WALKS = ("scan_kernel", "reverse_scan_kernel", "carry_kernel")
+WALKS = ("scan_kernel", "reverse_scan_kernel", "carry_kernel", "decode_kernel")
 
 
 class Configuration(NamedTuple):
@@ -33,7 +33,7 @@ SEARCHED: dict[str, list[tuple[int, ...]]] = {
 }
 SEARCHED["reverse_scan_kernel"] = SEARCHED["scan_kernel"]
 SEARCHED["key_gradients_kernel"] = SEARCHED["query_gradients_kernel"]
-"""What GDN_TRITON_AUTOTUNE=1 tries."""
+"""What GDN_TRITON_AUTOTUNE=1 tries. Not decode: each run of it moves the states on."""
 
 
 def configuration(name: str, BK: int, itemsize: int, walks: int, room: int) -> Configuration:
@@ -45,6 +45,8 @@ def configuration(name: str, BK: int, itemsize: int, walks: int, room: int) -> C
     wide = itemsize > 2 or BK > 128
     if name == "prepare_kernel":
         return Configuration(0, 4, 1, None if wide else 168)
+    if name == "decode_kernel":
+        return Configuration(8 if walks < 128 else 32, 1 if walks < 128 else 4, 1)
     if name == "carry_kernel":
         return Configuration(16, 4, 2 if room > 150_000 else 1)
     if name.endswith("gradients_kernel"):
@@ -103,7 +105,8 @@ class Stage:
         if aligned and self.compiled is not None:
             self.compiled(*args, *self.bound.values())
             return
-        if not INTERPRETED and os.environ.get("GDN_TRITON_AUTOTUNE") == "1":
+        searched = self.kernel.fn.__name__ in SEARCHED and not INTERPRETED
+        if searched and os.environ.get("GDN_TRITON_AUTOTUNE") == "1":
             self.search(*args)
         compiled = self.run(*args)
         if aligned and not INTERPRETED:

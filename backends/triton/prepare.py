@@ -17,6 +17,7 @@ import triton.language as tl
 from .tiles import (
     A_K,
     A_V,
+    EPS,
     FACTORS,
     INVERSE,
     LOG_DECAY,
@@ -33,26 +34,18 @@ from .tiles import (
     load_rows,
     load_scalars,
     locate,
+    softplus,
     store_factor,
     store_matrix,
     strictly_lower,
 )
-
-L2_EPS = tl.constexpr(1e-6)
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + e^x), exact for large and for very negative x."""
-    y = tl.exp(-tl.abs(x))
-    return tl.maximum(x, 0.0) + tl.where(y < 1e-4, y - y * y / 2, tl.log(1 + y))
 
 
 @triton.jit
 def reciprocal_norm(x):
     """1 / sqrt(sum x^2 + 1e-6) of each row."""
     wide = x.to(tl.float32)
-    return 1 / tl.sqrt(tl.sum(wide * wide, axis=1) + L2_EPS)
+    return 1 / tl.sqrt(tl.sum(wide * wide, axis=1) + EPS)
 
 
 @triton.jit

@@ -18,6 +18,9 @@ import os
 import triton
 import triton.language as tl
 
+from gdn.definition import L2_EPS
+
+EPS = tl.constexpr(L2_EPS)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 FACTORS = tl.constexpr(6)
 LOG_DECAY, STRENGTH, ONTO, READ, NORM_Q, NORM_K = (tl.constexpr(i) for i in range(6))
@@ -198,6 +201,13 @@ def load_state(
     if K == BK and V % BV == 0:
         return tl.load(states + at)
     return tl.load(states + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), exact for large and for very negative x."""
+    y = tl.exp(-tl.abs(x))
+    return tl.maximum(x, 0.0) + tl.where(y < 1e-4, y - y * y / 2, tl.log(1 + y))
 
 
 @triton.jit

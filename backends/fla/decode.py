@@ -1,0 +1,49 @@
+"""Decode through fla's fused recurrence, which knows no pool: states are gathered into a batch
+before it and scattered after it, without a device sync."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+from torch import Tensor
+
+from gdn.problem import Step
+
+
+def _live_tokens(step: Step, live: Tensor) -> Tensor:
+    """[B, T, 1, 1]: whether each token's sequence is live."""
+    B, T = step.q.shape[:2]
+    if step.cu_seqlens is None:
+        return live.view(B, 1, 1, 1)
+    tokens = torch.arange(T, device=live.device)
+    owner = torch.searchsorted(step.cu_seqlens[1:].contiguous(), tokens, right=True)
+    return live[owner].view(1, T, 1, 1)
+
+
+def decode(step: Step) -> Tensor:
+    """See `gdn.backend.Backend.decode`."""
+    call, pool, slots = step.call, step.state, step.state_indices
+    options: dict[str, Any] = call._asdict()
+    live = None
+    if slots is None:
+        states = pool
+    else:
+        live = (slots != step.null_index) & (slots >= 0) & (slots < pool.shape[0])
+        slots = torch.where(live, slots, 0)
+        states = pool[slots]
+    options |= {"initial_state": states.contiguous(), "output_final_state": True}
+    o: Tensor
+    after: Tensor
+    o, after = fused_recurrent_gated_delta_rule(**options)
+    if slots is None or live is None:
+        pool.copy_(after)
+        return o
+    # a skipped row writes what a live one writes, or if there is none puts slot 0 back
+    some = live.to(torch.uint8).argmax()
+    slots = torch.where(live, slots, slots[some])
+    rows = torch.where(live, torch.arange(len(live), device=live.device), some)
+    new = after[rows].to(pool.dtype)
+    pool[slots] = torch.where(live.any(), new, states[rows])
+    return o.masked_fill(~_live_tokens(step, live), 0)

@@ -1,0 +1,149 @@
+"""Decode: one program a sequence, value head and block of V takes its part of the state through the
+step's tokens in registers.
+
+    S <- e^g S;  u = beta (v - S^T k);  S <- S + k u^T;  o = S^T (scale q)      for every token
+
+L2 norm, gate and sigmoid are fused. The state's [V, K] tile is walked in the pool's own layout, so
+that both are read in whole cache lines; q, k, v, g and beta by their strides.
+
+Reads the step's tensors and, once, the state of every live sequence; writes o and that state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn.problem import Step
+
+from .cut import shared_memory
+from .launch import Stage, configuration
+from .tiles import EPS, narrow, softplus, tile_offsets
+
+
+@triton.jit
+def decode_kernel(
+    q, k, v, g, beta, state, indices, accepted, A_log, dt_bias, cu_seqlens, o,
+    scale, null_index, T, slots, slot_stride,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, COLUMNS: tl.constexpr,
+    Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
+    G_STRIDES: tl.constexpr, BETA_STRIDES: tl.constexpr,
+    V_FIRST: tl.constexpr, L2: tl.constexpr, GATE: tl.constexpr,
+    SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS of `indices`: 0 if there are none, 1 if a sequence has one slot."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    n, head, first = program // (HV * blocks), program // blocks % HV, program % blocks * BV
+    batch, start, count = n, n * 0, T
+    if cu_seqlens is not None:
+        batch, start = n * 0, tl.load(cu_seqlens + n).to(tl.int64)
+        count = (tl.load(cu_seqlens + n + 1) - start).to(tl.int32)
+    slot = n
+    if COLUMNS > 0:
+        column = 0
+        if accepted is not None:
+            column = tl.load(accepted + n)
+        slot = tl.load(indices + n * COLUMNS + column).to(tl.int64)
+    live = (slot != null_index) & (slot >= 0) & (slot < slots)
+
+    at, inside = tile_offsets(head, first, K, V, BK, BV, V_FIRST)
+    S = tl.load(state + slot * slot_stride + at, mask=inside & live, other=0.0).to(tl.float32)
+    i, j = tl.arange(0, BK), first + tl.arange(0, BV)
+    kh = head // (HV // H)
+    q += batch * Q_STRIDES[0] + start * Q_STRIDES[1] + kh * Q_STRIDES[2] + i
+    k += batch * K_STRIDES[0] + start * K_STRIDES[1] + kh * K_STRIDES[2] + i
+    v += batch * V_STRIDES[0] + start * V_STRIDES[1] + head * V_STRIDES[2] + j
+    g += batch * G_STRIDES[0] + start * G_STRIDES[1] + head * G_STRIDES[2]
+    beta += batch * BETA_STRIDES[0] + start * BETA_STRIDES[1] + head * BETA_STRIDES[2]
+    o += ((batch * T + start) * HV + head) * V + j
+    for t in range(count):
+        query = tl.load(q, mask=i < K, other=0.0).to(tl.float32)
+        key = tl.load(k, mask=i < K, other=0.0).to(tl.float32)
+        value = tl.load(v, mask=j < V, other=0.0).to(tl.float32)
+        decay, strength = tl.load(g).to(tl.float32), tl.load(beta).to(tl.float32)
+        if L2:
+            query *= tl.rsqrt(tl.sum(query * query) + EPS)
+            key *= tl.rsqrt(tl.sum(key * key) + EPS)
+        if GATE:
+            if dt_bias is not None:
+                decay += tl.load(dt_bias + head).to(tl.float32)
+            decay = -tl.exp(tl.load(A_log + head).to(tl.float32)) * softplus(decay)
+        if SIGMOID:
+            strength = BETA_SCALE * tl.sigmoid(strength)
+        S *= tl.exp(decay)
+        u = strength * (value - tl.sum(S * key[None, :], axis=1))
+        S += u[:, None] * key[None, :]
+        read = tl.where(live, scale * tl.sum(S * query[None, :], axis=1), 0.0)
+        tl.store(o, narrow(read, o.dtype.element_ty), mask=j < V)
+        if COLUMNS > 1:
+            kept = live & (t + 1 < COLUMNS)
+            to = tl.load(indices + n * COLUMNS + t + 1, mask=kept, other=0).to(tl.int64)
+            kept &= (to != null_index) & (to >= 0) & (to < slots)
+            S_t = narrow(S, state.dtype.element_ty)
+            tl.store(state + to * slot_stride + at, S_t, mask=inside & kept)
+        q += Q_STRIDES[1]
+        k += K_STRIDES[1]
+        v += V_STRIDES[1]
+        g += G_STRIDES[1]
+        beta += BETA_STRIDES[1]
+        o += HV * V
+    if COLUMNS <= 1:
+        S_T = narrow(S, state.dtype.element_ty)
+        tl.store(state + slot * slot_stride + at, S_T, mask=inside & live & (count > 0))
+
+
+_stages: dict[tuple[object, ...], Stage] = {}
+_STAGES_LIMIT = 1024
+
+
+def _stage(step: Step, strides: tuple[tuple[int, ...], ...]) -> Stage:
+    """The kernel for steps of this kind."""
+    HV, V, K = *step.v.shape[2:], step.q.shape[3]
+    indices, BK = step.state_indices, max(16, triton.next_power_of_2(K))
+    columns = 0 if indices is None else 1 if indices.dim() == 1 else indices.shape[1]
+    N = step.q.shape[0] if step.cu_seqlens is None else step.cu_seqlens.shape[0] - 1
+    constants: dict[str, Any] = {
+        "H": step.q.shape[2], "HV": HV, "K": K, "V": V, "BK": BK, "COLUMNS": columns,
+        "V_FIRST": step.state_v_first, "L2": step.use_qk_l2norm_in_kernel,
+        "GATE": step.use_gate_in_kernel, "SIGMOID": step.use_beta_sigmoid_in_kernel,
+        "BETA_SCALE": 2.0 if step.allow_neg_eigval else 1.0,
+    }  # fmt: skip
+    names = ("Q_STRIDES", "K_STRIDES", "V_STRIDES", "G_STRIDES", "BETA_STRIDES")
+    constants |= dict(zip(names, strides, strict=True))
+    room, itemsize = shared_memory(step.q.device), step.state.element_size()
+    chosen = configuration("decode_kernel", BK, itemsize, N * HV, room)
+    return Stage(decode_kernel, N * HV, chosen, **constants)
+
+
+def decode(step: Step) -> Tensor:
+    """See `gdn.backend.Backend.decode`."""
+    rows = [x if x.stride(3) == 1 else x.contiguous() for x in step[:3]]
+    g, beta = step.g, step.beta
+    small = [None if x is None else x.contiguous() for x in step[6:11]]
+    strides = (*(x.stride()[:3] for x in rows), g.stride(), beta.stride())
+    given = [x for x in (*rows, g, beta, step.state, *small) if x is not None]
+    aligned = not any(x.data_ptr() % 16 for x in given)
+    kinds = tuple(None if x is None else x.dtype for x in (g, beta, step.state, *small))
+    columns = None if step.state_indices is None else step.state_indices.shape[1:]
+    key = (
+        step.v.shape, step.q.shape[2:], step.q.dtype, step.q.device, strides, kinds, columns,
+        step.state.shape[0], step.state.stride(0),
+        None if step.cu_seqlens is None else step.cu_seqlens.shape, step[12:],
+    )  # fmt: skip
+    stage = _stages.get(key)
+    if stage is None:
+        if len(_stages) >= _STAGES_LIMIT:
+            _stages.clear()
+        stage = _stages[key] = _stage(step, strides)
+    o = torch.empty(step.v.shape, dtype=step.v.dtype, device=step.v.device)
+    stage(
+        aligned, *rows, g, beta, step.state, *small, o, step.scale, step.null_index,
+        step.v.shape[1], step.state.shape[0], step.state.stride(0),
+    )  # fmt: skip
+    return o
