@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +29,12 @@ _default: str | None = None
 _context: ContextVar[str | None] = ContextVar("gdn_backend", default=None)
 _chosen: dict[tuple[object, ...], Backend] = {}
 _CHOSEN_LIMIT = 4096
+# os.environ raises and catches an error for a missing name, a tenth of all that choosing may cost;
+# CPython's dict behind it answers at once
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_VARIABLE: Any = (
+    "GDN_BACKEND" if _environment is os.environ else os.environ.encodekey("GDN_BACKEND")
+)
 _TENSORS, _STEP_TENSORS = (kind._fields.index("scale") for kind in (Call, Step))
 
 
@@ -99,9 +106,10 @@ def request_in_force(backend: str | None = None) -> tuple[str, str]:
         return from_context, "use_backend"
     if _default is not None:
         return _default, "set_default_backend"
-    from_environment = os.environ.get("GDN_BACKEND")
-    if from_environment:
-        return from_environment, "GDN_BACKEND"
+    if _VARIABLE in _environment:
+        from_environment = os.environ.get("GDN_BACKEND")
+        if from_environment:
+            return from_environment, "GDN_BACKEND"
     return "auto", "default"
 
 

@@ -56,6 +56,8 @@ def test_explain_gives_reasons_and_needs_no_gpu(capsys: pytest.CaptureFixture[st
     assert "chosen   torch" in out
     assert cli.main(["explain", *SMALL, "--backend", "fla"]) == 1
     assert "must be on cuda, got cpu" in capsys.readouterr().out
+    assert cli.main([*hopper, "--decode"]) == 0
+    assert "states gathered and scattered" in capsys.readouterr().out
     assert cli.main(["explain", "--lengths", "3,4", "--device", "cpu"]) == 0
     assert "T=7" in capsys.readouterr().out
 
