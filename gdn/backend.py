@@ -119,7 +119,7 @@ class Backend(ABC):
     """One engine for the op. Subclass it, set the class variables, and hand an instance to
     `gdn.register_backend`.
 
-    Instances are stateless. `forward` and `backward` run below autograd, with autocast off and the
+    `forward` and `backward` run below autograd, with autocast off and the
     device of q current; B, T, H, HV, K, V >= 1 there. Inputs may be non-contiguous and must not be
     written to. `priority` orders backends under "auto", highest first; None keeps a backend out of
     "auto".
@@ -148,6 +148,12 @@ class Backend(ABC):
         """Empty tensors with the shapes and dtypes of `Forward.saved` for this call. Also runs on
         fake tensors."""
         return []
+
+    def bind(self, call: Call | Step) -> Backend:
+        """What runs all calls like this one, in shapes, dtypes, devices and options (of a step also
+        strides): self, or a copy that has worked out once what they have in common. Dispatch
+        remembers it; nothing else of the call may be kept."""
+        return self
 
     @abstractmethod
     def forward(self, call: Call, save: bool) -> Forward:

@@ -188,7 +188,7 @@ def choose(request: str, call: Call, needs_grad: bool) -> Backend:
     backend = _chosen.get(key)
     if backend is None:
         validate(call)
-        backend = _remember(key, resolve(request, describe(call, needs_grad)))
+        backend = _remember(key, resolve(request, describe(call, needs_grad)).bind(call))
     return backend
 
 
@@ -198,15 +198,14 @@ def choose_decode(request: str, step: Step) -> Backend:
     key = (
         registry.generation,
         request,
-        step.state.stride(),
-        *[None if x is None else (x.shape, x.dtype, x.device) for x in tensors],
+        *[None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors],
         math.isfinite(step.scale),
         step[_STEP_TENSORS + 1 :],
     )
     backend = _chosen.get(key)
     if backend is None:
         validate_step(step)
-        backend = _remember(key, resolve(request, describe_step(step)))
+        backend = _remember(key, resolve(request, describe_step(step)).bind(step))
     return backend
 
 

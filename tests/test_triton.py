@@ -15,7 +15,9 @@ import torch
 from support import assert_close, run, truth
 
 import gdn
+from gdn import dispatch
 from gdn.testing import Case, make_inputs, run_definition, with_gradients
+from gdn.testing_decode import StepCase, make_step
 
 pytest.importorskip("triton")
 
@@ -50,19 +52,46 @@ PARALLEL = (
 def test_pieces_walked_in_parallel(
     monkeypatch: pytest.MonkeyPatch, case: Case, dtype: torch.dtype, device: str
 ) -> None:
-    from gdn.backends.triton import autograd, cut
+    from gdn.backends.triton import cut
 
     monkeypatch.setattr(cut, "LEAST", 1)
     monkeypatch.setattr(cut, "processors", lambda device: 10**4)
-    monkeypatch.setattr(autograd, "_plans", {})
+    monkeypatch.setattr(dispatch, "_chosen", {})
     case = replace(case, dtype=dtype)
     inputs = with_gradients(make_inputs(case, device))
     expected = truth(case)
     got = run("triton", case, inputs, device)
-    (plan,) = autograd._plans.values()
-    assert plan.length == 64
+    (backend,) = dispatch._chosen.values()
+    assert backend.plan.length == 64
     for name, value in got.items():
         assert_close(name, value, expected[name], dtype)
+
+
+def test_launches_without_triton_pass_every_argument_in_order(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """A launch goes by position: pointers, scale, sizes, then the constants, in the kernel's
+    order."""
+    from gdn.backends.triton import cut
+    from gdn.backends.triton.launch import Stage
+
+    seen, launch = set(), Stage.run
+
+    def record(self: Stage, *args: Any) -> Any:
+        names = self.kernel.arg_names
+        assert names[len(args) + len(self.sizes) :] == list(self.bound)
+        assert isinstance(args[-1], float) == ("scale" in names)
+        seen.add(self.kernel.fn.__name__)
+        return launch(self, *args)
+
+    monkeypatch.setattr(cut, "LEAST", 1)
+    monkeypatch.setattr(cut, "processors", lambda device: 10**4)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(Stage, "run", record)
+    case = replace(PARALLEL[0], T=193, B=1, HV=1)
+    run("triton", case, with_gradients(make_inputs(case, device)), device)
+    gdn.gated_delta_net_decode(**make_step(StepCase("step"), device), backend="triton")
+    assert len(seen) == 7
 
 
 @pytest.mark.gpu

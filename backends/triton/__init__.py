@@ -9,6 +9,7 @@ are launched, `autograd.py` in what order. `decode.py` is the serving step.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,27 +41,36 @@ class TritonBackend(Backend):
     def path(self, problem: Problem) -> str:
         return "interpreter" if INTERPRETED else "Triton"
 
+    def __init__(self, plan: Any = None) -> None:
+        self.plan = plan
+
+    def bind(self, call: Call | Step) -> TritonBackend:
+        if isinstance(call, Step):
+            from .decode import StepPlan
+
+            return TritonBackend(StepPlan(call))
+        from .autograd import Plan
+
+        return TritonBackend(Plan(call))
+
     def saved_like(self, call: Call) -> list[Tensor]:
         from .autograd import saved_like
 
         return saved_like(call)
 
     def forward(self, call: Call, save: bool) -> Forward:
-        from .autograd import forward
-
-        return forward(call, save)
+        found: Forward = self.plan.forward(call, save)
+        return found
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
-        from .autograd import backward
-
-        return backward(call, saved, grad_o, grad_final_state)
+        found: Gradients = self.plan.backward(call, saved, grad_o, grad_final_state)
+        return found
 
     def decode(self, step: Step) -> Tensor:
-        from .decode import decode
-
-        return decode(step)
+        o: Tensor = self.plan.decode(step)
+        return o
 
 
 BACKEND = TritonBackend()

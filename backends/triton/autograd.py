@@ -22,8 +22,6 @@ from .scan import scan_kernel
 from .tiles import FACTORS, MATRICES
 
 _TENSORS = Call._fields.index("scale")
-_plans: dict[tuple[object, ...], Plan] = {}
-_PLANS_LIMIT = 1024
 
 
 def _saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -43,6 +41,14 @@ def _saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
 def saved_like(call: Call) -> list[Tensor]:
     """Empty tensors for what forward hands on."""
     return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in _saved_shapes(call)]
+
+
+def _contiguous(call: Call) -> Call:
+    tensors: tuple[Tensor | None, ...] = call[:_TENSORS]  # type: ignore[assignment]
+    if all(x is None or x.is_contiguous() for x in tensors):
+        return call
+    given = {n: x for n, x in call._asdict().items() if isinstance(x, Tensor)}
+    return call._replace(**{n: x.contiguous() for n, x in given.items()})  # type: ignore[arg-type]
 
 
 class Plan:
@@ -77,144 +83,133 @@ class Plan:
             cut = (-(-T // self.length), self.length // CHUNK)
         self.cut, self.across = cut, (*self.chunks, *cut)
 
-    def stage(self, kernel: Any, programs: int, **flags: bool) -> Stage:
-        """A kernel bound to what it takes of the plan's constants, and to more of them."""
+    def stage(self, kernel: Any, programs: int, sizes: tuple[int, ...], **flags: bool) -> Stage:
+        """A kernel bound to sizes, to what it takes of the plan's constants, and to more."""
         key = (kernel.fn, *flags.values())
         if key not in self.stages:
             constants = {n: x for n, x in self.common.items() if n in kernel.arg_names} | flags
             name, room = kernel.fn.__name__, shared_memory(self.device)
             chosen = configuration(name, self.common["BK"], self.itemsize, self.walks, room)
-            self.stages[key] = Stage(kernel, programs, chosen, **constants)
+            self.stages[key] = Stage(kernel, programs, chosen, sizes, **constants)
         return self.stages[key]
 
     def scan(self, call: Call, o: bool, final: bool, states: bool, transfer: bool) -> Stage:
         cut = self.length is not None
         initial = not transfer if cut else call.initial_state is not None
         return self.stage(
-            scan_kernel, self.walks, V_FIRST=cut or call.state_v_first, INITIAL=initial,
-            FINAL=final, OUTPUT=o, STATES=states, TRANSFER=transfer, CUT=cut,
+            scan_kernel, self.walks, self.across, V_FIRST=cut or call.state_v_first,
+            INITIAL=initial, FINAL=final, OUTPUT=o, STATES=states, TRANSFER=transfer, CUT=cut,
         )  # fmt: skip
 
     def reverse_scan(self, call: Call, final: bool, initial: bool, keep: bool) -> Stage:
         cut = self.length is not None
         return self.stage(
-            reverse_scan_kernel, self.walks, V_FIRST=cut or call.state_v_first, FINAL=final,
-            INITIAL=initial, KEEP=keep, CUT=cut,
+            reverse_scan_kernel, self.walks, self.across, V_FIRST=cut or call.state_v_first,
+            FINAL=final, INITIAL=initial, KEEP=keep, CUT=cut,
         )  # fmt: skip
 
     def carry(self, call: Call, initial: bool, final: bool, reverse: bool) -> Stage:
         return self.stage(
-            carry_kernel, call.sequences * self.common["HV"], V_FIRST=call.state_v_first,
+            carry_kernel, call.sequences * self.common["HV"], self.cut, V_FIRST=call.state_v_first,
             INITIAL=initial, FINAL=final, REVERSE=reverse,
         )  # fmt: skip
 
-
-def _plan(call: Call) -> tuple[Plan, Call, bool]:
-    """The plan of a call, the call with contiguous tensors, and whether they are all aligned."""
-    given = {n: x for n, x in call._asdict().items() if isinstance(x, Tensor)}
-    if not all(x.is_contiguous() for x in given.values()):
-        given = {n: x.contiguous() for n, x in given.items()}
-        call = call._replace(**given)  # type: ignore[arg-type]
-    aligned = not any(x.data_ptr() % 16 for x in given.values())
-    tensors: tuple[Tensor | None, ...] = call[:_TENSORS]  # type: ignore[assignment]
-    shapes = [None if x is None else (x.shape, x.dtype) for x in tensors]
-    key = (call.q.device, *shapes, call[_TENSORS + 1 :])
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _PLANS_LIMIT:
-            _plans.clear()
-        plan = _plans[key] = Plan(call)
-    return plan, call, aligned
-
-
-def forward(call: Call, save: bool) -> Forward:
-    """See `gdn.backend.Backend.forward`."""
-    plan, call, aligned = _plan(call)
-    new_empty = call.q.new_empty
-    saved = [new_empty(shape, dtype=dtype) for shape, dtype in plan.saved]
-    factors, matrices, *parallel = saved
-    final = None
-    if call.output_final_state:
-        final = new_empty(plan.state, dtype=torch.float32)
-    o = torch.empty_like(call.v)
-    plan.stage(prepare_kernel, plan.slots * plan.common["HV"], SAVE=save)(
-        aligned, call.q, call.k, call.g, call.beta, call.A_log, call.dt_bias, factors, matrices,
-        call.scale, call.cu_seqlens, *plan.chunks,
-    )  # fmt: skip
-    tensors = (call.q, call.k, call.v, factors, matrices)
-    where = (call.cu_seqlens, *plan.across)
-    if parallel:
-        walked, begins = parallel
-        if save and call.cu_seqlens is not None:
-            begins.zero_()  # numbers of pieces may stay unused
-        plan.scan(call, o=False, final=True, states=False, transfer=True)(
-            aligned, *tensors, None, None, walked, None, None, *where
+    def forward(self, call: Call, save: bool) -> Forward:
+        """See `gdn.backend.Backend.forward`."""
+        call = _contiguous(call)
+        new_empty = call.q.new_empty
+        saved = [new_empty(shape, dtype=dtype) for shape, dtype in self.saved]
+        factors, matrices, *parallel = saved
+        final = None
+        if call.output_final_state:
+            final = new_empty(self.state, dtype=torch.float32)
+        o = torch.empty_like(call.v)
+        cu_seqlens = call.cu_seqlens
+        self.stage(prepare_kernel, self.slots * self.common["HV"], self.chunks, SAVE=save)(
+            (
+                call.q,
+                call.k,
+                call.g,
+                call.beta,
+                call.A_log,
+                call.dt_bias,
+                factors,
+                matrices,
+                cu_seqlens,
+            ),
+            call.scale,
         )
-        plan.carry(call, call.initial_state is not None, final is not None, reverse=False)(
-            aligned, walked, walked, call.initial_state, begins, final, call.cu_seqlens,
-            *plan.cut,
+        tensors = (call.q, call.k, call.v, factors, matrices)
+        if parallel:
+            walked, begins = parallel
+            if save and call.cu_seqlens is not None:
+                begins.zero_()  # numbers of pieces may stay unused
+            self.scan(call, o=False, final=True, states=False, transfer=True)(
+                (*tensors, None, None, walked, None, None, cu_seqlens)
+            )
+            self.carry(call, call.initial_state is not None, final is not None, reverse=False)(
+                (walked, walked, call.initial_state, begins, final, cu_seqlens)
+            )
+            self.scan(call, o=True, final=False, states=False, transfer=False)(
+                (*tensors, begins, o, None, None, None, cu_seqlens)
+            )
+        else:
+            self.scan(call, o=True, final=final is not None, states=False, transfer=False)(
+                (*tensors, call.initial_state, o, final, None, None, cu_seqlens)
+            )
+        return Forward(o, final, saved if save else [])
+
+    def backward(
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
+    ) -> Gradients:
+        """See `gdn.backend.Backend.backward`. The states are computed again, not kept."""
+        call = _contiguous(call)
+        grad_o = grad_o.contiguous()
+        grad_final = None if grad_final_state is None else grad_final_state.contiguous()
+        factors, matrices, *parallel = saved
+        slots, HV, K, V = self.slots, *(self.common[n] for n in ("HV", "K", "V"))
+        states, grad_states = (call.q.new_empty((slots, HV, V, K)) for _ in range(2))
+        U, R = (call.q.new_empty((slots, HV, V, CHUNK)) for _ in range(2))
+        dS = None if call.initial_state is None else torch.empty_like(call.initial_state)
+        begins, ends, into = call.initial_state, grad_final, dS
+        tensors, cu_seqlens = (call.q, call.k, call.v, factors, matrices), call.cu_seqlens
+        going_back = (call.q, call.k, factors, matrices, grad_o)
+        if parallel:
+            walked, begins = parallel
+            own, ends = torch.empty_like(begins), torch.empty_like(begins)
+            self.reverse_scan(call, final=False, initial=True, keep=False)(
+                (*going_back, None, None, None, own, cu_seqlens)
+            )
+            self.carry(call, grad_final is not None, dS is not None, reverse=True)(
+                (walked, own, grad_final, ends, dS, cu_seqlens)
+            )
+            into = None
+        self.scan(call, o=False, final=False, states=True, transfer=False)(
+            (*tensors, begins, None, None, states, U, cu_seqlens)
+        )
+        self.reverse_scan(call, final=ends is not None, initial=into is not None, keep=True)(
+            (*going_back, ends, R, grad_states, into, cu_seqlens)
+        )
+
+        dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in call[:5])
+        dG = torch.empty_like(factors[:, :, 0])
+        partial = [
+            None if x is None else x.new_zeros((slots, HV), dtype=torch.float32)
+            for x in (call.A_log, call.dt_bias)
+        ]
+        programs = slots * self.common["H"]
+        self.stage(query_gradients_kernel, programs, self.chunks)(
+            (call.q, call.k, factors, matrices, states, U, grad_o, dq, dG, cu_seqlens), call.scale
+        )
+        self.stage(key_gradients_kernel, programs, self.chunks)(
+            (
+                call.q, call.k, call.v, call.g, factors, states, grad_states, U, R, grad_o, dG,
+                call.A_log, call.dt_bias, dk, dv, dg, dbeta, *partial, cu_seqlens,
+            ),
+            call.scale,
         )  # fmt: skip
-        plan.scan(call, o=True, final=False, states=False, transfer=False)(
-            aligned, *tensors, begins, o, None, None, None, *where
+        sums = (
+            None if x is None or rows is None else rows.sum(0).to(x.dtype)
+            for x, rows in zip((call.A_log, call.dt_bias), partial, strict=True)
         )
-    else:
-        plan.scan(call, o=True, final=final is not None, states=False, transfer=False)(
-            aligned, *tensors, call.initial_state, o, final, None, None, *where
-        )
-    return Forward(o, final, saved if save else [])
-
-
-def backward(
-    call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
-) -> Gradients:
-    """See `gdn.backend.Backend.backward`. The states are computed again, not kept."""
-    plan, call, aligned = _plan(call)
-    grad_o = grad_o.contiguous()
-    grad_final = None if grad_final_state is None else grad_final_state.contiguous()
-    aligned &= grad_o.data_ptr() % 16 == 0 and (
-        grad_final is None or grad_final.data_ptr() % 16 == 0
-    )
-    factors, matrices, *parallel = saved
-    slots, HV, K, V = plan.slots, *(plan.common[n] for n in ("HV", "K", "V"))
-    states, grad_states = (call.q.new_empty((slots, HV, V, K)) for _ in range(2))
-    U, R = (call.q.new_empty((slots, HV, V, CHUNK)) for _ in range(2))
-    dS = None if call.initial_state is None else torch.empty_like(call.initial_state)
-    begins, ends, into = call.initial_state, grad_final, dS
-    tensors, where = (call.q, call.k, call.v, factors, matrices), (call.cu_seqlens, *plan.across)
-    going_back = (call.q, call.k, factors, matrices, grad_o)
-    if parallel:
-        walked, begins = parallel
-        own, ends = torch.empty_like(begins), torch.empty_like(begins)
-        plan.reverse_scan(call, final=False, initial=True, keep=False)(
-            aligned, *going_back, None, None, None, own, *where
-        )
-        plan.carry(call, grad_final is not None, dS is not None, reverse=True)(
-            aligned, walked, own, grad_final, ends, dS, call.cu_seqlens, *plan.cut
-        )
-        into = None
-    plan.scan(call, o=False, final=False, states=True, transfer=False)(
-        aligned, *tensors, begins, None, None, states, U, *where
-    )
-    plan.reverse_scan(call, final=ends is not None, initial=into is not None, keep=True)(
-        aligned, *going_back, ends, R, grad_states, into, *where
-    )
-
-    dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in call[:5])
-    dG = torch.empty_like(factors[:, :, 0])
-    partial = [
-        None if x is None else x.new_zeros((slots, HV), dtype=torch.float32)
-        for x in (call.A_log, call.dt_bias)
-    ]
-    programs, last = slots * plan.common["H"], (call.scale, call.cu_seqlens, *plan.chunks)
-    plan.stage(query_gradients_kernel, programs)(
-        aligned, call.q, call.k, factors, matrices, states, U, grad_o, dq, dG, *last
-    )
-    plan.stage(key_gradients_kernel, programs)(
-        aligned, call.q, call.k, call.v, call.g, factors, states, grad_states, U, R, grad_o, dG,
-        call.A_log, call.dt_bias, dk, dv, dg, dbeta, *partial, *last,
-    )  # fmt: skip
-    sums = (
-        None if x is None or rows is None else rows.sum(0).to(x.dtype)
-        for x, rows in zip((call.A_log, call.dt_bias), partial, strict=True)
-    )
-    return Gradients(dq, dk, dv, dg, dbeta, dS, *sums)
+        return Gradients(dq, dk, dv, dg, dbeta, dS, *sums)

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from gdn.problem import Step
 
-from .cut import shared_memory
 from .launch import Stage, configuration
 from .tiles import EPS, narrow, softplus, tile_offsets
+
+_TENSORS = Step._fields.index("scale")
 
 
 @triton.jit
@@ -98,52 +99,43 @@ def decode_kernel(
         tl.store(state + slot * slot_stride + at, S_T, mask=inside & live & (count > 0))
 
 
-_stages: dict[tuple[object, ...], Stage] = {}
-_STAGES_LIMIT = 1024
+class StepPlan:
+    """All that steps of one kind (shapes, strides, dtypes, device, options) have in common."""
+
+    def __init__(self, step: Step) -> None:
+        (B, T, HV, V), (H, K) = step.v.shape, step.q.shape[2:]
+        indices, BK = step.state_indices, max(16, triton.next_power_of_2(K))
+        columns = 0 if indices is None else 1 if indices.dim() == 1 else indices.shape[1]
+        constants: dict[str, Any] = {
+            "H": H, "HV": HV, "K": K, "V": V, "BK": BK, "COLUMNS": columns,
+            "V_FIRST": step.state_v_first, "L2": step.use_qk_l2norm_in_kernel,
+            "GATE": step.use_gate_in_kernel, "SIGMOID": step.use_beta_sigmoid_in_kernel,
+            "BETA_SCALE": 2.0 if step.allow_neg_eigval else 1.0,
+        }  # fmt: skip
+        for name in ("q", "k", "v", "g", "beta"):
+            x = getattr(step, name)
+            constants[f"{name.upper()}_STRIDES"] = _rows(x).stride()[:3]
+        walks = (B if step.cu_seqlens is None else step.cu_seqlens.shape[0] - 1) * HV
+        chosen = configuration("decode_kernel", BK, step.state.element_size(), walks, 0)
+        sizes = (step.null_index, T, step.state.shape[0], step.state.stride(0))
+        self.stage = Stage(decode_kernel, walks, chosen, sizes, **constants)
+        tensors: tuple[Tensor | None, ...] = step[:_TENSORS]  # type: ignore[assignment]
+        self.plain = all(x is None or _rows(x) is x for x in tensors[:5]) and all(
+            x is None or x.is_contiguous() for x in tensors[6:]
+        )
+
+    def decode(self, step: Step) -> Tensor:
+        """See `gdn.backend.Backend.decode`."""
+        tensors: tuple[Tensor | None, ...] = step[:_TENSORS]  # type: ignore[assignment]
+        if not self.plain:
+            rows, rest = tensors[:5], tensors[6:]
+            read = [_rows(x) for x in rows if x is not None]
+            tensors = (*read, step.state, *(None if x is None else x.contiguous() for x in rest))
+        o = torch.empty(step.v.shape, dtype=step.v.dtype, device=step.v.device)
+        self.stage((*tensors, o), step.scale)
+        return o
 
 
-def _stage(step: Step, strides: tuple[tuple[int, ...], ...]) -> Stage:
-    """The kernel for steps of this kind."""
-    HV, V, K = *step.v.shape[2:], step.q.shape[3]
-    indices, BK = step.state_indices, max(16, triton.next_power_of_2(K))
-    columns = 0 if indices is None else 1 if indices.dim() == 1 else indices.shape[1]
-    N = step.q.shape[0] if step.cu_seqlens is None else step.cu_seqlens.shape[0] - 1
-    constants: dict[str, Any] = {
-        "H": step.q.shape[2], "HV": HV, "K": K, "V": V, "BK": BK, "COLUMNS": columns,
-        "V_FIRST": step.state_v_first, "L2": step.use_qk_l2norm_in_kernel,
-        "GATE": step.use_gate_in_kernel, "SIGMOID": step.use_beta_sigmoid_in_kernel,
-        "BETA_SCALE": 2.0 if step.allow_neg_eigval else 1.0,
-    }  # fmt: skip
-    names = ("Q_STRIDES", "K_STRIDES", "V_STRIDES", "G_STRIDES", "BETA_STRIDES")
-    constants |= dict(zip(names, strides, strict=True))
-    room, itemsize = shared_memory(step.q.device), step.state.element_size()
-    chosen = configuration("decode_kernel", BK, itemsize, N * HV, room)
-    return Stage(decode_kernel, N * HV, chosen, **constants)
-
-
-def decode(step: Step) -> Tensor:
-    """See `gdn.backend.Backend.decode`."""
-    rows = [x if x.stride(3) == 1 else x.contiguous() for x in step[:3]]
-    g, beta = step.g, step.beta
-    small = [None if x is None else x.contiguous() for x in step[6:11]]
-    strides = (*(x.stride()[:3] for x in rows), g.stride(), beta.stride())
-    given = [x for x in (*rows, g, beta, step.state, *small) if x is not None]
-    aligned = not any(x.data_ptr() % 16 for x in given)
-    kinds = tuple(None if x is None else x.dtype for x in (g, beta, step.state, *small))
-    columns = None if step.state_indices is None else step.state_indices.shape[1:]
-    key = (
-        step.v.shape, step.q.shape[2:], step.q.dtype, step.q.device, strides, kinds, columns,
-        step.state.shape[0], step.state.stride(0),
-        None if step.cu_seqlens is None else step.cu_seqlens.shape, step[12:],
-    )  # fmt: skip
-    stage = _stages.get(key)
-    if stage is None:
-        if len(_stages) >= _STAGES_LIMIT:
-            _stages.clear()
-        stage = _stages[key] = _stage(step, strides)
-    o = torch.empty(step.v.shape, dtype=step.v.dtype, device=step.v.device)
-    stage(
-        aligned, *rows, g, beta, step.state, *small, o, step.scale, step.null_index,
-        step.v.shape[1], step.state.shape[0], step.state.stride(0),
-    )  # fmt: skip
-    return o
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy in which the elements of a head lie side by side; g and beta as they are."""
+    return x if x.dim() < 4 or x.stride(3) == 1 else x.contiguous()

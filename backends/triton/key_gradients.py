@@ -46,8 +46,8 @@ from .tiles import (
 @triton.jit
 def key_gradients_kernel(
     q, k, v, g, factors, states, grad_states, U, R, do, dG_read, A_log, dt_bias,
-    dk, dv, dg, dbeta, dA_log, ddt_bias, scale,
-    cu_seqlens, N, T, NT,
+    dk, dv, dg, dbeta, dA_log, ddt_bias, cu_seqlens,
+    scale, N, T, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, L2: tl.constexpr,
     GATE: tl.constexpr, BIAS: tl.constexpr, SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,

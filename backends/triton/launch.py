@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
+from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from .cut import BLOCK
@@ -61,12 +63,19 @@ def configuration(name: str, BK: int, itemsize: int, walks: int, room: int) -> C
 
 
 class Stage:
-    """A kernel with its constants, for calls of one kind: those that `autograd.py` has one plan
-    for, so that Triton's own look-up of the compiled kernel is needed once."""
+    """A kernel with all that calls of one kind give it, sizes and constants, so that Triton's own
+    look-up of the compiled kernel is needed once, and launching it takes pointers alone."""
 
-    def __init__(self, kernel: Any, programs: int, chosen: Configuration, **constants: Any):
-        self.kernel, self.programs, self.constants = kernel, programs, constants
-        self.compiled: Callable[..., None] | None = None
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        chosen: Configuration,
+        sizes: tuple[int, ...] = (),
+        **constants: Any,
+    ) -> None:
+        self.kernel, self.programs, self.sizes, self.constants = kernel, programs, sizes, constants
+        self.launch: Callable[..., None] | None = None
         self.choose(chosen)
 
     def choose(self, chosen: Configuration) -> None:
@@ -85,7 +94,7 @@ class Stage:
         self.bound = {n: constants[n] for n in self.kernel.arg_names if n in constants}
 
     def run(self, *args: Any) -> Any:
-        return self.kernel[(self.grid,)](*args, **self.bound, **self.options)
+        return self.kernel[(self.grid,)](*args, *self.sizes, **self.bound, **self.options)
 
     def search(self, *args: Any) -> None:
         """Take the configuration that is fastest on these arguments."""
@@ -100,14 +109,33 @@ class Stage:
                 continue
         self.choose(min(times, key=lambda candidate: times[candidate]))
 
-    def __call__(self, aligned: bool, *args: Any) -> None:
-        """Run the kernel. Triton compiles apart for pointers that are no multiple of 16 bytes."""
-        if aligned and self.compiled is not None:
-            self.compiled(*args, *self.bound.values())
+    def __call__(self, tensors: Sequence[Tensor | None], *scale: float) -> None:
+        """Run the kernel on its tensors and, where it takes one, the scale."""
+        pointers, bits = [], 0
+        for x in tensors:
+            pointer = None if x is None else x.data_ptr()
+            pointers.append(pointer)
+            bits |= pointer or 0
+        aligned = not bits % 16  # Triton compiles apart for pointers that are not
+        if aligned and self.launch is not None:
+            self.launch(*pointers, *scale)
             return
         searched = self.kernel.fn.__name__ in SEARCHED and not INTERPRETED
         if searched and os.environ.get("GDN_TRITON_AUTOTUNE") == "1":
-            self.search(*args)
-        compiled = self.run(*args)
+            self.search(*tensors, *scale)
+        compiled = self.run(*tensors, *scale)
         if aligned and not INTERPRETED:
-            self.compiled = compiled[(self.grid, 1, 1)]
+            self.launch = _launcher(compiled, self.grid, (*self.sizes, *self.bound.values()))
+
+
+def _launcher(compiled: Any, grid: int, rest: tuple[Any, ...]) -> Callable[..., None]:
+    """What Triton does to launch a compiled kernel on the current device's stream, without the
+    hooks of its profiler, and on pointers, which it need not ask the driver about."""
+    driver, device = triton.runtime.driver.active, torch.cuda.current_device()
+    run, stream_of = compiled.run, driver.get_current_stream
+    head, hooks = (compiled.function, compiled.packed_metadata), (None, None, None)
+
+    def launch(*args: Any) -> None:
+        run(grid, 1, 1, stream_of(device), *head, *hooks, *args, *rest)
+
+    return launch

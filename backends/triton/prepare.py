@@ -50,8 +50,8 @@ def reciprocal_norm(x):
 
 @triton.jit
 def prepare_kernel(
-    q, k, g, beta, A_log, dt_bias, factors, matrices, scale,
-    cu_seqlens, N, T, NT,
+    q, k, g, beta, A_log, dt_bias, factors, matrices, cu_seqlens,
+    scale, N, T, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     VARLEN: tl.constexpr, L2: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
     SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr, SAVE: tl.constexpr,

@@ -38,8 +38,8 @@ from .tiles import (
 
 @triton.jit
 def query_gradients_kernel(
-    q, k, factors, matrices, states, U, do, dq, dG_out, scale,
-    cu_seqlens, N, T, NT,
+    q, k, factors, matrices, states, U, do, dq, dG_out, cu_seqlens,
+    scale, N, T, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, L2: tl.constexpr,
 ):  # fmt: skip
