@@ -79,8 +79,10 @@ def decode_kernel(
             strength = BETA_SCALE * tl.sigmoid(strength)
         S *= tl.exp(decay)
         u = strength * (value - tl.sum(S * key[None, :], axis=1))
+        # (S + k u^T)^T q, from the state before, so that no sum waits for another
+        read = tl.sum(S * query[None, :], axis=1) + u * tl.sum(query * key)
+        read = tl.where(live, scale * read, 0.0)
         S += u[:, None] * key[None, :]
-        read = tl.where(live, scale * tl.sum(S * query[None, :], axis=1), 0.0)
         tl.store(o, narrow(read, o.dtype.element_ty), mask=j < V)
         if COLUMNS > 1:
             kept = live & (t + 1 < COLUMNS)
