@@ -67,7 +67,7 @@ def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(kernel.arg_names)
-        if signature[n].startswith("*")
+        if signature[n].startswith("*") or n == "slot_stride"
     }
     source = ASTSource(kernel, signature, stage.bound, aligned)
     options = {"maxnreg": None} | stage.options
