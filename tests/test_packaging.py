@@ -17,7 +17,9 @@ from gdn import registry
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not in a checkout")
 SOURCES = sorted(
-    path for top in ("gdn", "backends", "tests", "bench") for path in (ROOT / top).rglob("*.py")
+    path
+    for top in ("gdn", "backends", "tests", "bench", "examples")
+    for path in (ROOT / top).rglob("*.py")
 )
 
 
