@@ -1,0 +1,1 @@
+"""gdn as the engine of other libraries' models, a module each."""

@@ -1,0 +1,246 @@
+"""gdn as the engine of Qwen3-Next and Qwen3.5 in Hugging Face transformers, 4.57 or newer.
+
+Their layers call one function for whole sequences and one for single tokens. Up to 5.14 a layer
+takes both from its module when it is made, and keeps them as attributes; from then on it calls its
+module's functions by name. `patch` puts gdn behind whichever it finds.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdn.api import gated_delta_net, gated_delta_net_decode
+
+MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+"""Models of transformers whose linear attention is a gated delta net."""
+
+_PREFILL, _STEP = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule")
+_ON_MODULES = {
+    "torch_chunk_gated_delta_rule": _PREFILL,
+    "torch_recurrent_gated_delta_rule": _STEP,
+}
+_FOR_NEW_LAYERS = {
+    "chunk_gated_delta_rule": _PREFILL,
+    "fused_recurrent_gated_delta_rule": _STEP,
+}
+_installed: list[_Seat] = []
+
+
+@dataclass(eq=False)
+class _Seat:
+    """A name of a layer or module that holds one of the functions, and who sits there.
+
+    What was made from it while it was patched keeps `ours`, which calls `original` once it is off.
+    """
+
+    owner: nn.Module | ModuleType
+    name: str
+    before: object
+    original: Callable[..., Any]
+    prefill: bool
+    on: bool = False
+    backend: str | None = None
+
+    def ours(self) -> Callable[..., Any]:
+        @functools.wraps(self.original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self.on:
+                return self.original(*args, **kwargs)
+            return (_run_prefill if self.prefill else _run_step)(self.backend, *args, **kwargs)
+
+        call.gdn_seat = self  # type: ignore[attr-defined]
+        return call
+
+
+class Patched:
+    """What `patch` returns: a context manager at whose end things are as they were before it."""
+
+    def __init__(self, seats: list[tuple[_Seat, bool, str | None]]) -> None:
+        self._before = seats
+
+    def __enter__(self) -> Patched:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        for seat, on, backend in self._before:
+            seat.on, seat.backend = on, backend
+            if not on:
+                _leave(seat)
+
+
+def patch(model: nn.Module | None = None, backend: str | None = None) -> Patched:
+    """Let gdn compute the gated delta rule in Qwen3-Next and Qwen3.5, dense and mixture of experts.
+
+    Args:
+        model: a model, whose layers are patched; None patches transformers itself, for models made
+            from now on. From transformers 5.15 on, functions belong to a model's module, and both
+            forms patch every model of that kind in the process, made before or after.
+        backend: as in `gdn.gated_delta_net`.
+
+    Returns:
+        A context manager, for `with patch(): ...`; without `with`, the patch stays until `unpatch`.
+        Patching again changes the backend and nothing else.
+
+    Raises:
+        ValueError: the model has no such layer.
+        RuntimeError: transformers is missing, older than 4.57, or has changed in a way unknown
+            here.
+    """
+    before = []
+    for owner, name, original, prefill in _find(model):
+        holder = getattr(owner, name)
+        seat = getattr(holder, "gdn_seat", None)
+        if seat is None or seat.owner is not owner:
+            seat = _Seat(owner, name, holder, original, prefill)
+            setattr(owner, name, seat.ours())
+            _installed.append(seat)
+        before.append((seat, seat.on, seat.backend))
+        seat.on, seat.backend = True, backend
+    return Patched(before)
+
+
+def unpatch() -> None:
+    """Undo every `patch`, of transformers and of models."""
+    for seat in list(_installed):
+        seat.on = False
+        _leave(seat)
+
+
+def _leave(seat: _Seat) -> None:
+    setattr(seat.owner, seat.name, seat.before)
+    if seat in _installed:
+        _installed.remove(seat)
+
+
+def _modules() -> dict[str, ModuleType]:
+    """The modelling modules that this transformers has, by name."""
+    if importlib.util.find_spec("transformers") is None:
+        raise RuntimeError(
+            'transformers must be installed, got none; pip install "gdn[transformers]"'
+        )
+    found = {}
+    for model in MODELS:
+        name = f"transformers.models.{model}.modeling_{model}"
+        try:
+            found[name] = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise
+    if not found:
+        raise RuntimeError(
+            f"transformers must be 4.57 or newer, got {_version()} without Qwen3-Next; upgrade it"
+        )
+    return found
+
+
+def _version() -> str:
+    return str(importlib.import_module("transformers").__version__)
+
+
+Target = tuple[nn.Module | ModuleType, str, Callable[..., Any], bool]
+
+
+def _find(model: nn.Module | None) -> Iterator[Target]:
+    """Where the functions are: owner, name, what to call unpatched, and whether it is prefill."""
+    modules = _modules()
+    layers = [
+        layer
+        for layer in (() if model is None else model.modules())
+        if type(layer).__module__ in modules and type(layer).__name__.endswith("GatedDeltaNet")
+    ]
+    if model is not None and not layers:
+        raise ValueError(
+            "model must contain layers of Qwen3-Next or Qwen3.5 linear attention, got "
+            f"{type(model).__name__}; other models can call gdn.gated_delta_net themselves"
+        )
+    used = {type(layer).__module__ for layer in layers} or set(modules)
+    for name in sorted(used):
+        module = modules[name]
+        if all(hasattr(module, function) for function in _FOR_NEW_LAYERS):
+            if model is not None:
+                continue
+            for function, role in _FOR_NEW_LAYERS.items():
+                original = getattr(module, function) or getattr(module, f"torch_{role}")
+                yield module, function, original, role == _PREFILL
+        elif all(hasattr(module, function) for function in _ON_MODULES):
+            for function, role in _ON_MODULES.items():
+                yield module, function, getattr(module, function), role == _PREFILL
+        else:
+            raise RuntimeError(
+                f"transformers must be of a version that gdn knows, got {_version()}, whose "
+                f"{name} calls the gated delta rule in another way; please report it"
+            )
+    for layer in layers:
+        if hasattr(layer, _PREFILL) and hasattr(layer, _STEP):
+            for role in (_PREFILL, _STEP):
+                yield layer, role, getattr(layer, role), role == _PREFILL
+
+
+_OPTIONS = ("scale", "use_qk_l2norm_in_kernel", "cu_seqlens")
+
+
+def _run_prefill(
+    backend: str | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *_: object,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' function for sequences, with its arguments; those that it does not know either
+    are dropped."""
+    options = {name: kwargs[name] for name in _OPTIONS if kwargs.get(name) is not None}
+    return gated_delta_net(
+        query, key, value, g, beta, initial_state=initial_state,
+        output_final_state=output_final_state, backend=backend, **options,
+    )  # fmt: skip
+
+
+def _run_step(
+    backend: str | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *_: object,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The same for a few tokens: a decode step on a copy of the state, so that the caller's stays
+    as it is; or, where gradients are wanted, a short sequence."""
+    tensors = (query, key, value, g, beta)
+    given = tensors if initial_state is None else (*tensors, initial_state)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return _run_prefill(
+            backend, *tensors, initial_state=initial_state,
+            output_final_state=output_final_state, **kwargs,
+        )  # fmt: skip
+    options = {name: kwargs[name] for name in _OPTIONS if kwargs.get(name) is not None}
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if initial_state is None:
+        N = query.shape[0] if "cu_seqlens" not in options else len(options["cu_seqlens"]) - 1
+        state = query.new_zeros((N, value.shape[2], key.shape[3], value.shape[3]), dtype=exact)
+    else:
+        state = initial_state.to(exact, copy=True, memory_format=torch.contiguous_format)
+    o = gated_delta_net_decode(*tensors, state=state, backend=backend, **options)
+    return o, state if output_final_state else None

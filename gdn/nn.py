@@ -1,0 +1,189 @@
+"""The Gated DeltaNet layer of Qwen3-Next and Qwen3.5 (arXiv 2412.06464, figure 1) as a torch
+module, and its cache."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gdn.api import gated_delta_net, gated_delta_net_decode
+
+_STEP = 8
+"""Tokens up to which a call with a cache is a decode step rather than a sequence."""
+
+
+@dataclass
+class Cache:
+    """What a layer remembers of B sequences between calls, updated in place.
+
+    conv [B, channels, conv_size - 1]: the last inputs of the short convolution. state [B, HV, K, V]
+    in float32.
+    """
+
+    conv: Tensor
+    state: Tensor
+
+
+class GatedRMSNorm(nn.Module):
+    """y = weight x / sqrt(mean x^2 + eps) * silu(gate), over the last dimension; the norm and the
+    gate in float32."""
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return ((self.weight * wide.to(x.dtype)) * F.silu(gate.float())).to(x.dtype)
+
+
+class GatedDeltaNet(nn.Module):
+    """Projections, a causal depthwise convolution with SiLU over q, k and v, the gated delta rule
+    with L2 norm, gate and sigmoid fused, a gated RMS norm, and a projection back.
+
+    Parameters have the names of Qwen3.5's layer in transformers, and a state dict of that layer or
+    of Qwen3-Next's (whose projections are interleaved by head) loads as it is. The convolution runs
+    on causal-conv1d where that is installed and the input is on a GPU, else on torch.
+
+    Args:
+        hidden_size: width of the input and output.
+        num_k_heads, num_v_heads: H and HV; HV is a multiple of H.
+        head_k_dim, head_v_dim: K and V.
+        conv_size: taps of the convolution.
+        norm_eps: of the gated RMS norm.
+        allow_neg_eigval, backend: as in `gdn.gated_delta_net`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_k_heads: int,
+        num_v_heads: int,
+        head_k_dim: int = 128,
+        head_v_dim: int = 128,
+        conv_size: int = 4,
+        norm_eps: float = 1e-6,
+        allow_neg_eigval: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.H, self.HV, self.K, self.V = num_k_heads, num_v_heads, head_k_dim, head_v_dim
+        self.conv_size, self.backend = conv_size, backend
+        self.sizes = [self.H * self.K, self.H * self.K, self.HV * self.V]
+        self.options: dict[str, Any]
+        self.options = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True}
+        self.options |= {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": allow_neg_eigval}
+        channels = sum(self.sizes)
+        self.in_proj_qkv = nn.Linear(hidden_size, channels, bias=False)
+        self.in_proj_z = nn.Linear(hidden_size, self.HV * self.V, bias=False)
+        self.in_proj_b = nn.Linear(hidden_size, self.HV, bias=False)
+        self.in_proj_a = nn.Linear(hidden_size, self.HV, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, conv_size, groups=channels, bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.HV).uniform_(1e-2, 16).log())
+        self.dt_bias = nn.Parameter(torch.ones(self.HV))
+        self.norm = GatedRMSNorm(self.V, norm_eps)
+        self.out_proj = nn.Linear(self.HV * self.V, hidden_size, bias=False)
+
+    def make_cache(self, batch: int) -> Cache:
+        """An empty cache for `batch` sequences, on the layer's device."""
+        weight = self.conv1d.weight
+        conv = weight.new_zeros((batch, sum(self.sizes), self.conv_size - 1))
+        shape = (batch, self.HV, self.K, self.V)
+        exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return Cache(conv, weight.new_zeros(shape, dtype=exact))
+
+    def forward(
+        self, x: Tensor, *, cache: Cache | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """y [B, T, hidden_size] from x of that shape.
+
+        cache: go on from it, and leave in it what the next call needs. cu_seqlens: sequences packed
+        along T, as in `gdn.gated_delta_net`; not together with a cache.
+        """
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("cache must come without cu_seqlens, got both; pad to a batch instead")
+        B, T, _ = x.shape
+        mixed = self._convolve(self.in_proj_qkv(x), cache, cu_seqlens)
+        q, k, v = torch.split(mixed, self.sizes, -1)
+        tensors: dict[str, Any] = {
+            "q": q.reshape(B, T, self.H, self.K),
+            "k": k.reshape(B, T, self.H, self.K),
+            "v": v.reshape(B, T, self.HV, self.V),
+            "g": self.in_proj_a(x),
+            "beta": self.in_proj_b(x),
+            "A_log": self.A_log,
+            "dt_bias": self.dt_bias,
+            "backend": self.backend,
+        }
+        if cache is not None and T <= _STEP and not torch.is_grad_enabled():
+            o = gated_delta_net_decode(**tensors, **self.options, state=cache.state)
+        else:
+            o, state = gated_delta_net(
+                **tensors, **self.options, cu_seqlens=cu_seqlens,
+                initial_state=None if cache is None else cache.state.clone(),
+                output_final_state=cache is not None,
+            )  # fmt: skip
+            if cache is not None and state is not None:
+                cache.state.copy_(state.detach())
+        z = self.in_proj_z(x).reshape(B, T, self.HV, self.V)
+        out: Tensor = self.out_proj(self.norm(o, z).flatten(2))
+        return out
+
+    def _convolve(self, x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor:
+        """silu(sum_j weight_j x_{t - j}) over [B, T, channels], within each sequence."""
+        weight, before = self.conv1d.weight[:, 0], self.conv_size - 1
+        if cu_seqlens is not None:
+            return F.silu(_packed_convolution(x, weight, cu_seqlens))
+        x = x.mT
+        if cache is not None:
+            x = torch.cat([cache.conv.to(x.dtype), x], -1)
+            cache.conv.copy_(x[..., x.shape[-1] - before :].detach())
+        elif fast := _causal_conv1d(x.device):
+            out: Tensor = fast(x, weight, activation="silu")
+            return out.mT
+        else:
+            x = F.pad(x, (before, 0))
+        return F.silu(F.conv1d(x, weight[:, None], groups=len(weight))).mT
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Also take Qwen3-Next's projections, q, k, v, z and b, a of each q/k head side by side."""
+        if f"{prefix}in_proj_qkvz.weight" in state_dict:
+            group, width = self.HV // self.H, self.in_proj_qkv.in_features
+            qkvz = state_dict.pop(f"{prefix}in_proj_qkvz.weight").view(self.H, -1, width)
+            sizes = [self.K, self.K, group * self.V, group * self.V]
+            *qkv, z = (part.reshape(-1, width) for part in qkvz.split(sizes, 1))
+            ba = state_dict.pop(f"{prefix}in_proj_ba.weight").view(self.H, 2, group, width)
+            parts = {"qkv": torch.cat(qkv), "z": z}
+            parts |= {n: ba[:, i].reshape(-1, width) for i, n in enumerate("ba")}
+            state_dict |= {f"{prefix}in_proj_{n}.weight": x for n, x in parts.items()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _causal_conv1d(device: torch.device) -> Callable[..., Tensor] | None:
+    if device.type != "cuda" or importlib.util.find_spec("causal_conv1d") is None:
+        return None
+    from causal_conv1d import causal_conv1d_fn
+
+    return cast(Callable[..., Tensor], causal_conv1d_fn)
+
+
+def _packed_convolution(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The causal depthwise convolution of [1, T, channels], not reaching across sequences."""
+    T, taps = x.shape[1], weight.shape[1]
+    tokens = torch.arange(T, device=x.device, dtype=cu_seqlens.dtype)
+    starts = cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1]
+    out = x * weight[:, -1]
+    for back in range(1, taps):
+        earlier = F.pad(x, (0, 0, back, 0))[:, :T]
+        inside = (tokens - back >= starts)[None, :, None]
+        out = out + torch.where(inside, earlier, 0) * weight[:, taps - 1 - back]
+    return out

@@ -1,0 +1,84 @@
+"""transformers' Qwen3-Next and Qwen3.5, tiny and random, for the tests that need a real model."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "initializer_range": 0.1,
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "num_experts": 2,
+    "num_experts_per_tok": 2,  # all of them, so that no rounding chooses others
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+CLASSES = {  # configuration, model, layer
+    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", "Qwen3NextGatedDeltaNet"),
+    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", "Qwen3_5GatedDeltaNet"),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeGatedDeltaNet"),
+}
+
+
+def find_modelling(kind: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    except ModuleNotFoundError:
+        return None
+
+
+def modelling(kind: str) -> Any:
+    """The module of a model; its test is skipped where this transformers has none."""
+    return find_modelling(kind) or pytest.skip(f"this transformers has no {kind}")
+
+
+def make_config(kind: str) -> Any:
+    modelling(kind)
+    configuration = importlib.import_module(f"transformers.models.{kind}.configuration_{kind}")
+    return getattr(configuration, CLASSES[kind][0])(**SIZES)
+
+
+def make_model(kind: str, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model whose gates remember: freshly made ones forget all within a token or two."""
+    torch.manual_seed(0)
+    model = getattr(modelling(kind), CLASSES[kind][1])(make_config(kind))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("A_log", "dt_bias")):
+            nn.init.uniform_(parameter, -2, 0)
+    return model.to(device, dtype).eval()
+
+
+def make_layer(kind: str, device: str) -> Any:
+    """A linear attention layer alone, every parameter random."""
+    torch.manual_seed(0)
+    layer = getattr(modelling(kind), CLASSES[kind][2])(make_config(kind), 0)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return layer.to(device)
+
+
+def without_fla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers run its own PyTorch also where fla is installed."""
+    for module in filter(None, map(find_modelling, CLASSES)):
+        for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+            function = getattr(module, name)
+            monkeypatch.setattr(module, name, getattr(function, "__wrapped__", function))
+        for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, None)

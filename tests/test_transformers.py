@@ -1,0 +1,188 @@
+"""transformers' Qwen3-Next and Qwen3.5, tiny and random: gdn changes none of their numbers."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gdn
+from gdn.testing import TOLERANCE, relative_error
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+models = importlib.import_module("models")
+integration = importlib.import_module("gdn.integrations.transformers")
+make_model, modelling = models.make_model, models.modelling
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Unpatched means transformers' own PyTorch; and no test leaves a patch behind."""
+    models.without_fla(monkeypatch)
+    yield
+    integration.unpatch()
+
+
+@pytest.fixture(params=models.CLASSES)
+def kind(request: pytest.FixtureRequest) -> str:
+    modelling(request.param)
+    return request.param
+
+
+def require(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Skip backends that cannot run here at all; that they refuse is tested elsewhere."""
+    tensors = [torch.empty(1, 1, 1, 16, device=device, dtype=dtype)] * 3
+    tensors += [torch.empty(1, 1, 1, device=device)] * 2
+    reasons = {v.name: v.reasons for v in gdn.explain(*tensors).verdicts}[backend]
+    if reasons:
+        pytest.skip("; ".join(reasons))
+
+
+def padded(device: str, T: int = 70) -> dict[str, torch.Tensor]:
+    """Two sequences, the second shorter and padded on the left."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(models.SIZES["vocab_size"], (2, T), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def logits_and_gradients(model: Any, inputs: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    out = model(**inputs, labels=inputs["input_ids"])
+    out.loss.backward()
+    gradients = {n: x.grad.clone() for n, x in model.named_parameters() if x.grad is not None}
+    return {"logits": out.logits.detach()} | gradients
+
+
+def test_logits_and_gradients(backend: str, device: str, dtype: torch.dtype, kind: str) -> None:
+    """Against the unpatched model in float32; where that is not the dtype, twice the unpatched
+    model's own error will do."""
+    require(backend, device, dtype)
+    model, inputs = make_model(kind, device, dtype), padded(device)
+    expected = logits_and_gradients(model, inputs)
+    with integration.patch(model, backend=backend):
+        got = logits_and_gradients(model, inputs)
+    truth = logits_and_gradients(model.float(), inputs)
+    assert set(got) == set(expected)
+    assert not all(torch.equal(got[n], x) for n, x in expected.items())  # something else ran
+    for name, x in truth.items():
+        bound = max(TOLERANCE[dtype], 2 * relative_error(expected[name], x))
+        assert relative_error(got[name], x) <= bound, name
+
+
+def test_greedy_generation_with_cache(backend: str, device: str, kind: str) -> None:
+    require(backend, device, torch.float32)
+    model, inputs = make_model(kind, device), padded(device)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(**inputs, **options)
+    with integration.patch(model, backend=backend):
+        assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+@torch.no_grad()
+def run_pieces(model: Any, ids: torch.Tensor, lengths: tuple[int, ...]) -> list[torch.Tensor]:
+    """Logits of pieces of these lengths through one cache."""
+    accepted = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in accepted else "past_key_values"
+    cache, outputs = None, []
+    for piece in ids[:, : sum(lengths)].split(lengths, 1):
+        out = model(piece, **{name: cache}, use_cache=True)
+        cache = out[name]
+        outputs.append(out.logits)
+    return outputs
+
+
+def test_chunked_prefill_and_continuation(backend: str, device: str, kind: str) -> None:
+    """Two long pieces, a token, and a few more: as unpatched."""
+    require(backend, device, torch.float32)
+    model, ids = make_model(kind, device), padded(device)["input_ids"]
+    expected = run_pieces(model, ids, (30, 30, 1, 4))
+    with integration.patch(model, backend=backend):
+        got = run_pieces(model, ids, (30, 30, 1, 4))
+    for one, other in zip(got, expected, strict=True):
+        assert relative_error(one, other) <= TOLERANCE[torch.float32]
+
+
+def functions(model: Any, kind: str) -> list[object]:
+    """Whatever holds the two functions in this version."""
+    holders = [modelling(kind), *(x for x in model.modules() if type(x).__module__.endswith(kind))]
+    names = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule")
+    names += ("fused_recurrent_gated_delta_rule", *(f"torch_{name}" for name in names))
+    return [vars(holder)[name] for holder in holders for name in names if name in vars(holder)]
+
+
+def test_patching_is_idempotent_and_undone(kind: str) -> None:
+    model = make_model(kind, "cpu")
+    before = functions(model, kind)
+    integration.patch(model)
+    once = functions(model, kind)
+    assert once != before
+    integration.patch(model, backend="torch")
+    assert functions(model, kind) == once
+    with integration.patch(), integration.patch(model):
+        pass
+    assert functions(model, kind) == once
+    integration.unpatch()
+    assert functions(model, kind) == before
+    integration.unpatch()
+    with integration.patch(model), pytest.raises(ZeroDivisionError), integration.patch():
+        raise ZeroDivisionError
+    assert functions(model, kind) == before
+
+
+def test_the_backend_is_the_one_asked_for_last(kind: str) -> None:
+    model, inputs = make_model(kind, "cpu"), padded("cpu", 20)
+    with integration.patch(model, backend="fla"):
+        with pytest.raises(gdn.BackendUnsupportedError, match="fla"):
+            model(**inputs)
+        with integration.patch(model, backend="torch"):
+            model(**inputs)
+        with pytest.raises(gdn.BackendUnsupportedError, match="fla"):
+            model(**inputs)
+    model(**inputs)
+
+
+def test_models_made_while_patched_and_used_afterwards(kind: str) -> None:
+    inputs = padded("cpu", 20)
+    expected = make_model(kind, "cpu")(**inputs).logits
+    with integration.patch(backend="torch"):
+        model = make_model(kind, "cpu")
+        patched = model(**inputs).logits
+    assert not torch.equal(patched, expected)
+    assert relative_error(patched, expected) <= TOLERANCE[torch.float32]
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_other_models_and_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"layers of Qwen3-Next or Qwen3.5.*got Linear"):
+        integration.patch(nn.Linear(2, 2))
+    module = modelling("qwen3_next")
+    for name in ("torch_chunk_gated_delta_rule", "chunk_gated_delta_rule"):
+        monkeypatch.delattr(module, name, raising=False)
+    with pytest.raises(RuntimeError, match=r"a version that gdn knows, got \d.*in another way"):
+        integration.patch()
+
+
+def test_stray_arguments_are_dropped() -> None:
+    q, v, g = torch.randn(1, 3, 1, 8), torch.randn(1, 3, 2, 8), -torch.rand(1, 3, 2)
+    for run in (integration._run_prefill, integration._run_step):
+        plain = run("torch", q, q, v, g=g, beta=-g, output_final_state=True)
+        stray = {"chunk_size": 64, "head_first": False, "cu_seqlens": None, "seq_idx": None}
+        got = run("torch", q, q, v, g=g, beta=-g, output_final_state=True, **stray)
+        assert all(torch.equal(a, b) for a, b in zip(plain, got, strict=True))
+
+
+def test_a_step_leaves_the_callers_state_alone() -> None:
+    q, v, g = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 2, 8), -torch.rand(1, 1, 2)
+    state = torch.randn(1, 2, 8, 8)
+    before = state.clone()
+    step = {"initial_state": state, "output_final_state": True}
+    o, after = integration._run_step("torch", q, q, v, g, -g, **step)
+    expected = gdn.gated_delta_net(q, q, v, g, -g, **step)
+    assert torch.equal(state, before)
+    torch.testing.assert_close((o, after), tuple(expected))
