@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +110,56 @@ def test_chunked_prefill_and_continuation(backend: str, device: str, kind: str) 
         assert relative_error(one, other) <= TOLERANCE[torch.float32]
 
 
+def test_a_token_sees_neither_padding_nor_what_follows(backend: str, device: str) -> None:
+    """Two of transformers' own tests: padding on the left changes nothing; nor do more tokens in
+    the same call with a cache (unless this transformers forgets its state there)."""
+    require(backend, device, torch.float32)
+    model, inputs = make_model("qwen3_next", device), padded(device, 30)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+
+    def leak() -> float:
+        one, more = (run_pieces(model, ids, (8, after))[1][:, :1] for after in (1, 8))
+        return relative_error(more, one)
+
+    remembers = leak() <= TOLERANCE[torch.float32]
+    with integration.patch(model, backend=backend), torch.no_grad():
+        assert leak() <= TOLERANCE[torch.float32] or not remembers
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        together = model(ids, attention_mask=mask, position_ids=places).logits
+        alone = model(ids[1:, 9:]).logits
+    assert relative_error(together[1:, 9:], alone) <= TOLERANCE[torch.float32]
+
+
+def test_beams_and_checkpoints(kind: str) -> None:
+    """Beam search reorders states; checkpoints run the forward pass again for the backward pass."""
+    model, inputs = make_model(kind, "cpu"), padded("cpu")
+    options = {"max_new_tokens": 5, "num_beams": 3, "pad_token_id": 0, "eos_token_id": None}
+    beams = model.generate(**inputs, **options, do_sample=False)
+    expected = logits_and_gradients(model, inputs)
+    with integration.patch(model, backend="torch"):
+        assert torch.equal(model.generate(**inputs, **options, do_sample=False), beams)
+        name = "activation_checkpointing_enable"  # of transformers 5; and before
+        name = name if hasattr(model, name) else "gradient_checkpointing_enable"
+        getattr(model, name)({"use_reentrant": False})
+        model.train()
+        got = logits_and_gradients(model, inputs | {"use_cache": False})
+    for name, x in expected.items():
+        assert relative_error(got[name], x) <= TOLERANCE[torch.float32], name
+
+
+def test_copies_and_saved_models(tmp_path: Path, kind: str) -> None:
+    """A patched model is copied and saved like any other."""
+    model, inputs = make_model(kind, "cpu"), padded("cpu", 20)
+    expected = model(**inputs).logits
+    with integration.patch(model, backend="torch"):
+        copied = copy.deepcopy(model)
+        patched = copied(**inputs).logits
+        model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(**inputs).logits, expected)
+    assert torch.equal(copied(**inputs).logits, expected)
+    assert relative_error(patched, expected) <= TOLERANCE[torch.float32]
+
+
 def functions(model: Any, kind: str) -> list[object]:
     """Whatever holds the two functions in this version."""
     holders = [modelling(kind), *(x for x in model.modules() if type(x).__module__.endswith(kind))]
@@ -175,6 +227,33 @@ def test_stray_arguments_are_dropped() -> None:
         stray = {"chunk_size": 64, "head_first": False, "cu_seqlens": None, "seq_idx": None}
         got = run("torch", q, q, v, g=g, beta=-g, output_final_state=True, **stray)
         assert all(torch.equal(a, b) for a, b in zip(plain, got, strict=True))
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_sequences_and_steps_grouped_heads_and_packs(backend: str, device: str, T: int) -> None:
+    """What the functions compute does not depend on which of them is called, on whether q and k
+    come repeated for grouped heads, or on whether sequences come packed."""
+    require(backend, device, torch.float32)
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, T, 2, 8, device=device)
+    v, state = torch.randn(2, T, 4, 16, device=device), torch.randn(2, 4, 8, 16, device=device)
+    g, beta = -torch.rand(2, T, 4, device=device), torch.rand(2, T, 4, device=device)
+    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    expected = integration._run_prefill(
+        backend, q, k, v, g=g, beta=beta, initial_state=state, **options
+    )
+    q2, k2 = (x.repeat_interleave(2, 2) for x in (q, k))
+    packed = [x.flatten(0, 1)[None] for x in (q, k, v, g, beta)]
+    ends = torch.tensor([0, T, 2 * T], device=device, dtype=torch.int32)
+    for run in (integration._run_prefill, integration._run_step):
+        for tensors, more in (
+            ((q, k, v, g, beta), {}),
+            ((q2, k2, v, g, beta), {}),
+            (packed, {"cu_seqlens": ends}),
+        ):
+            o, after = run(backend, *tensors, initial_state=state, **options, **more)
+            assert relative_error(o.reshape(v.shape), expected[0]) <= TOLERANCE[torch.float32]
+            assert relative_error(after, expected[1]) <= TOLERANCE[torch.float32]
 
 
 def test_a_step_leaves_the_callers_state_alone() -> None:
