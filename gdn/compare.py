@@ -1,213 +1,231 @@
-"""The main job, `gdn compare`: every backend that can run a case, held against the float64
-definition, then timed."""
+"""The main job, `gdn compare`: every backend that can run a case, held against float64, then
+timed. `pytest bench` measures its rows with the same `Comparison`."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import gdn
-from gdn import measure
-from gdn.measure import Ceilings, Run, Timing
-from gdn.testing import (
-    TOLERANCE,
-    Case,
-    gradients,
-    make_inputs,
-    make_output_gradients,
-    relative_error,
-    run_definition,
-    with_gradients,
-)
-
-CHECKED_TOKENS = 200
-"""Tokens of the case on which agreement is tested: three chunks and a part (the definition goes
-token by token)."""
-
-PASSES = ("fwd", "fwd+bwd")
-"""Forward alone, and forward with backward."""
+from gdn import agreement, measure
+from gdn.measure import Run, Timing
+from gdn.testing import Case
+from gdn.work import PASSES, Ceilings, Work, ceilings, least_work
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One pass of one backend: its path and clocks, and the rates and share of the roofline that
-    the least work in the pass comes to in its GPU time (on a CPU: wall time)."""
+    """One pass of one backend: its path and clocks, the rates and share of the roofline that the
+    least work in the pass comes to in its GPU time (on a CPU: wall time), and its peak memory."""
 
     path: str
-    wall: Timing
+    wall: Timing | None
     gpu: Timing | None
     tflops: float
     gbytes: float
     roofline: float
+    peak_bytes: int | None
 
     @property
     def ms(self) -> float:
         """The latency that the rates come from."""
-        return (self.wall if self.gpu is None else self.gpu).ms
+        timing = self.wall if self.gpu is None else self.gpu
+        return timing.ms if timing else float("nan")
+
+
+def rates(least: Work, ms: float, limits: Ceilings) -> dict[str, float]:
+    """TFLOPS, GB/s and the share of the roofline of a call that takes `ms`."""
+    return {
+        "tflops": least.flops / ms / 1e9,
+        "gbytes": least.bytes / ms / 1e6,
+        "roofline": limits.floor_ms(least) / ms,
+    }
 
 
 @dataclass(slots=True)
 class Row:
     """One backend: the path of each pass that it can run and the reasons against one that it
     cannot; seconds that each pass's first call took, compiling and autotuning included; relative
-    errors by tensor name; what failed, if anything did; what was timed."""
+    errors by tensor name, at the size that is timed; what failed, by pass; what was timed."""
 
     backend: str
     paths: dict[str, str] = field(default_factory=dict)
     refusals: dict[str, list[str]] = field(default_factory=dict)
     first_calls: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
-    failure: str | None = None
+    failures: dict[str, str] = field(default_factory=dict)
     passes: dict[str, Measurement] = field(default_factory=dict)
+
+    def fit(self, which: str) -> bool:
+        """Whether the pass can run and agreed, and so may be timed."""
+        return which in self.paths and which not in self.failures
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `compare` found: a row a backend, for `case`, after agreement on `checked`."""
+    """What `compare` found: a row a backend, for `case`."""
 
     case: Case
-    checked: Case
     environment: dict[str, Any]
     ceilings: Ceilings
     rows: list[Row]
 
     @property
     def ok(self) -> bool:
-        """Whether every backend that ran agrees with the definition."""
-        return all(row.failure is None for row in self.rows)
+        """Whether every backend that ran agrees."""
+        return not any(row.failures for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
         """The whole report in types that JSON has."""
         return {
-            "case": _plain_case(self.case),
-            "checked": _plain_case(self.checked),
+            "case": plain_case(self.case),
             "environment": self.environment,
             "ceilings": self.ceilings._asdict(),
             "rows": [_plain_row(row) for row in self.rows],
         }
 
 
-def _plain_case(case: Case) -> dict[str, Any]:
-    return asdict(case) | {"dtype": str(case.dtype).removeprefix("torch.")}
+def plain_case(case: Case) -> dict[str, Any]:
+    """A case in types that JSON has."""
+    plain = {n: str(x) if isinstance(x, torch.dtype) else x for n, x in asdict(case).items()}
+    return plain | {"dtype": str(case.dtype).removeprefix("torch.")}
+
+
+def plain_timing(timing: Timing | None) -> dict[str, Any] | None:
+    """A timing in types that JSON has."""
+    return None if timing is None else timing._asdict()
 
 
 def _plain_row(row: Row) -> dict[str, Any]:
     passes = {
         name: {
-            "path": found.path,
-            "wall": found.wall._asdict(),
-            "gpu": found.gpu and found.gpu._asdict(),
-            "tflops": found.tflops,
-            "gbytes": found.gbytes,
-            "roofline": found.roofline,
+            field: plain_timing(x) if isinstance(x, Timing) else x
+            for field in Measurement.__slots__
+            for x in [getattr(found, field)]
         }
         for name, found in row.passes.items()
     }
     return asdict(replace(row, passes={})) | {"passes": passes}
 
 
-def shortened(case: Case) -> Case:
-    """The case cut to about CHECKED_TOKENS tokens."""
-    if case.lengths is None:
-        return replace(case, T=min(case.T, CHECKED_TOKENS), B=1)
-    share = max(1, CHECKED_TOKENS // max(1, len(case.lengths)))
-    return replace(case, lengths=tuple(min(length, share) for length in case.lengths))
+class Comparison:
+    """One case on one device: tensors drawn once, `rows` in the order of `backends`."""
 
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        backends: Iterable[str],
+        passes: Sequence[str] = PASSES,
+    ) -> None:
+        self.case, self.device, self.passes = case, device, passes
+        self.rows = [Row(name) for name in backends]
+        self._gpu: dict[str, dict[str, Timing]] = {}
+        self.differentiates = passes != PASSES[:1]
+        self.judge = agreement.appoint(case, device, PASSES[-1] if self.differentiates else "fwd")
+        self.inputs = self.judge.full
+        self._explain()
 
-def make_rows(names: list[str], case: Case, device: torch.device) -> list[Row]:
-    """A row a backend, with what it can run of the case and why not the rest."""
-    rows = [Row(name) for name in names]
-    inputs = make_inputs(case, device)
-    for which, kwargs in zip(PASSES, (inputs, with_gradients(inputs)), strict=True):
-        verdicts = {verdict.name: verdict for verdict in gdn.explain(**kwargs).verdicts}
-        for row in rows:
-            verdict = verdicts[row.backend]
-            if verdict.path is None:
-                row.refusals[which] = list(verdict.reasons)
-            else:
-                row.paths[which] = verdict.path
-    return rows
+    def _explain(self) -> None:
+        """Fill in what each row can run, and why not the rest."""
+        for which in self.passes:
+            kwargs = self.inputs.plain if which == "fwd" else self.inputs.leaves
+            verdicts = {verdict.name: verdict for verdict in gdn.explain(**kwargs).verdicts}
+            for row in self.rows:
+                verdict = verdicts[row.backend]
+                if verdict.path is None:
+                    row.refusals[which] = list(verdict.reasons)
+                else:
+                    row.paths[which] = verdict.path
 
+    def check(self, row: Row) -> None:
+        """Each pass's first call, then agreement; fills in the row's first_calls, errors and
+        failures."""
+        for calls in ("fwd", "fwd+bwd")[: 1 + self.differentiates]:
+            affected = [which for which in row.paths if (which == "fwd") == (calls == "fwd")]
+            if not affected:
+                continue
+            try:
+                row.first_calls[calls] = self._first_call(row.backend, calls)
+                short, full = self.judge.errors(row.backend, calls)
+            except Exception as error:  # one backend's fault must not end the others' comparison
+                fault = f"{type(error).__name__}: {error}"
+                row.failures |= dict.fromkeys(affected, fault)
+                continue
+            row.errors |= {n: x for n, x in full.items() if n not in row.errors}
+            for errors in (short, full):
+                objection = self.judge.objection(errors)
+                if objection is not None:
+                    row.failures |= dict.fromkeys(affected, objection)
 
-def run(name: str, inputs: dict[str, Any], into: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
-    """Outputs by name, and the gradients `into` gives, if any."""
-    outputs = gdn.gated_delta_net(**inputs, backend=name)
-    found = {} if into is None else gradients(outputs, inputs, into)  # type: ignore[arg-type]
-    return outputs._asdict() | found
-
-
-def truth(case: Case, device: torch.device) -> dict[str, Tensor]:
-    """Outputs and gradients of a case by the definition in float64, by name."""
-    inputs = with_gradients(make_inputs(case, device), torch.float64)
-    o, state = run_definition(inputs)
-    found = gradients((o, state), inputs, make_output_gradients(case, device))
-    return {"o": o.detach(), "final_state": state.detach()} | found
-
-
-def prepare(case: Case, device: torch.device, which: str) -> tuple[dict[str, Any], Any]:
-    """Inputs of one pass, and the gradients of its outputs or None: what `run` takes."""
-    inputs = make_inputs(case, device)
-    if which == PASSES[0]:
-        return inputs, None
-    return with_gradients(inputs), make_output_gradients(case, device)
-
-
-def call_first(row: Row, case: Case, device: torch.device) -> None:
-    """Each pass once, at the size that will be timed: what autotunes, tunes for that size. Fills in
-    the row's first_calls, or its failure."""
-    for which in row.paths:
-        prepared = prepare(case, device, which)
+    def _first_call(self, backend: str, which: str) -> float:
+        """Seconds, at the size that will be timed: what autotunes, tunes for that size."""
         start = time.perf_counter()
-        try:
-            run(row.backend, *prepared)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        except Exception as error:  # one backend's fault must not end the comparison of the others
-            row.failure = f"{type(error).__name__}: {error}"
-            return
-        row.first_calls[which] = time.perf_counter() - start
+        self.inputs.run(backend, which)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
 
+    def call(self, backend: str, which: str) -> Run:
+        """One pass of a backend as a function without arguments. Backward alone goes back, again
+        and again, through one forward, made on the stream that graphs are captured on."""
+        if which != "bwd":
+            return functools.partial(self.inputs.run, backend, which)
+        if self.device.type != "cuda":
+            outputs = self.inputs.forward(backend, leaves=True)
+        else:
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            with torch.cuda.stream(measure.capture_stream(index)):
+                outputs = self.inputs.forward(backend, leaves=True)
+            torch.cuda.synchronize(self.device)
+        return functools.partial(self.inputs.backward, outputs, again=True)
 
-def check(row: Row, case: Case, expected: dict[str, Tensor], device: torch.device) -> None:
-    """Fill in the row's errors, and its failure if one of them is above tolerance."""
-    got = run(row.backend, *prepare(case, device, list(row.paths)[-1]))
-    row.errors = {name: relative_error(x.detach(), expected[name]) for name, x in got.items()}
-    tolerance = TOLERANCE[case.dtype]
-    over = [f"{name} {error:.1e}" for name, error in row.errors.items() if not error <= tolerance]
-    if over:
-        row.failure = f"relative error above {tolerance:g}: {', '.join(over)}"
+    def gpu_times(self, which: str, names: list[str]) -> dict[str, Timing]:
+        """GPU time of one pass by backend, interleaved, measured once. Backward that no graph can
+        hold is forward and backward less forward."""
+        found = self._gpu.setdefault(which, {})
+        graphs = {i.name: i.capabilities.cuda_graph for i in gdn.list_backends()}
+        new = [name for name in names if name not in found]
+        if which == "bwd":
+            runs = {name: self.call(name, which) for name in new if graphs[name]}
+            times = measure.gpu_times(runs, graphs)
+            found |= {name: timing for name, timing in times.items() if timing.clock == "graph"}
+            loose = [name for name in new if name not in found]
+            both, forward = (self.gpu_times(other, loose) for other in ("fwd+bwd", "fwd"))
+            found |= {name: both[name].less(forward[name]) for name in loose}
+        elif new:
+            runs = {name: self.call(name, which) for name in new}
+            found |= measure.gpu_times(runs, graphs)
+        return found
 
-
-def _time(rows: list[Row], case: Case, device: torch.device, limits: Ceilings, which: str) -> None:
-    """Time one pass of all rows, interleaved, and write the measurements into them."""
-    prepared = prepare(case, device, which)
-    runs: dict[str, Run] = {
-        row.backend: functools.partial(run, row.backend, *prepared) for row in rows
-    }
-    wall, gpu = measure.wall_times(runs, device), None
-    if device.type == "cuda":
-        infos = {info.name: info.capabilities for info in gdn.list_backends()}
-        with torch.cuda.device(device):
-            gpu = measure.gpu_times(
-                runs, {n: infos[n].cuda_graph and case.lengths is None for n in runs}
+    def time(self, which: str, limits: Ceilings, wall: bool = True) -> None:
+        """Time one pass of all rows that are fit, and write the measurements into them. Without
+        `wall`, GPU time alone."""
+        names = [row.backend for row in self.rows if row.fit(which)]
+        walls, gpus = {}, {}
+        if wall and names:
+            runs = {name: self.call(name, which) for name in names}
+            walls = measure.wall_times(runs, self.device)
+            del runs
+        if self.device.type == "cuda" and names:
+            with torch.cuda.device(self.device):
+                gpus = self.gpu_times(which, names)
+        least = least_work(self.case, which)
+        for row in (row for row in self.rows if row.fit(which)):
+            timing = gpus.get(row.backend, walls.get(row.backend))
+            ms = timing.ms if timing is not None else float("nan")
+            row.passes[which] = Measurement(
+                path=row.paths[which],
+                wall=walls.get(row.backend),
+                gpu=gpus.get(row.backend),
+                **rates(least, ms, limits),
+                peak_bytes=measure.peak_memory(self.call(row.backend, which), self.device),
             )
-    least = measure.work(case, backward=which == PASSES[1])
-    for row in rows:
-        timing = wall[row.backend] if gpu is None else gpu[row.backend]
-        row.passes[which] = Measurement(
-            path=row.paths[which],
-            wall=wall[row.backend],
-            gpu=None if gpu is None else timing,
-            tflops=least.flops / timing.ms / 1e9,
-            gbytes=least.bytes / timing.ms / 1e6,
-            roofline=limits.floor_ms(least) / timing.ms,
-        )
 
 
 def compare(
@@ -219,27 +237,21 @@ def compare(
     """Run, check and time a case on every backend (or those named); `step` hears of each of the
     `steps` stages.
 
-    A backend that cannot run the case keeps its reasons. One that disagrees with the definition, or
+    A backend that cannot run the case keeps its reasons. One that disagrees with float64, or
     raises, keeps its failure and is never timed.
     """
     names = [info.name for info in gdn.list_backends()] if backends is None else backends
-    checked = shortened(case)
-    rows = make_rows(names, case, device)
-    step("float64 definition")
-    expected = truth(checked, device) if any(row.paths for row in rows) else {}
-    for row in rows:
+    step("truth in float64")
+    comparison = Comparison(case, device, names)
+    for row in comparison.rows:
         step(f"first calls and agreement of {row.backend}")
-        call_first(row, case, device)
-        if row.paths and row.failure is None:
-            check(row, checked, expected, device)
+        comparison.check(row)
     step("ceilings of the device")
-    limits = measure.ceilings(device, case.dtype)
+    limits = ceilings(device, case.dtype)
     for which in PASSES:
         step(which)
-        able = [row for row in rows if which in row.paths and row.failure is None]
-        if able:
-            _time(able, case, device, limits, which)
-    return Report(case, checked, measure.environment(device), limits, rows)
+        comparison.time(which, limits)
+    return Report(case, measure.environment(device), limits, comparison.rows)
 
 
 def steps(backends: int) -> int:

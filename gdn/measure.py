@@ -1,9 +1,9 @@
-"""How long calls take and how long they must: clocks, the work in a call, ceilings, environment.
+"""The clocks, peak memory, and the environment that a number depends on.
 
 Two clocks, kept apart. GPU time is that of CUDA graph replays (of plain launches, between events,
-where a backend cannot be captured), with the L2 cache flushed before each. Wall time is what a
-caller waits for one eager call and the device's answer. Both interleave what they compare, and
-report the median.
+where a call cannot be captured), with the L2 cache flushed before each. Wall time is what a caller
+waits for one eager call and the device's answer. Both interleave what they compare, and report the
+median.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -21,16 +22,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gdn.problem import CHUNK
-from gdn.testing import Case
-
 Run = Callable[[], object]
+LEAST_ROUNDS, MOST_ROUNDS = 3, 200
 
 
 class Timing(NamedTuple):
     """Milliseconds of one call: the median of `repeats`, and half their interquartile range.
 
-    clock is "graph" (CUDA graph replay), "events" (plain launches, gaps included) or "wall".
+    clock is "graph" (CUDA graph replay), "events" (plain launches, gaps included), "difference"
+    (of two others' medians) or "wall".
     """
 
     ms: float
@@ -38,48 +38,72 @@ class Timing(NamedTuple):
     repeats: int
     clock: str
 
+    def less(self, other: Timing) -> Timing:
+        """What this takes beyond the other."""
+        spread, repeats = self.spread + other.spread, min(self.repeats, other.repeats)
+        return Timing(self.ms - other.ms, spread, repeats, "difference")
+
 
 def _timing(samples: list[float], clock: str) -> Timing:
     low, _, high = statistics.quantiles(samples, n=4)
     return Timing(statistics.median(samples), (high - low) / 2, len(samples), clock)
 
 
-def _rounds(seconds_a_round: float, budget: float) -> int:
-    return max(5, min(200, round(budget / max(seconds_a_round, 1e-6))))
+def rounds(ms: float, budget: float) -> int:
+    """How often a call of `ms` milliseconds is repeated within `budget` seconds."""
+    return max(LEAST_ROUNDS, min(MOST_ROUNDS, round(1e3 * budget / max(ms, 1e-3))))
+
+
+def _interleaved(
+    runs: Mapping[str, Run], once: Callable[[Run], float], budget: float
+) -> dict[str, list[float]]:
+    """Milliseconds of each run, one after the other in turn; each has its share of the budget, so
+    that a slow one drops out after its last round and does not cost the others theirs."""
+    for run in runs.values():
+        once(run)
+    share = budget / max(1, len(runs))
+    wanted = {name: rounds(once(run), share) for name, run in runs.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(max(wanted.values(), default=0)):
+        for name, run in runs.items():
+            if turn < wanted[name]:
+                samples[name].append(once(run))
+    return samples
 
 
 def wall_times(
     runs: Mapping[str, Run], device: torch.device, budget: float = 2.0
 ) -> dict[str, Timing]:
-    """Wall time of each run, in about `budget` seconds altogether (or five rounds, if longer)."""
+    """Wall time of each run, in about `budget` seconds altogether (or three rounds, if longer)."""
 
     def once(run: Run) -> float:
         start = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return 1e3 * (time.perf_counter() - start)
 
-    for run in runs.values():
-        once(run)
-    rounds = _rounds(sum(once(run) for run in runs.values()), budget)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            samples[name].append(1e3 * once(run))
-    return {name: _timing(times, "wall") for name, times in samples.items()}
+    found = _interleaved(runs, once, budget)
+    return {name: _timing(samples, "wall") for name, samples in found.items()}
+
+
+@functools.cache
+def capture_stream(device: int) -> Any:
+    """The stream on which graphs of this device are captured. Autograd runs a backward on the
+    stream of its forward, so what a captured run goes back through must have been made on it."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def capture(run: Run) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of one run, after a warm-up on a side stream."""
-    side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    """A CUDA graph of one run, after a warm-up on the stream that it is captured on."""
+    stream = capture_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(2):
             run()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         run()
     return graph
 
@@ -87,10 +111,15 @@ def capture(run: Run) -> torch.cuda.CUDAGraph:
 def gpu_times(
     runs: Mapping[str, Run], graphed: Mapping[str, bool], budget: float = 1.0
 ) -> dict[str, Timing]:
-    """GPU time of each run on the current device; `graphed` says which are captured in a graph."""
-    launches: dict[str, Run] = {}
-    for name, run in runs.items():
-        launches[name] = capture(run).replay if graphed[name] else run
+    """GPU time of each run on the current device. `graphed` says which to capture in a graph; a
+    capture that fails leaves plain launches, as the timing's clock then says."""
+    launches, clocks = dict(runs), dict.fromkeys(runs, "events")
+    for name in (name for name in runs if graphed[name]):
+        try:
+            launches[name] = capture(runs[name]).replay
+            clocks[name] = "graph"
+        except Exception:  # a peer may read the device back or allocate in its own ways
+            torch.cuda.synchronize()
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     cache = torch.empty(2 * properties.L2_cache_size, dtype=torch.int8, device="cuda")
 
@@ -105,82 +134,21 @@ def gpu_times(
         end.synchronize()
         return float(start.elapsed_time(end))
 
-    for launch in launches.values():
-        once(launch)
-    rounds = _rounds(sum(once(launch) for launch in launches.values()) / 1e3, budget)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, launch in launches.items():
-            samples[name].append(once(launch))
-    return {
-        name: _timing(times, "graph" if graphed[name] else "events")
-        for name, times in samples.items()
-    }
+    found = _interleaved(launches, once, budget)
+    return {name: _timing(samples, clocks[name]) for name, samples in found.items()}
 
 
-class Work(NamedTuple):
-    """The least that any chunked implementation does: floating-point operations, bytes moved."""
-
-    flops: float
-    bytes: float
-
-
-def work(case: Case, backward: bool) -> Work:
-    """The work in one forward call, or with `backward` in one forward and backward.
-
-    Operations, per chunk of C tokens and value head: K S, Q S and K^T U take 2 C K V each, K K^T
-    and Q K^T 2 C^2 K, applying the inverse and P U 2 C^2 V, the inverse C^3 / 2; backward thrice
-    that. Bytes: every input is read once and every output written once; backward reads q, k, v, g,
-    beta and the gradients of o and of the final state, and writes a gradient for each input.
-    """
-    lengths = case.lengths if case.lengths is not None else (case.T,) * case.B
-    chunks = sum(-(-length // CHUNK) for length in lengths)
-    K, V, C = case.K, case.V, CHUNK
-    a_chunk = 6 * C * K * V + 4 * C * C * (K + V) + C**3 / 2
-    flops = chunks * case.HV * a_chunk
-    tokens, size = sum(lengths), case.dtype.itemsize
-    qk, vo, gates = 2 * case.H * K * size, case.HV * V * size, 2 * case.HV * 4
-    state = len(lengths) * case.HV * K * V * 4
-    states = state * (1 + case.initial_state)
-    moved = tokens * (qk + 2 * vo + gates) + states
-    if backward:
-        flops *= 4
-        moved += tokens * (2 * qk + 3 * vo + 2 * gates) + 2 * states
-    return Work(float(flops), float(moved))
-
-
-class Ceilings(NamedTuple):
-    """Measured rates of a device: operations a second in a matrix product, bytes a second in a
-    copy."""
-
-    flops: float
-    bytes: float
-
-    def floor_ms(self, work: Work) -> float:
-        """The least time that the work can take."""
-        return 1e3 * max(work.flops / self.flops, work.bytes / self.bytes)
-
-
-@functools.cache
-def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure them, on random numbers: a product of `dtype` matrices, and the copy with a changed
-    sign of an array larger than any cache (a plain copy may go through a slower engine)."""
-    gpu = device.type == "cuda"
-    n, size = (8192, 2**28) if gpu else (1536, 2**25)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    source = torch.randn(size, device=device)
-    target = torch.empty_like(source)
-    runs: dict[str, Run] = {
-        "product": lambda: a @ b,
-        "copy": lambda: torch.neg(source, out=target),
-    }
-    if gpu:
-        with torch.cuda.device(device):
-            times = gpu_times(runs, dict.fromkeys(runs, True))
-    else:
-        times = wall_times(runs, device)
-    seconds = {name: timing.ms / 1e3 for name, timing in times.items()}
-    return Ceilings(2 * n**3 / seconds["product"], 2 * source.nbytes / seconds["copy"])
+def peak_memory(run: Run, device: torch.device) -> int | None:
+    """Bytes that one run takes at its height beyond what was held before, its results included;
+    None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _version(package: str) -> str | None:
@@ -190,16 +158,19 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _output_of(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def commit() -> str | None:
     """The commit that gdn runs from, "-dirty" if changed since, or None outside a checkout."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return _output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10")
 
 
 def device_name(device: torch.device) -> str:
@@ -209,15 +180,34 @@ def device_name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def gpu_state(device: torch.device, *fields: str) -> dict[str, str]:
+    """Fields of nvidia-smi, such as clocks.sm, as it writes them; empty where it does not answer
+    (and on a CPU)."""
+    if device.type != "cuda":
+        return {}
+    index = str(device.index or 0)
+    query = f"--query-gpu={','.join(fields)}"
+    line = _output_of("nvidia-smi", "-i", index, query, "--format=csv,noheader")
+    return dict(zip(fields, line.split(", "), strict=False)) if line else {}
+
+
+def _command() -> str:
+    """The command line, absolute paths cut down to their last part."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return " ".join([name, *(re.sub(r"(?<!\w)/\S*/", "", word) for word in sys.argv[1:])])
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a number depends on: versions, device, commit, command."""
-    packages = ("gdn", "torch", "triton", "tilelang", "fla-core", "flash-qla")
+    packages = ("gdn", "torch", "triton", "tilelang", "fla-core", "flash-qla", "flashinfer-python")
     return {
         "device": device_name(device),
+        **gpu_state(device, "driver_version"),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "python": platform.python_version(),
         "versions": {name: version for name in packages if (version := _version(name))},
         "commit": commit(),
-        "command": " ".join(["gdn", *sys.argv[1:]]),
+        "command": _command(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -1,4 +1,5 @@
-"""Tables and the plot of the command line: rows of text, printed by rich or as Markdown."""
+"""Tables and the plot of `gdn compare` and `gdn info`: rows of text, printed by rich or as
+Markdown."""
 
 from __future__ import annotations
 
@@ -7,12 +8,15 @@ from pathlib import Path
 
 import torch
 
-from gdn.compare import PASSES, Report
+from gdn.agreement import CHECKED_TOKENS, OUTPUTS
+from gdn.compare import Report
 from gdn.measure import Timing
 from gdn.problem import FLAGS
 from gdn.registry import BackendInfo
+from gdn.work import PASSES
 
-OUTPUTS = ("o", "final_state")
+MARKS = {"events": "*", "difference": "†"}
+"""After a latency that is no graph replay."""
 COMPARISON = (
     "backend",
     "pass",
@@ -54,7 +58,7 @@ def markdown(headers: Sequence[str], rows: Table) -> str:
 def _milliseconds(timing: Timing | None) -> str:
     if timing is None:
         return "-"
-    return f"{timing.ms:.3f}" + ("*" if timing.clock == "events" else "")
+    return f"{timing.ms:.3f}{MARKS.get(timing.clock, '')}"
 
 
 def comparison_rows(report: Report) -> Table:
@@ -65,14 +69,15 @@ def comparison_rows(report: Report) -> Table:
         values = [row.errors.get(name) for name in OUTPUTS], [max(gradients, default=None)]
         errors = [["-" if x is None else f"{x:.1e}" for x in found] for found in values]
         for which, found in row.passes.items():
-            forward = which == PASSES[0]
+            forward = which == "fwd"
+            first = "" if which == "bwd" else which
             rows.append(
                 [
                     row.backend,
                     which,
                     found.path,
                     *([*errors[0], "-"] if forward else ["-", "-", *errors[1]]),
-                    f"{row.first_calls[which]:.2f}",
+                    f"{row.first_calls[first]:.2f}" if first in row.first_calls else "-",
                     _milliseconds(found.gpu),
                     _milliseconds(found.wall),
                     f"{found.tflops:.3g}",
@@ -87,13 +92,14 @@ def comparison_notes(report: Report) -> list[str]:
     """A line for each backend that disagreed, raised, or could not run a pass."""
     notes = []
     for row in report.rows:
-        if row.failure is not None:
-            notes.append(f"{row.backend}: FAILED, and was not timed: {row.failure}")
-        reasons = list(row.refusals.values())
-        if len(reasons) == len(PASSES) and reasons[0] == reasons[1]:
-            notes.append(f"{row.backend}: not run: {'; '.join(reasons[0])}")
-        else:
-            notes += [f"{row.backend}: no {n}: {'; '.join(r)}" for n, r in row.refusals.items()]
+        for said, reasons in (
+            ("FAILED, and was not timed", row.failures),
+            ("not run", {which: "; ".join(why) for which, why in row.refusals.items()}),
+        ):
+            for why in dict.fromkeys(reasons.values()):
+                passes = [which for which, other in reasons.items() if other == why]
+                which = "" if len(passes) == len(PASSES) else f"{', '.join(passes)} "
+                notes.append(f"{row.backend}: {which}{said}: {why}")
     return notes
 
 
@@ -111,11 +117,16 @@ def comparison_title(report: Report) -> str:
         f"{versions}, commit {about['commit'] or 'unknown'}: {about['command']}",
         f"ceilings measured here: {limits.flops / 1e12:.3g} TFLOPS ({dtype} product), "
         f"{limits.bytes / 1e9:.0f} GB/s (copy)",
-        f"o, state, gradients (the worst): relative errors against the float64 definition, on "
-        f"{report.checked.tokens} tokens; first s: the first call, compiling and tuning included",
+        "o, state, gradients (the worst): relative errors against the torch backend in float64, "
+        f"which agrees with the definition on {CHECKED_TOKENS} tokens; first s: the first call, "
+        "compiling and tuning included",
     ]
-    if any(m.gpu and m.gpu.clock == "events" for row in report.rows for m in row.passes.values()):
-        lines.append("* timed between events, launch gaps included; the others by graph replay")
+    clocks = {m.gpu.clock for row in report.rows for m in row.passes.values() if m.gpu}
+    if clocks - {"graph"}:
+        lines.append(
+            "* between events, launch gaps included; † forward and backward less forward; "
+            "the others by graph replay"
+        )
     return "\n".join(lines)
 
 
@@ -162,7 +173,7 @@ def plot(report: Report, path: Path) -> None:
     rows = [row for row in report.rows if row.passes]
     figure, (latency, error) = plt.subplots(1, 2, figsize=(12, 2 + 0.6 * max(1, len(rows))))
     for n, which in enumerate(PASSES):
-        shift = 0.3 * (n - 0.5)
+        shift = 0.25 * (n - 1)
         timed = [
             (y + shift, row.passes[which]) for y, row in enumerate(rows) if which in row.passes
         ]
@@ -170,10 +181,12 @@ def plot(report: Report, path: Path) -> None:
         for y, found in timed:
             text = f"  {found.ms:.3g} ms ({found.roofline:.1%})"
             latency.annotate(text, (found.ms, y), va="center", fontsize=9)
-        names = OUTPUTS if n == 0 else [x for row in rows for x in row.errors if x not in OUTPUTS]
-        worst = [max((row.errors.get(x, 0.0) for x in names), default=0.0) for row in rows]
-        label = "outputs" if n == 0 else "gradients"
-        error.barh([y + shift for y in range(len(rows))], worst, 0.28, label=label)
+    for n, label in enumerate(("outputs", "gradients")):
+        worst = [
+            max((x for name, x in row.errors.items() if (name in OUTPUTS) == (n == 0)), default=0.0)
+            for row in rows
+        ]
+        error.barh([y + 0.3 * (n - 0.5) for y in range(len(rows))], worst, 0.28, label=label)
     for axes in (latency, error):
         axes.set_yticks(range(len(rows)), [row.backend for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)

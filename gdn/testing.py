@@ -42,7 +42,8 @@ class Case:
 
     gates: "none" is g = 0, "weak" about -1e-3, "strong" about -20, "model" a freshly initialised
         Qwen3.5 layer's, "mixed" a spread from 0 to -5. cosine is the mean cosine between keys.
-        fused turns the L2 norm, gate and beta sigmoid on, with raw inputs to match.
+        l2norm turns the L2 norm on, fused also the gate and the beta sigmoid, with raw inputs to
+        match.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     cosine: float = 0.0
     initial_state: bool = True
     state_v_first: bool = False
+    l2norm: bool = False
     fused: bool = False
     allow_neg_eigval: bool = False
 
@@ -97,21 +99,28 @@ CASES = (
 """The suite's cases, small enough for an interpreter."""
 
 
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
 def _keys(case: Case, B: int, T: int, generator: torch.Generator) -> Tensor:
     """Unit keys whose pairwise cosine is `case.cosine` on average."""
-    shape = (B, T, case.H, case.K)
-    own = F.normalize(torch.randn(shape, generator=generator), dim=-1)
-    common = F.normalize(torch.randn(1, 1, case.H, case.K, generator=generator), dim=-1)
+    own = F.normalize(_normal(generator, B, T, case.H, case.K), dim=-1)
+    common = F.normalize(_normal(generator, 1, 1, case.H, case.K), dim=-1)
     return F.normalize(case.cosine**0.5 * common + (1 - case.cosine) ** 0.5 * own, dim=-1)
 
 
-def _log_decay(gates: Gates, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    uniform = torch.rand(shape, generator=generator)
-    if gates == "none":
-        return torch.zeros(shape)
-    if gates == "weak":
+def _log_decay(case: Case, B: int, T: int, generator: torch.Generator) -> Tensor:
+    shape = (B, T, case.HV)
+    if case.gates == "model":
+        A_log, dt_bias = _gate_parameters(case, generator)
+        return -A_log.exp() * F.softplus(_normal(generator, *shape) + dt_bias)
+    uniform = torch.rand(shape, generator=generator, device=generator.device)
+    if case.gates == "none":
+        return torch.zeros_like(uniform)
+    if case.gates == "weak":
         return -2e-3 * uniform
-    if gates == "strong":
+    if case.gates == "strong":
         return -10 - 20 * uniform
     return -5 * uniform**4
 
@@ -120,43 +129,51 @@ def _gate_parameters(case: Case, generator: torch.Generator) -> tuple[Tensor, Te
     """A_log, dt_bias: as a new layer's (A in (0, 16), step in (1e-3, 0.1)), or plain normal
     numbers."""
     if case.gates != "model":
-        return tuple(0.5 * torch.randn(case.HV, generator=generator) for _ in range(2))  # type: ignore[return-value]
-    A = 1e-2 + 16 * torch.rand(case.HV, generator=generator)
-    step = torch.empty(case.HV).uniform_(-6.9, -2.3, generator=generator).exp()
+        return tuple(0.5 * _normal(generator, case.HV) for _ in range(2))  # type: ignore[return-value]
+    empty = torch.empty(case.HV, device=generator.device)
+    A = 1e-2 + 16 * torch.rand(case.HV, generator=generator, device=generator.device)
+    step = empty.uniform_(-6.9, -2.3, generator=generator).exp()
     return A.log(), step + torch.log(-torch.expm1(-step))
 
 
-def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
-    """Keyword arguments of `gdn.gated_delta_net` for a case: the same values on every device, no
-    gradients on.
+def make_inputs(
+    case: Case,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    draw: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Keyword arguments of `gdn.gated_delta_net` for a case, no gradients on; drawn on the CPU, so
+    that values are the same on every device, unless `draw` names another (large cases: sooner).
 
     g and beta are float32, q, k, v the case's dtype, states and gate parameters float32 (float64 in
     float64).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(draw).manual_seed(seed)
     B, T, state = case.B, case.tokens, (case.K, case.V)
     exact = torch.float64 if case.dtype == torch.float64 else torch.float32
-    q = F.normalize(torch.randn(B, T, case.H, case.K, generator=generator), dim=-1)
+    q = F.normalize(_normal(generator, B, T, case.H, case.K), dim=-1)
     k = _keys(case, B, T, generator)
-    v = torch.randn(B, T, case.HV, case.V, generator=generator)
-    beta = torch.randn(B, T, case.HV, generator=generator)
-    if case.fused:
+    v = _normal(generator, B, T, case.HV, case.V)
+    beta = _normal(generator, B, T, case.HV)
+    if case.l2norm or case.fused:
         q, k = 3 * q, 2 * k
-        g = torch.randn(B, T, case.HV, generator=generator)
+    if case.fused:
+        g = _normal(generator, B, T, case.HV)
     else:
         beta = beta.sigmoid()
-        g = _log_decay(case.gates, (B, T, case.HV), generator)
+        g = _log_decay(case, B, T, generator)
     options: dict[str, Any] = {"output_final_state": True, "state_v_first": case.state_v_first}
     if case.initial_state:
-        S = torch.randn(case.sequences, case.HV, *state, generator=generator)
+        S = _normal(generator, case.sequences, case.HV, *state)
         S = S.mT.contiguous() if case.state_v_first else S
         options["initial_state"] = S.to(device, exact)
+    if case.l2norm or case.fused:
+        options["use_qk_l2norm_in_kernel"] = True
     if case.fused:
         A_log, dt_bias = _gate_parameters(case, generator)
         options |= {"A_log": A_log.to(device, exact), "dt_bias": dt_bias.to(device, exact)}
         options["allow_neg_eigval"] = case.allow_neg_eigval
-        for flag in ("qk_l2norm", "gate", "beta_sigmoid"):
-            options[f"use_{flag}_in_kernel"] = True
+        options |= {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
     if case.lengths is not None:
         bounds = [0, *torch.tensor(case.lengths).cumsum(0).tolist()]
         options["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
@@ -177,28 +194,39 @@ def with_gradients(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> 
     }
 
 
-def make_output_gradients(case: Case, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Random gradients of o (the case's dtype) and of the final state, for one case.
+def make_output_gradients(
+    case: Case, device: torch.device | str = "cpu", draw: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Random gradients of o (the case's dtype) and of the final state, for one case, drawn as in
+    `make_inputs`.
 
     Scaled so that every gradient of the suite's cases has elements of order 1 or less, where an
     absolute tolerance means as much as a relative one.
     """
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(draw).manual_seed(1)
     exact = torch.float64 if case.dtype == torch.float64 else torch.float32
     state = (case.V, case.K) if case.state_v_first else (case.K, case.V)
-    do = torch.randn(case.B, case.tokens, case.HV, case.V, generator=generator) / 32
-    dS = torch.randn(case.sequences, case.HV, *state, generator=generator) / 32
+    do = _normal(generator, case.B, case.tokens, case.HV, case.V) / 32
+    dS = _normal(generator, case.sequences, case.HV, *state) / 32
     return do.to(device, case.dtype), dS.to(device, exact)
 
 
 def gradients(
-    outputs: tuple[Tensor, Tensor], inputs: dict[str, Any], output_gradients: tuple[Tensor, Tensor]
+    outputs: tuple[Tensor, Tensor],
+    inputs: dict[str, Any],
+    output_gradients: tuple[Tensor, Tensor],
+    again: bool = False,
 ) -> dict[str, Tensor]:
-    """Gradients of the differentiable inputs, by name, given those of o and of the final state."""
+    """Gradients of the differentiable inputs, by name, given those of o and of the final state;
+    with `again`, what backward needs is kept for another time."""
     names = [name for name in DIFFERENTIABLE if inputs.get(name) is not None]
     into = [gradient.to(x) for gradient, x in zip(output_gradients, outputs, strict=True)]
     found = torch.autograd.grad(
-        outputs, [inputs[name] for name in names], into, materialize_grads=True
+        outputs,
+        [inputs[name] for name in names],
+        into,
+        retain_graph=again,
+        materialize_grads=True,
     )
     return dict(zip(names, found, strict=True))
 

@@ -18,8 +18,8 @@ class StepCase(Case):
     """One kind of decode step: a `Case` of few tokens, and a pool.
 
     slots: "own" for no state_indices, "one" for one slot a sequence, in a pool three times as large
-        where every third sequence is skipped, "each" for one slot a token, likewise, starting from
-        different columns. padding: elements between slots.
+        where every third sequence is skipped unless `full`, "each" for one slot a token, likewise,
+        starting from different columns. padding: elements between slots.
     """
 
     T: int = 1
@@ -27,6 +27,7 @@ class StepCase(Case):
     pool: torch.dtype = torch.float32
     padding: int = 0
     null_index: int = -1
+    full: bool = False
 
 
 STEPS = (
@@ -46,11 +47,15 @@ STEPS = (
 
 
 def make_step(
-    case: StepCase, device: torch.device | str = "cpu", seed: int = 0, poison: bool = False
+    case: StepCase,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    poison: bool = False,
+    draw: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Keyword arguments of `gdn.gated_delta_net_decode` for a case: the same values on every
-    device. `poison` fills the slots that the step must not read with NaN."""
-    inputs = make_inputs(case, "cpu", seed)
+    """Keyword arguments of `gdn.gated_delta_net_decode` for a case, drawn as in `make_inputs`.
+    `poison` fills the slots that the step must not read with NaN."""
+    inputs = make_inputs(case, draw, seed, draw)
     for name in ("initial_state", "output_final_state"):
         inputs.pop(name, None)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -61,13 +66,15 @@ def make_step(
         shape = (case.HV, case.V, case.K)
     size = case.HV * case.K * case.V
     exact = torch.float64 if case.dtype == torch.float64 else case.pool
-    pool = torch.randn(slots, size + case.padding, generator=generator)
+    pool_generator = torch.Generator(draw).manual_seed(seed + 2)
+    pool = torch.randn(slots, size + case.padding, generator=pool_generator, device=draw)
     read = torch.arange(N)
     if case.slots != "own":
         order = torch.randperm(slots, generator=generator).tolist()
         free = [slot for slot in order if slot != case.null_index][: N * columns]
         table = torch.tensor(free, dtype=torch.int32).view(N, columns)
-        table[2::3] = case.null_index
+        if not case.full:
+            table[2::3] = case.null_index
         read = table[:, 0]
         inputs |= {"state_indices": table if case.slots == "each" else read}
         inputs["null_index"] = case.null_index

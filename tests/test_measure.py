@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from gdn import measure
-from gdn.measure import Ceilings
 from gdn.testing import Case, relative_error
+from gdn.testing_decode import StepCase
+from gdn.work import Ceilings, ceilings, least_step_work, least_work
 
 QWEN = Case("model", T=32768, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16, initial_state=False)
 
@@ -18,23 +19,30 @@ QWEN = Case("model", T=32768, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16, i
 def test_work_of_a_chunk_and_a_token() -> None:
     """Counted by hand: 10.6 million operations a chunk and value head; 520 + 512 / G bytes a
     token and value head, besides the final state."""
-    work = measure.work(QWEN, backward=False)
+    work = least_work(QWEN, "fwd")
     assert work.flops / (512 * 32) == pytest.approx(10.6e6, rel=0.01)
     state = 32 * 128 * 128 * 4
     assert (work.bytes - state) / (32768 * 32) == 520 + 512 / 2
     assert Ceilings(790e12, 4.27e12).floor_ms(work) == pytest.approx(0.22, rel=0.02)
-    both = measure.work(QWEN, backward=True)
+    back, both = (least_work(QWEN, which) for which in ("bwd", "fwd+bwd"))
     assert both.flops == 4 * work.flops
     assert 2 * work.bytes < both.bytes < 4 * work.bytes
+    assert [a + b for a, b in zip(work, back, strict=True)] == list(both)
 
 
 def test_work_counts_packed_chunks_and_states() -> None:
     packed = Case("packed", lengths=(1, 64, 65, 0), initial_state=False)
     dense = Case("dense", T=64, initial_state=False)
-    assert measure.work(packed, False).flops == 4 * measure.work(dense, False).flops
+    assert least_work(packed, "fwd").flops == 4 * least_work(dense, "fwd").flops
     kept = Case("state", lengths=(1, 64, 65, 0))
-    more = measure.work(kept, False).bytes - measure.work(packed, False).bytes
+    more = least_work(kept, "fwd").bytes - least_work(packed, "fwd").bytes
     assert more == 4 * 2 * 64 * 64 * 4
+
+
+def test_work_of_a_step_is_mostly_states() -> None:
+    step = StepCase("step", B=8, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16)
+    states = 2 * 8 * 32 * 128 * 128 * 4
+    assert states < least_step_work(step).bytes < 1.01 * states
 
 
 def test_relative_error() -> None:
@@ -50,7 +58,10 @@ def test_wall_times_tell_slow_from_fast() -> None:
     found = measure.wall_times(runs, torch.device("cpu"), budget=0.2)
     assert 20 <= found["slow"].ms < 200
     assert 2 <= found["fast"].ms < found["slow"].ms
-    assert found["slow"].repeats == found["fast"].repeats >= 5
+    assert found["fast"].repeats > found["slow"].repeats >= 3
+    more = found["slow"].less(found["fast"])
+    assert 15 < more.ms < 200
+    assert more.clock == "difference"
 
 
 @pytest.mark.gpu
@@ -62,5 +73,23 @@ def test_gpu_times_agree_with_and_without_a_graph() -> None:
     assert found["graph"].clock == "graph"
     assert found["events"].clock == "events"
     assert 1 / 3 < found["graph"].ms / found["events"].ms < 3  # the GPU may be shared
-    ceilings = measure.ceilings(torch.device("cuda"), torch.bfloat16)
-    assert 1 / 3 < ceilings.bytes / (2 * x.nbytes / found["graph"].ms * 1e3) < 3
+    limits = ceilings(torch.device("cuda"), torch.bfloat16)
+    assert 1 / 3 < limits.bytes / (2 * x.nbytes / found["graph"].ms * 1e3) < 3
+
+
+@pytest.mark.gpu
+def test_backward_alone_fits_in_a_graph() -> None:
+    stream = measure.capture_stream(torch.cuda.current_device())
+    x = torch.randn(2**24, device="cuda", requires_grad=True)
+    with torch.cuda.stream(stream):
+        y = x.sin()
+    torch.cuda.synchronize()
+    runs = {"back": lambda: torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)}
+    assert measure.gpu_times(runs, {"back": True}, budget=0.1)["back"].clock == "graph"
+
+
+def test_the_command_is_written_down_without_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--shapes", "16/32:1x8192", "--benchmark-json=/some/where/a.json"]
+    monkeypatch.setattr("sys.argv", ["/lib/pytest/__main__.py", *arguments])
+    command = measure.environment(torch.device("cpu"))["command"]
+    assert command == "pytest --shapes 16/32:1x8192 --benchmark-json=a.json"
