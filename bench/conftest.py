@@ -1,18 +1,65 @@
-"""What the benchmarks share: rows in extra_info, printed together at the end."""
+"""What the benchmarks share: options, the rows they select, one measured comparison a shape, and
+what every row carries."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from time import perf_counter as clock
 from typing import Any
 
 import pytest
 import torch
+from shapes import SELECTIONS, expand
+from suite import (
+    DEVICE,
+    DTYPE,
+    HERE,
+    ON_GPU,
+    about,
+    compared,
+    conversions,
+    selected_backends,
+    selected_passes,
+    size,
+)
 
-from gdn import measure, tables
+from gdn import measure, results, tables
+from gdn.compare import plain_case, rates
+from gdn.testing import Case
+from gdn.work import PASSES, Work, ceilings
 
-HERE = Path(__file__).parent
-TIMED = "ms (median)"
+NOT_TIMED = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gdn", "comparative benchmarks of gdn")
+    group.addoption("--quick", action="store_true", help="few shapes: two minutes on an H200")
+    group.addoption("--full", action="store_true", help="every shape, length and kind of gate")
+    group.addoption("--shapes", help="prefill shapes, such as 16/32:1x8192,2/8|4/16:1024+7168")
+    group.addoption("--gates", help="of prefill, such as model,mixed,none")
+    group.addoption("--passes", default=",".join(PASSES), help="of prefill: fwd,bwd,fwd+bwd")
+    group.addoption("--backends", help="such as triton,fla; all by default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[NOT_TIMED] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Rows in the order in which they share what is measured together."""
+    config, names = metafunc.config, metafunc.fixturenames
+    chosen = SELECTIONS[DEVICE.type, size(config)]
+    if "shape" in names:
+        gates = config.getoption("gates")
+        shapes = expand(config.getoption("shapes") or chosen.shapes)
+        metafunc.parametrize("gates", gates.split(",") if gates else chosen.gates)
+        metafunc.parametrize("shape", shapes)
+        metafunc.parametrize("which", selected_passes(config))
+    if "batch" in names:
+        metafunc.parametrize("heads", chosen.decode_heads)
+        metafunc.parametrize("batch", chosen.batches)
+    if "backend" in names:
+        metafunc.parametrize("backend", selected_backends(config))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,38 +70,108 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def record(benchmark: Any) -> Callable[..., None]:
+    """Time `run` by the wall clock, device synchronised, and write down the row: `gpu` is its GPU
+    time, if there is one, and `least` its work, if that has been counted."""
 
-
-@pytest.fixture
-def record(benchmark: Any, device: torch.device) -> Callable[..., None]:
-    """Time `run` by the wall clock, device synchronised, and keep columns for the closing table."""
-
-    def time(run: Callable[[], object], rounds: int, **columns: object) -> None:
+    def time(
+        run: Callable[[], object],
+        gpu: measure.Timing | None = None,
+        least: Work | None = None,
+        budget: float = 0.5,
+        **columns: object,
+    ) -> None:
         def wait() -> None:
             run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if ON_GPU:
+                torch.cuda.synchronize()
 
-        benchmark.pedantic(wait, rounds=rounds, warmup_rounds=1)
-        benchmark.extra_info.update(columns)
-        benchmark.extra_info["environment"] = measure.environment(device)
+        wait()
+        start = clock()
+        wait()
+        count = min(50, measure.rounds(1e3 * (clock() - start), budget))
+        benchmark.pedantic(wait, rounds=count)
+        stats = benchmark.stats.stats
+        wall = measure.Timing(1e3 * stats.median, 5e2 * stats.iqr, count, "wall")
+        timing = gpu or wall
+        limits = ceilings(DEVICE, DTYPE)
+        benchmark.extra_info |= columns | {
+            "latency_ms": timing.ms,
+            "spread_ms": timing.spread,
+            "clock": timing.clock,
+            "repeats": timing.repeats,
+            **(rates(least, timing.ms, limits) if least else {}),
+            "ceilings": limits._asdict(),
+            "clocks": measure.gpu_state(DEVICE, "clocks.sm", "clocks.mem", "temperature.gpu"),
+            "environment": about(),
+        }
 
     return time
 
 
+@pytest.fixture
+def record_pass(request: pytest.FixtureRequest, record: Any) -> Callable[..., None]:
+    """Record one pass of one backend, if it agreed with float64; skip it with the backend's
+    reasons if it cannot run, and fail, untimed, if it disagreed."""
+
+    def time(
+        case: Case,
+        backend: str,
+        passes: tuple[str, ...],
+        which: str,
+        least: Work,
+        **columns: object,
+    ) -> None:
+        backends = tuple(selected_backends(request.config))
+        comparison = compared(case, backends, passes)
+        row = next(row for row in comparison.rows if row.backend == backend)
+        columns |= {"shape": case.name, "gates": case.gates, "pass": which, "backend": backend}
+        not_timed = request.config.stash[NOT_TIMED]
+        if which in row.refusals:
+            why = "; ".join(row.refusals[which])
+            not_timed.append(columns | {"refused": why})
+            pytest.skip(why)
+        if which in row.failures:
+            not_timed.append(columns | {"failed": row.failures[which]})
+            pytest.fail(f"not timed: {row.failures[which]}")
+        if ON_GPU and which not in row.passes:
+            comparison.time(which, ceilings(DEVICE, DTYPE), wall=False)
+        found = row.passes.get(which)
+        converting = conversions(comparison, backend, which)
+        record(
+            comparison.call(backend, which),
+            found and found.gpu,
+            least,
+            **columns,
+            path=row.paths[which],
+            case=plain_case(case),
+            tokens=case.tokens * case.B,
+            errors=row.errors,
+            first_call_s=row.first_calls.get("fwd" if which == "fwd" else "fwd+bwd"),
+            peak_mb=found and found.peak_bytes and found.peak_bytes / 1e6,
+            conversions_ms=converting and converting.ms,
+        )
+
+    return time
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info.pop("node", None)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Medians and spreads are enough; and say what was not timed, and why."""
+    for row in output_json["benchmarks"]:
+        row["stats"].pop("data", None)
+    output_json["not_timed"] = config.stash[NOT_TIMED]
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """One Markdown table a benchmark module: its columns and the median time."""
+    """One Markdown table a kind of row."""
     session = getattr(config, "_benchmarksession", None)
-    modules: dict[str, list[Any]] = {}
-    for row in session.benchmarks if session else ():
-        modules.setdefault(row.fullname.split("::")[0], []).append(row)
-    for module, rows in modules.items():
-        columns = [name for name in rows[0].extra_info if name != "environment"]
-        lines = [
-            [*(str(row.extra_info[name]) for name in columns), f"{1e3 * row.stats.median:.3f}"]
-            for row in rows
-        ]
-        terminalreporter.write_sep("-", module)
-        terminalreporter.write_line(tables.markdown([*columns, TIMED], lines))
+    document = {"benchmarks": [row.as_dict() for row in session.benchmarks] if session else []}
+    rows = results.rows_of(document)
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        terminalreporter.write_sep("-", kind)
+        table = results.table([row for row in rows if row["kind"] == kind])
+        terminalreporter.write_line(tables.markdown(*table))

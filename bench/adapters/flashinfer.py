@@ -1,0 +1,111 @@
+"""FlashInfer 0.7.2 (github.com/flashinfer-ai/flashinfer) as a backend: CuTe DSL kernels, prefill
+and decode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn.backend import Backend, Capabilities, Forward
+from gdn.problem import Call, Problem, Step
+
+FUSED = {"use_gate_in_kernel", "use_beta_sigmoid_in_kernel"}
+ARCHITECTURES = (90, 100, 103, 120, 121)
+
+
+class FlashInfer(Backend):
+    """`flashinfer.gdn_prefill.chunk_gated_delta_rule` wants packed tokens, the decay itself instead
+    of its logarithm, and states [V, K]; `gdn_decode.gated_delta_rule_decode_pretranspose` wants raw
+    gates in q's dtype, which it activates itself. Neither has a backward.
+
+    Its decode from bfloat16 states sends skipped rows to slot 0, which the op must not touch; so
+    only float32 is claimed.
+    """
+
+    name = "flashinfer"
+    summary = "FlashInfer 0.7.2, CuTe DSL kernels"
+    capabilities = Capabilities(
+        dtypes=(torch.float16, torch.bfloat16),
+        packages=("flashinfer", "cutlass"),
+        devices=("cuda",),
+        min_sm=90,
+        max_sm=121,
+        head_dims=(128,),
+        backward=False,
+        decode=(torch.float32,),
+        speculative=False,
+        flags=frozenset({"output_final_state", "use_qk_l2norm_in_kernel", "state_v_first"} | FUSED),
+    )
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        reasons = []
+        if problem.sm not in ARCHITECTURES:
+            known = ", ".join(f"sm_{sm}" for sm in ARCHITECTURES)
+            reasons.append(f"needs one of {known}, got sm_{problem.sm}")
+        if problem.pool is None:
+            return reasons + [f"{flag} is for decode" for flag in sorted(FUSED & problem.flags)]
+        if not problem.flags >= FUSED:
+            reasons.append(f"decode needs {' and '.join(sorted(FUSED))}")
+        if "state_v_first" not in problem.flags:
+            reasons.append("decode needs state_v_first, since states are updated in place")
+        if problem.T != 1 or problem.varlen:
+            reasons.append("decode takes one token a sequence, not packed")
+        return reasons
+
+    def path(self, problem: Problem) -> str:
+        if problem.pool is not None:
+            return "CuTe DSL, gates rounded to q's dtype"
+        transposed = "" if "state_v_first" in problem.flags else ", states transposed"
+        return f"CuTe DSL, decay exp(g){transposed}"
+
+    def convert(self, call: Call) -> dict[str, Any]:
+        """The call's tensors as FlashInfer takes them."""
+        B, T = call.q.shape[:2]
+        cu_seqlens, state = call.cu_seqlens, call.initial_state
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=call.q.device)
+        if state is not None and not call.state_v_first:
+            state = state.mT.contiguous()
+        tokens = {"q": call.q, "k": call.k, "v": call.v, "beta": call.beta.float()}
+        tokens["g"] = call.g.float().exp()
+        return {name: x.flatten(0, 1).contiguous() for name, x in tokens.items()} | {
+            "initial_state": state,
+            "cu_seqlens": cu_seqlens,
+        }
+
+    def restore(self, call: Call, state: Tensor) -> Tensor:
+        """FlashInfer's final state as the op returns it."""
+        return state if call.state_v_first else state.mT.contiguous()
+
+    def forward(self, call: Call, save: bool) -> Forward:
+        from flashinfer.gdn_prefill import chunk_gated_delta_rule
+
+        o, state = chunk_gated_delta_rule(
+            **self.convert(call),
+            scale=call.scale,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=call.use_qk_l2norm_in_kernel,
+        )
+        return Forward(o.view(call.v.shape), self.restore(call, state), [])
+
+    def decode(self, step: Step) -> Tensor:
+        from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose
+
+        slots = step.state_indices
+        if slots is not None and step.null_index != -1:
+            slots = torch.where(slots == step.null_index, -1, slots)
+        pool = {"state": None, "initial_state": step.state, "initial_state_indices": slots}
+        dt_bias = torch.zeros_like(step.A_log) if step.dt_bias is None else step.dt_bias
+        o, _ = gated_delta_rule_decode_pretranspose(
+            *(x.contiguous() for x in (step.q, step.k, step.v)),
+            **({"state": step.state} if slots is None else pool),
+            A_log=step.A_log.float(),
+            a=step.g.to(step.q.dtype),
+            dt_bias=dt_bias.float(),
+            b=step.beta.to(step.q.dtype),
+            scale=step.scale,
+            use_qk_l2norm=step.use_qk_l2norm_in_kernel,
+        )
+        return o

@@ -1,0 +1,116 @@
+"""What is timed, as `--shapes` writes it: heads, a colon, sequences.
+
+    16/32:1x8192       H = 16, HV = 32; one sequence of 8192 tokens (K = V = 128)
+    16/32/64:8x1024    K = V = 64; a batch of eight
+    2/8:1024+7168      packed sequences of these lengths
+    2/8|4/16:1x2048|1x8192    every heads with every sequences
+
+The sets are Qwen3-Next's, Qwen3.5's and Qwen3.6's linear-attention heads (H/HV 16/16, 16/32, 16/48,
+16/64) under tensor parallelism over 1 to 8 GPUs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import NamedTuple
+
+import torch
+
+from gdn.testing import Case, Gates
+from gdn.testing_decode import StepCase
+
+SHAPE = re.compile(r"(\d+)/(\d+)(?:/(\d+))?:(?:(\d+)x(\d+)|(\d+(?:\+\d+)+))")
+RAGGED = "+".join(str(n) for n in (1, 4000, 37, 129, 2048, 64, 700, 1213))
+
+
+class Selection(NamedTuple):
+    """Shapes and gates of prefill; batch sizes and heads of decode."""
+
+    shapes: str
+    gates: tuple[Gates, ...]
+    batches: tuple[int, ...]
+    decode_heads: tuple[str, ...]
+
+
+GRID = (
+    "2/8|4/16|8/32|16/16|16/32|16/48|16/64:1x2048|1x8192|1x32768|4x8192|8x1024|1024+7168|28672+4096"
+)
+"""The rows that kernels are tuned on."""
+
+SELECTIONS = {
+    ("cuda", "quick"): Selection("16/32:1x2048|1x8192", ("model",), (1, 64), ("16/32",)),
+    ("cuda", "default"): Selection(
+        "16/32:1x512|1x2048|1x8192|1x32768|8x1024|1024+7168,2/8|16/64:1x2048|1x8192|1x32768",
+        ("model",),
+        (1, 8, 64, 256),
+        ("16/32",),
+    ),
+    ("cuda", "full"): Selection(
+        f"{GRID},16/32|2/4|2/8:1x512|1x1024|1x4096|1x16384|1x65536|1x131072,4/8|8/16:1x8192,"
+        f"16/32:64x512|{RAGGED},16/32/64:1x8192,16/32/256:1x8192",
+        ("model", "mixed", "none"),
+        (1, 2, 4, 8, 16, 32, 64, 128, 256),
+        ("2/8", "16/32", "16/64"),
+    ),
+    ("cpu", "quick"): Selection("4/8:1x512", ("model",), (1, 8), ("4/8",)),
+    ("cpu", "default"): Selection(
+        "4/8:1x512|1x2048|4x512|300+700+24", ("model",), (1, 8, 32), ("4/8",)
+    ),
+    ("cpu", "full"): Selection(
+        f"4/8:1x512|1x2048|1x8192|4x512|{RAGGED},4/8/64|4/8/256:1x2048",
+        ("model", "mixed", "none"),
+        (1, 8, 32),
+        ("4/8",),
+    ),
+}
+
+
+def _parse(shape: str) -> tuple[str, ...]:
+    match = SHAPE.fullmatch(shape)
+    if match is None:
+        raise ValueError(f"a shape must be like 16/32:1x8192 or 2/8:100+28, got {shape!r}")
+    return match.groups()
+
+
+def expand(text: str) -> list[str]:
+    """One shape a string, in order. ValueError for what is not a shape."""
+    found = []
+    for group in text.split(","):
+        heads, colon, sequences = group.strip().partition(":")
+        for pair in itertools.product(heads.split("|"), sequences.split("|")):
+            found.append(colon.join(pair))
+            _parse(found[-1])
+    return list(dict.fromkeys(found))
+
+
+def make_case(shape: str, gates: Gates, dtype: torch.dtype) -> Case:
+    """The call that a shape stands for: initial and final state, L2 norm fused, gates finished (as
+    every backend and both peers take them)."""
+    H, HV, K, B, T, packed = _parse(shape)
+    sizes = {"H": int(H), "HV": int(HV), "K": int(K or 128), "V": int(K or 128)}
+    if packed:
+        lengths = tuple(int(n) for n in packed.split("+"))
+        sizes |= {"B": 1, "T": sum(lengths)}
+    else:
+        lengths = None
+        sizes |= {"B": int(B), "T": int(T)}
+    return Case(shape, **sizes, lengths=lengths, dtype=dtype, gates=gates, l2norm=True)
+
+
+def make_step_case(heads: str, batch: int, dtype: torch.dtype) -> StepCase:
+    """One token for each of `batch` requests, everything fused, states [V, K] in float32."""
+    H, HV = (int(n) for n in heads.split("/"))
+    return StepCase(
+        f"{heads}:{batch}x1",
+        B=batch,
+        H=H,
+        HV=HV,
+        K=128,
+        V=128,
+        dtype=dtype,
+        gates="model",
+        fused=True,
+        state_v_first=True,
+        full=True,
+    )

@@ -1,0 +1,53 @@
+"""What the first forward costs a new process: with empty kernel caches, then with what that left on
+disk. The quick set takes the caches as this run has left them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shapes import make_case
+from suite import DEVICE, DTYPE, HERE, size
+
+import gdn
+from gdn.testing import make_inputs
+
+CACHES = ("TRITON_CACHE_DIR", "TILELANG_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUTE_DSL_CACHE_DIR")
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.mark.parametrize("kernels", ["empty", "on disk"])
+def test_cold_start(
+    request: pytest.FixtureRequest, benchmark: Any, caches: Path, backend: str, kernels: str
+) -> None:
+    inputs = make_inputs(make_case("16/32:1x64", "model", DTYPE), DEVICE)
+    (verdict,) = (v for v in gdn.explain(**inputs).verdicts if v.name == backend)
+    if verdict.reasons:
+        pytest.skip("; ".join(verdict.reasons))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    if size(request.config) != "quick":
+        environment |= {name: str(caches / backend / name) for name in CACHES}
+    elif kernels == "empty":
+        pytest.skip("not in the quick set")
+    command = [sys.executable, str(HERE / "first_call.py"), backend, DEVICE.type]
+    seconds = []
+
+    def start() -> None:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        seconds.append(float(done.stdout.split()[-1]))
+
+    benchmark.pedantic(start, rounds=1)
+    benchmark.extra_info |= {
+        "kind": "cold start",
+        "backend": backend,
+        "kernels": kernels,
+        "latency_ms": 1e3 * seconds[0],
+    }

@@ -1,0 +1,17 @@
+"""One token for each of many requests, states in place: bandwidth is what counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shapes import make_step_case
+from suite import DTYPE
+
+from gdn.compare_step import DECODE
+from gdn.work import least_step_work
+
+
+def test_decode(record_pass: Any, heads: str, batch: int, backend: str) -> None:
+    case = make_step_case(heads, batch, DTYPE)
+    least = least_step_work(case)
+    record_pass(case, backend, (DECODE,), DECODE, least, kind="decode", batch=batch)

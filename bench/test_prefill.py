@@ -1,0 +1,24 @@
+"""Forward, backward, and both, of every backend that agrees with float64 at that size: GPU time
+interleaved between backends, and eager wall time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from shapes import make_case
+from suite import DTYPE, selected_passes
+
+from gdn.work import least_work
+
+
+def test_prefill(
+    request: pytest.FixtureRequest,
+    record_pass: Any,
+    shape: str,
+    gates: Any,
+    which: str,
+    backend: str,
+) -> None:
+    case, passes = make_case(shape, gates, DTYPE), selected_passes(request.config)
+    record_pass(case, backend, passes, which, least_work(case, which), kind="prefill")
