@@ -44,8 +44,8 @@ def find_modelling(kind: str) -> ModuleType | None:
 
 
 def modelling(kind: str) -> Any:
-    """The module of a model; its test is skipped where this transformers has none."""
-    return find_modelling(kind) or pytest.skip(f"this transformers has no {kind}")
+    """The module of a model; its test is skipped where there is none."""
+    return find_modelling(kind) or pytest.skip(f"no transformers with {kind} is installed")
 
 
 def make_config(kind: str) -> Any:
@@ -82,3 +82,14 @@ def without_fla(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, None)
+
+
+def make_tokenizer() -> Any:
+    """Words w0, w1, ... for the tokens of the models."""
+    tokenizers = importlib.import_module("tokenizers")
+    words = {f"w{token}": token for token in range(SIZES["vocab_size"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return importlib.import_module("transformers").PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer
+    )

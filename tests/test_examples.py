@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import models
 import pytest
 import torch
 
@@ -50,3 +53,39 @@ def test_generate_prints_a_line_a_backend(capsys: pytest.CaptureFixture[str]) ->
     options = ["--requests", "2", "--slots", "2", "--prompt", "9", "--length", "3"]
     generate.main([*options, "--backends", "torch"])
     assert "torch: prefill" in capsys.readouterr().out
+
+
+def test_qwen_runs_by_itself_on_a_cpu() -> None:
+    """As its first line says, and with nothing downloaded: gdn writes what transformers does."""
+    models.modelling("qwen3_5")
+    command = [sys.executable, str(EXAMPLES / "qwen.py"), "--length", "4", "--repeats", "1"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    rows = [line for line in ran.stdout.splitlines() if line.startswith("| 1 x 512 | 4 |")]
+    assert [row.split(" | ")[2] for row in rows] == ["unpatched", "gdn"]
+    assert all(row.endswith("| 4 of 4 |") for row in rows)
+
+
+@pytest.mark.parametrize("what", ["stack", "checkpoint"])
+def test_qwen_stacks_layers_and_loads_checkpoints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, what: str
+) -> None:
+    models.modelling("qwen3_5")
+    models.without_fla(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    qwen = load("qwen")
+    if what == "stack":
+        monkeypatch.setattr(qwen, "QWEN_4B", qwen.QWEN_4B | {"hidden_size": 64})
+        options = ["--stack", "2", "--prompt", "9", "70"]
+        expected = ["1 x 9", "1 x 9", "1 x 70", "1 x 70"]
+    else:
+        models.make_model("qwen3_5", "cpu").save_pretrained(tmp_path)
+        models.make_tokenizer().save_pretrained(tmp_path)
+        options = ["--model", str(tmp_path), "--text", "w3 w4 w5", "--batch", "2"]
+        expected = ["2 x 3", "2 x 3"]
+    qwen.main([*options, "--length", "3", "--repeats", "1", "--backend", "torch"])
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.endswith("| 3 of 3 |")]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == expected
+    assert (" w" in out.splitlines()[-1]) == (what == "checkpoint")
