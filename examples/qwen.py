@@ -74,7 +74,6 @@ def make_model(args: argparse.Namespace, device: str) -> Any:
             args.model, dtype="auto", local_files_only=True
         )
         return loaded.to(device).eval()
-    torch.manual_seed(0)
     sizes: dict[str, Any] = SMALL
     if args.stack:
         layers = [*["linear_attention"] * args.stack, "full_attention"]
@@ -134,8 +133,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backend", help="of gdn; by default the best that can run here")
     args = parser.parse_args(arguments)
+    if args.text and not args.model:
+        parser.error("--text must come with --model, got none: random models know no words")
+    torch.manual_seed(0)
     model = make_model(args, device)
-    prompts = [torch.randint(model.config.vocab_size, (args.batch, n)) for n in args.prompt]
+    words = model.config.get_text_config().vocab_size
+    prompts = [torch.randint(words, (args.batch, n)) for n in args.prompt]
     if args.text:
         from transformers import AutoTokenizer
 

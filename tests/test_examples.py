@@ -89,3 +89,5 @@ def test_qwen_stacks_layers_and_loads_checkpoints(
     rows = [line for line in out.splitlines() if line.endswith("| 3 of 3 |")]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == expected
     assert (" w" in out.splitlines()[-1]) == (what == "checkpoint")
+    with pytest.raises(SystemExit):
+        qwen.main(["--text", "Why?"])
