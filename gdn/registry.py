@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from gdn.backend import Backend, Capabilities
 
-BUILTIN = ("triton", "fla", "torch")
+BUILTIN = ("tilelang", "triton", "fla", "torch")
 """Backends that live in gdn.backends, imported by name when first needed."""
 
 ENTRY_POINT_GROUP = "gdn.backends"

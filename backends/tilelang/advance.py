@@ -1,0 +1,116 @@
+"""Taking 64 rows of the transposed state through a chunk, by one warpgroup.
+
+    U = A_v V + A_k (K S)                     A_k holds the minus sign
+    O = scale e^G rq * (Q S) + P U
+    S <- e^gamma S + K^T (e^{gamma - G} rk * U)
+
+All of it transposed: S^T [64, K] and U^T [64, C] are the left operands of their products, which
+tensor cores take from registers, so that the state never leaves them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tilelang.language as T
+
+from gdn.problem import CHUNK as C
+
+ROWS = 64
+"""Rows of the transposed state, columns of V, that a warpgroup keeps."""
+
+STORE_TRANSPOSED = """
+#include <tl_templates/cuda/ldsm.h>
+// Rows 16 `pair` to 16 `pair` + 15 of what an accumulator of a transposed product holds.
+__device__ __forceinline__ void gdn_store_transposed(void *to, const void *from, int pair) {
+  const int *x = reinterpret_cast<const int *>(from) + 4 * pair;
+  tl::ptx_stmatrix_m8n8_x4_trans(to, x[0], x[1], x[2], x[3]);
+}
+"""
+
+
+class Tile:
+    """Registers of the warpgroup."""
+
+    def __init__(self, K: int, dtype: str) -> None:
+        self.S = T.alloc_fragment((ROWS, K), "float32")
+        self.before = T.alloc_fragment((ROWS, K), dtype)
+        self.known = T.alloc_fragment((ROWS, C), "float32")
+        self.U = T.alloc_fragment((ROWS, C), "float32")
+        self.half = T.alloc_fragment((ROWS, C), dtype)
+        self.written = T.alloc_fragment((ROWS, C), dtype)
+        self.O = T.alloc_fragment((ROWS, C), "float32")
+
+
+@T.macro
+def load_state(t: Any, begin: Any, n: Any, head: Any, row: Any, v_first: bool) -> None:
+    """t.S from `row` of V of the state [N, HV, K, V] ([N, HV, V, K] if v_first)."""
+    for i, j in T.Parallel(*t.S.shape):
+        if v_first:
+            t.S[i, j] = begin[n, head, row + i, j]
+        else:
+            t.S[i, j] = begin[n, head, j, row + i]
+
+
+@T.macro
+def store_state(t: Any, end: Any, n: Any, head: Any, row: Any, v_first: bool) -> None:
+    """The inverse of `load_state`."""
+    for i, j in T.Parallel(*t.S.shape):
+        if v_first:
+            end[n, head, row + i, j] = t.S[i, j]
+        else:
+            end[n, head, j, row + i] = t.S[i, j]
+
+
+@T.macro
+def recall(t: Any, m: Any, s: Any, s_k: Any, wg: int) -> None:
+    """The first half of a chunk, in the places s and s_k of shared memory m: A_v V and K S. v is
+    not read again."""
+    T.copy(t.S, t.before)
+    T.wgmma_gemm(
+        m.v[s, :, wg * ROWS : wg * ROWS + ROWS], m.A_v[s, :, :], t.U,
+        transpose_A=True, transpose_B=True, clear_accum=True,
+    )  # fmt: skip
+    T.wgmma_gemm(t.before, m.k[s_k, :, :], t.known, transpose_B=True, clear_accum=True)
+    for i, j in T.Parallel(*t.S.shape):
+        t.S[i, j] *= m.decay[s, 0]
+    T.wait_wgmma(0)
+
+
+@T.macro
+def advance(t: Any, m: Any, s: Any, s_k: Any) -> None:
+    """The other half: t.S after the chunk, and t.O."""
+    T.copy(t.known, t.half)
+    T.wgmma_gemm(t.half, m.A_k[s, :, :], t.U, transpose_B=True)
+    T.wgmma_gemm(t.before, m.q[s_k, :, :], t.O, transpose_B=True, clear_accum=True)
+    T.wait_wgmma(1)
+    for i, j in T.Parallel(ROWS, C):
+        t.written[i, j] = t.U[i, j] * m.onto[s, j]
+    T.wgmma_gemm(t.written, m.k[s_k, :, :], t.S)
+    T.copy(t.U, t.half)
+    T.wait_wgmma(1)
+    for i, j in T.Parallel(ROWS, C):
+        t.O[i, j] *= m.read[s, j]
+    T.wgmma_gemm(t.half, m.P[s, :, :], t.O, transpose_B=True)
+    T.wait_wgmma(0)
+
+
+@T.macro
+def stage_output(t: Any, o: Any, s: Any, wg: int, thread: Any) -> None:
+    """t.O to its 64 columns of o[s], shared memory of [C, V]; thread counts from 0 in the
+    warpgroup."""
+    T.copy(t.O, t.half)
+    for pair in T.unroll(C // 16):
+        T.call_extern(
+            "handle",
+            "gdn_store_transposed",
+            T.address_of(
+                o[
+                    s,
+                    pair * 16 + thread % 32 // 16 * 8 + thread % 8,
+                    wg * ROWS + thread // 32 * 16 + thread // 8 % 2 * 8,
+                ]
+            ),
+            t.half.data,
+            pair,
+        )

@@ -1,0 +1,43 @@
+"""Compiling a kernel once for all calls of a kind, for Hopper whether or not there is a device."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
+
+import tilelang
+from tilelang import PassConfigKey
+
+TARGET = {"kind": "cuda", "arch": "sm_90a"}
+"""Always named, so that a cache filled without a device is hit on one."""
+_FAST = {PassConfigKey.TL_ENABLE_FAST_MATH: True}
+_OWN_BARRIERS = _FAST | {
+    PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
+    PassConfigKey.TL_DISABLE_SHARED_MEMORY_REUSE: True,
+}
+
+
+def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = False) -> Any:
+    """Turn a builder of a TileLang kernel, from static sizes and options, into one that returns it
+    compiled.
+
+    Compiled kernels are remembered in the process, and by TileLang on disk. own_barriers: the kernel
+    gives its warpgroups different work, places every barrier itself, and no two of its buffers may
+    share memory.
+    """
+    if build is None:
+        return functools.partial(kernel, own_barriers=own_barriers)
+
+    @functools.cache
+    def compiled(**statics: Any) -> Any:
+        return tilelang.compile(
+            build(**statics), target=TARGET, execution_backend="tvm_ffi",
+            pass_configs=_OWN_BARRIERS if own_barriers else _FAST,
+        )  # fmt: skip
+
+    compiled.build = build  # type: ignore[attr-defined]
+    return compiled
