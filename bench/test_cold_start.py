@@ -1,5 +1,5 @@
-"""What the first forward costs a new process: with empty kernel caches, then with what that left on
-disk. The quick set takes the caches as this run has left them."""
+"""What the first forward costs a new process: with empty kernel caches, then with what that left in
+them. The quick set takes the caches as this run has left them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kernels")
 
 
-@pytest.mark.parametrize("kernels", ["empty", "on disk"])
+@pytest.mark.parametrize("kernels", ["empty cache", "warm cache"])
 def test_cold_start(
     request: pytest.FixtureRequest, benchmark: Any, caches: Path, backend: str, kernels: str
 ) -> None:
@@ -35,7 +35,7 @@ def test_cold_start(
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
     if size(request.config) != "quick":
         environment |= {name: str(caches / backend / name) for name in CACHES}
-    elif kernels == "empty":
+    elif kernels == "empty cache":
         pytest.skip("not in the quick set")
     command = [sys.executable, str(HERE / "first_call.py"), backend, DEVICE.type]
     seconds = []

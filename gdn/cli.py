@@ -1,4 +1,4 @@
-"""The command line: `gdn info`, `gdn explain`, `gdn compare`."""
+"""The command line: `gdn info`, `gdn explain`, `gdn compare`, `gdn report`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import gdn
-from gdn import compare, dispatch, measure, tables
+from gdn import compare, dispatch, measure, readme, report, results, tables
 from gdn.problem import Call, Problem, compute_capability, describe
 from gdn.testing import Case, make_inputs
 from gdn.validation import validate
@@ -147,10 +147,17 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
         yield lambda text: progress.update(task, description=text, advance=1)
 
 
+def _need_matplotlib(what: str) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            f'{what} needs matplotlib, which is not installed; pip install "gdn[plot]"'
+        )
+
+
 def run_compare(args: argparse.Namespace) -> int:
     """The main job: agreement, then timings, of every backend available here."""
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('--plot needs matplotlib, which is not installed; pip install "gdn[plot]"')
+    if args.plot is not None:
+        _need_matplotlib("--plot")
     case, device = _make_case(args), torch.device(args.device)
     names = dispatch.parse_request(args.backends) if args.backends else None
     total = compare.steps(len(names or gdn.list_backends()))
@@ -171,6 +178,27 @@ def run_compare(args: argparse.Namespace) -> int:
     if args.plot is not None:
         tables.plot(report, args.plot)
     return 0 if report.ok else 1
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """A page and pictures from the results of `pytest bench`, or what has become slower since."""
+    if args.readme is not None:
+        _need_matplotlib("gdn report")
+        args.readme.write_text(readme.rewritten(args.readme))
+        for picture in readme.pictures(args.readme):
+            picture.write()
+        return 0
+    if args.results is None:
+        raise ValueError("give the file that pytest bench --benchmark-json wrote, or --readme")
+    found = results.load(args.results)
+    if args.against is not None:
+        slower = results.regressions(found, results.load(args.against))
+        print(*report.regression_lines(slower), sep="\n", end="\n" if slower else "")
+        print(f"{len(slower)} rows slower by more than {100 * results.SLOWER:.0f} %")
+        return 1 if slower else 0
+    _need_matplotlib("gdn report")
+    print(report.write(found, args.out or args.results.with_suffix("")))
+    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -210,6 +238,18 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
     command.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     command.set_defaults(run=run_compare)
+
+    command = commands.add_parser("report", help=run_report.__doc__)
+    command.add_argument("results", type=Path, nargs="?", metavar="RESULTS.json")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="else named after the results")
+    command.add_argument(
+        "--against", type=Path, metavar="OLD.json", help="list rows slower than there, and fail"
+    )
+    command.add_argument(
+        "--readme", type=Path, nargs="?", const=Path("README.md"), metavar="README.md",
+        help="rewrite the marked sections of a document from the results that they name",
+    )  # fmt: skip
+    command.set_defaults(run=run_report)
     return parser
 
 

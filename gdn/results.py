@@ -125,7 +125,8 @@ def _word(field: str) -> Callable[[Row], str]:
     return lambda row: str(row.get(field, "-"))
 
 
-def _latency(row: Row) -> str:
+def latency(row: Row) -> str:
+    """Milliseconds, marked where they are no graph replay's."""
     return f"{row['latency_ms']:.3f}{MARKS.get(row['clock'], '')}"
 
 
@@ -138,7 +139,7 @@ def _error(outputs: bool) -> Callable[[Row], str]:
 
 
 _RATES: dict[str, Callable[[Row], str]] = {
-    "ms": _latency,
+    "ms": latency,
     "wall ms": _number("wall_ms", ".3f"),
     "TFLOPS": _number("tflops", ".3g"),
     "GB/s": _number("gbytes", ".0f"),

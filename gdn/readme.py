@@ -1,0 +1,98 @@
+"""README's tables and plots, between markers that name committed results:
+
+    <!-- gdn report: bench/results/h200.json speed -->
+    <!-- end of gdn report -->
+
+A section is "speed" (milliseconds of prefill and decode, a column a backend), a kind of row
+("prefill", "decode", "cold start", "plain PyTorch", ...), or "plot NAME" (a picture beside the
+file).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from gdn import plots, results, tables
+from gdn.report import provenance
+from gdn.results import Results, baseline, identity, setting, speed_ups
+
+SECTION = re.compile(
+    r"(?P<begin><!-- gdn report: (?P<file>\S+) (?P<name>[^>]+?) -->\n)(?P<text>.*?)"
+    r"(?P<end><!-- end of gdn report -->)",
+    re.DOTALL,
+)
+"""A marked section: where its numbers are, what it shows, what it says now."""
+
+
+class Picture(NamedTuple):
+    """Which figure of which results belongs at a path."""
+
+    path: Path
+    file: Path
+    figure: str
+
+    def write(self) -> None:
+        """Draw it."""
+        plots.draw(self.figure, results.load(self.file)).savefig(self.path, dpi=150)
+
+
+def _speed(found: Results) -> tuple[list[str], list[list[str]]]:
+    """Milliseconds, a row a setting and a column a backend; last, the fastest over the baseline."""
+    rows = [row for row in found.rows if row["kind"] in ("prefill", "decode")]
+    names = plots.backends_of(rows)
+    ratios, base = speed_ups(rows), baseline(rows)
+    lines = []
+    for one in dict.fromkeys(map(setting, rows)):
+        here = {row["backend"]: row for row in rows if setting(row) == one}
+        some = next(iter(here.values()))
+        cells = [results.latency(here[name]) if name in here else "-" for name in names]
+        best = max((ratios[identity(r)] for r in here.values() if identity(r) in ratios), default=0)
+        over = f"{best:.2f}x" if best else "-"
+        lines.append([some["shape"], some["gates"], some["pass"], *cells, over])
+    return ["H/HV:sequences", "gates", "pass", *names, f"fastest over {base}"], lines
+
+
+def render(file: str, name: str, found: Results) -> str:
+    """What stands in a section. ValueError for a section that the results have no rows for."""
+    if name.startswith("plot "):
+        figure = name.removeprefix("plot ")
+        return f"![{plots.FIGURES[figure].heading}]({_picture(file, figure)})\n"
+    if name == "speed":
+        table = _speed(found)
+    elif found.of(name):
+        table = results.table(found.of(name))
+    else:
+        raise ValueError(f"{file} has no rows for the section {name!r}")
+    facts = provenance(found)
+    about = "; ".join(facts[x] for x in ("device", "versions", "ceilings"))
+    origin = f"(`{facts['command']}` at commit {facts['commit']}: {about}.)"
+    return f"\n{tables.markdown(*table)}\n\n{origin}\n\n"
+
+
+def _picture(file: str, figure: str) -> str:
+    return f"{file.removesuffix('.json')}-{figure}.png"
+
+
+def rewritten(path: Path) -> str:
+    """The document with every section as its results say. Files are named from its folder; a
+    section whose file is not there yet stays as it is."""
+
+    def replace(match: re.Match[str]) -> str:
+        if not (path.parent / match["file"]).exists():
+            return match[0]
+        found = results.load(path.parent / match["file"])
+        return match["begin"] + render(match["file"], match["name"], found) + match["end"]
+
+    return SECTION.sub(replace, path.read_text())
+
+
+def pictures(path: Path) -> Iterator[Picture]:
+    """The pictures that a document's sections show."""
+    for match in SECTION.finditer(path.read_text()):
+        file, name = match["file"], match["name"]
+        if name.startswith("plot ") and (path.parent / file).exists():
+            figure = name.removeprefix("plot ")
+            yield Picture(path.parent / _picture(file, figure), path.parent / file, figure)

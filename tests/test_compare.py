@@ -1,0 +1,96 @@
+"""Comparisons apart from the command line: backward alone, what a capture that fails becomes,
+decode steps, and agreement at the full size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from gdn.backends.torch import TorchBackend
+
+import gdn
+from gdn import measure
+from gdn.backend import Forward
+from gdn.compare import Comparison
+from gdn.compare_step import DECODE, StepComparison
+from gdn.measure import Run, Timing
+from gdn.problem import Call
+from gdn.testing import Case
+from gdn.testing_decode import StepCase
+from gdn.work import Ceilings
+
+CPU = torch.device("cpu")
+CASE = Case("small", T=300, K=16, V=16, l2norm=True, gates="model")
+LIMITS = Ceilings(1e12, 1e11)
+
+
+class WrongLater(TorchBackend):
+    """Right on what the definition can check, wrong beyond."""
+
+    name = "wrong_later"
+
+    def forward(self, call: Call, save: bool) -> Forward:
+        right = super().forward(call, save)
+        if call.q.shape[1] > 200:
+            right.o[:, 200:] *= 1.01
+        return right
+
+
+def test_backward_alone_goes_back_again_and_again() -> None:
+    comparison = Comparison(CASE, CPU, ["torch"])
+    (row,) = comparison.rows
+    comparison.check(row)
+    back = comparison.call("torch", "bwd")
+    first, second = back(), back()
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+    comparison.time("bwd", LIMITS)
+    assert row.passes["bwd"].wall.clock == "wall"
+    assert {"o", "initial_state", "g"} <= set(row.errors)
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_agreement_is_tested_at_the_size_that_is_timed() -> None:
+    gdn.register_backend(WrongLater())
+    comparison = Comparison(CASE, CPU, ["wrong_later"])
+    (row,) = comparison.rows
+    comparison.check(row)
+    assert "relative error above 0.0001: o " in row.failures["fwd"]
+    comparison.time("fwd", LIMITS)
+    assert not row.passes
+
+
+def test_backward_that_no_graph_holds_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def gpu_times(runs: Mapping[str, Run], graphed: Mapping[str, bool]) -> dict[str, Timing]:
+        asked.append(sorted(runs))
+        return {name: Timing(2.0 + len(asked), 0.1, 5, "events") for name in runs}
+
+    monkeypatch.setattr(measure, "gpu_times", gpu_times)
+    comparison = Comparison(CASE, CPU, ["torch"])
+    found = comparison.gpu_times("bwd", ["torch"])["torch"]
+    assert found.clock == "difference"
+    assert comparison.gpu_times("fwd+bwd", ["torch"])["torch"].clock == "events"
+    assert asked == [[], ["torch"], ["torch"]]
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_steps_are_checked_and_timed() -> None:
+    class WrongStep(TorchBackend):
+        name = "wrong_step"
+
+        def decode(self, step: object) -> torch.Tensor:
+            return 1.01 * super().decode(step)  # type: ignore[arg-type]
+
+    gdn.register_backend(WrongStep())
+    case = StepCase("step", B=4, HV=4, K=16, V=16, fused=True, full=True)
+    comparison = StepComparison(case, CPU, ["torch", "wrong_step"])
+    for row in comparison.rows:
+        comparison.check(row)
+    comparison.time(DECODE, LIMITS)
+    right, wrong = comparison.rows
+    assert right.errors["state"] < 1e-6
+    assert right.passes[DECODE].gbytes > 0
+    assert "o 1.0e-02" in wrong.failures[DECODE]
+    assert not wrong.passes
