@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
 import re
 import statistics
@@ -166,10 +167,11 @@ def _output_of(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit that gdn runs from, "-dirty" if changed since, or None outside a checkout."""
+    """The commit that gdn runs from, "-dirty" if changed since; outside a checkout (a copy of the
+    files, say) what GDN_COMMIT says, or None."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("GDN_COMMIT")
     return _output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10")
 
 
@@ -177,7 +179,10 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    about = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.+)", about.read_text()) if about.exists() else []
+    processor = models[0] if models else platform.processor() or platform.machine()
+    return f"{processor}, {torch.get_num_threads()} threads"
 
 
 def gpu_state(device: torch.device, *fields: str) -> dict[str, str]:

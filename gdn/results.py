@@ -121,6 +121,14 @@ def _number(field: str, digits: str, scale: float = 1.0) -> Callable[[Row], str]
     return text
 
 
+def _rate(field: str) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        value = row.get(field)
+        return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+    return text
+
+
 def _word(field: str) -> Callable[[Row], str]:
     return lambda row: str(row.get(field, "-"))
 
@@ -141,8 +149,8 @@ def _error(outputs: bool) -> Callable[[Row], str]:
 _RATES: dict[str, Callable[[Row], str]] = {
     "ms": latency,
     "wall ms": _number("wall_ms", ".3f"),
-    "TFLOPS": _number("tflops", ".3g"),
-    "GB/s": _number("gbytes", ".0f"),
+    "TFLOPS": _rate("tflops"),
+    "GB/s": _rate("gbytes"),
     "roofline": _number("roofline", ".1%"),
     "peak MB": _number("peak_mb", ".0f"),
 }
