@@ -80,7 +80,7 @@ def test_logits_and_gradients(backend: str, device: str, dtype: torch.dtype, kin
 def test_greedy_generation_with_cache(backend: str, device: str, kind: str) -> None:
     require(backend, device, torch.float32)
     model, inputs = make_model(kind, device), padded(device)
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = model.generate(**inputs, **options)
     with integration.patch(model, backend=backend):
         assert torch.equal(model.generate(**inputs, **options), expected)
