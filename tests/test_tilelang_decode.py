@@ -1,0 +1,63 @@
+"""TileLang's decode kernels, compiled for sm_90a without a device: no register spills, states move
+16 bytes at a time, calls bind their arguments. What they compute, test_decode.py has, on a GPU."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gdn.problem import Step
+from gdn.testing_decode import STEPS, StepCase, make_step
+
+tilelang = pytest.importorskip("tilelang")
+if shutil.which("nvcc") is None:
+    pytest.skip("no nvcc", allow_module_level=True)
+
+from gdn.backends.tilelang.decode import StepPlan, decode_kernel  # noqa: E402
+from gdn.backends.tilelang.launch import TARGET  # noqa: E402
+
+NO_SPILLS = ["-Xptxas", "--warn-on-spills,--warning-as-error"]
+LAYERS = [
+    StepCase(
+        f"{walks}-{str(pool).removeprefix('torch.')}-{'VK' if v_first else 'KV'}",
+        B=walks // 8, HV=8, K=128, V=128, dtype=torch.bfloat16, pool=pool, fused=True,
+        state_v_first=v_first,
+    )
+    for walks in (8, 512)
+    for pool in (torch.float32, torch.bfloat16)
+    for v_first in (False, True)
+]  # fmt: skip
+DRAFTED = StepCase("drafted", lengths=(2, 1, 3), slots="each", dtype=torch.float16, fused=True)
+UNALIGNED = StepCase("unaligned", B=2, padding=3, dtype=torch.float16, state_v_first=True)
+CASES = {case.name: case for case in (*LAYERS, DRAFTED, UNALIGNED)}
+
+
+def plan_of(case: StepCase) -> tuple[StepPlan, Step]:
+    step = Step(**{"scale": 0.125} | make_step(case))
+    return StepPlan(step), step
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_without_spills(name: str) -> None:
+    case = CASES[name]
+    plan, _ = plan_of(case)
+    assert plan.wide == (case is not UNALIGNED)
+    program = decode_kernel.build(**plan.statics, shape=plan.shapes[plan.wide], wide=plan.wide)
+    compiled = tilelang.compile(
+        program, target=TARGET, execution_backend="tvm_ffi", compile_flags=NO_SPILLS
+    )
+    source = compiled.get_kernel_source()
+    assert ("load_global_128((&(state[" in source) == plan.wide
+    assert ("store_global_128((&(state[" in source) == plan.wide
+
+
+@pytest.mark.parametrize("name", ["one-token", "packed", "speculative"])
+def test_calls_bind_their_arguments(name: str) -> None:
+    """Shapes, strides and dtypes are accepted, down to the device."""
+    case = next(case for case in STEPS if case.name == name)
+    plan, step = plan_of(replace(case, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="input q device_type mismatch"):
+        plan.decode(step)
