@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import SELECTIONS, expand
 from suite import (
     DEVICE,
     DTYPE,
@@ -19,14 +18,16 @@ from suite import (
     compared,
     conversions,
     selected_backends,
+    selected_gates,
     selected_passes,
-    size,
+    selected_shapes,
+    selection,
 )
 
 from gdn import measure, results, tables
 from gdn.compare import plain_case, rates
 from gdn.testing import Case
-from gdn.work import PASSES, Work, ceilings
+from gdn.work import Work, ceilings
 
 NOT_TIMED = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -35,9 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gdn", "comparative benchmarks of gdn")
     group.addoption("--quick", action="store_true", help="few shapes: two minutes on an H200")
     group.addoption("--full", action="store_true", help="every shape, length and kind of gate")
-    group.addoption("--shapes", help="prefill shapes, such as 16/32:1x8192,2/8|4/16:1024+7168")
+    group.addoption("--shapes", help="of prefill: grid, or such as 16/32:1x8192,2/8|4/16:1024+7168")
     group.addoption("--gates", help="of prefill, such as model,mixed,none")
-    group.addoption("--passes", default=",".join(PASSES), help="of prefill: fwd,bwd,fwd+bwd")
+    group.addoption("--passes", help="of prefill: fwd,bwd,fwd+bwd")
     group.addoption("--backends", help="such as triton,fla; all by default")
 
 
@@ -48,16 +49,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Rows in the order in which they share what is measured together."""
     config, names = metafunc.config, metafunc.fixturenames
-    chosen = SELECTIONS[DEVICE.type, size(config)]
     if "shape" in names:
-        gates = config.getoption("gates")
-        shapes = expand(config.getoption("shapes") or chosen.shapes)
-        metafunc.parametrize("gates", gates.split(",") if gates else chosen.gates)
-        metafunc.parametrize("shape", shapes)
+        metafunc.parametrize("gates", selected_gates(config))
+        metafunc.parametrize("shape", selected_shapes(config))
         metafunc.parametrize("which", selected_passes(config))
     if "batch" in names:
-        metafunc.parametrize("heads", chosen.decode_heads)
-        metafunc.parametrize("batch", chosen.batches)
+        metafunc.parametrize("heads", selection(config).decode_heads)
+        metafunc.parametrize("batch", selection(config).batches)
     if "backend" in names:
         metafunc.parametrize("backend", selected_backends(config))
 
@@ -122,8 +120,7 @@ def record_pass(request: pytest.FixtureRequest, record: Any) -> Callable[..., No
         least: Work,
         **columns: object,
     ) -> None:
-        backends = tuple(selected_backends(request.config))
-        comparison = compared(case, backends, passes)
+        comparison = compared(case, selected_backends(request.config), passes)
         row = next(row for row in comparison.rows if row.backend == backend)
         columns |= {"shape": case.name, "gates": case.gates, "pass": which, "backend": backend}
         not_timed = request.config.stash[NOT_TIMED]

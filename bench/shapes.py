@@ -4,6 +4,7 @@
     16/32/64:8x1024    K = V = 64; a batch of eight
     2/8:1024+7168      packed sequences of these lengths
     2/8|4/16:1x2048|1x8192    every heads with every sequences
+    grid               the rows that kernels are tuned on
 
 The sets are Qwen3-Next's, Qwen3.5's and Qwen3.6's linear-attention heads (H/HV 16/16, 16/32, 16/48,
 16/64) under tensor parallelism over 1 to 8 GPUs.
@@ -36,7 +37,7 @@ class Selection(NamedTuple):
 GRID = (
     "2/8|4/16|8/32|16/16|16/32|16/48|16/64:1x2048|1x8192|1x32768|4x8192|8x1024|1024+7168|28672+4096"
 )
-"""The rows that kernels are tuned on."""
+"""Heads under tensor parallelism, one and many sequences, even and ragged."""
 
 SELECTIONS = {
     ("cuda", "quick"): Selection("16/32:1x2048|1x8192", ("model",), (1, 64), ("16/32",)),
@@ -74,9 +75,9 @@ def _parse(shape: str) -> tuple[str, ...]:
 
 
 def expand(text: str) -> list[str]:
-    """One shape a string, in order. ValueError for what is not a shape."""
+    """One shape a string, in order; "grid" is `GRID`. ValueError for what is not a shape."""
     found = []
-    for group in text.split(","):
+    for group in (GRID if text == "grid" else text).split(","):
         heads, colon, sequences = group.strip().partition(":")
         for pair in itertools.product(heads.split("|"), sequences.split("|")):
             found.append(colon.join(pair))

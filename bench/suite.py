@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import adapters
 import pytest
 import torch
+from shapes import SELECTIONS, Selection, expand
 
 import gdn
 from gdn import measure
 from gdn.compare import Comparison
 from gdn.compare_step import DECODE, StepComparison
 from gdn.problem import Call
-from gdn.testing import Case
+from gdn.testing import Case, Gates
 from gdn.work import PASSES
 
 HERE = Path(__file__).parent
@@ -30,16 +32,39 @@ def size(config: pytest.Config) -> str:
     return next((name for name in ("quick", "full") if config.getoption(name)), "default")
 
 
-def selected_backends(config: pytest.Config) -> list[str]:
-    every, asked = [info.name for info in gdn.list_backends()], config.getoption("backends")
-    names = asked.split(",") if asked else every
+def selection(config: pytest.Config) -> Selection:
+    return SELECTIONS[DEVICE.type, size(config)]
+
+
+def _selected(config: pytest.Config, option: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The names that an option lists; all known ones without it."""
+    asked = config.getoption(option)
+    names = tuple(asked.split(",")) if asked else tuple(known)
     for name in names:
-        gdn.registry.find_backend(name)  # raises, with the near misses
+        if name not in known:
+            raise pytest.UsageError(f"--{option} must be of {', '.join(known)}, got {name!r}")
     return names
 
 
+def selected_backends(config: pytest.Config) -> tuple[str, ...]:
+    return _selected(config, "backends", [info.name for info in gdn.list_backends()])
+
+
 def selected_passes(config: pytest.Config) -> tuple[str, ...]:
-    return tuple(which for which in PASSES if which in config.getoption("passes").split(","))
+    names = _selected(config, "passes", PASSES)
+    return tuple(which for which in PASSES if which in names)
+
+
+def selected_gates(config: pytest.Config) -> tuple[str, ...]:
+    asked = config.getoption("gates")
+    return _selected(config, "gates", get_args(Gates)) if asked else selection(config).gates
+
+
+def selected_shapes(config: pytest.Config) -> list[str]:
+    try:
+        return expand(config.getoption("shapes") or selection(config).shapes)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 @functools.lru_cache(maxsize=1)  # one shape's tensors at a time
