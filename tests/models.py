@@ -73,13 +73,18 @@ def make_layer(kind: str, device: str) -> Any:
     return layer.to(device)
 
 
-def without_fla(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let transformers run its own PyTorch also where fla is installed."""
+def make_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers run its own PyTorch, also where fla is installed, and in full float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for module in filter(None, map(find_modelling, CLASSES)):
         for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
             function = getattr(module, name)
             monkeypatch.setattr(module, name, getattr(function, "__wrapped__", function))
-        for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
+        for name in (
+            "chunk_gated_delta_rule",
+            "fused_recurrent_gated_delta_rule",
+            "FusedRMSNormGated",
+        ):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, None)
 

@@ -72,7 +72,7 @@ def test_qwen_stacks_layers_and_loads_checkpoints(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, what: str
 ) -> None:
     models.modelling("qwen3_5")
-    models.without_fla(monkeypatch)
+    models.make_plain(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     qwen = load("qwen")
     if what == "stack":

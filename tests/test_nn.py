@@ -19,7 +19,8 @@ TIGHT = TOLERANCE[torch.float32]
 
 
 @pytest.fixture
-def layer(device: str) -> GatedDeltaNet:
+def layer(monkeypatch: pytest.MonkeyPatch, device: str) -> GatedDeltaNet:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     return GatedDeltaNet(32, **HEADS, backend="torch").to(device)
 
@@ -29,7 +30,7 @@ def test_loads_the_hugging_face_layer_and_equals_it(
     monkeypatch: pytest.MonkeyPatch, kind: str, device: str
 ) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    models.without_fla(monkeypatch)
+    models.make_plain(monkeypatch)
     theirs = models.make_layer(kind, device)
     ours = GatedDeltaNet(32, **HEADS, backend="torch").to(device)
     ours.load_state_dict(theirs.state_dict())

@@ -24,7 +24,7 @@ make_model, modelling = models.make_model, models.modelling
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Unpatched means transformers' own PyTorch; and no test leaves a patch behind."""
-    models.without_fla(monkeypatch)
+    models.make_plain(monkeypatch)
     yield
     integration.unpatch()
 
