@@ -132,7 +132,7 @@ def page(found: Results, images: Sequence[tuple[str, str, bytes]]) -> str:
         width = int.from_bytes(png[16:20]) * 96 // DPI  # the header's; 96 of a page's make an inch
         image = f'<img alt="{heading}" width="{width}" src="data:image/png;base64,{source}">'
         parts.append(f"<h2>{heading}</h2><figure>{image}</figure>")
-    for kind in dict.fromkeys(row["kind"] for row in found.rows):
+    for kind in (kind for kind in results.COLUMNS if found.of(kind)):
         parts.append(f"<h2>{kind.capitalize()}</h2>{_table(found.of(kind))}")
     if found.not_timed:
         parts.append(f"<h2>Not timed</h2>{_list(not_timed(found))}")
