@@ -19,15 +19,6 @@ from gdn.problem import CHUNK as C
 ROWS = 64
 """Rows of the transposed state, columns of V, that a warpgroup keeps."""
 
-STORE_TRANSPOSED = """
-#include <tl_templates/cuda/ldsm.h>
-// Rows 16 `pair` to 16 `pair` + 15 of what an accumulator of a transposed product holds.
-__device__ __forceinline__ void gdn_store_transposed(void *to, const void *from, int pair) {
-  const int *x = reinterpret_cast<const int *>(from) + 4 * pair;
-  tl::ptx_stmatrix_m8n8_x4_trans(to, x[0], x[1], x[2], x[3]);
-}
-"""
-
 
 class Tile:
     """Registers of the warpgroup."""
@@ -63,54 +54,51 @@ def store_state(t: Any, end: Any, n: Any, head: Any, row: Any, v_first: bool) ->
 
 
 @T.macro
-def recall(t: Any, m: Any, s: Any, s_k: Any, wg: int) -> None:
-    """The first half of a chunk, in the places s and s_k of shared memory m: A_v V and K S. v is
+def recall(t: Any, m: Any, s: Any, wg: int) -> None:
+    """The first half of a chunk, in place s of shared memory m: A_v V and K S. v is
     not read again."""
     T.copy(t.S, t.before)
     T.wgmma_gemm(
         m.v[s, :, wg * ROWS : wg * ROWS + ROWS], m.A_v[s, :, :], t.U,
         transpose_A=True, transpose_B=True, clear_accum=True,
     )  # fmt: skip
-    T.wgmma_gemm(t.before, m.k[s_k, :, :], t.known, transpose_B=True, clear_accum=True)
+    T.wgmma_gemm(t.before, m.k[s, :, :], t.known, transpose_B=True, clear_accum=True)
     for i, j in T.Parallel(*t.S.shape):
-        t.S[i, j] *= m.decay[s, 0]
+        t.S[i, j] *= m.walk[s, 2, 0]
     T.wait_wgmma(0)
 
 
 @T.macro
-def advance(t: Any, m: Any, s: Any, s_k: Any) -> None:
+def advance(t: Any, m: Any, s: Any) -> None:
     """The other half: t.S after the chunk, and t.O."""
     T.copy(t.known, t.half)
     T.wgmma_gemm(t.half, m.A_k[s, :, :], t.U, transpose_B=True)
-    T.wgmma_gemm(t.before, m.q[s_k, :, :], t.O, transpose_B=True, clear_accum=True)
+    T.wgmma_gemm(t.before, m.q[s, :, :], t.O, transpose_B=True, clear_accum=True)
     T.wait_wgmma(1)
     for i, j in T.Parallel(ROWS, C):
-        t.written[i, j] = t.U[i, j] * m.onto[s, j]
-    T.wgmma_gemm(t.written, m.k[s_k, :, :], t.S)
+        t.written[i, j] = t.U[i, j] * m.walk[s, 0, j]
+    T.wgmma_gemm(t.written, m.k[s, :, :], t.S)
     T.copy(t.U, t.half)
     T.wait_wgmma(1)
     for i, j in T.Parallel(ROWS, C):
-        t.O[i, j] *= m.read[s, j]
+        t.O[i, j] *= m.walk[s, 1, j]
     T.wgmma_gemm(t.half, m.P[s, :, :], t.O, transpose_B=True)
     T.wait_wgmma(0)
 
 
 @T.macro
 def stage_output(t: Any, o: Any, s: Any, wg: int, thread: Any) -> None:
-    """t.O to its 64 columns of o[s], shared memory of [C, V]; thread counts from 0 in the
-    warpgroup."""
+    """t.O to its 64 columns of o[s], shared memory of [C, V]."""
     T.copy(t.O, t.half)
     for pair in T.unroll(C // 16):
         T.call_extern(
-            "handle",
-            "gdn_store_transposed",
+            "handle", "gdn_store_transposed",
             T.address_of(
                 o[
                     s,
-                    pair * 16 + thread % 32 // 16 * 8 + thread % 8,
+                    pair * 16 + thread // 16 % 2 * 8 + thread % 8,
                     wg * ROWS + thread // 32 * 16 + thread // 8 % 2 * 8,
                 ]
             ),
-            t.half.data,
-            pair,
-        )
+            t.half.data, pair,
+        )  # fmt: skip

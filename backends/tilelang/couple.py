@@ -1,5 +1,6 @@
 """Coupling the tokens of a chunk, by one warpgroup: all that needs no state.
 
+    rq, rk = 1 / sqrt(sum x^2 + 1e-6) of the rows of q and k, where fused, else 1
     L_ij = exp(G_i - G_j),  A = (I + tril(beta_i L_ij rk_i rk_j k_i.k_j, -1))^-1
     A_v = A diag(beta),  A_k = -A diag(beta e^G rk),  P = scale tril(L_ij rq_i rk_j q_i.k_j)
 
@@ -15,29 +16,44 @@ from typing import Any
 import tilelang.language as T
 from tilelang.layout import make_linear_layout
 
+from gdn.definition import L2_EPS
 from gdn.problem import CHUNK as C
 
 LOG2_E = 1.4426950408889634
-PITCH = C + 8
-"""Columns of the float32 inverse in shared memory, so that rows start in different banks."""
+THREADS = 128
+
+STORE = """
+#include <tl_templates/cuda/ldsm.h>
+// Sixteen columns of a half-precision accumulator to shared memory, as they are or transposed.
+__device__ __forceinline__ void gdn_store(void *to, const void *from, int pair) {
+  const int *x = reinterpret_cast<const int *>(from) + 4 * pair;
+  tl::ptx_stmatrix_m8n8_x4(to, x[0], x[1], x[2], x[3]);
+}
+__device__ __forceinline__ void gdn_store_transposed(void *to, const void *from, int pair) {
+  const int *x = reinterpret_cast<const int *>(from) + 4 * pair;
+  tl::ptx_stmatrix_m8n8_x4_trans(to, x[0], x[1], x[2], x[3]);
+}
+"""
+"""CUDA that goes before a kernel: stores that TileLang would do two bytes at a time."""
 
 
 class Workspace:
     """Shared memory for one inverse at a time. Zeros around what is written stay as they are."""
 
     def __init__(self) -> None:
-        half, full = "float16", "float32"
-        self.diagonal = T.alloc_shared((4, 16, 16), full)  # blocks of M
-        self.inverse = T.alloc_shared((C, PITCH), full)
-        self.odd = T.alloc_shared((C, 32), half)  # inverses of blocks 1 and 3, side by side
-        self.even = T.alloc_shared((16, 32), half)  # of blocks 0 and 2
+        half = "float16"
+        self.inverse = T.alloc_shared((C, C + 8), half)  # padded: rows start in different banks
+        self.diagonal = T.alloc_shared((4, 16, 16), "float32")  # blocks of M
         self.below = T.alloc_shared((32, 16), half)  # -M between blocks 0 and 1, 2 and 3
-        self.right = T.alloc_shared((C, 32), half)  # the inverse's lower right quarter
-        self.top = T.alloc_shared((32, 32), half)  # and its upper left one
         self.corner = T.alloc_shared((32, 32), half)  # -M's lower left quarter
+        # of the inverse: blocks 0 and 2 side by side; the upper left quarter; and, in 32 columns,
+        # block 1 and below it the lower right quarter
+        self.even = T.alloc_shared((16, 32), half)
+        self.top = T.alloc_shared((32, 32), half)
+        self.side = T.alloc_shared((C, 32), half)
         # factors of rows and columns
-        self.through, self.into, self.scores, self.strength = (
-            T.alloc_shared((C,), full) for _ in range(4)
+        self.rq, self.rk, self.into, self.scores, self.strength, self.through = (
+            T.alloc_shared((C,), "float32") for _ in range(6)
         )
         linear = (self.diagonal, self.inverse)
         T.annotate_layout({buffer: make_linear_layout(buffer) for buffer in linear})
@@ -45,18 +61,30 @@ class Workspace:
 
 @T.macro
 def clear_workspace(w: Any) -> None:
-    for i, j in T.Parallel(C, PITCH):
+    for i, j in T.Parallel(C, C + 8):
         w.inverse[i, j] = 0
     for i, j in T.Parallel(C, 32):
-        w.odd[i, j] = 0
-        w.right[i, j] = 0
+        w.side[i, j] = 0
     for i, j in T.Parallel(32, 32):
         w.top[i, j] = 0
 
 
 @T.macro
+def store(x: Any, half: Any, to: Any, s: Any, thread: Any) -> None:
+    """x, an accumulator [C, C], through half to to[s], shared memory."""
+    T.copy(x, half)
+    for pair in T.unroll(C // 16):
+        T.call_extern(
+            "handle", "gdn_store",
+            T.address_of(to[s, thread // 32 * 16 + thread % 16, pair * 16 + thread // 16 % 2 * 8]),
+            half.data, pair,
+        )  # fmt: skip
+
+
+@T.macro
 def spread(M: Any, w: Any) -> None:
-    """Strictly lower M, a fragment [C, C], to where `invert` wants its blocks."""
+    """M, a fragment [C, C], to where `invert` wants its blocks; only what is below the diagonal is
+    read there."""
     for i, j in T.Parallel(C, C):
         if i // 16 == j // 16:
             w.diagonal[i // 16, i % 16, j % 16] = M[i, j]
@@ -68,7 +96,7 @@ def spread(M: Any, w: Any) -> None:
 
 @T.macro
 def invert(w: Any, thread: Any, barrier: Any) -> None:
-    """w.inverse = (I + M)^-1, by 128 threads, after `spread`."""
+    """w.inverse = (I + M)^-1, after `spread`."""
     # x (I + M) = a unit vector: a row of a block's inverse a thread, twice over
     x = T.alloc_local((16,), "float32")
     known = T.alloc_local((16,), "float32")
@@ -81,31 +109,35 @@ def invert(w: Any, thread: Any, barrier: Any) -> None:
                 known[four * 4 + j] = w.diagonal[block, 15 - k, four * 4 + j]
         for j in T.unroll(15 - k):
             x[j] -= x[15 - k] * known[j]
+    half = T.alloc_local((16,), "float16")
+    for j in T.vectorized(16):
+        half[j] = x[j]
     if thread % 32 < 16:
         for j in T.vectorized(16):
-            w.inverse[block * 16 + row, block * 16 + j] = x[j]
-        if block % 2 == 1:
-            for j in T.vectorized(16):
-                w.odd[block * 16 + row, block // 2 * 16 + j] = x[j]
-        else:
-            for j in T.vectorized(16):
-                w.even[row, block // 2 * 16 + j] = x[j]
+            w.inverse[block * 16 + row, block * 16 + j] = half[j]
         if block < 2:
             for j in T.vectorized(16):
-                w.top[block * 16 + row, block * 16 + j] = x[j]
-        else:
+                w.top[block * 16 + row, block * 16 + j] = half[j]
+        if block % 2 == 0:
             for j in T.vectorized(16):
-                w.right[block * 16 + row, block * 16 + j - 32] = x[j]
+                w.even[row, block // 2 * 16 + j] = half[j]
+        if block > 0:
+            for j in T.vectorized(16):
+                w.side[block * 16 + row, block // 3 * 16 + j] = half[j]
+        if block == 3:
+            for j in T.vectorized(16):
+                w.side[48 + row, j] = 0
     T.fence_proxy_async()
-    T.sync_threads(barrier, 128)
+    T.sync_threads(barrier, THREADS)
 
-    half = T.alloc_fragment((C, 16), "float16")
+    narrow = T.alloc_fragment((C, 16), "float16")
     through = T.alloc_fragment((C, 16), "float32")
+    wide = T.alloc_fragment((C, 32), "float16")
     merged = T.alloc_fragment((C, 32), "float32")
-    T.wgmma_gemm(w.odd, w.below, through, clear_accum=True)
+    T.wgmma_gemm(w.side, w.below, through, clear_accum=True)
     T.wait_wgmma(0)
-    T.copy(through, half)
-    T.wgmma_gemm(half, w.even, merged, clear_accum=True)
+    T.copy(through, narrow)
+    T.wgmma_gemm(narrow, w.even, merged, clear_accum=True)
     T.wait_wgmma(0)
     for i, j in T.Parallel(C, 32):
         if i // 16 == 1 and j < 16:
@@ -113,12 +145,11 @@ def invert(w: Any, thread: Any, barrier: Any) -> None:
             w.top[i, j] = merged[i, j]
         if i // 16 == 3 and j >= 16:
             w.inverse[i, j + 16] = merged[i, j]
-            w.right[i, j - 16] = merged[i, j]
+            w.side[i, j - 16] = merged[i, j]
     T.fence_proxy_async()
-    T.sync_threads(barrier, 128)
+    T.sync_threads(barrier, THREADS)
 
-    wide = T.alloc_fragment((C, 32), "float16")
-    T.wgmma_gemm(w.right, w.corner, merged, clear_accum=True)
+    T.wgmma_gemm(w.side, w.corner, merged, clear_accum=True)
     T.wait_wgmma(0)
     T.copy(merged, wide)
     T.wgmma_gemm(wide, w.top, merged, clear_accum=True)
@@ -126,62 +157,102 @@ def invert(w: Any, thread: Any, barrier: Any) -> None:
     for i, j in T.Parallel(C, 32):
         if i >= 32:
             w.inverse[i, j] = merged[i, j]
-    T.sync_threads(barrier, 128)
+    T.sync_threads(barrier, THREADS)
 
 
 @T.macro
-def couple(m: Any, w: Any, s: Any, s_k: Any, scale: Any, thread: Any, barrier: Any, l2: bool) -> None:
-    """A_v, A_k, P and the factors of a chunk, by 128 threads; A itself stays in w.inverse."""
-    x = T.alloc_fragment((C, C), "float32")  # M, then P, then A_v and A_k
+def norms_of_queries(q: Any, s: Any, w: Any, thread: Any) -> None:
+    """w.rq, two threads a row of q[s]."""
+    part = T.alloc_local((8,), q.dtype)
+    total = T.alloc_local((4,), "float32")
+    width = q.shape[2] // 2
+    for i in T.unroll(4):
+        total[i] = 0.0
+    for eight in T.unroll(width // 8):
+        for i in T.vectorized(8):
+            part[i] = q[s, thread // 2, thread % 2 * width + eight * 8 + i]
+        for i in T.unroll(8):
+            total[i % 4] += T.cast(part[i], "float32") * T.cast(part[i], "float32")
+    total[0] += total[1] + (total[2] + total[3])
+    total[1] = T.shfl_xor(total[0], 1)
+    w.rq[thread // 2] = T.rsqrt(total[0] + total[1] + L2_EPS)
+
+
+@T.macro
+def couple(
+    m: Any, w: Any, s: Any, s_k: Any, scale: Any, thread: Any, barrier: Any, l2: bool
+) -> None:
+    """A_v, A_k, P and the factors of a chunk; A itself stays in w.inverse."""
+    x = T.alloc_fragment((C, C), "float32")  # of k and k, then A_v and A_k
+    y = T.alloc_fragment((C, C), "float32")  # of q and k
+    half = T.alloc_fragment((C, C), m.P.dtype)
+    G = T.alloc_fragment((C,), "float32")
+    factor = T.alloc_fragment((C,), "float32")
     T.wgmma_gemm(m.k[s_k, :, :], m.k[s_k, :, :], x, transpose_B=True, clear_accum=True)
-    if thread < C:
-        m.read[s, thread] = T.exp2(m.G[s_k, thread]) * scale
-        m.onto[s, thread] = T.exp2(m.G[s_k, C - 1] - m.G[s_k, thread])
-        w.through[thread] = -m.beta[s_k, thread] * T.exp2(m.G[s_k, thread])
-        if l2:
-            m.read[s, thread] *= m.rq[s_k, thread]
-            m.onto[s, thread] *= m.rk[s_k, thread]
-            w.through[thread] *= m.rk[s_k, thread]
-            w.into[thread] = m.G[s_k, thread] - T.log2(m.rk[s_k, thread])
-            w.scores[thread] = scale * m.rq[s_k, thread]
-            w.strength[thread] = m.beta[s_k, thread] * m.rk[s_k, thread]
-        if thread == 0:
-            m.decay[s, 0] = T.exp2(m.G[s_k, C - 1])
+    T.wgmma_gemm(m.q[s_k, :, :], m.k[s_k, :, :], y, transpose_B=True, clear_accum=True)
     if l2:
-        T.sync_threads(barrier, 128)
-    T.wait_wgmma(0)
-    # masked after the exponential: what is above the diagonal may be infinite, and is dropped
+        norms_of_queries(m.q, s_k, w, thread)
+        T.wait_wgmma(1)
+        for i, j in T.Parallel(C, C):
+            if i == j:
+                w.rk[i] = T.rsqrt(x[i, j] + L2_EPS)
+        T.sync_threads(barrier, THREADS)
+    if thread < C:
+        rise = T.exp2(m.G[s_k, thread])
+        onto = T.exp2(m.G[s_k, C - 1] - m.G[s_k, thread])
+        beta = m.beta[s_k, thread]
+        m.read[s, thread] = rise * scale * (w.rq[thread] if l2 else 1.0)
+        m.onto[s, thread] = onto * (w.rk[thread] if l2 else 1.0)
+        w.through[thread] = -beta * rise * (w.rk[thread] if l2 else 1.0)
+        w.into[thread] = m.G[s_k, thread] - (T.log2(w.rk[thread]) if l2 else 0.0)
+        w.scores[thread] = scale * (w.rq[thread] if l2 else 1.0)
+        w.strength[thread] = beta * (w.rk[thread] if l2 else 1.0)
+        if thread == C - 1:
+            m.decay[s, 0] = rise
+    T.sync_threads(barrier, THREADS)
+    for i in T.Parallel(C):
+        G[i] = m.G[s_k, i]
+        factor[i] = w.strength[i]
+    T.wait_wgmma(1)
+    # what is above the diagonal may be infinite, and is dropped
     for i, j in T.Parallel(C, C):
-        x[i, j] *= T.exp2(m.G[s_k, i] - (w.into[j] if l2 else m.G[s_k, j]))
-    for i, j in T.Parallel(C, C):
-        x[i, j] = T.if_then_else(i > j, x[i, j] * (w.strength[i] if l2 else m.beta[s_k, i]), 0.0)
+        x[i, j] = x[i, j] * T.exp2(G[i] - w.into[j]) * factor[i]
     spread(x, w)
-    T.wgmma_gemm(m.q[s_k, :, :], m.k[s_k, :, :], x, transpose_B=True, clear_accum=True)
-    T.sync_threads(barrier, 128)
+    T.sync_threads(barrier, THREADS)
+    for i in T.Parallel(C):
+        factor[i] = w.scores[i]
     T.wait_wgmma(0)
     for i, j in T.Parallel(C, C):
-        x[i, j] *= T.exp2(m.G[s_k, i] - (w.into[j] if l2 else m.G[s_k, j]))
+        y[i, j] = y[i, j] * T.exp2(G[i] - w.into[j]) * factor[i]
     for i, j in T.Parallel(C, C):
-        x[i, j] = T.if_then_else(i >= j, x[i, j] * (w.scores[i] if l2 else scale), 0.0)
-    T.copy(x, m.P[s, :, :])
+        y[i, j] = T.if_then_else(i >= j, y[i, j], 0.0)
+    store(y, half, m.P, s, thread)
     invert(w, thread, barrier)
     for i, j in T.Parallel(C, C):
         x[i, j] = w.inverse[i, j] * m.beta[s_k, j]
-    T.copy(x, m.A_v[s, :, :])
+    store(x, half, m.A_v, s, thread)
     for i, j in T.Parallel(C, C):
         x[i, j] = w.inverse[i, j] * w.through[j]
-    T.copy(x, m.A_k[s, :, :])
+    store(x, half, m.A_k, s, thread)
 
 
 @T.macro
 def save_chunk(
-    m: Any, w: Any, factors: Any, inverses: Any, slot: Any, head: Any, s_k: Any, thread: Any, l2: bool
+    m: Any,
+    w: Any,
+    factors: Any,
+    inverses: Any,
+    slot: Any,
+    head: Any,
+    s_k: Any,
+    thread: Any,
+    l2: bool,
 ) -> None:
     """What backward needs: G, beta, rq, rk, and A."""
     if thread < C:
         factors[slot, head, 0, thread] = m.G[s_k, thread] / LOG2_E
         factors[slot, head, 1, thread] = m.beta[s_k, thread]
-        factors[slot, head, 2, thread] = m.rq[s_k, thread] if l2 else 1.0
-        factors[slot, head, 3, thread] = m.rk[s_k, thread] if l2 else 1.0
+        factors[slot, head, 2, thread] = w.rq[thread] if l2 else 1.0
+        factors[slot, head, 3, thread] = w.rk[thread] if l2 else 1.0
     for i, j in T.Parallel(C, C):
         inverses[slot, head, i, j] = w.inverse[i, j]

@@ -1,10 +1,9 @@
-"""What the warps that load do for a chunk: the gates and their sums, and the norms of q and k.
+"""What the warps that load do for a chunk: the gates and their sums.
 
     g = -exp(A_log) softplus(g_raw + dt_bias), beta = c sigmoid(beta_raw)    where fused
     G = cumsum(g) / ln 2 within the chunk
-    r = 1 / sqrt(sum x^2 + 1e-6) of the rows of q and k
 
-Past the end of the sequence g and beta are 0, so that G stays at its last value, and r is 1.
+Past the end of the sequence g and beta are 0, so that G stays at its last value.
 """
 
 from __future__ import annotations
@@ -13,10 +12,37 @@ from typing import Any
 
 import tilelang.language as T
 
-from gdn.definition import L2_EPS
 from gdn.problem import CHUNK as C
 
 from .couple import LOG2_E
+
+
+@T.macro
+def locate(
+    slot: Any, cu_seqlens: Any, sequences: Any, length: Any, place: Any, varlen: bool
+) -> None:
+    """place = batch, first token and tokens left (0 or less: not in use) of the chunk that is number
+    `slot`. In packed input chunk i of sequence n has the number cu_seqlens[n] // C + n + i."""
+    if varlen:
+        low = T.alloc_local((1,), "int32")
+        high = T.alloc_local((1,), "int32")
+        low[0] = 0
+        high[0] = sequences
+        while high[0] - low[0] > 1:
+            middle = (low[0] + high[0]) // 2
+            if T.cast(cu_seqlens[middle], "int32") // C + middle <= slot:
+                low[0] = middle
+            else:
+                high[0] = middle
+        start = T.cast(cu_seqlens[low[0]], "int32")
+        place[0] = 0
+        place[1] = start + (slot - start // C - low[0]) * C
+        place[2] = T.cast(cu_seqlens[low[0] + 1], "int32") - place[1]
+    else:
+        each = T.ceildiv(length, C)
+        place[0] = slot // each
+        place[1] = slot % each * C
+        place[2] = length - place[1]
 
 
 def softplus(x: Any, y: Any) -> Any:
@@ -62,20 +88,3 @@ def sum_gates(
     m.G[s, lane * 2 + 1] = total[0]
     for i in T.unroll(2):
         m.beta[s, lane * 2 + i] = written[i]
-
-
-@T.macro
-def norms(x: Any, r: Any, s: Any, live: Any, lane: Any) -> None:
-    """r[s], by one warp: 1 / sqrt(sum x^2 + 1e-6) of the rows of x[s], shared memory of [C, K]."""
-    part = T.alloc_local((8,), x.dtype)
-    total = T.alloc_local((4,), "float32")
-    for half in T.unroll(2):
-        for i in T.unroll(4):
-            total[i] = 0.0
-        for eight in T.unroll(x.shape[2] // 8):
-            for i in T.vectorized(8):
-                part[i] = x[s, half * 32 + lane, eight * 8 + i]
-            for i in T.unroll(8):
-                total[i % 4] += T.cast(part[i], "float32") * T.cast(part[i], "float32")
-        total[0] += total[1] + (total[2] + total[3]) + L2_EPS
-        r[s, half * 32 + lane] = T.if_then_else(half * 32 + lane < live, T.rsqrt(total[0]), 1.0)

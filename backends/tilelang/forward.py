@@ -10,7 +10,14 @@ from torch import Tensor
 from gdn.backend import Forward
 from gdn.problem import CHUNK, Call
 
-from .fused import fused
+from .prepare import prepare
+from .scan import scan
+
+
+def warpgroups(V: int, walks: int) -> int:
+    """How many warpgroups a program of the scan gets: one where that leaves fewer multiprocessors
+    idle."""
+    return 2 if V == 128 and walks > 66 else 1
 
 
 def slots(call: Call) -> int:
@@ -46,49 +53,57 @@ class Plan:
 
     def __init__(self, call: Call) -> None:
         K, (HV, V) = call.q.shape[3], call.v.shape[2:]
-        self.sequences, self.state = call.sequences, call.state_shape
-        self.warpgroups = 2 if V == 128 and self.sequences * HV > 66 else 1
-        self.statics: dict[str, Any] = {
+        self.sequences, self.state, self.slots = call.sequences, call.state_shape, slots(call)
+        shared = {
             "dtype": _name(call.q, ""),
-            "gates": _name(call.g, ""),
-            "strengths": _name(call.beta, ""),
             "offsets": _name(call.cu_seqlens, "int32"),
             "K": K,
             "V": V,
-            "warpgroups": self.warpgroups,
             "varlen": call.cu_seqlens is not None,
+        }
+        self.prepare: dict[str, Any] = shared | {
+            "gates": _name(call.g, ""),
+            "strengths": _name(call.beta, ""),
             "l2": call.use_qk_l2norm_in_kernel,
             "gate": call.use_gate_in_kernel,
             "bias": call.dt_bias is not None,
             "sigmoid": call.use_beta_sigmoid_in_kernel,
             "double": call.allow_neg_eigval,
+        }
+        self.scan: dict[str, Any] = shared | {
+            "warpgroups": warpgroups(V, self.sequences * HV),
             "initial": call.initial_state is not None,
             "final": call.output_final_state,
             "v_first": call.state_v_first,
         }
-        self.kernels: dict[bool, Any] = {}
+        self.kernels: dict[bool, tuple[Any, Any]] = {}
 
-    def kernel(self, save: bool) -> Any:
-        """The compiled kernel."""
+    def compiled(self, save: bool) -> tuple[Any, Any]:
+        """The two kernels."""
         if save not in self.kernels:
-            self.kernels[save] = fused(**self.statics, save=save)
+            self.kernels[save] = prepare(**self.prepare, save=save), scan(**self.scan)
         return self.kernels[save]
 
     def forward(self, call: Call, save: bool) -> Forward:
         """See `gdn.backend.Backend.forward`."""
-        o = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device)
-        end = None
-        if call.output_final_state:
-            end = torch.empty(self.state, dtype=torch.float32, device=o.device)
+        HV, dtype, new_empty = call.v.shape[2], call.q.dtype, call.q.new_empty
+        q, k, v, g, beta = (_ready(x) for x in call[:5])
+        A_log, dt_bias = (None if x is None else x.float() for x in (call.A_log, call.dt_bias))
+        o = torch.empty(call.v.shape, dtype=dtype, device=call.v.device)
+        end = new_empty(self.state, dtype=torch.float32) if call.output_final_state else None
+        matrices = new_empty((self.slots, HV, 3, CHUNK, CHUNK))
+        walk = new_empty((self.slots, HV, 3, CHUNK), dtype=torch.float32)
         saved = saved_like(call) if save else []
-        if save and call.cu_seqlens is not None:
+        if call.cu_seqlens is not None:
             for x in saved:
-                x.zero_()
-        A_log, dt_bias = (
-            None if x is None else x.float() for x in (call.A_log, call.dt_bias)
-        )
-        self.kernel(save)(
-            *(_ready(x) for x in call[:5]), A_log, dt_bias, _ready(call.initial_state),
-            call.cu_seqlens, o, end, *(saved or (None, None)), self.sequences, call.scale,
+                x.zero_()  # numbers of chunks may stay unused
+        prepare_chunks, walk_chunks = self.compiled(save)
+        prepare_chunks(
+            q, k, g, beta, A_log, dt_bias, call.cu_seqlens, matrices, walk,
+            *(saved or (None, None)), self.sequences, call.scale,
+        )  # fmt: skip
+        walk_chunks(
+            q, k, v, matrices, walk, _ready(call.initial_state), call.cu_seqlens, o, end,
+            self.sequences,
         )  # fmt: skip
         return Forward(o, end, saved)
