@@ -145,7 +145,8 @@ def capability_rows(backends: Sequence[BackendInfo]) -> Table:
         c = info.capabilities
         sizes = ", ".join(map(str, c.head_dims)) or "any"
         limits = [f"{n} ≤ {m}" for n, m in (("K", c.max_k), ("V", c.max_v)) if m is not None]
-        chips = f"sm_{c.min_sm} or newer" if c.min_sm else ""
+        chips = f"sm_{c.min_sm}" if c.min_sm else ""
+        chips += " or newer" if c.min_sm and c.max_sm != c.min_sm else ""
         fused = "all" if c.flags >= set(FLAGS) else ", ".join(sorted(c.flags)) or "none"
         rows.append(
             [

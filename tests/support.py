@@ -34,9 +34,11 @@ def able(backend: str, inputs: dict[str, Any]) -> bool:
 
 
 def run(backend: str, case: Case, inputs: dict[str, Any], device: str) -> dict[str, Tensor]:
-    """o, final_state and every gradient, by name."""
+    """o, final_state and, if the inputs require them, every gradient, by name."""
     o, final_state = gdn.gated_delta_net(**inputs, backend=backend)
-    grads = gradients((o, final_state), inputs, make_output_gradients(case, device))
+    grads = {}
+    if inputs["q"].requires_grad:
+        grads = gradients((o, final_state), inputs, make_output_gradients(case, device))
     return {"o": o.detach(), "final_state": final_state.detach()} | grads
 
 

@@ -50,7 +50,9 @@ def test_agrees_with_the_definition(
     PyTorch in the same dtype."""
     inputs = with_gradients(make_inputs(case, device))
     if not able(backend, inputs):
-        return
+        inputs = make_inputs(case, device)  # forward alone may be claimed
+        if not able(backend, inputs):
+            return
     if reason := DEVIATIONS.get((backend, case.name, case.dtype)):
         request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
     expected = truth(case)

@@ -1,4 +1,12 @@
-"""Our TileLang kernels for Hopper."""
+"""Our TileLang kernels for Hopper: two forward (four for few heads), three backward, one to decode.
+
+`prepare.py` couples the tokens of every chunk, by itself; `scan.py` then carries the states along
+and reads them; `cut.py` and `carry.py` let the pieces of a sequence be walked at the same time.
+`couple.py`, `feed.py` and `advance.py` are what their warps do, `forward.py` is their order.
+`states.py`, `reverse_scan.py` and `gradients.py` go back (with `through_states.py`,
+`within_chunk.py`, `per_token.py`, `sums.py` and `transposed.py`), in the order of `backward.py`.
+`decode.py` and `part.py` are the serving step. `launch.py` is how a kernel is compiled.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn.backend import Backend, Capabilities, Forward
+from gdn.backend import Backend, Capabilities, Forward, Gradients
 from gdn.problem import Call, Problem, Step
 
 
 class TileLangBackend(Backend):
-    """Hopper alone: its asynchronous tensor cores, copies and barriers are what the kernels are made
-    of."""
+    """Hopper alone: its asynchronous products, copies and barriers are what the kernels use."""
 
     name = "tilelang"
     summary = "our TileLang kernels"
@@ -24,20 +31,25 @@ class TileLangBackend(Backend):
         min_sm=90,
         max_sm=90,
         head_dims=(64, 128),
-        backward=False,
+        decode=(torch.float32, torch.bfloat16),
     )
     priority = 400
 
-    def __init__(self, plan: Any = None) -> None:
-        self.plan = plan
+    def __init__(self, plan: Any = None, back: Any = None) -> None:
+        self.plan, self.back = plan, back
 
     def path(self, problem: Problem) -> str:
         return "TileLang"
 
     def bind(self, call: Call | Step) -> TileLangBackend:
+        if isinstance(call, Step):
+            from .decode import StepPlan
+
+            return TileLangBackend(StepPlan(call))
+        from .backward import Backward
         from .forward import Plan
 
-        return TileLangBackend(Plan(call))
+        return TileLangBackend(Plan(call), Backward(call))
 
     def saved_like(self, call: Call) -> list[Tensor]:
         from .forward import saved_like
@@ -47,6 +59,16 @@ class TileLangBackend(Backend):
     def forward(self, call: Call, save: bool) -> Forward:
         found: Forward = self.plan.forward(call, save)
         return found
+
+    def backward(
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
+    ) -> Gradients:
+        found: Gradients = self.back.backward(call, saved, grad_o, grad_final_state)
+        return found
+
+    def decode(self, step: Step) -> Tensor:
+        o: Tensor = self.plan.decode(step)
+        return o
 
 
 BACKEND = TileLangBackend()

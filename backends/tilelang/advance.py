@@ -44,6 +44,13 @@ def load_state(t: Any, begin: Any, n: Any, head: Any, row: Any, v_first: bool) -
 
 
 @T.macro
+def unit_state(t: Any, row: Any) -> None:
+    """t.S as the rows from `row` of a unit matrix [K, K]; zero if row is below 0."""
+    for i, j in T.Parallel(*t.S.shape):
+        t.S[i, j] = T.if_then_else(row + i == j, 1.0, 0.0)
+
+
+@T.macro
 def store_state(t: Any, end: Any, n: Any, head: Any, row: Any, v_first: bool) -> None:
     """The inverse of `load_state`."""
     for i, j in T.Parallel(*t.S.shape):
@@ -57,7 +64,6 @@ def store_state(t: Any, end: Any, n: Any, head: Any, row: Any, v_first: bool) ->
 def recall(t: Any, m: Any, s: Any, wg: int) -> None:
     """The first half of a chunk, in place s of shared memory m: A_v V and K S. v is
     not read again."""
-    T.copy(t.S, t.before)
     T.wgmma_gemm(
         m.v[s, :, wg * ROWS : wg * ROWS + ROWS], m.A_v[s, :, :], t.U,
         transpose_A=True, transpose_B=True, clear_accum=True,
@@ -83,6 +89,8 @@ def advance(t: Any, m: Any, s: Any) -> None:
     for i, j in T.Parallel(ROWS, C):
         t.O[i, j] *= m.walk[s, 1, j]
     T.wgmma_gemm(t.half, m.P[s, :, :], t.O, transpose_B=True)
+    T.wait_wgmma(1)
+    T.copy(t.S, t.before)
     T.wait_wgmma(0)
 
 

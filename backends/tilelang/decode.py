@@ -15,26 +15,34 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from gdn.definition import L2_EPS
 from gdn.problem import Step
 
 from .launch import kernel
 from .part import Part, Shape, keep, load, meet
 
-EPS = 1e-6
 _TENSORS = Step._fields.index("scale")
 _OWN = ("g", "beta", "state_indices", "num_accepted_tokens", "A_log", "dt_bias", "cu_seqlens")
 
 
 def shape_for(walks: int, K: int, V: int, vec: int, v_first: bool) -> Shape:
-    """The shape for `walks` states at once, `vec` elements a load; K, V powers of two."""
+    """The shape for `walks` states at once, `vec` elements a load; K, V powers of two. Measured on
+    an H200 (bench/LOG.md): whole rows of V where there are enough states, small blocks of V where
+    there are few."""
     few = walks < 128
     if v_first:
         lanes = min(8, K // vec)
         rows = min(1 if few else 4, 64 * lanes // K, V * lanes // 32)
         return Shape(min(32 if few else 128, V // rows * lanes), lanes, rows)
-    lanes = min(2 if few else 4, V // vec)
-    rows = min(8 if few or vec == 8 else 16, K * lanes // 32)
-    return Shape(lanes * K // rows, lanes, rows)
+    if walks < 32:
+        lanes, rows, resident = 2, 8, 1
+    elif walks < 2048:
+        lanes, rows, resident = 8, 8, 4
+    else:
+        lanes, rows, resident = 32, 64 // vec, 2
+    lanes = min(lanes, V // vec)
+    rows = min(rows, K * lanes // 32)
+    return Shape(lanes * K // rows, lanes, rows, resident)
 
 
 def softplus(x: Any) -> Any:
@@ -147,8 +155,8 @@ def decode_kernel(
                             sums[2 * values + 1] += qq * qq
                             sums[2 * values + 2] += kk * kk
                     meet(sums, count, between, thread, t, part)
-                    rq = T.rsqrt(sums[2 * values + 1] + EPS) if l2 else T.float32(1)
-                    rk = T.rsqrt(sums[2 * values + 2] + EPS) if l2 else T.float32(1)
+                    rq = T.rsqrt(sums[2 * values + 1] + L2_EPS) if l2 else T.float32(1)
+                    rk = T.rsqrt(sums[2 * values + 2] + L2_EPS) if l2 else T.float32(1)
                     for j in T.unroll(values):
                         error = T.cast(raw_v[j], "float32") - decay * rk * sums[j]
                         u[j] = x_b * rk * error

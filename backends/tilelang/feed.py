@@ -1,4 +1,4 @@
-"""What the warps that load do for a chunk: the gates and their sums.
+"""Where the tokens of a chunk lie, and its gates and their sums.
 
     g = -exp(A_log) softplus(g_raw + dt_bias), beta = c sigmoid(beta_raw)    where fused
     G = cumsum(g) / ln 2 within the chunk
@@ -12,17 +12,15 @@ from typing import Any
 
 import tilelang.language as T
 
-from gdn.problem import CHUNK as C
-
 from .couple import LOG2_E
 
 
 @T.macro
 def locate(
-    slot: Any, cu_seqlens: Any, sequences: Any, length: Any, place: Any, varlen: bool
+    number: Any, cu_seqlens: Any, sequences: Any, length: Any, size: Any, place: Any, varlen: bool
 ) -> None:
-    """place = batch, first token and tokens left (0 or less: not in use) of the chunk that is number
-    `slot`. In packed input chunk i of sequence n has the number cu_seqlens[n] // C + n + i."""
+    """place = sequence, first token and tokens left (0 or less: not in use) of the piece of `size`
+    tokens that has this number (see `cut.py`)."""
     if varlen:
         low = T.alloc_local((1,), "int32")
         high = T.alloc_local((1,), "int32")
@@ -30,18 +28,18 @@ def locate(
         high[0] = sequences
         while high[0] - low[0] > 1:
             middle = (low[0] + high[0]) // 2
-            if T.cast(cu_seqlens[middle], "int32") // C + middle <= slot:
+            if T.cast(cu_seqlens[middle], "int32") // size + middle <= number:
                 low[0] = middle
             else:
                 high[0] = middle
         start = T.cast(cu_seqlens[low[0]], "int32")
-        place[0] = 0
-        place[1] = start + (slot - start // C - low[0]) * C
+        place[0] = low[0]
+        place[1] = start + (number - start // size - low[0]) * size
         place[2] = T.cast(cu_seqlens[low[0] + 1], "int32") - place[1]
     else:
-        each = T.ceildiv(length, C)
-        place[0] = slot // each
-        place[1] = slot % each * C
+        each = T.ceildiv(length, size)
+        place[0] = number // each
+        place[1] = number % each * size
         place[2] = length - place[1]
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from gdn.backend import Forward
 from gdn.problem import CHUNK, Call
 
+from .advance import ROWS
+from .carry import carry
+from .cut import parallel_length, pieces
 from .prepare import prepare
 from .scan import scan
 
@@ -20,17 +23,10 @@ def warpgroups(V: int, walks: int) -> int:
     return 2 if V == 128 and walks > 66 else 1
 
 
-def slots(call: Call) -> int:
-    """Chunks, counted so that the place of each follows from where it starts: in packed input chunk
-    i of sequence n has the number cu_seqlens[n] // CHUNK + n + i, and some stay unused."""
-    B, T = call.q.shape[:2]
-    return T // CHUNK + call.sequences if call.cu_seqlens is not None else B * -(-T // CHUNK)
-
-
 def saved_like(call: Call) -> list[Tensor]:
     """Empty tensors for what forward hands on: of every chunk and value head G, beta and the
     reciprocal norms of q and k, and the inverse that couples its tokens."""
-    number, HV = slots(call), call.v.shape[2]
+    number, HV = pieces(call, CHUNK), call.v.shape[2]
     return [
         call.q.new_empty((number, HV, 4, CHUNK), dtype=torch.float32),
         call.q.new_empty((number, HV, CHUNK, CHUNK)),
@@ -41,8 +37,8 @@ def _name(x: Tensor | None, otherwise: str) -> str:
     return otherwise if x is None else str(x.dtype).removeprefix("torch.")
 
 
-def _ready(x: Tensor | None) -> Tensor | None:
-    """x, or a copy as TMA wants it: contiguous, and starting at a multiple of 16 bytes."""
+def _ready(x: Any) -> Any:
+    """x, a tensor or None, or a copy as TMA wants it: contiguous, aligned to 16 bytes."""
     if x is None or (x.is_contiguous() and not x.data_ptr() % 16):
         return x
     return x.clone(memory_format=torch.contiguous_format)
@@ -53,7 +49,8 @@ class Plan:
 
     def __init__(self, call: Call) -> None:
         K, (HV, V) = call.q.shape[3], call.v.shape[2:]
-        self.sequences, self.state, self.slots = call.sequences, call.state_shape, slots(call)
+        self.sequences, self.state = call.sequences, call.state_shape
+        self.slots, self.length = pieces(call, CHUNK), parallel_length(call, ROWS)
         shared = {
             "dtype": _name(call.q, ""),
             "offsets": _name(call.cu_seqlens, "int32"),
@@ -70,18 +67,29 @@ class Plan:
             "sigmoid": call.use_beta_sigmoid_in_kernel,
             "double": call.allow_neg_eigval,
         }
-        self.scan: dict[str, Any] = shared | {
-            "warpgroups": warpgroups(V, self.sequences * HV),
+        walk = {n: shared[n] for n in ("offsets", "K", "V", "varlen")} | {
             "initial": call.initial_state is not None,
             "final": call.output_final_state,
             "v_first": call.state_v_first,
         }
-        self.kernels: dict[bool, tuple[Any, Any]] = {}
+        self.walks: list[tuple[Any, dict[str, Any]]]
+        common = {"dtype": shared["dtype"], "transfer": False}
+        if self.length is None:
+            several = warpgroups(V, self.sequences * HV)
+            self.walks = [(scan, walk | common | {"warpgroups": several, "cut": False})]
+        else:
+            self.pieces = pieces(call, self.length)
+            common |= {"warpgroups": 1, "cut": True, "v_first": True}
+            transfer = walk | common | {"initial": False, "final": True, "transfer": True}
+            self.walks = [(scan, transfer), (carry, walk)]
+            self.walks += [(scan, walk | common | {"initial": True, "final": False})]
+        self.kernels: dict[bool, list[Any]] = {}
 
-    def compiled(self, save: bool) -> tuple[Any, Any]:
-        """The two kernels."""
+    def compiled(self, save: bool) -> list[Any]:
+        """The kernels, in the order of their launches."""
         if save not in self.kernels:
-            self.kernels[save] = prepare(**self.prepare, save=save), scan(**self.scan)
+            walks = [build(**statics) for build, statics in self.walks]
+            self.kernels[save] = [prepare(**self.prepare, save=save), *walks]
         return self.kernels[save]
 
     def forward(self, call: Call, save: bool) -> Forward:
@@ -97,13 +105,19 @@ class Plan:
         if call.cu_seqlens is not None:
             for x in saved:
                 x.zero_()  # numbers of chunks may stay unused
-        prepare_chunks, walk_chunks = self.compiled(save)
+        prepare_chunks, *walks = self.compiled(save)
         prepare_chunks(
             q, k, g, beta, A_log, dt_bias, call.cu_seqlens, matrices, walk,
             *(saved or (None, None)), self.sequences, call.scale,
         )  # fmt: skip
-        walk_chunks(
-            q, k, v, matrices, walk, _ready(call.initial_state), call.cu_seqlens, o, end,
-            self.sequences,
-        )  # fmt: skip
+        tensors, begin, N = (q, k, v, matrices, walk), _ready(call.initial_state), self.sequences
+        if self.length is None:
+            walks[0](*tensors, begin, call.cu_seqlens, o, end, N, N, 0)
+        else:
+            K, V, many = q.shape[3], v.shape[3], (N, self.pieces, self.length)
+            walked = new_empty((self.pieces, HV, V + K, K), dtype=torch.float32)
+            begins = new_empty((self.pieces, HV, V, K), dtype=torch.float32)
+            walks[0](*tensors, None, call.cu_seqlens, o, walked, *many)
+            walks[1](walked, begins, begin, end, call.cu_seqlens, N, q.shape[1], self.length)
+            walks[2](*tensors, begins, call.cu_seqlens, o, None, *many)
         return Forward(o, end, saved)

@@ -25,9 +25,9 @@ def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = Fals
     """Turn a builder of a TileLang kernel, from static sizes and options, into one that returns it
     compiled.
 
-    Compiled kernels are remembered in the process, and by TileLang on disk. own_barriers: the kernel
-    gives its warpgroups different work, places every barrier itself, and no two of its buffers may
-    share memory.
+    Compiled kernels are remembered in the process, and by TileLang on disk. own_barriers: the
+    kernel gives its warps different work, places every barrier itself, and no two of its buffers
+    may share memory.
     """
     if build is None:
         return functools.partial(kernel, own_barriers=own_barriers)

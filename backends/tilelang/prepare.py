@@ -50,8 +50,9 @@ def prepare(
             T.annotate_min_blocks_per_sm(3)
             slot, head = program // HV, program % HV
             place = T.alloc_local((3,), "int32")
-            locate(slot, cu_seqlens, sequences, L, place, varlen)
-            batch, at, live = place[0], place[1], place[2]
+            locate(slot, cu_seqlens, sequences, L, C, place, varlen)
+            batch = 0 if varlen else place[0]
+            at, live = place[1], place[2]
             kh = head // (HV // H)
             m = Memory(K, dtype)
             w = Workspace()

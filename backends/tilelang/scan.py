@@ -1,8 +1,14 @@
-"""Stage 2 of forward, a program a sequence, value head and block of V: the state, chunk by chunk.
+"""Stage 2 of forward, a program a piece, value head and block of V: the state, chunk by chunk.
 
-One or two warpgroups carry 64 rows of the transposed state each (`advance.py`); one warp loads up to
-three chunks ahead, by TMA. Reads q, k, v, `matrices` and `walk` (see `prepare.py`) and the initial
-state; writes o and the final state.
+One or two warpgroups carry 64 rows of the transposed state each (`advance.py`); one warp loads up
+to three chunks ahead, by TMA. Reads q, k, v, `matrices` and `walk` (see `prepare.py`) and the state
+that a piece begins with; writes o and the state that it ends with.
+
+A piece is a sequence; or, where sequences are few, they are cut into pieces that are walked at the
+same time, twice: first (TRANSFER) for what each leaves of a zero state, and, with v = 0, of the
+rows of a unit matrix, which says what it does to any state; then, after `carry.py`, for o, from
+the states they really begin with. (The first walk computes an o as well and drops it: without,
+ptxas makes every product wait for the one before.)
 """
 
 from typing import Any
@@ -11,14 +17,24 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
-from .advance import ROWS, Tile, advance, load_state, recall, stage_output, store_state
+from .advance import (
+    ROWS,
+    Tile,
+    advance,
+    load_state,
+    recall,
+    stage_output,
+    store_state,
+    unit_state,
+)
 from .couple import STORE
+from .feed import locate
 from .launch import kernel
 
 STAGES = 3
 """Chunks in shared memory."""
 REGISTERS = (240, 24)
-"""Registers a thread of those who carry, and of those who load."""
+"""Registers a thread of those who carry, and of those who load, where two warpgroups carry."""
 
 
 class Memory:
@@ -34,24 +50,33 @@ class Memory:
 @kernel(own_barriers=True)
 def scan(
     *, dtype: str, offsets: str, K: int, V: int, warpgroups: int, varlen: bool, initial: bool,
-    final: bool, v_first: bool,
+    final: bool, v_first: bool, cut: bool, transfer: bool,
 ) -> Any:  # fmt: skip
-    """See the module. warpgroups: how many carry a state, 1 or 2."""
+    """See the module. warpgroups: how many carry a state, 1 or 2; transfer wants 1, and final."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
-    slots = T.dynamic("slots")
+    slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
     width, carriers = ROWS * warpgroups, 128 * warpgroups
-    blocks = V // width
-    state = (N, HV, V, K) if v_first else (N, HV, K, V)
+    rows = V + K if transfer else V
+    blocks = rows // width
+    inner = (rows, K) if v_first else (K, rows)
 
     @T.macro
     def carry(
-        begin, o, end, m, full, free, n, head, row, batch, start, stop, chunks, wg, thread
+        begin, o, end, m, full, free, piece, head, row, batch, start, stop, chunks, wg, thread
     ):  # fmt: skip
         t = Tile(K, dtype)
-        if initial:
-            load_state(t, begin, n, head, row, v_first)
+        if transfer:
+            unit_state(t, row - V)
+            if row >= V:
+                for s, i, j in T.Parallel(STAGES, C, ROWS):
+                    m.v[s, i, j] = 0
+                T.fence_proxy_async()
+                T.sync_threads(1, 128)
+        elif initial:
+            load_state(t, begin, piece, head, row, v_first)
         else:
             T.clear(t.S)
+        T.copy(t.S, t.before)
         for chunk in T.serial(chunks):
             s, at = chunk % STAGES, start + chunk * C
             T.barrier_wait(full[s], chunk // STAGES % 2)
@@ -69,10 +94,13 @@ def scan(
                 T.tma_store_wait(0)
                 T.barrier_arrive(free[(chunk + STAGES - 1) % STAGES])
             advance(t, m, s)
-            stage_output(t, m.v, s, wg, thread)
-            T.fence_proxy_async()
+            if not transfer:
+                stage_output(t, m.v, s, wg, thread)
+                T.fence_proxy_async()
             T.sync_threads(1 + wg, 128)
-            if at + C <= stop:
+            if transfer:
+                pass
+            elif at + C <= stop:
                 if thread < 32:
                     T.tma_copy(
                         m.v[s, :, wg * ROWS : wg * ROWS + ROWS],
@@ -86,40 +114,55 @@ def scan(
         if thread < 32:
             T.tma_store_wait(0)
         if final:
-            store_state(t, end, n, head, row, v_first)
+            store_state(t, end, piece, head, row, v_first)
 
     @T.prim_func
     def scan_kernel(
         q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
         v: T.Tensor((B, L, HV, V), dtype), matrices: T.Tensor((slots, HV, 3, C, C), dtype),
-        walk: T.Tensor((slots, HV, 3, C), "float32"), begin: T.Tensor(state, "float32"),
-        cu_seqlens: T.Tensor((N + 1,), offsets), o: T.Tensor((B, L, HV, V), dtype),
-        end: T.Tensor(state, "float32"), sequences: T.int32,
+        walk: T.Tensor((slots, HV, 3, C), "float32"), begin: T.Tensor((N, HV, *inner), "float32"),
+        cu_seqlens: T.Tensor((bounds,), offsets), o: T.Tensor((B, L, HV, V), dtype),
+        end: T.Tensor((N, HV, *inner), "float32"), sequences: T.int32, pieces: T.int32,
+        length: T.int32,
     ):  # fmt: skip
-        with T.Kernel(sequences * HV * blocks, threads=carriers + 128, prelude=STORE) as program:
-            n, head = program // (HV * blocks), program // blocks % HV
+        """length: tokens of a piece; sequences, pieces: how many."""
+        with T.Kernel(pieces * HV * blocks, threads=carriers + 128, prelude=STORE) as program:
+            piece, head = program // (HV * blocks), program // blocks % HV
             first, kh = program % blocks * width, head // (HV // H)
+            place = T.alloc_local((3,), "int32")
+            if cut:
+                locate(piece, cu_seqlens, sequences, L, length, place, varlen)
+            else:
+                place[0] = piece
+                place[1] = T.cast(cu_seqlens[piece], "int32") if varlen else 0
+                place[2] = T.cast(cu_seqlens[piece + 1], "int32") - place[1] if varlen else L
+            n, start = place[0], place[1]
+            stop = start + (T.min(place[2], length) if cut else place[2])
             batch = 0 if varlen else n
-            start = T.cast(cu_seqlens[n], "int32") if varlen else 0
-            stop = T.cast(cu_seqlens[n + 1], "int32") if varlen else L
-            slot = start // C + n if varlen else n * T.ceildiv(L, C)
-            chunks = T.ceildiv(stop - start, C)
+            if varlen:
+                before = T.cast(cu_seqlens[n], "int32")
+                place[0] = before // C + n + (start - before) // C
+            else:
+                place[0] = n * T.ceildiv(L, C) + start // C
+            slot = place[0]
+            chunks = T.ceildiv(T.max(stop - start, 0), C)
             m = Memory(K, width, dtype)
             full = T.alloc_barrier([32] * STAGES)
             free = T.alloc_barrier([32 * warpgroups] * STAGES)
             tx = T.get_thread_binding()
 
             if tx < 128:
-                if warpgroups > 1:  # else all have 255 from the start
+                if warpgroups > 1:  # else all have enough from the start
                     T.set_max_nreg(REGISTERS[0], 1)
                 carry(
-                    begin, o, end, m, full, free, n, head, first, batch, start, stop, chunks, 0, tx
+                    begin, o, end, m, full, free, piece, head, first, batch, start, stop, chunks, 0,
+                    tx,
                 )  # fmt: skip
             elif tx < carriers:
                 T.set_max_nreg(REGISTERS[0], 1)
                 carry(
-                    begin, o, end, m, full, free, n, head, first + ROWS, batch, start, stop, chunks,
-                    1, tx - 128,
+                    begin, o, end, m, full, free, piece, head, first + ROWS, batch, start, stop,
+                    chunks, 1, tx - 128,
                 )  # fmt: skip
             else:
                 if warpgroups > 1:
@@ -128,16 +171,35 @@ def scan(
                     for chunk in T.serial(chunks):
                         s, at = chunk % STAGES, start + chunk * C
                         T.barrier_wait(free[s], chunk // STAGES % 2 ^ 1)
-                        for source, target in (
-                            (k[batch, at : at + C, kh, :], m.k[s, :, :]),
-                            (v[batch, at : at + C, head, first : first + width], m.v[s, :, :]),
-                            (matrices[slot + chunk, head, 1, :, :], m.A_v[s, :, :]),
-                            (matrices[slot + chunk, head, 2, :, :], m.A_k[s, :, :]),
-                            (q[batch, at : at + C, kh, :], m.q[s, :, :]),
-                            (matrices[slot + chunk, head, 0, :, :], m.P[s, :, :]),
-                            (walk[slot + chunk, head, :, :], m.walk[s, :, :]),
-                        ):
-                            T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
+                        T.tma_copy(
+                            k[batch, at : at + C, kh, :], m.k[s, :, :],
+                            barrier=full[s], leader_scope_threads=32,
+                        )  # fmt: skip
+                        if first < V:
+                            T.tma_copy(
+                                v[batch, at : at + C, head, first : first + width], m.v[s, :, :],
+                                barrier=full[s], leader_scope_threads=32,
+                            )  # fmt: skip
+                        T.tma_copy(
+                            matrices[slot + chunk, head, 1, :, :], m.A_v[s, :, :],
+                            barrier=full[s], leader_scope_threads=32,
+                        )  # fmt: skip
+                        T.tma_copy(
+                            matrices[slot + chunk, head, 2, :, :], m.A_k[s, :, :],
+                            barrier=full[s], leader_scope_threads=32,
+                        )  # fmt: skip
+                        T.tma_copy(
+                            q[batch, at : at + C, kh, :], m.q[s, :, :],
+                            barrier=full[s], leader_scope_threads=32,
+                        )  # fmt: skip
+                        T.tma_copy(
+                            matrices[slot + chunk, head, 0, :, :], m.P[s, :, :],
+                            barrier=full[s], leader_scope_threads=32,
+                        )  # fmt: skip
+                        T.tma_copy(
+                            walk[slot + chunk, head, :, :], m.walk[s, :, :],
+                            barrier=full[s], leader_scope_threads=32,
+                        )  # fmt: skip
                         T.barrier_arrive(full[s])
 
     return scan_kernel

@@ -1,0 +1,112 @@
+"""Backward: its stages in order, and the buffers between them.
+
+Forward's states are computed again (`states.py`) while the gradient of the state goes back
+(`reverse_scan.py`); all else follows from both, chunk by chunk (`gradients.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn.backend import Gradients
+from gdn.problem import CHUNK, Call
+
+from .cut import pieces
+from .forward import _name, _ready
+from .gradients import gradients
+from .reverse_scan import reverse_scan
+from .states import states
+
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """A stream for what can run beside the caller's."""
+    if device not in _STREAMS:
+        _STREAMS[device] = torch.cuda.Stream(device)
+    return _STREAMS[device]
+
+
+class Backward:
+    """All that backward calls of one kind (shapes, dtypes, device, options) have in common."""
+
+    def __init__(self, call: Call) -> None:
+        H, K = call.q.shape[2:]
+        HV, V = call.v.shape[2:]
+        self.slots, self.sequences = pieces(call, CHUNK), call.sequences
+        self.shape: dict[str, Any] = {
+            "dtype": _name(call.q, ""),
+            "K": K,
+            "V": V,
+            "group": HV // H,
+            "varlen": call.cu_seqlens is not None,
+        }
+        self.scan = self.shape | {
+            "offsets": _name(call.cu_seqlens, "int32"),
+            "v_first": call.state_v_first,
+        }
+        self.options: dict[str, Any] = {
+            "gates": _name(call.g, ""),
+            "strengths": _name(call.beta, ""),
+            "l2": call.use_qk_l2norm_in_kernel,
+            "gate": call.use_gate_in_kernel,
+            "bias": call.dt_bias is not None,
+            "sigmoid": call.use_beta_sigmoid_in_kernel,
+            "double": call.allow_neg_eigval,
+        }
+
+    def kernels(self, initial: bool, final: bool) -> tuple[Any, Any, Any]:
+        """The compiled stages. initial: there is a first state; final: the last has a gradient."""
+        return (
+            states(**self.scan, initial=initial),
+            reverse_scan(**self.scan, final=final, initial=initial),
+            gradients(**self.shape, **self.options),
+        )
+
+    def backward(
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
+    ) -> Gradients:
+        """See `gdn.backend.Backend.backward`."""
+        q, k, v, g, beta, begin, A_log, dt_bias = (_ready(x) for x in call.differentiable)
+        do, end = _ready(grad_o), _ready(grad_final_state)
+        factors, inverse = saved
+        (HV, V), K, cu_seqlens = v.shape[2:], q.shape[3], call.cu_seqlens
+        walk, walk_back, finish = self.kernels(begin is not None, end is not None)
+
+        S, dS = (q.new_empty((self.slots, HV, V, K)) for _ in range(2))
+        U = q.new_empty((self.slots, HV, V, CHUNK))
+        dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
+        first = None if begin is None else torch.empty_like(begin, dtype=torch.float32)
+        spans = None
+        if cu_seqlens is not None:
+            spans = torch.zeros((self.slots, 2), dtype=torch.int32, device=q.device)
+        partial = [
+            None if x is None else x.new_zeros((self.slots, HV), dtype=torch.float32)
+            for x in (A_log, dt_bias)
+        ]
+        begin, A_log, dt_bias = (None if x is None else x.float() for x in (begin, A_log, dt_bias))
+
+        here, aside = torch.cuda.current_stream(q.device), _aside(q.device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            walk(k, v, factors, inverse, begin, cu_seqlens, S, U, spans, self.sequences)
+        walk_back(
+            q, k, do, factors, inverse, end, cu_seqlens, dS, dv, first, call.scale, self.sequences
+        )
+        here.wait_stream(aside)
+        finish(
+            q, k, v, g, A_log, dt_bias, do, factors, U, S, dS, spans,
+            dq, dk, dv, dg, dbeta, *partial, call.scale,
+        )  # fmt: skip
+        state, dA_log, ddt_bias = (
+            None if x is None or like is None else x.to(like.dtype)
+            for x, like in (
+                (first, call.initial_state),
+                (None if partial[0] is None else partial[0].sum(0), call.A_log),
+                (None if partial[1] is None else partial[1].sum(0), call.dt_bias),
+            )
+        )
+        return Gradients(dq, dk, dv, dg, dbeta, state, dA_log, ddt_bias)

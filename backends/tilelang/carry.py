@@ -1,0 +1,74 @@
+"""The states between the pieces of a sequence, a program a sequence, value head and part of V.
+
+    S^T <- S^T M^T + N^T over the pieces, in order
+
+where a piece leaves N from a zero state, and M takes the state before it to what that leaves after
+it. Reads N^T and M^T as `scan.py` writes them, one under the other, [pieces, HV, V + K, K]; writes
+the state that each piece begins with, [pieces, HV, V, K], and the last one. Everything is float32.
+"""
+
+from typing import Any
+
+import tilelang.language as T
+
+from .launch import kernel
+
+COLUMNS = 8
+
+
+@kernel(own_barriers=True)
+def carry(
+    *, offsets: str, K: int, V: int, varlen: bool, initial: bool, final: bool, v_first: bool
+) -> Any:
+    """See the module."""
+    HV, N, pieces, bounds = (T.dynamic(name) for name in ("HV", "N", "pieces", "bounds"))
+    state = (N, HV, V, K) if v_first else (N, HV, K, V)
+    blocks = V // COLUMNS
+
+    @T.prim_func
+    def carry_kernel(
+        walked: T.Tensor((pieces, HV, V + K, K), "float32"),
+        begins: T.Tensor((pieces, HV, V, K), "float32"), begin: T.Tensor(state, "float32"),
+        end: T.Tensor(state, "float32"), cu_seqlens: T.Tensor((bounds,), offsets),
+        sequences: T.int32, total: T.int32, length: T.int32,
+    ):  # fmt: skip
+        """length: tokens of a piece; total: of a sequence, where all are alike."""
+        with T.Kernel(sequences * HV * blocks, threads=K) as program:
+            n, head = program // (HV * blocks), program // blocks % HV
+            first = program % blocks * COLUMNS
+            column = T.get_thread_binding()  # of S^T: a thread has it in all of the rows
+            S = T.alloc_local((COLUMNS,), "float32")
+            row = T.alloc_shared((K, COLUMNS), "float32")  # S^T, turned
+            start = T.cast(cu_seqlens[n], "int32") if varlen else 0
+            tokens = T.cast(cu_seqlens[n + 1], "int32") - start if varlen else total
+            each = T.ceildiv(tokens, length)
+            piece = start // length + n if varlen else n * each
+            for i in T.unroll(COLUMNS):
+                S[i] = 0.0
+                if initial:
+                    if v_first:
+                        S[i] = begin[n, head, first + i, column]
+                    else:
+                        S[i] = begin[n, head, column, first + i]
+            for step in T.serial(each):
+                for i in T.unroll(COLUMNS):
+                    begins[piece + step, head, first + i, column] = S[i]
+                for i in T.vectorized(COLUMNS):
+                    row[column, i] = S[i]
+                T.sync_threads()
+                for i in T.unroll(COLUMNS):
+                    S[i] = walked[piece + step, head, first + i, column]
+                for k in T.unroll(K, unroll_factor=8):
+                    factor = T.alloc_var("float32")
+                    factor = walked[piece + step, head, V + k, column]
+                    for i in T.unroll(COLUMNS):
+                        S[i] += row[k, i] * factor
+                T.sync_threads()
+            if final:
+                for i in T.unroll(COLUMNS):
+                    if v_first:
+                        end[n, head, first + i, column] = S[i]
+                    else:
+                        end[n, head, column, first + i] = S[i]
+
+    return carry_kernel

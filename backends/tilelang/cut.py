@@ -1,0 +1,44 @@
+"""How sequences are cut into pieces, from shapes alone.
+
+Piece i of sequence n has the number cu_seqlens[n] // length + n + i, for chunks and for longer
+pieces: in packed input some numbers stay unused, and nobody needs a table or has to read cu_seqlens
+back.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from gdn.problem import CHUNK, Call
+
+LEAST = 8
+"""Chunks of a piece, at least, where the pieces of a sequence are walked at the same time."""
+
+
+def pieces(call: Call, length: int) -> int:
+    """How many numbers the pieces of `length` tokens take."""
+    B, T = call.q.shape[:2]
+    return T // length + call.sequences if call.cu_seqlens is not None else B * -(-T // length)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of an H200 where there is none."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def parallel_length(call: Call, rows: int) -> int | None:
+    """Tokens of a piece if walking the pieces of each sequence at the same time pays, else None.
+
+    It walks twice, the first time with twice the rows, of which a program has `rows`; so it pays
+    where less than a third of the multiprocessors would have something to walk.
+    """
+    T, (HV, V) = call.q.shape[1], call.v.shape[2:]
+    each = processors(call.q.device) // (call.sequences * HV * (V // rows))
+    tokens = T if call.cu_seqlens is None else T // call.sequences
+    chunks = max(LEAST, -(-tokens // (CHUNK * max(each, 1))))
+    return chunks * CHUNK if each >= 3 and tokens >= 3 * chunks * CHUNK else None

@@ -1,0 +1,135 @@
+"""The gradients of v, beta and the gates in a chunk of one value head, from the other warpgroups'
+sums.
+
+    dv = beta * R
+    dbeta = rowsum(R * U) / beta = rowsum(R * V) - rowsum(e^G * K * (R S^T)) - rowsum(N * (R U^T))
+    dg_t = gradient times value, summed over the factors e^{G_i} with i >= t, e^{G_i - G_j} with
+           i >= t > j, e^{gamma - G_j} with t > j, and e^gamma
+
+Then follow the gradients through the sigmoid and the gate, with one partial sum a chunk for the
+gate's parameters.
+"""
+
+from typing import Any
+
+import tilelang.language as T
+
+from gdn.problem import CHUNK as C
+
+from .feed import softplus
+from .through_states import KNOWN, READ, WRITTEN, sum_over
+
+LOG2_E = 1.4426950408889634
+WEAK = 0.0625
+"""Where beta is not larger, dbeta is not found by dividing by it."""
+
+
+@T.macro
+def store_values(
+    m: Any, v: Any, dv: Any, batch: Any, at: Any, live: Any, head: Any, thread: Any
+) -> None:
+    """By 64 threads: dv, over R in global memory; and rowsum(R * V) where beta is weak."""
+    V = int(m.R.shape[1])
+    some = T.alloc_local((8,), m.R.dtype)
+    total = T.alloc_local((1,), "float32")
+    for step in T.serial(V // 8):
+        i, j = step * (C * 8 // V) + thread // (V // 8), thread % (V // 8) * 8
+        if i < live:
+            for e in T.vectorized(8):
+                some[e] = m.R[i, j + e]
+            for e in T.unroll(8):
+                some[e] = m.factors[1, i] * some[e]
+            for e in T.vectorized(8):
+                dv[batch, at + i, head, j + e] = some[e]
+    if thread < live and m.factors[1, thread] <= WEAK:
+        total[0] = 0.0
+        for j in T.serial(V):
+            total[0] += T.cast(m.R[thread, j], "float32") * T.cast(
+                v[batch, at + thread, head, j], "float32"
+            )
+        m.weak[thread] = total[0]
+
+
+@T.macro
+def store_gates(
+    m: Any, g: Any, A_log: Any, dt_bias: Any, dg: Any, dbeta: Any, dA_log: Any, ddt_bias: Any,
+    batch: Any, at: Any, live: Any, slot: Any, head: Any, scale: Any, lane: Any,
+    gate: bool, bias: bool, sigmoid: bool, double: bool,
+) -> None:  # fmt: skip
+    """By one warp, two tokens a lane."""
+    dG = T.alloc_local((2,), "float32")
+    written = T.alloc_local((2,), "float32")
+    d_beta = T.alloc_local((2,), "float32")
+    run = T.alloc_local((2,), "float32")
+    other = T.alloc_local((2,), "float32")
+    carried = T.alloc_local((1,), "float32")
+    for e in T.unroll(2):
+        i = lane * 2 + e
+        grown = T.exp2(m.factors[0, i] * LOG2_E)
+        beta, rk = m.factors[1, i], m.factors[3, i]
+        known = rk * grown * sum_over(m, KNOWN, i)
+        dG[e] = scale * m.factors[2, i] * grown * sum_over(m, READ, i) - beta * known
+        dG[e] += m.rows[1, i] - beta * m.rows[0, i]
+        for warp in T.unroll(4):
+            dG[e] += m.columns[0, warp, i] - m.columns[1, warp, i]
+        written[e] = (
+            rk * sum_over(m, WRITTEN, i) * T.exp2((m.factors[0, C - 1] - m.factors[0, i]) * LOG2_E)
+        )
+        if beta > WEAK:
+            d_beta[e] = m.along[i] / beta
+        else:
+            d_beta[e] = m.weak[i] - known - m.rows[0, i]
+        if sigmoid:
+            d_beta[e] *= beta * (1.0 - (0.5 if double else 1.0) * beta)
+        if i < live:
+            dbeta[batch, at + i, head] = d_beta[e]
+
+    # dG of this token and later, written of earlier ones: without taking sums apart again
+    run[0] = dG[0] + dG[1]
+    run[1] = written[0] + written[1]
+    for power in T.unroll(5):
+        other[0] = T.shfl_down(run[0], 1 << power)
+        other[1] = T.shfl_up(run[1], 1 << power)
+        if lane + (1 << power) < 32:
+            run[0] += other[0]
+        if lane >= (1 << power):
+            run[1] += other[1]
+    other[0] = T.shfl_down(run[0], 1)
+    other[1] = T.shfl_up(run[1], 1)
+    if lane == 31:
+        other[0] = 0.0
+    if lane == 0:
+        other[1] = 0.0
+    carried[0] = 0.0
+    for part in T.unroll(m.carried.shape[0]):
+        carried[0] += m.carried[part]
+    carried[0] *= T.exp2(m.factors[0, C - 1] * LOG2_E)
+    dG[1] += other[0]
+    dG[0] += dG[1]
+    dG[0] += other[1] + carried[0]
+    dG[1] += other[1] + written[0] + carried[0]
+
+    x = T.alloc_local((1,), "float32")
+    y = T.alloc_local((1,), "float32")
+    run[0] = 0.0
+    run[1] = 0.0
+    for e in T.unroll(2):
+        i = lane * 2 + e
+        if i < live:
+            if gate:
+                x[0] = T.cast(g[batch, at + i, head], "float32")
+                if bias:
+                    x[0] += dt_bias[head]
+                y[0] = T.exp(-T.abs(x[0]))
+                dG[e] *= -T.exp(A_log[head])
+                run[0] += softplus(x[0], y[0]) * dG[e]
+                dG[e] /= 1.0 + T.exp(-x[0])
+                run[1] += dG[e]
+            dg[batch, at + i, head] = dG[e]
+    if gate:
+        run[0] = T.warp_reduce_sum(run[0])
+        run[1] = T.warp_reduce_sum(run[1])
+        if lane == 0:
+            dA_log[slot, head] = run[0]
+            if bias:
+                ddt_bias[slot, head] = run[1]

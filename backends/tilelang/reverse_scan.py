@@ -1,0 +1,253 @@
+"""The second stage of backward, a program a sequence, value head and 64 columns of V: the gradient
+of the state, chunk by chunk from the last to the first.
+
+    P_ij = scale e^{G_i - G_j} rq_i rk_j q_i.k_j  for i >= j
+    dU = P^T dO + e^{gamma - G} rk * (K dS),  R = A^T dU
+    dS <- e^gamma dS + Q^T (scale e^G rq * dO) - K^T (beta e^G rk * R)
+
+One warpgroup holds dS^T [64, K] in registers, as in `states.py`; another finds P and the tokens'
+factors a chunk ahead of it. Reads q, k, dO, `factors` and `inverse`; writes the gradient of the
+state after every chunk, in the call's dtype, R in dv's place, and that of the initial state.
+"""
+
+from typing import Any
+
+import tilelang.language as T
+from tilelang.layout import make_full_bank_swizzled_layout
+
+from gdn.problem import CHUNK as C
+
+from .launch import kernel
+from .transposed import PRELUDE, load_transposed, store_transposed
+
+ROWS, STAGES = 64, 2
+LOG2_E = 1.4426950408889634
+CARRY, COUPLE = 1, 2
+"""Named barriers of the warpgroups."""
+
+
+class Memory:
+    """Shared memory: what is loaded, STAGES chunks of it; factors of tokens; what is stored."""
+
+    def __init__(self, K: int, dtype: str) -> None:
+        self.q, self.k = (T.alloc_shared((STAGES, C, K), dtype) for _ in range(2))
+        self.do = T.alloc_shared((STAGES, C, ROWS), dtype)
+        self.A = T.alloc_shared((STAGES, C, C), dtype)
+        self.factors = T.alloc_shared((STAGES, 4, C), "float32")
+        self.G2 = T.alloc_shared((STAGES, C), "float32")  # G log2(e)
+        self.rows = T.alloc_shared((STAGES, C), "float32")  # scale rq
+        self.onto = T.alloc_shared((STAGES, C), "float32")  # e^{gamma - G} rk
+        self.read = T.alloc_shared((STAGES, C), "float32")  # scale e^G rq
+        self.through = T.alloc_shared((STAGES, C), "float32")  # -beta e^G rk
+        self.P = T.alloc_shared((C, C), dtype)
+        self.dS = T.alloc_shared((ROWS, K), dtype)
+        self.R = T.alloc_shared((1, C, ROWS), dtype)
+
+
+class Tile:
+    """Registers of the warpgroup that holds the gradient of the state."""
+
+    def __init__(self, K: int, dtype: str) -> None:
+        self.dS = T.alloc_fragment((ROWS, K), "float32")
+        self.after = T.alloc_fragment((ROWS, K), dtype)
+        self.grad_o, self.read, self.dU_half, self.R_half = (
+            T.alloc_fragment((ROWS, C), dtype) for _ in range(4)
+        )
+        self.dU, self.taken, self.R = (T.alloc_fragment((ROWS, C), "float32") for _ in range(3))
+        self.decay = T.alloc_local((1,), "float32")
+
+
+@T.macro
+def load(
+    q: Any, k: Any, do: Any, factors: Any, inverse: Any, m: Any, full: Any,
+    batch: Any, at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any,
+) -> None:  # fmt: skip
+    """A chunk to stage s, by one warp."""
+    for source, target in (
+        (q[batch, at : at + C, kh, :], m.q[s, :, :]),
+        (k[batch, at : at + C, kh, :], m.k[s, :, :]),
+        (do[batch, at : at + C, head, first : first + ROWS], m.do[s, :, :]),
+        (inverse[slot, head, :, :], m.A[s, :, :]),
+        (factors[slot, head, :, :], m.factors[s, :, :]),
+    ):
+        T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
+    T.barrier_arrive(full[s])
+
+
+@T.macro
+def find_factors(m: Any, s: Any, token: Any, scale: Any) -> None:
+    """The factors of one token."""
+    m.G2[s, token] = m.factors[s, 0, token] * LOG2_E
+    grown = T.exp2(m.G2[s, token])
+    rk = m.factors[s, 3, token]
+    m.rows[s, token] = scale * m.factors[s, 2, token]
+    m.onto[s, token] = rk * T.exp2(m.factors[s, 0, C - 1] * LOG2_E - m.G2[s, token])
+    m.read[s, token] = m.rows[s, token] * grown
+    m.through[s, token] = -m.factors[s, 1, token] * rk * grown
+
+
+@T.macro
+def clear_dead(m: Any, s: Any, live: Any) -> None:
+    """Zero the rows past the end of the sequence: they may hold anything, NaN too."""
+    for i, j in T.Parallel(C, m.q.shape[2]):
+        if i >= live:
+            m.q[s, i, j] = 0
+            m.k[s, i, j] = 0
+    for i, j in T.Parallel(C, ROWS):
+        if i >= live:
+            m.do[s, i, j] = 0
+    T.fence_proxy_async()
+
+
+@T.macro
+def couple(m: Any, P: Any, half: Any, s: Any, live: Any, scale: Any, free: Any, parity: Any,
+           thread: Any) -> None:  # fmt: skip
+    """P and the factors of the chunk in stage s, by the warpgroup that works ahead."""
+    if live < C:
+        clear_dead(m, s, live)
+    if thread < C:
+        find_factors(m, s, thread, scale)
+    T.sync_threads(COUPLE, 128)
+    T.wgmma_gemm(m.q[s, :, :], m.k[s, :, :], P, transpose_B=True, clear_accum=True)
+    T.wait_wgmma(0)
+    for i, j in T.Parallel(C, C):
+        P[i, j] *= m.factors[s, 3, j] * T.exp2(
+            T.if_then_else(i >= j, m.G2[s, i] - m.G2[s, j], -T.infinity("float32"))
+        )
+    for i, j in T.Parallel(C, C):
+        half[i, j] = m.rows[s, i] * P[i, j]
+    T.barrier_wait(free, parity)
+    T.copy(half, m.P)
+    T.fence_proxy_async()
+
+
+@T.macro
+def go_back(m: Any, t: Any, s: Any, free: Any, thread: Any) -> None:
+    """dS, R and the gradient of the state before the chunk in stage s."""
+    t.decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
+    T.copy(t.dS, t.after)
+    for i, j in T.Parallel(*t.dS.shape):
+        t.dS[i, j] *= t.decay[0]
+    load_transposed(m.do, s, t.grad_o, thread)
+    for i, j in T.Parallel(ROWS, C):
+        t.read[i, j] = m.read[s, j] * t.grad_o[i, j]
+    T.wgmma_gemm(t.after, m.k[s, :, :], t.taken, transpose_B=True, clear_accum=True)
+    T.wgmma_gemm(t.grad_o, m.P, t.dU, clear_accum=True)
+    T.wgmma_gemm(t.read, m.q[s, :, :], t.dS)
+    T.copy(t.after, m.dS)
+    T.wait_wgmma(1)
+    T.barrier_arrive(free)
+    for i, j in T.Parallel(ROWS, C):
+        t.dU_half[i, j] = t.dU[i, j] + m.onto[s, j] * t.taken[i, j]
+    T.wgmma_gemm(t.dU_half, m.A[s, :, :], t.R, clear_accum=True)
+    T.wait_wgmma(0)
+    for i, j in T.Parallel(ROWS, C):
+        t.R_half[i, j] = m.through[s, j] * t.R[i, j]
+    T.wgmma_gemm(t.R_half, m.k[s, :, :], t.dS)
+    T.copy(t.R, t.dU_half)
+    store_transposed(t.dU_half, m.R, 0, thread)
+    T.wait_wgmma(0)
+
+
+@kernel(own_barriers=True)
+def reverse_scan(
+    *, dtype: str, offsets: str, K: int, V: int, group: int,
+    varlen: bool, final: bool, initial: bool, v_first: bool,
+) -> Any:  # fmt: skip
+    """See the module. group: HV / H; final: whether the final state has a gradient, `end`; initial:
+    whether that of the initial state is wanted, `begin`. Neither is touched otherwise."""
+    B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
+    slots, bounds, M = (T.dynamic(name) for name in ("slots", "bounds", "M"))
+    state = (V, K) if v_first else (K, V)
+
+    @T.prim_func
+    def reverse_scan_kernel(
+        q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
+        do: T.Tensor((B, L, HV, V), dtype), factors: T.Tensor((slots, HV, 4, C), "float32"),
+        inverse: T.Tensor((slots, HV, C, C), dtype), end: T.Tensor((N, HV, *state), "float32"),
+        cu_seqlens: T.Tensor((bounds,), offsets), dS_out: T.Tensor((slots, HV, V, K), dtype),
+        R_out: T.Tensor((B, L, HV, V), dtype), begin: T.Tensor((M, HV, *state), "float32"),
+        scale: T.float32, sequences: T.int32,
+    ):  # fmt: skip
+        with T.Kernel(sequences, HV, V // ROWS, threads=256, prelude=PRELUDE) as (n, head, block):
+            first, kh = block * ROWS, head // group
+            batch = 0 if varlen else n
+            start = T.cast(cu_seqlens[n], "int32") if varlen else 0
+            stop = T.cast(cu_seqlens[n + 1], "int32") if varlen else L
+            slot = start // C + n if varlen else n * T.ceildiv(L, C)
+            chunks = T.ceildiv(stop - start, C)
+
+            m = Memory(K, dtype)
+            T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (m.do, m.R)})
+            full = T.alloc_barrier([32] * STAGES)
+            coupled, free = T.alloc_barrier(128), T.alloc_barrier(128)
+            tx = T.get_thread_binding()
+
+            if tx < 128:
+                t = Tile(K, dtype)
+                if tx < 32:
+                    for ahead in T.unroll(STAGES):
+                        if ahead < chunks:
+                            load(
+                                q, k, do, factors, inverse, m, full,
+                                batch, start + (chunks - 1 - ahead) * C, slot + chunks - 1 - ahead,
+                                head, kh, first, ahead,
+                            )  # fmt: skip
+                if final:
+                    for i, j in T.Parallel(ROWS, K):
+                        t.dS[i, j] = (
+                            end[n, head, first + i, j] if v_first else end[n, head, j, first + i]
+                        )
+                else:
+                    T.clear(t.dS)
+                for step in T.serial(chunks):
+                    s, chunk = step % STAGES, chunks - 1 - step
+                    at = start + chunk * C
+                    T.barrier_wait(full[s], step // STAGES % 2)
+                    T.barrier_wait(coupled, step % 2)
+                    if tx < 32:
+                        T.tma_store_wait(0)
+                    T.sync_threads(CARRY, 128)
+                    go_back(m, t, s, free, tx)
+                    T.fence_proxy_async()
+                    T.sync_threads(CARRY, 128)
+                    if tx < 32:
+                        T.tma_copy(
+                            m.dS, dS_out[slot + chunk, head, first : first + ROWS, :],
+                            leader_scope_threads=32,
+                        )  # fmt: skip
+                        if at + C <= stop:
+                            T.tma_copy(
+                                m.R[0, :, :], R_out[batch, at : at + C, head, first : first + ROWS],
+                                leader_scope_threads=32,
+                            )  # fmt: skip
+                        if step + STAGES < chunks:
+                            load(
+                                q, k, do, factors, inverse, m, full, batch, at - STAGES * C,
+                                slot + chunk - STAGES, head, kh, first, s,
+                            )  # fmt: skip
+                    if at + C > stop:
+                        for i, j in T.Parallel(C, ROWS):
+                            if at + i < stop:
+                                R_out[batch, at + i, head, first + j] = m.R[0, i, j]
+                if tx < 32:
+                    T.tma_store_wait(0)
+                if initial:
+                    for i, j in T.Parallel(ROWS, K):
+                        if v_first:
+                            begin[n, head, first + i, j] = t.dS[i, j]
+                        else:
+                            begin[n, head, j, first + i] = t.dS[i, j]
+            else:
+                P = T.alloc_fragment((C, C), "float32")
+                half = T.alloc_fragment((C, C), dtype)
+                for step in T.serial(chunks):
+                    s = step % STAGES
+                    T.barrier_wait(full[s], step // STAGES % 2)
+                    couple(
+                        m, P, half, s, stop - (start + (chunks - 1 - step) * C), scale,
+                        free, step % 2 ^ 1, tx - 128,
+                    )  # fmt: skip
+                    T.barrier_arrive(coupled)
+
+    return reverse_scan_kernel

@@ -1,0 +1,174 @@
+"""The first stage of backward, a program a sequence, value head and 64 columns of V: forward's
+states again, chunk by chunk.
+
+    U = A (beta * (V - e^G rk * (K S)))
+    S <- e^gamma S + K^T (e^{gamma - G} rk * U)
+
+One warpgroup holds S^T [64, K] in registers, where S^T and U^T are the left operands of their
+products; loads run STAGES chunks ahead. Reads k, v, `factors` and `inverse`; writes U^T and, in
+the call's dtype, S^T before every chunk; of packed sequences also each slot's first token and how
+many tokens follow it in its sequence, for stages that run a program a slot.
+"""
+
+from typing import Any
+
+import tilelang.language as T
+from tilelang.layout import make_full_bank_swizzled_layout
+
+from gdn.problem import CHUNK as C
+
+from .launch import kernel
+from .transposed import PRELUDE, load_transposed
+
+ROWS, STAGES = 64, 2
+LOG2_E = 1.4426950408889634
+
+
+class Memory:
+    """Shared memory: what is loaded, STAGES chunks of it; factors of columns; what is stored."""
+
+    def __init__(self, K: int, dtype: str) -> None:
+        self.k = T.alloc_shared((STAGES, C, K), dtype)
+        self.v = T.alloc_shared((STAGES, C, ROWS), dtype)
+        self.A = T.alloc_shared((STAGES, C, C), dtype)
+        self.factors = T.alloc_shared((STAGES, 4, C), "float32")
+        self.strength = T.alloc_shared((C,), "float32")  # beta
+        self.through = T.alloc_shared((C,), "float32")  # -e^G rk
+        self.onto = T.alloc_shared((C,), "float32")  # e^{gamma - G} rk
+        self.S = T.alloc_shared((ROWS, K), dtype)
+        self.U = T.alloc_shared((ROWS, C), dtype)
+
+
+@T.macro
+def load(
+    k: Any, v: Any, factors: Any, inverse: Any, m: Any, full: Any,
+    batch: Any, at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any,
+) -> None:  # fmt: skip
+    """A chunk to stage s, by one warp."""
+    for source, target in (
+        (k[batch, at : at + C, kh, :], m.k[s, :, :]),
+        (v[batch, at : at + C, head, first : first + ROWS], m.v[s, :, :]),
+        (inverse[slot, head, :, :], m.A[s, :, :]),
+        (factors[slot, head, :, :], m.factors[s, :, :]),
+    ):
+        T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
+    T.barrier_arrive(full[s])
+
+
+@kernel(own_barriers=True)
+def states(
+    *, dtype: str, offsets: str, K: int, V: int, group: int,
+    varlen: bool, initial: bool, v_first: bool,
+) -> Any:  # fmt: skip
+    """See the module. group: HV / H; initial: whether `begin` holds states, else it is not read."""
+    B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
+    slots, bounds, rows = (T.dynamic(name) for name in ("slots", "bounds", "rows"))
+    state = (N, HV, V, K) if v_first else (N, HV, K, V)
+
+    @T.prim_func
+    def states_kernel(
+        k: T.Tensor((B, L, H, K), dtype), v: T.Tensor((B, L, HV, V), dtype),
+        factors: T.Tensor((slots, HV, 4, C), "float32"),
+        inverse: T.Tensor((slots, HV, C, C), dtype),
+        begin: T.Tensor(state, "float32"), cu_seqlens: T.Tensor((bounds,), offsets),
+        S_out: T.Tensor((slots, HV, V, K), dtype), U_out: T.Tensor((slots, HV, V, C), dtype),
+        spans: T.Tensor((rows, 2), "int32"), sequences: T.int32,
+    ):  # fmt: skip
+        with T.Kernel(sequences, HV, V // ROWS, threads=128, prelude=PRELUDE) as (n, head, block):
+            first, kh = block * ROWS, head // group
+            batch = 0 if varlen else n
+            start = T.cast(cu_seqlens[n], "int32") if varlen else 0
+            stop = T.cast(cu_seqlens[n + 1], "int32") if varlen else L
+            slot = start // C + n if varlen else n * T.ceildiv(L, C)
+            chunks = T.ceildiv(stop - start, C)
+
+            m = Memory(K, dtype)
+            T.annotate_layout({m.v: make_full_bank_swizzled_layout(m.v)})
+            full = T.alloc_barrier([32] * STAGES)
+            S = T.alloc_fragment((ROWS, K), "float32")
+            before = T.alloc_fragment((ROWS, K), dtype)
+            values = T.alloc_fragment((ROWS, C), dtype)
+            known = T.alloc_fragment((ROWS, C), "float32")
+            error = T.alloc_fragment((ROWS, C), dtype)
+            U = T.alloc_fragment((ROWS, C), "float32")
+            U_half = T.alloc_fragment((ROWS, C), dtype)
+            decay = T.alloc_local((1,), "float32")
+            tx = T.get_thread_binding()
+
+            if tx < 32:
+                for ahead in T.unroll(STAGES):
+                    if ahead < chunks:
+                        load(
+                            k, v, factors, inverse, m, full,
+                            batch, start + ahead * C, slot + ahead, head, kh, first, ahead,
+                        )  # fmt: skip
+            if initial:
+                for i, j in T.Parallel(ROWS, K):
+                    S[i, j] = (
+                        begin[n, head, first + i, j] if v_first else begin[n, head, j, first + i]
+                    )
+            else:
+                T.clear(S)
+            for chunk in T.serial(chunks):
+                s = chunk % STAGES
+                at = start + chunk * C
+                T.barrier_wait(full[s], chunk // STAGES % 2)
+                if tx < C:
+                    m.strength[tx] = m.factors[s, 1, tx]
+                    m.through[tx] = -m.factors[s, 3, tx] * T.exp2(m.factors[s, 0, tx] * LOG2_E)
+                    m.onto[tx] = m.factors[s, 3, tx] * T.exp2(
+                        (m.factors[s, 0, C - 1] - m.factors[s, 0, tx]) * LOG2_E
+                    )
+                if at + C > stop:
+                    for i, j in T.Parallel(C, K):
+                        if at + i >= stop:
+                            m.k[s, i, j] = 0
+                    for i, j in T.Parallel(C, ROWS):
+                        if at + i >= stop:
+                            m.v[s, i, j] = 0
+                    T.fence_proxy_async()
+                if tx < 32:
+                    T.tma_store_wait(0)
+                T.sync_threads()
+                decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
+
+                T.copy(S, before)
+                for i, j in T.Parallel(ROWS, K):
+                    S[i, j] *= decay[0]
+                T.wgmma_gemm(before, m.k[s, :, :], known, transpose_B=True, clear_accum=True)
+                load_transposed(m.v, s, values, tx)
+                T.copy(before, m.S)
+                T.wait_wgmma(0)
+                for i, j in T.Parallel(ROWS, C):
+                    error[i, j] = m.strength[j] * (values[i, j] + m.through[j] * known[i, j])
+                T.wgmma_gemm(error, m.A[s, :, :], U, transpose_B=True, clear_accum=True)
+                T.wait_wgmma(0)
+                T.copy(U, U_half)
+                T.copy(U_half, m.U)
+                for i, j in T.Parallel(ROWS, C):
+                    U_half[i, j] = m.onto[j] * U[i, j]
+                T.wgmma_gemm(U_half, m.k[s, :, :], S)
+                T.wait_wgmma(0)
+                T.fence_proxy_async()
+                T.sync_threads()
+                if varlen and tx == 0 and block == 0 and head == 0:
+                    spans[slot + chunk, 0] = at
+                    spans[slot + chunk, 1] = stop - at
+                if tx < 32:
+                    T.tma_copy(
+                        m.S, S_out[slot + chunk, head, first : first + ROWS, :],
+                        leader_scope_threads=32,
+                    )  # fmt: skip
+                    T.tma_copy(
+                        m.U, U_out[slot + chunk, head, first : first + ROWS, :],
+                        leader_scope_threads=32,
+                    )  # fmt: skip
+                    if chunk + STAGES < chunks:
+                        load(
+                            k, v, factors, inverse, m, full,
+                            batch, at + STAGES * C, slot + chunk + STAGES, head, kh, first, s,
+                        )  # fmt: skip
+            if tx < 32:
+                T.tma_store_wait(0)
+
+    return states_kernel

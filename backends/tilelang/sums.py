@@ -1,0 +1,79 @@
+"""What a warpgroup holds of a product, [C, N] in float32: sums over its rows and columns, and
+products with another that was put aside.
+
+A thread holds two rows of it, eight apart, and two neighbouring columns of every eight.
+"""
+
+from typing import Any
+
+import tilelang.language as T
+
+PRELUDE = """
+template <int N> __device__ __forceinline__ void gdn_sum_rows(const float *x, void *into) {
+  float *to = static_cast<float *>(into);
+  float upper = 0.f, lower = 0.f;
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n) {
+    upper += x[4 * n] + x[4 * n + 1];
+    lower += x[4 * n + 2] + x[4 * n + 3];
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2) {
+    upper += __shfl_xor_sync(0xffffffff, upper, lanes);
+    lower += __shfl_xor_sync(0xffffffff, lower, lanes);
+  }
+  if (threadIdx.x % 4 == 0) {
+    to[threadIdx.x / 4 % 8] = upper;
+    to[threadIdx.x / 4 % 8 + 8] = lower;
+  }
+}
+template <int N> __device__ __forceinline__ void gdn_sum_columns(const float *x, void *into) {
+  float *to = static_cast<float *>(into);
+#pragma unroll
+  for (int n = 0; n < N / 4; ++n) {
+    float sum = x[n / 2 * 4 + n % 2] + x[n / 2 * 4 + n % 2 + 2];
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2)
+      sum += __shfl_xor_sync(0xffffffff, sum, lanes);
+    if (threadIdx.x % 32 < 4) to[n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2] = sum;
+  }
+}
+template <int N> __device__ __forceinline__ void gdn_put_aside(const float *x, void *into) {
+  float4 *to = static_cast<float4 *>(into) + threadIdx.x % 128;
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n)
+    to[128 * n] = make_float4(x[4 * n], x[4 * n + 1], x[4 * n + 2], x[4 * n + 3]);
+}
+template <int N> __device__ __forceinline__ void gdn_multiply(float *x, const void *by) {
+  const float4 *from = static_cast<const float4 *>(by) + threadIdx.x % 128;
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n) {
+    float4 y = from[128 * n];
+    x[4 * n] *= y.x, x[4 * n + 1] *= y.y, x[4 * n + 2] *= y.z, x[4 * n + 3] *= y.w;
+  }
+}
+"""
+
+
+@T.macro
+def put_aside(x: Any, kept: Any) -> None:
+    """x to kept, shared memory of as many numbers; each thread its own."""
+    T.call_extern("handle", f"gdn_put_aside<{x.shape[1]}>", x.data, kept.data)
+
+
+@T.macro
+def multiply(x: Any, kept: Any) -> None:
+    """x *= what `put_aside` has kept."""
+    T.call_extern("handle", f"gdn_multiply<{x.shape[1]}>", x.data, kept.data)
+
+
+@T.macro
+def sum_rows(x: Any, to: Any) -> None:
+    """The sums of the rows that a warp holds of x, to 16 numbers from the address `to`."""
+    T.call_extern("handle", f"gdn_sum_rows<{x.shape[1]}>", x.data, to)
+
+
+@T.macro
+def sum_columns(x: Any, to: Any) -> None:
+    """The sums of the columns of x over the rows that a warp holds, to the address `to`."""
+    T.call_extern("handle", f"gdn_sum_columns<{x.shape[1]}>", x.data, to)

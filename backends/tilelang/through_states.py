@@ -1,0 +1,156 @@
+"""Of a chunk's gradients, what passes through the states, for 64 columns of K, by one warpgroup.
+
+    dQ += scale e^G * (dO S^T)
+    dK += e^{gamma - G} * (U dS^T) - beta e^G * (R S^T)
+
+with the products of each row with that of q, k and k, and <S, dS>, for the gradients of the gates;
+and after the last value head, with F = dP * L and D summed over the heads,
+
+    dQ += scale F K,  dK += scale F^T Q + (D + D^T) K
+
+and the gradients through the L2 norm.
+"""
+
+from typing import Any
+
+import tilelang.language as T
+
+from gdn.problem import CHUNK as C
+
+from .sums import sum_rows
+
+COLUMNS = 64
+LOG2_E = 1.4426950408889634
+READ, KNOWN, WRITTEN, SQUARE_Q, SQUARE_K = range(5)
+"""What `Memory.dots` holds: a row's product with its inter-chunk gradient, and through the norm."""
+
+
+def sum_over(m: Any, which: int, i: Any) -> Any:
+    """A row's sum over all columns of K."""
+    rows = [m.dots[which, h, i] for h in range(int(m.q.shape[0]))]
+    return rows[0] if len(rows) == 1 else rows[0] + rows[1]
+
+
+class Columns:
+    """Registers of the warpgroup."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dq, self.dk, self.one = (T.alloc_fragment((C, COLUMNS), "float32") for _ in range(3))
+        self.half = T.alloc_fragment((C, COLUMNS), dtype)
+        self.carried = T.alloc_local((1,), "float32")
+        self.before, self.after = (T.alloc_local((8,), dtype) for _ in range(2))
+
+
+@T.macro
+def fold_queries(m: Any, c: Any, h: Any, scale: Any, thread: Any) -> None:
+    """c.one = dO S^T, into dQ."""
+    for i, j in T.Parallel(C, COLUMNS):
+        c.dq[i, j] += scale * T.exp2(m.factors[0, i] * LOG2_E) * c.one[i, j]
+    T.copy(m.q[h, :, :], c.half)
+    for i, j in T.Parallel(C, COLUMNS):
+        c.one[i, j] *= c.half[i, j]
+    sum_rows(c.one, T.address_of(m.dots[READ, h, thread // 32 * 16]))
+
+
+@T.macro
+def fold_known(m: Any, c: Any, h: Any, thread: Any) -> None:
+    """c.one = R S^T, into dK."""
+    for i, j in T.Parallel(C, COLUMNS):
+        c.dk[i, j] -= m.factors[1, i] * T.exp2(m.factors[0, i] * LOG2_E) * c.one[i, j]
+    T.copy(m.k[h, :, :], c.half)
+    for i, j in T.Parallel(C, COLUMNS):
+        c.one[i, j] *= c.half[i, j]
+    sum_rows(c.one, T.address_of(m.dots[KNOWN, h, thread // 32 * 16]))
+
+
+@T.macro
+def fold_written(m: Any, c: Any, h: Any, thread: Any) -> None:
+    """c.one = U dS^T, into dK."""
+    for i, j in T.Parallel(C, COLUMNS):
+        c.dk[i, j] += T.exp2((m.factors[0, C - 1] - m.factors[0, i]) * LOG2_E) * c.one[i, j]
+    T.copy(m.k[h, :, :], c.half)
+    for i, j in T.Parallel(C, COLUMNS):
+        c.one[i, j] *= c.half[i, j]
+    sum_rows(c.one, T.address_of(m.dots[WRITTEN, h, thread // 32 * 16]))
+
+
+@T.macro
+def multiply_states(m: Any, c: Any, h: Any, thread: Any) -> None:
+    """Each warp's share of <S, dS>."""
+    c.carried[0] = 0.0
+    for step in T.serial(m.S.shape[1] // 16):
+        row, column = step * 16 + thread // 8, thread % 8 * 8
+        for i in T.vectorized(8):
+            c.before[i] = m.S[h, row, column + i]
+        for i in T.vectorized(8):
+            c.after[i] = m.dS[h, row, column + i]
+        for i in T.unroll(8):
+            c.carried[0] += T.cast(c.before[i], "float32") * T.cast(c.after[i], "float32")
+    c.carried[0] = T.warp_reduce_sum(c.carried[0])
+    if thread % 32 == 0:
+        m.carried[h * 4 + thread // 32] = c.carried[0]
+
+
+@T.macro
+def through_states(m: Any, c: Any, bars: Any, h: Any, g: Any, scale: Any, thread: Any) -> None:
+    """One value head, number g of its group."""
+    T.wgmma_gemm(m.do, m.S[h, :, :], c.one, clear_accum=True)
+    T.wait_wgmma(0)
+    fold_queries(m, c, h, scale, thread)
+    T.wgmma_gemm(m.R, m.S[h, :, :], c.one, clear_accum=True)
+    T.wait_wgmma(0)
+    fold_known(m, c, h, thread)
+    T.barrier_wait(bars.after, g % 2)
+    T.wgmma_gemm(m.U, m.dS[h, :, :], c.one, transpose_A=True, clear_accum=True)
+    multiply_states(m, c, h, thread)
+    T.wait_wgmma(0)
+    fold_written(m, c, h, thread)
+
+
+@T.macro
+def through_norm(
+    x: Any, dx: Any, c: Any, m: Any, norm: Any, which: Any, h: Any, thread: Any, sync: Any
+) -> None:
+    """dx, the gradient of r x, to that of x; r = 1 / sqrt(sum x^2 + eps) is a row of factors."""
+    T.copy(x[h, :, :], c.half)
+    for i, j in T.Parallel(C, COLUMNS):
+        c.one[i, j] = dx[i, j] * c.half[i, j]
+    sum_rows(c.one, T.address_of(m.dots[which, h, thread // 32 * 16]))
+    T.sync_threads(sync, m.q.shape[0] * 128)
+    for i, j in T.Parallel(C, COLUMNS):
+        r = m.factors[norm, i]
+        dx[i, j] = r * (dx[i, j] - r * r * sum_over(m, which, i) * c.half[i, j])
+
+
+@T.macro
+def within_chunk(m: Any, c: Any, h: Any) -> None:
+    """What the tokens of the chunk owe each other."""
+    T.wgmma_gemm(m.F_q, m.k[h, :, :], c.dq)
+    T.wgmma_gemm(m.F_k, m.q[h, :, :], c.dk, transpose_A=True)
+    T.wgmma_gemm(m.D, m.k[h, :, :], c.dk)
+    T.wgmma_gemm(m.D_turned, m.k[h, :, :], c.dk, transpose_A=True)
+    T.wait_wgmma(0)
+
+
+@T.macro
+def store_columns(
+    value: Any, half: Any, staged: Any, out: Any, h: Any, batch: Any, at: Any, live: Any, kh: Any,
+    thread: Any, sync: Any,
+) -> None:  # fmt: skip
+    """64 columns of dq or dk, by way of staged[h], whose rows nobody needs any more."""
+    T.copy(value, half)
+    T.sync_threads(sync, staged.shape[0] * 128)
+    T.copy(half, staged[h, :, :])
+    T.fence_proxy_async()
+    T.sync_threads(sync, staged.shape[0] * 128)
+    if live >= C:
+        if thread < 32:
+            T.tma_copy(
+                staged[h, :, :],
+                out[batch, at : at + C, kh, h * COLUMNS : h * COLUMNS + COLUMNS],
+                leader_scope_threads=32,
+            )
+    else:
+        for i, j in T.Parallel(C, COLUMNS):
+            if i < live:
+                out[batch, at + i, kh, h * COLUMNS + j] = staged[h, i, j]

@@ -1,0 +1,107 @@
+"""Of a chunk's gradients, what its tokens owe each other, [C, C], by one warpgroup.
+
+    L_ij = e^{G_i - G_j},  N = tril(L_ij rk_i rk_j k_i.k_j, -1)
+    F = tril(dO U^T * L),  D = -beta * tril(R U^T * L, -1)
+
+both summed over the value heads; with the sums over rows and columns, for the gradients of the
+gates and of beta, of F * (scale rq_i rk_j q_i.k_j) below the diagonal and of beta * (R U^T * N).
+"""
+
+from typing import Any
+
+import tilelang.language as T
+
+from gdn.problem import CHUNK as C
+
+from .sums import multiply, put_aside, sum_columns, sum_rows
+
+LOG2_E = 1.4426950408889634
+
+
+class Pairs:
+    """Registers of the warpgroup."""
+
+    def __init__(self, dtype: str) -> None:
+        self.one, self.F, self.D = (T.alloc_fragment((C, C), "float32") for _ in range(3))
+        self.half = T.alloc_fragment((C, C), dtype)
+
+
+@T.macro
+def multiply_rows(x: Any, y: Any, into: Any) -> None:
+    """into = x y^T of the raw rows, which lie in blocks of 64 columns."""
+    T.wgmma_gemm(x[0, :, :], y[0, :, :], into, transpose_B=True, clear_accum=True)
+    if x.shape[0] == 2:
+        T.wgmma_gemm(x[1, :, :], y[1, :, :], into, transpose_B=True)
+    T.wait_wgmma(0)
+
+
+@T.macro
+def multiply_keys(m: Any, p: Any) -> None:
+    """The normalised rows of k with those of k and q, put aside for all value heads."""
+    multiply_rows(m.k, m.k, p.one)
+    for i, j in T.Parallel(C, C):
+        p.one[i, j] *= m.factors[3, i] * m.factors[3, j]
+    put_aside(p.one, m.kk)
+    multiply_rows(m.q, m.k, p.one)
+    for i, j in T.Parallel(C, C):
+        p.one[i, j] *= T.if_then_else(i > j, m.factors[2, i] * m.factors[3, j], 0.0)
+    put_aside(p.one, m.qk)
+
+
+@T.macro
+def couple_writes(m: Any, p: Any, thread: Any) -> None:
+    """R U^T: what every update of the chunk owes to the earlier ones."""
+    T.wgmma_gemm(m.R, m.U, p.one, clear_accum=True)
+    T.wait_wgmma(0)
+    for i, j in T.Parallel(C, C):
+        if i == j:
+            m.along[i] = p.one[i, j]
+    for i, j in T.Parallel(C, C):
+        p.one[i, j] *= T.exp2(
+            T.if_then_else(
+                i > j, (m.factors[0, i] - m.factors[0, j]) * LOG2_E, -T.infinity("float32")
+            )
+        )
+    for i, j in T.Parallel(C, C):
+        p.D[i, j] -= m.factors[1, i] * p.one[i, j]
+    multiply(p.one, m.kk)
+    sum_rows(p.one, T.address_of(m.rows[0, thread // 32 * 16]))
+    for i, j in T.Parallel(C, C):
+        p.one[i, j] *= m.factors[1, i]
+    sum_columns(p.one, T.address_of(m.columns[0, thread // 32, 0]))
+
+
+@T.macro
+def couple_reads(m: Any, p: Any, scale: Any, thread: Any) -> None:
+    """dO U^T: what every output of the chunk owes to the updates up to it."""
+    T.wgmma_gemm(m.do, m.U, p.one, clear_accum=True)
+    T.wait_wgmma(0)
+    for i, j in T.Parallel(C, C):
+        p.one[i, j] *= scale * T.exp2(
+            T.if_then_else(
+                i >= j, (m.factors[0, i] - m.factors[0, j]) * LOG2_E, -T.infinity("float32")
+            )
+        )
+    for i, j in T.Parallel(C, C):
+        p.F[i, j] += p.one[i, j]
+    multiply(p.one, m.qk)
+    sum_rows(p.one, T.address_of(m.rows[1, thread // 32 * 16]))
+    sum_columns(p.one, T.address_of(m.columns[1, thread // 32, 0]))
+
+
+@T.macro
+def hand_over(m: Any, p: Any) -> None:
+    """The sums over the value heads, as left operands, with the norms of the rows they meet."""
+    for i, j in T.Parallel(C, C):
+        p.half[i, j] = p.F[i, j] * m.factors[3, j]
+    T.copy(p.half, m.F_q)
+    for i, j in T.Parallel(C, C):
+        p.half[i, j] = p.F[i, j] * m.factors[2, i]
+    T.copy(p.half, m.F_k)
+    for i, j in T.Parallel(C, C):
+        p.half[i, j] = p.D[i, j] * m.factors[3, j]
+    T.copy(p.half, m.D)
+    for i, j in T.Parallel(C, C):
+        p.half[i, j] = p.D[i, j] * m.factors[3, i]
+    T.copy(p.half, m.D_turned)
+    T.fence_proxy_async()

@@ -1,0 +1,111 @@
+"""TileLang's kernels, compiled for sm_90a without a device: in forward no register is spilled, and
+nowhere is a product on the tensor cores made to wait for the one before. What they compute, the
+shared suite has, on a GPU; here is what its short cases do not reach."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support import assert_close
+
+import gdn
+from gdn.problem import Call
+from gdn.testing import Case, make_inputs, run_definition
+
+tilelang = pytest.importorskip("tilelang")
+if shutil.which("nvcc") is None:
+    pytest.skip("no nvcc", allow_module_level=True)
+
+from gdn.backends.tilelang.backward import Backward  # noqa: E402
+from gdn.backends.tilelang.forward import Plan  # noqa: E402
+from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH  # noqa: E402
+
+SMALL = Case("dense", T=64, B=2, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16)
+PLANS = {
+    case.name: case
+    for case in (
+        SMALL,
+        replace(SMALL, name="many", B=20, fused=True, gates="model"),
+        Case("packed", lengths=(3, 100), K=64, V=64, dtype=torch.float16, state_v_first=True),
+        replace(SMALL, name="cut", B=1, T=2048, initial_state=False),
+    )
+}
+
+
+def plan_of(case: Case) -> tuple[Plan, Call]:
+    call = Call(**{"scale": 0.125} | make_inputs(case))
+    return Plan(call), call
+
+
+def verdict(kernel: Any, folder: Path) -> str:
+    """What ptxas says of a kernel."""
+    source = folder / "kernel.cu"
+    source.write_text(kernel.get_kernel_source())
+    command = ["nvcc", "-std=c++17", "-O3", "--use_fast_math", "-DENABLE_BF16", "-cubin"]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-w"]
+    command += [f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}", str(source)]
+    command += ["-o", str(folder / "kernel.cubin")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_neither_spills_nor_serialises(name: str, tmp_path: Path) -> None:
+    plan, _ = plan_of(PLANS[name])
+    for kernel in plan.compiled(save=name == "many"):
+        said = verdict(kernel, tmp_path)
+        assert re.findall(r"(\d+) bytes spill", said) == ["0", "0"], said
+        assert "serialized" not in said, said
+
+
+def test_backward_does_not_serialise(tmp_path: Path) -> None:
+    _, call = plan_of(PLANS["many"])
+    for kernel in Backward(call).kernels(initial=True, final=True):
+        said = verdict(kernel, tmp_path)
+        assert "serialized" not in said, said
+
+
+def test_pieces_and_warpgroups_follow_from_shapes_alone() -> None:
+    chosen = {name: plan_of(case)[0] for name, case in PLANS.items()}
+    assert {name: plan.length for name, plan in chosen.items()} == {
+        "dense": None, "many": None, "packed": None, "cut": 512,
+    }  # fmt: skip
+    several = {name: plan.walks[-1][1]["warpgroups"] for name, plan in chosen.items()}
+    assert several == {"dense": 1, "many": 2, "packed": 1, "cut": 1}
+
+
+@pytest.mark.parametrize("name", ["dense", "packed", "cut"])
+def test_calls_bind_their_arguments(name: str) -> None:
+    """Shapes, strides and dtypes are accepted, down to the device."""
+    plan, call = plan_of(PLANS[name])
+    with pytest.raises(Exception, match="device"):
+        plan.forward(call, save=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("cut", T=2000, H=2, HV=2, K=128, V=128, dtype=torch.bfloat16, gates="weak"),
+        Case("cut-half", T=1600, K=64, V=64, dtype=torch.float16, gates="none", cosine=0.9),
+        Case(
+            "cut-packed", lengths=(1700, 0, 1930, 30), H=1, HV=2, K=128, V=128,
+            dtype=torch.bfloat16, gates="model", fused=True, state_v_first=True,
+        ),
+    ],
+    ids=lambda case: case.name,
+)  # fmt: skip
+def test_pieces_walked_at_the_same_time(case: Case) -> None:
+    inputs = make_inputs(case, "cuda")
+    assert Plan(Call(**{"scale": 1.0} | inputs)).length is not None
+    o, state = gdn.gated_delta_net(**inputs, backend="tilelang")
+    expected = run_definition(inputs)
+    assert_close("o", o, expected[0], case.dtype)
+    assert_close("state", state, expected[1], case.dtype)
