@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from support import assert_close
 
 import gdn

@@ -10,6 +10,9 @@ and reads them; `cut.py` and `carry.py` let the pieces of a sequence be walked a
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import shutil
 from typing import Any
 
 import torch
@@ -37,6 +40,10 @@ class TileLangBackend(Backend):
 
     def __init__(self, plan: Any = None, back: Any = None) -> None:
         self.plan, self.back = plan, back
+
+    def unavailable(self) -> str | None:
+        """Also where there is no nvcc, which compiles the kernels."""
+        return super().unavailable() or (None if _has_nvcc() else "no nvcc, of CUDA 12 or newer")
 
     def path(self, problem: Problem) -> str:
         return "TileLang"
@@ -69,6 +76,18 @@ class TileLangBackend(Backend):
     def decode(self, step: Step) -> Tensor:
         o: Tensor = self.plan.decode(step)
         return o
+
+
+def _has_nvcc() -> bool:
+    """Whether nvcc is where TileLang looks for it."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    found = (shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes if home)
+    return (
+        any(found)
+        or shutil.which("nvcc") is not None
+        or os.path.exists("/usr/local/cuda/bin/nvcc")
+        or any(d.name.lower() == "nvidia-cuda-nvcc" for d in importlib.metadata.distributions())
+    )
 
 
 BACKEND = TileLangBackend()
