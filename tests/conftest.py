@@ -31,6 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_configure() -> None:
     """Peers' import-time warnings and autotuning stay out of the suite; neither is under test."""
     os.environ.pop("GDN_BACKEND", None)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # else the workers' threads wait for each other, 20 times slower
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -61,42 +61,22 @@ def store_state(t: Any, end: Any, n: Any, head: Any, row: Any, v_first: bool) ->
 
 
 @T.macro
-def recall(t: Any, m: Any, s: Any, wg: int, blindly: bool) -> None:
-    """The first half of a chunk, in place s of shared memory m: A_v V and K S. v is not read again.
-
-    blindly: O is not wanted. S then decays before the products begin, not beside them; else ptxas
-    makes each of them wait for the one before.
-    """
-    if blindly:
-        for i, j in T.Parallel(*t.S.shape):
-            t.S[i, j] *= m.walk[s, 2, 0]
+def recall(t: Any, m: Any, s: Any, wg: int) -> None:
+    """The first half of a chunk, in place s of shared memory m: A_v V and K S. v is
+    not read again."""
     T.wgmma_gemm(
         m.v[s, :, wg * ROWS : wg * ROWS + ROWS], m.A_v[s, :, :], t.U,
         transpose_A=True, transpose_B=True, clear_accum=True,
     )  # fmt: skip
     T.wgmma_gemm(t.before, m.k[s, :, :], t.known, transpose_B=True, clear_accum=True)
-    if not blindly:
-        for i, j in T.Parallel(*t.S.shape):
-            t.S[i, j] *= m.walk[s, 2, 0]
+    for i, j in T.Parallel(*t.S.shape):
+        t.S[i, j] *= m.walk[s, 2, 0]
     T.wait_wgmma(0)
-
-
-@T.macro
-def advance_blindly(t: Any, m: Any, s: Any) -> None:
-    """The other half: t.S after the chunk."""
-    T.copy(t.known, t.half)
-    T.wgmma_gemm(t.half, m.A_k[s, :, :], t.U, transpose_B=True)
-    T.wait_wgmma(0)
-    for i, j in T.Parallel(ROWS, C):
-        t.written[i, j] = t.U[i, j] * m.walk[s, 0, j]
-    T.wgmma_gemm(t.written, m.k[s, :, :], t.S)
-    T.wait_wgmma(0)
-    T.copy(t.S, t.before)
 
 
 @T.macro
 def advance(t: Any, m: Any, s: Any) -> None:
-    """The same, and t.O."""
+    """The other half: t.S after the chunk, and t.O."""
     T.copy(t.known, t.half)
     T.wgmma_gemm(t.half, m.A_k[s, :, :], t.U, transpose_B=True)
     T.wgmma_gemm(t.before, m.q[s, :, :], t.O, transpose_B=True, clear_accum=True)

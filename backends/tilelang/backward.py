@@ -17,6 +17,7 @@ from gdn.problem import CHUNK, Call
 from .cut import pieces
 from .forward import _name, _ready
 from .gradients import gradients
+from .launch import together
 from .reverse_scan import reverse_scan
 from .states import states
 
@@ -57,14 +58,17 @@ class Backward:
             "sigmoid": call.use_beta_sigmoid_in_kernel,
             "double": call.allow_neg_eigval,
         }
+        self.compiled: dict[tuple[bool, bool], list[Any]] = {}
 
-    def kernels(self, initial: bool, final: bool) -> tuple[Any, Any, Any]:
+    def kernels(self, initial: bool, final: bool) -> list[Any]:
         """The compiled stages. initial: there is a first state; final: the last has a gradient."""
-        return (
-            states(**self.scan, initial=initial),
-            reverse_scan(**self.scan, final=final, initial=initial),
-            gradients(**self.shape, **self.options),
-        )
+        if (initial, final) not in self.compiled:
+            self.compiled[initial, final] = together(
+                (states, self.scan | {"initial": initial}),
+                (reverse_scan, self.scan | {"final": final, "initial": initial}),
+                (gradients, self.shape | self.options),
+            )
+        return self.compiled[initial, final]
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None

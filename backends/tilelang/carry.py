@@ -13,7 +13,7 @@ import tilelang.language as T
 
 from .launch import kernel
 
-COLUMNS = 8
+COLUMNS = 16
 
 
 @kernel(own_barriers=True)

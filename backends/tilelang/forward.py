@@ -13,6 +13,7 @@ from gdn.problem import CHUNK, Call
 from .advance import ROWS
 from .carry import carry
 from .cut import parallel_length, pieces
+from .launch import together
 from .prepare import prepare
 from .scan import scan
 
@@ -88,8 +89,7 @@ class Plan:
     def compiled(self, save: bool) -> list[Any]:
         """The kernels, in the order of their launches."""
         if save not in self.kernels:
-            walks = [build(**statics) for build, statics in self.walks]
-            self.kernels[save] = [prepare(**self.prepare, save=save), *walks]
+            self.kernels[save] = together((prepare, self.prepare | {"save": save}), *self.walks)
         return self.kernels[save]
 
     def forward(self, call: Call, save: bool) -> Forward:

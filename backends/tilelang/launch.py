@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
@@ -19,6 +20,12 @@ _OWN_BARRIERS = _FAST | {
     PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
     PassConfigKey.TL_DISABLE_SHARED_MEMORY_REUSE: True,
 }
+
+
+def together(*jobs: tuple[Any, dict[str, Any]]) -> list[Any]:
+    """The kernels of several builders, each with its static options, compiled side by side."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(lambda job: job[0](**job[1]), jobs))
 
 
 def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = False) -> Any:

@@ -7,7 +7,8 @@ that a piece begins with; writes o and the state that it ends with.
 A piece is a sequence; or, where sequences are few, they are cut into pieces that are walked at the
 same time, twice: first (TRANSFER) for what each leaves of a zero state, and, with v = 0, of the
 rows of a unit matrix, which says what it does to any state; then, after `carry.py`, for o, from
-the states they really begin with.
+the states they really begin with. (The first walk computes an o as well and drops it: without,
+ptxas makes every product wait for the one before.)
 """
 
 from typing import Any
@@ -20,7 +21,6 @@ from .advance import (
     ROWS,
     Tile,
     advance,
-    advance_blindly,
     load_state,
     recall,
     stage_output,
@@ -32,8 +32,7 @@ from .feed import locate
 from .launch import kernel
 
 STAGES = 3
-"""Chunks in shared memory; one less in a transfer walk, so that two programs share a
-multiprocessor."""
+"""Chunks in shared memory."""
 REGISTERS = (240, 24)
 """Registers a thread of those who carry, and of those who load, where two warpgroups carry."""
 
@@ -41,15 +40,11 @@ REGISTERS = (240, 24)
 class Memory:
     """Shared memory of the chunks on their way; o takes v's place there."""
 
-    def __init__(self, K: int, width: int, dtype: str, transfer: bool) -> None:
-        stages = STAGES - transfer
-        self.k = T.alloc_shared((stages, C, K), dtype)
-        self.v = T.alloc_shared((stages, C, width), dtype)
-        self.A_v, self.A_k = (T.alloc_shared((stages, C, C), dtype) for _ in range(2))
-        if not transfer:
-            self.q = T.alloc_shared((stages, C, K), dtype)
-            self.P = T.alloc_shared((stages, C, C), dtype)
-        self.walk = T.alloc_shared((stages, 3, C), "float32")
+    def __init__(self, K: int, width: int, dtype: str) -> None:
+        self.q, self.k = (T.alloc_shared((STAGES, C, K), dtype) for _ in range(2))
+        self.v = T.alloc_shared((STAGES, C, width), dtype)
+        self.P, self.A_v, self.A_k = (T.alloc_shared((STAGES, C, C), dtype) for _ in range(3))
+        self.walk = T.alloc_shared((STAGES, 3, C), "float32")
 
 
 @kernel(own_barriers=True)
@@ -60,8 +55,7 @@ def scan(
     """See the module. warpgroups: how many carry a state, 1 or 2; transfer wants 1, and final."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
-    width, carriers, stages = ROWS * warpgroups, 128 * warpgroups, STAGES - transfer
-    threads = carriers + (128 if warpgroups > 1 else 32)  # registers move between whole warpgroups
+    width, carriers = ROWS * warpgroups, 128 * warpgroups
     rows = V + K if transfer else V
     blocks = rows // width
     inner = (rows, K) if v_first else (K, rows)
@@ -74,7 +68,7 @@ def scan(
         if transfer:
             unit_state(t, row - V)
             if row >= V:
-                for s, i, j in T.Parallel(stages, C, ROWS):
+                for s, i, j in T.Parallel(STAGES, C, ROWS):
                     m.v[s, i, j] = 0
                 T.fence_proxy_async()
                 T.sync_threads(1, 128)
@@ -84,8 +78,8 @@ def scan(
             T.clear(t.S)
         T.copy(t.S, t.before)
         for chunk in T.serial(chunks):
-            s, at = chunk % stages, start + chunk * C
-            T.barrier_wait(full[s], chunk // stages % 2)
+            s, at = chunk % STAGES, start + chunk * C
+            T.barrier_wait(full[s], chunk // STAGES % 2)
             if at + C > stop:  # what follows the sequence may be anything
                 for i, j in T.Parallel(C, K):
                     if at + i >= stop:
@@ -95,14 +89,12 @@ def scan(
                         m.v[s, i, wg * ROWS + j] = 0
                 T.fence_proxy_async()
                 T.sync_threads(1 + wg, 128)
-            recall(t, m, s, wg, transfer)
+            recall(t, m, s, wg)
             if chunk > 0 and thread < 32:
                 T.tma_store_wait(0)
-                T.barrier_arrive(free[(chunk + stages - 1) % stages])
-            if transfer:
-                advance_blindly(t, m, s)
-            else:
-                advance(t, m, s)
+                T.barrier_arrive(free[(chunk + STAGES - 1) % STAGES])
+            advance(t, m, s)
+            if not transfer:
                 stage_output(t, m.v, s, wg, thread)
                 T.fence_proxy_async()
             T.sync_threads(1 + wg, 128)
@@ -134,7 +126,7 @@ def scan(
         length: T.int32,
     ):  # fmt: skip
         """length: tokens of a piece; sequences, pieces: how many."""
-        with T.Kernel(pieces * HV * blocks, threads=threads, prelude=STORE) as program:
+        with T.Kernel(pieces * HV * blocks, threads=carriers + 128, prelude=STORE) as program:
             piece, head = program // (HV * blocks), program // blocks % HV
             first, kh = program % blocks * width, head // (HV // H)
             place = T.alloc_local((3,), "int32")
@@ -154,9 +146,9 @@ def scan(
                 place[0] = n * T.ceildiv(L, C) + start // C
             slot = place[0]
             chunks = T.ceildiv(T.max(stop - start, 0), C)
-            m = Memory(K, width, dtype, transfer)
-            full = T.alloc_barrier([32] * stages)
-            free = T.alloc_barrier([32 * warpgroups] * stages)
+            m = Memory(K, width, dtype)
+            full = T.alloc_barrier([32] * STAGES)
+            free = T.alloc_barrier([32 * warpgroups] * STAGES)
             tx = T.get_thread_binding()
 
             if tx < 128:
@@ -177,8 +169,8 @@ def scan(
                     T.set_max_nreg(REGISTERS[1], 0)
                 if tx < carriers + 32:
                     for chunk in T.serial(chunks):
-                        s, at = chunk % stages, start + chunk * C
-                        T.barrier_wait(free[s], chunk // stages % 2 ^ 1)
+                        s, at = chunk % STAGES, start + chunk * C
+                        T.barrier_wait(free[s], chunk // STAGES % 2 ^ 1)
                         T.tma_copy(
                             k[batch, at : at + C, kh, :], m.k[s, :, :],
                             barrier=full[s], leader_scope_threads=32,
@@ -196,15 +188,14 @@ def scan(
                             matrices[slot + chunk, head, 2, :, :], m.A_k[s, :, :],
                             barrier=full[s], leader_scope_threads=32,
                         )  # fmt: skip
-                        if not transfer:
-                            T.tma_copy(
-                                q[batch, at : at + C, kh, :], m.q[s, :, :],
-                                barrier=full[s], leader_scope_threads=32,
-                            )  # fmt: skip
-                            T.tma_copy(
-                                matrices[slot + chunk, head, 0, :, :], m.P[s, :, :],
-                                barrier=full[s], leader_scope_threads=32,
-                            )  # fmt: skip
+                        T.tma_copy(
+                            q[batch, at : at + C, kh, :], m.q[s, :, :],
+                            barrier=full[s], leader_scope_threads=32,
+                        )  # fmt: skip
+                        T.tma_copy(
+                            matrices[slot + chunk, head, 0, :, :], m.P[s, :, :],
+                            barrier=full[s], leader_scope_threads=32,
+                        )  # fmt: skip
                         T.tma_copy(
                             walk[slot + chunk, head, :, :], m.walk[s, :, :],
                             barrier=full[s], leader_scope_threads=32,
