@@ -1,5 +1,6 @@
 """gdn: the gated delta rule (Gated DeltaNet, arXiv 2412.06464) as one op with many backends."""
 
+from gdn.ahead import warmup
 from gdn.api import GDNOutput, explain, gated_delta_net, gated_delta_net_decode
 from gdn.backend import Backend, Capabilities
 from gdn.dispatch import (
@@ -36,4 +37,5 @@ __all__ = [
     "set_default_backend",
     "unregister_backend",
     "use_backend",
+    "warmup",
 ]

@@ -155,6 +155,11 @@ class Backend(ABC):
         remembers it; nothing else of the call may be kept."""
         return self
 
+    def warm(self, call: Call | Step, backward: bool) -> None:
+        """Compile what calls like this one need, with backward also their gradients. `call` is the
+        one that `bind` got; its tensors may be on the meta device."""
+        return
+
     @abstractmethod
     def forward(self, call: Call, save: bool) -> Forward:
         """Compute o and the final state; with save, also what backward needs (else saved is

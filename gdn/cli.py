@@ -1,4 +1,4 @@
-"""The command line: `gdn info`, `gdn explain`, `gdn compare`, `gdn report`."""
+"""The command line: `gdn info`, `explain`, `warmup`, `compare` and `report`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import gdn
-from gdn import compare, dispatch, measure, readme, report, results, tables
+from gdn import ahead, compare, dispatch, measure, readme, report, results, tables
 from gdn.problem import Call, Problem, compute_capability, describe
 from gdn.testing import Case, make_inputs
 from gdn.validation import validate
@@ -107,15 +107,20 @@ def info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(case: Case, device: str, needs_grad: bool, sm: int | None) -> Problem:
-    """The problem that a case is on a device; its tensors are never made."""
+def _call(case: Case) -> Call:
+    """A case's call; its tensors are never made."""
     inputs = make_inputs(replace(case, T=0, lengths=None), "meta")
     for name in ("q", "k", "v", "g", "beta"):
         x = inputs[name]
         inputs[name] = x.new_empty((case.B, case.tokens, *x.shape[2:]))
     if case.lengths is not None:
         inputs["cu_seqlens"] = torch.empty(case.sequences + 1, dtype=torch.int32, device="meta")
-    call = Call(**inputs)
+    return Call(**inputs)
+
+
+def _describe(case: Case, device: str, needs_grad: bool, sm: int | None) -> Problem:
+    """The problem that a case is on a device."""
+    call = _call(case)
     validate(call)
     return replace(describe(call, needs_grad), device=device, sm=sm)
 
@@ -131,6 +136,18 @@ def explain(args: argparse.Namespace) -> int:
     found = dispatch.explain(*dispatch.request_in_force(args.backend), problem)
     print(found)
     return 0 if found.chosen else 1
+
+
+def run_warmup(args: argparse.Namespace) -> int:
+    """Compile what calls of the given shape need, here for any GPU: before a deployment, say."""
+    args.device = "cuda"  # whether there is one or not
+    case, request = _make_case(args), dispatch.request_in_force(args.backend)[0]
+    with _progress(1) as step:
+        step("forward and backward" if args.gradients else "forward")
+        start = time.perf_counter()
+        name = ahead.warm(request, _call(case), _describe(case, "cuda", args.gradients, args.sm))
+    print(f"{name} is ready after {time.perf_counter() - start:.1f} s")
+    return 0
 
 
 @contextmanager
@@ -231,6 +248,12 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--backend", help="a name, a list, or auto")
     command.add_argument("--sm", type=int, help="compute capability times ten, if not this GPU's")
     command.set_defaults(run=explain)
+
+    command = commands.add_parser("warmup", help=run_warmup.__doc__, parents=[problem])
+    command.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
+    command.add_argument("--backend", help="a name, a list, or auto")
+    command.add_argument("--sm", type=int, default=90, help="compute capability times ten (90)")
+    command.set_defaults(run=run_warmup)
 
     command = commands.add_parser("compare", help=run_compare.__doc__, parents=[problem])
     command.add_argument("--backends", help="a list, such as tilelang,fla; all by default")

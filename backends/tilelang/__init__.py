@@ -58,6 +58,15 @@ class TileLangBackend(Backend):
 
         return TileLangBackend(Plan(call), Backward(call))
 
+    def warm(self, call: Call | Step, backward: bool) -> None:
+        if isinstance(call, Step):
+            self.plan.run(self.plan.wide)
+            return
+        self.plan.compiled(save=backward)
+        if backward:
+            for final in {False, call.output_final_state}:
+                self.back.kernels(call.initial_state is not None, final)
+
     def saved_like(self, call: Call) -> list[Tensor]:
         from .forward import saved_like
 

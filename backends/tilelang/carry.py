@@ -44,7 +44,8 @@ def carry(
             head = program // blocks % HV
             first = program % blocks * COLUMNS
             start = T.cast(cu_seqlens[n], "int32") if varlen else 0
-            each = T.ceildiv(T.cast(cu_seqlens[n + 1], "int32") - start if varlen else total, length)
+            tokens = T.cast(cu_seqlens[n + 1], "int32") - start if varlen else total
+            each = T.ceildiv(tokens, length)
             piece = start // length + n if varlen else n * each
             for i in T.unroll(COLUMNS):
                 S[i] = 0.0
