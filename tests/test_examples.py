@@ -91,3 +91,22 @@ def test_qwen_stacks_layers_and_loads_checkpoints(
     assert (" w" in out.splitlines()[-1]) == (what == "checkpoint")
     with pytest.raises(SystemExit):
         qwen.main(["--text", "Why?"])
+
+
+def test_recall_is_learned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recall = load("train_recall")
+    picture = tmp_path / "curves.png"
+    assert recall.main(["--backends", "torch", "--plot", str(picture)]) == 0
+    assert "torch: loss 0.0" in capsys.readouterr().out
+    assert picture.stat().st_size > 10_000
+    assert recall.main(["--backends", "torch", "--steps", "3"]) == 1
+
+
+@pytest.mark.gpu
+def test_recall_is_learned_alike_by_every_backend() -> None:
+    recall = load("train_recall")
+    assert {"triton", "torch"} <= set(recall.able("cuda"))
+    assert recall.main([]) == 0

@@ -1,0 +1,158 @@
+"""Train a small language model to recall: keys and values once, then keys again, in another order.
+
+The data are made on the spot. Every backend trains the same model from the same seed on the same
+batches, so their loss curves should lie on each other, and all should end where nearly every value
+is recalled. Exits with 1 if one does not.
+
+    python examples/train_recall.py                   every backend that can run here
+    python examples/train_recall.py --backends tilelang,triton --steps 500 --plot curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor, nn
+
+import gdn
+from gdn.nn import GatedDeltaNet
+
+SOLVED = 0.95
+"""The share of values recalled, over the last steps, from which on the task counts as solved."""
+
+
+class Model(nn.Module):
+    """Embedding, layers of Gated DeltaNet with a perceptron after each, and logits."""
+
+    def __init__(self, tokens: int, width: int, layers: int, backend: str) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(tokens, width)
+        self.mixers = nn.ModuleList(
+            GatedDeltaNet(
+                width, num_k_heads=1, num_v_heads=2, head_k_dim=64, head_v_dim=64, backend=backend
+            )
+            for _ in range(layers)
+        )
+        for mixer in self.mixers:
+            nn.init.constant_(mixer.dt_bias, -4.0)  # else a new layer's gates forget at once
+        self.feed = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+            for _ in range(layers)
+        )
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2 * layers + 1))
+        self.logits = nn.Linear(width, tokens, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        norms = iter(self.norms)
+        for mixer, feed in zip(self.mixers, self.feed, strict=True):
+            x = x + mixer(next(norms)(x))
+            x = x + feed(next(norms)(x))
+        logits: Tensor = self.logits(next(norms)(x))
+        return logits
+
+
+def make_batch(batch: int, pairs: int, names: int, generator: torch.Generator) -> Tensor:
+    """Tokens [batch, 4 pairs]: `pairs` keys with a value each, then all again, shuffled. Keys are
+    tokens below `names`, values from there on; no key comes twice."""
+    keys = torch.rand(batch, names, generator=generator).argsort(-1)[:, :pairs]
+    values = torch.randint(names, 2 * names, (batch, pairs), generator=generator)
+    order = torch.rand(batch, pairs, generator=generator).argsort(-1)
+    asked, answers = keys.gather(1, order), values.gather(1, order)
+    told = torch.stack([keys, values], -1).flatten(1)
+    return torch.cat([told, torch.stack([asked, answers], -1).flatten(1)], 1)
+
+
+def train(
+    backend: str, args: argparse.Namespace, device: str, progress: Progress
+) -> tuple[list[float], list[float]]:
+    """The loss, and the share of values recalled, of every step."""
+    torch.manual_seed(args.seed)
+    model = Model(2 * args.names, args.width, args.layers, backend).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps)
+    generator = torch.Generator().manual_seed(args.seed)
+    losses, shares = [], []
+    half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    for _ in progress.track(range(args.steps), description=backend):
+        tokens = make_batch(args.batch, args.pairs, args.names, generator).to(device)
+        with half:
+            logits = model(tokens)[:, 2 * args.pairs :: 2]  # where a key is asked for
+        answers = tokens[:, 2 * args.pairs + 1 :: 2]
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+        shares.append((logits.detach().argmax(-1) == answers).float().mean())
+    return torch.stack(losses).tolist(), torch.stack(shares).tolist()
+
+
+def able(device: str) -> list[str]:
+    """The backends that can train here."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = (torch.empty(1, 64, n, 64, dtype=dtype, device=device) for n in (1, 1, 2))
+    gates = torch.empty(1, 64, 2, device=device)
+    verdicts = gdn.explain(q.requires_grad_(), k, v, gates, gates).verdicts
+    return [verdict.name for verdict in verdicts if not verdict.reasons]
+
+
+def plot(curves: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
+    """Loss and recall against steps, a line a backend."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for axes, index, label in zip(
+        figure.subplots(1, 2), (0, 1), ("loss", "values recalled"), strict=True
+    ):
+        for name, curve in curves.items():
+            axes.plot(curve[index], label=name, linewidth=1, alpha=0.8)
+        axes.set(xlabel="step", ylabel=label)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backends", help="a list; by default every one that can train here")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=6, help="keys and values in a sequence")
+    parser.add_argument("--names", type=int, default=16, help="different keys, and values")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    args = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = args.backends.split(",") if args.backends else able(device)
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    solved = True
+    with Progress(transient=True) as progress:
+        for name in names:
+            curves[name] = train(name, args, device, progress)
+            last = max(1, args.steps // 20)
+            loss, share = (sum(curve[-last:]) / last for curve in curves[name])
+            apart = max(
+                abs(a - b) for a, b in zip(curves[name][0], curves[names[0]][0], strict=True)
+            )
+            progress.console.print(
+                f"{name:>9}: loss {loss:.4f}, {100 * share:.1f} % of the values recalled; "
+                f"never more than {apart:.3f} from the loss of {names[0]}"
+            )
+            solved &= share >= SOLVED
+    if args.plot is not None:
+        plot(curves, args.plot)
+    return 0 if solved else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
