@@ -16,8 +16,8 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
-ROWS = 64
-"""Rows of the transposed state, columns of V, that a warpgroup keeps."""
+from .constants import ROWS
+from .transposed import store_transposed
 
 
 class Tile:
@@ -98,15 +98,4 @@ def advance(t: Any, m: Any, s: Any) -> None:
 def stage_output(t: Any, o: Any, s: Any, wg: int, thread: Any) -> None:
     """t.O to its 64 columns of o[s], shared memory of [C, V]."""
     T.copy(t.O, t.half)
-    for pair in T.unroll(C // 16):
-        T.call_extern(
-            "handle", "gdn_store_transposed",
-            T.address_of(
-                o[
-                    s,
-                    pair * 16 + thread // 16 % 2 * 8 + thread % 8,
-                    wg * ROWS + thread // 32 * 16 + thread // 8 % 2 * 8,
-                ]
-            ),
-            t.half.data, pair,
-        )  # fmt: skip
+    store_transposed(t.half, o, s, thread, wg * ROWS)

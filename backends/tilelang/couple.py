@@ -19,22 +19,10 @@ from tilelang.layout import make_linear_layout
 from gdn.definition import L2_EPS
 from gdn.problem import CHUNK as C
 
-LOG2_E = 1.4426950408889634
-THREADS = 128
+from .constants import LOG2_E
+from .transposed import store
 
-STORE = """
-#include <tl_templates/cuda/ldsm.h>
-// Sixteen columns of a half-precision accumulator to shared memory, as they are or transposed.
-__device__ __forceinline__ void gdn_store(void *to, const void *from, int pair) {
-  const int *x = reinterpret_cast<const int *>(from) + 4 * pair;
-  tl::ptx_stmatrix_m8n8_x4(to, x[0], x[1], x[2], x[3]);
-}
-__device__ __forceinline__ void gdn_store_transposed(void *to, const void *from, int pair) {
-  const int *x = reinterpret_cast<const int *>(from) + 4 * pair;
-  tl::ptx_stmatrix_m8n8_x4_trans(to, x[0], x[1], x[2], x[3]);
-}
-"""
-"""CUDA that goes before a kernel: stores that TileLang would do two bytes at a time."""
+THREADS = 128
 
 
 class Workspace:
@@ -67,18 +55,6 @@ def clear_workspace(w: Any) -> None:
         w.side[i, j] = 0
     for i, j in T.Parallel(32, 32):
         w.top[i, j] = 0
-
-
-@T.macro
-def store(x: Any, half: Any, to: Any, s: Any, thread: Any) -> None:
-    """x, an accumulator [C, C], through half to to[s], shared memory."""
-    T.copy(x, half)
-    for pair in T.unroll(C // 16):
-        T.call_extern(
-            "handle", "gdn_store",
-            T.address_of(to[s, thread // 32 * 16 + thread % 16, pair * 16 + thread // 16 % 2 * 8]),
-            half.data, pair,
-        )  # fmt: skip
 
 
 @T.macro
@@ -226,14 +202,17 @@ def couple(
         y[i, j] = y[i, j] * T.exp2(G[i] - w.into[j]) * factor[i]
     for i, j in T.Parallel(C, C):
         y[i, j] = T.if_then_else(i >= j, y[i, j], 0.0)
-    store(y, half, m.P, s, thread)
+    T.copy(y, half)
+    store(half, m.P, s, thread)
     invert(w, thread, barrier)
     for i, j in T.Parallel(C, C):
         x[i, j] = w.inverse[i, j] * m.beta[s_k, j]
-    store(x, half, m.A_v, s, thread)
+    T.copy(x, half)
+    store(half, m.A_v, s, thread)
     for i, j in T.Parallel(C, C):
         x[i, j] = w.inverse[i, j] * w.through[j]
-    store(x, half, m.A_k, s, thread)
+    T.copy(x, half)
+    store(half, m.A_k, s, thread)
 
 
 @T.macro

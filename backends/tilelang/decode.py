@@ -18,6 +18,7 @@ from torch import Tensor
 from gdn.definition import L2_EPS
 from gdn.problem import Step
 
+from .feed import softplus
 from .launch import kernel
 from .part import Part, Shape, keep, load, meet
 
@@ -43,12 +44,6 @@ def shape_for(walks: int, K: int, V: int, vec: int, v_first: bool) -> Shape:
     lanes = min(lanes, V // vec)
     rows = min(rows, K * lanes // 32)
     return Shape(lanes * K // rows, lanes, rows, resident)
-
-
-def softplus(x: Any) -> Any:
-    """log(1 + e^x), exact for large and for very negative x."""
-    y = T.exp(-T.abs(x))
-    return T.max(x, 0.0) + T.if_then_else(y < 1e-4, y - y * y / 2, T.log(1 + y))
 
 
 def named(slot: Any, null_index: Any, slots: Any) -> Any:
@@ -139,7 +134,7 @@ def decode_kernel(
                     if biased:
                         x_g = x_g + T.cast(bias[head], "float32")
                     if gate:
-                        x_g = -T.exp(T.cast(A[head], "float32")) * softplus(x_g)
+                        x_g = -T.exp(T.cast(A[head], "float32")) * softplus(x_g, T.exp(-T.abs(x_g)))
                     if squashed:
                         x_b = beta_scale / (1 + T.exp(-x_b))
                     decay = T.exp(x_g)

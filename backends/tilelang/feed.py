@@ -12,7 +12,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from .couple import LOG2_E
+from .constants import LOG2_E
 
 
 @T.macro

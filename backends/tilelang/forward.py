@@ -10,8 +10,8 @@ from torch import Tensor
 from gdn.backend import Forward
 from gdn.problem import CHUNK, Call
 
-from .advance import ROWS
 from .carry import carry
+from .constants import ROWS
 from .cut import parallel_length, pieces
 from .launch import together
 from .prepare import prepare

@@ -16,10 +16,10 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
+from .constants import LOG2_E
 from .feed import softplus
 from .through_states import KNOWN, READ, WRITTEN, sum_over
 
-LOG2_E = 1.4426950408889634
 WEAK = 0.0625
 """Where beta is not larger, dbeta is not found by dividing by it."""
 

@@ -11,9 +11,10 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
-from .couple import STORE, Workspace, clear_workspace, couple, save_chunk
+from .couple import Workspace, clear_workspace, couple, save_chunk
 from .feed import locate, sum_gates
 from .launch import kernel
+from .transposed import PRELUDE
 
 
 class Memory:
@@ -46,7 +47,7 @@ def prepare(
         factors: T.Tensor((slots, HV, 4, C), "float32"),
         inverses: T.Tensor((slots, HV, C, C), dtype), sequences: T.int32, scale: T.float32,
     ):  # fmt: skip
-        with T.Kernel(slots * HV, threads=128, prelude=STORE) as program:
+        with T.Kernel(slots * HV, threads=128, prelude=PRELUDE) as program:
             T.annotate_min_blocks_per_sm(3)
             slot, head = program // HV, program % HV
             place = T.alloc_local((3,), "int32")

@@ -17,11 +17,11 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from gdn.problem import CHUNK as C
 
+from .constants import LOG2_E, ROWS
 from .launch import kernel
 from .transposed import PRELUDE, load_transposed, store_transposed
 
-ROWS, STAGES = 64, 2
-LOG2_E = 1.4426950408889634
+STAGES = 2
 CARRY, COUPLE = 1, 2
 """Named barriers of the warpgroups."""
 
@@ -145,7 +145,7 @@ def go_back(m: Any, t: Any, s: Any, free: Any, thread: Any) -> None:
         t.R_half[i, j] = m.through[s, j] * t.R[i, j]
     T.wgmma_gemm(t.R_half, m.k[s, :, :], t.dS)
     T.copy(t.R, t.dU_half)
-    store_transposed(t.dU_half, m.R, 0, thread)
+    store_transposed(t.dU_half, m.R, 0, thread, 0)
     T.wait_wgmma(0)
 
 

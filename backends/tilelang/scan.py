@@ -18,7 +18,6 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from .advance import (
-    ROWS,
     Tile,
     advance,
     load_state,
@@ -27,9 +26,10 @@ from .advance import (
     store_state,
     unit_state,
 )
-from .couple import STORE
+from .constants import ROWS
 from .feed import locate
 from .launch import kernel
+from .transposed import PRELUDE
 
 STAGES = 3
 """Chunks in shared memory."""
@@ -126,7 +126,7 @@ def scan(
         length: T.int32,
     ):  # fmt: skip
         """length: tokens of a piece; sequences, pieces: how many."""
-        with T.Kernel(pieces * HV * blocks, threads=carriers + 128, prelude=STORE) as program:
+        with T.Kernel(pieces * HV * blocks, threads=carriers + 128, prelude=PRELUDE) as program:
             piece, head = program // (HV * blocks), program // blocks % HV
             first, kh = program % blocks * width, head // (HV // H)
             place = T.alloc_local((3,), "int32")

@@ -17,11 +17,11 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from gdn.problem import CHUNK as C
 
+from .constants import LOG2_E, ROWS
 from .launch import kernel
 from .transposed import PRELUDE, load_transposed
 
-ROWS, STAGES = 64, 2
-LOG2_E = 1.4426950408889634
+STAGES = 2
 
 
 class Memory:

@@ -17,10 +17,10 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
+from .constants import LOG2_E
 from .sums import sum_rows
 
 COLUMNS = 64
-LOG2_E = 1.4426950408889634
 READ, KNOWN, WRITTEN, SQUARE_Q, SQUARE_K = range(5)
 """What `Memory.dots` holds: a row's product with its inter-chunk gradient, and through the norm."""
 

@@ -13,9 +13,8 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
+from .constants import LOG2_E
 from .sums import multiply, put_aside, sum_columns, sum_rows
-
-LOG2_E = 1.4426950408889634
 
 
 class Pairs:
