@@ -77,7 +77,7 @@ class Backward:
         q, k, v, g, beta, begin, A_log, dt_bias = (_ready(x) for x in call.differentiable)
         do, end = _ready(grad_o), _ready(grad_final_state)
         factors, inverse = saved
-        (HV, V), K, cu_seqlens = v.shape[2:], q.shape[3], call.cu_seqlens
+        (HV, V), K, cu_seqlens = v.shape[2:], q.shape[3], _ready(call.cu_seqlens)
         walk, walk_back, finish = self.kernels(begin is not None, end is not None)
 
         S, dS = (q.new_empty((self.slots, HV, V, K)) for _ in range(2))

@@ -96,28 +96,31 @@ class Plan:
         """See `gdn.backend.Backend.forward`."""
         HV, dtype, new_empty = call.v.shape[2], call.q.dtype, call.q.new_empty
         q, k, v, g, beta = (_ready(x) for x in call[:5])
-        A_log, dt_bias = (None if x is None else x.float() for x in (call.A_log, call.dt_bias))
+        A_log, dt_bias = (
+            None if x is None else _ready(x.float()) for x in (call.A_log, call.dt_bias)
+        )
+        cu_seqlens = _ready(call.cu_seqlens)
         o = torch.empty(call.v.shape, dtype=dtype, device=call.v.device)
         end = new_empty(self.state, dtype=torch.float32) if call.output_final_state else None
         matrices = new_empty((self.slots, HV, 3, CHUNK, CHUNK))
         walk = new_empty((self.slots, HV, 3, CHUNK), dtype=torch.float32)
         saved = saved_like(call) if save else []
-        if call.cu_seqlens is not None:
+        if cu_seqlens is not None:
             for x in saved:
                 x.zero_()  # numbers of chunks may stay unused
         prepare_chunks, *walks = self.compiled(save)
         prepare_chunks(
-            q, k, g, beta, A_log, dt_bias, call.cu_seqlens, matrices, walk,
+            q, k, g, beta, A_log, dt_bias, cu_seqlens, matrices, walk,
             *(saved or (None, None)), self.sequences, call.scale,
         )  # fmt: skip
         tensors, begin, N = (q, k, v, matrices, walk), _ready(call.initial_state), self.sequences
         if self.length is None:
-            walks[0](*tensors, begin, call.cu_seqlens, o, end, N, N, 0)
+            walks[0](*tensors, begin, cu_seqlens, o, end, N, N, 0)
         else:
             K, V, many = q.shape[3], v.shape[3], (N, self.pieces, self.length)
             walked = new_empty((self.pieces, HV, V + K, K), dtype=torch.float32)
             begins = new_empty((self.pieces, HV, V, K), dtype=torch.float32)
-            walks[0](*tensors, None, call.cu_seqlens, o, walked, *many)
-            walks[1](walked, begins, begin, end, call.cu_seqlens, N, q.shape[1], self.length)
-            walks[2](*tensors, begins, call.cu_seqlens, o, None, *many)
+            walks[0](*tensors, None, cu_seqlens, o, walked, *many)
+            walks[1](walked, begins, begin, end, cu_seqlens, N, q.shape[1], self.length)
+            walks[2](*tensors, begins, cu_seqlens, o, None, *many)
         return Forward(o, end, saved)
