@@ -99,7 +99,7 @@ def info(args: argparse.Namespace) -> int:
     rows = []
     for backend in backends:
         case = Case("info", T=8192, dtype=torch.bfloat16, **QWEN)
-        problems = [_describe(case, device.type, grad, sm) for grad in (False, True)]
+        problems = [_describe(_call(case), device.type, grad, sm) for grad in (False, True)]
         verdicts = [dispatch.verdict(backend.name, problem) for problem in problems]
         said = ["no: " + "; ".join(v.reasons) if v.reasons else f"yes: {v.path}" for v in verdicts]
         rows.append([backend.name, backend.summary, *said])
@@ -118,9 +118,8 @@ def _call(case: Case) -> Call:
     return Call(**inputs)
 
 
-def _describe(case: Case, device: str, needs_grad: bool, sm: int | None) -> Problem:
-    """The problem that a case is on a device."""
-    call = _call(case)
+def _describe(call: Call, device: str, needs_grad: bool, sm: int | None) -> Problem:
+    """The problem that a call would be on a device."""
     validate(call)
     return replace(describe(call, needs_grad), device=device, sm=sm)
 
@@ -129,7 +128,7 @@ def explain(args: argparse.Namespace) -> int:
     """Why each backend would or would not run a call, or a decode step, of the given shape."""
     device = torch.device(args.device)
     sm = args.sm or (compute_capability(device) if torch.cuda.is_available() else None)
-    problem = _describe(_make_case(args), device.type, args.gradients, sm)
+    problem = _describe(_call(_make_case(args)), device.type, args.gradients, sm)
     if args.decode:
         flags = problem.flags - {"output_final_state"}
         problem = replace(problem, needs_grad=False, flags=flags, pool=torch.float32)
@@ -141,11 +140,11 @@ def explain(args: argparse.Namespace) -> int:
 def run_warmup(args: argparse.Namespace) -> int:
     """Compile what calls of the given shape need, here for any GPU: before a deployment, say."""
     args.device = "cuda"  # whether there is one or not
-    case, request = _make_case(args), dispatch.request_in_force(args.backend)[0]
+    call, request = _call(_make_case(args)), dispatch.request_in_force(args.backend)[0]
     with _progress(1) as step:
         step("forward and backward" if args.gradients else "forward")
         start = time.perf_counter()
-        name = ahead.warm(request, _call(case), _describe(case, "cuda", args.gradients, args.sm))
+        name = ahead.warm(request, call, _describe(call, "cuda", args.gradients, args.sm))
     print(f"{name} is ready after {time.perf_counter() - start:.1f} s")
     return 0
 

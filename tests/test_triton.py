@@ -52,7 +52,7 @@ PARALLEL = (
 def test_pieces_walked_in_parallel(
     monkeypatch: pytest.MonkeyPatch, case: Case, dtype: torch.dtype, device: str
 ) -> None:
-    from gdn.backends.triton import cut
+    from gdn import cut
 
     monkeypatch.setattr(cut, "LEAST", 1)
     monkeypatch.setattr(cut, "processors", lambda device: 10**4)
@@ -72,8 +72,9 @@ def test_launches_without_triton_pass_every_argument_in_order(
 ) -> None:
     """A launch goes by position: pointers, scale, sizes, then the constants, in the kernel's
     order."""
-    from gdn.backends.triton import cut
     from gdn.backends.triton.launch import Stage
+
+    from gdn import cut
 
     seen, launch = set(), Stage.run
 

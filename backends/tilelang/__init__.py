@@ -1,7 +1,7 @@
 """Our TileLang kernels for Hopper: two forward (four for few heads), three backward, one to decode.
 
 `prepare.py` couples the tokens of every chunk, by itself; `scan.py` then carries the states along
-and reads them; `cut.py` and `carry.py` let the pieces of a sequence be walked at the same time.
+and reads them; `carry.py` lets the pieces of a sequence be walked at the same time.
 `couple.py`, `feed.py` and `advance.py` are what their warps do, `forward.py` is their order.
 `states.py`, `reverse_scan.py` and `gradients.py` go back (with `through_states.py`,
 `within_chunk.py`, `per_token.py`, `sums.py` and `transposed.py`), in the order of `backward.py`.

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Gradients
+from gdn.cut import pieces
 from gdn.problem import CHUNK, Call
 
-from .cut import pieces
-from .forward import _name, _ready
+from .forward import gate_options, ready
 from .gradients import gradients
-from .launch import together
+from .launch import dtype_name, together
 from .reverse_scan import reverse_scan
 from .states import states
 
@@ -39,25 +39,17 @@ class Backward:
         HV, V = call.v.shape[2:]
         self.slots, self.sequences = pieces(call, CHUNK), call.sequences
         self.shape: dict[str, Any] = {
-            "dtype": _name(call.q, ""),
+            "dtype": dtype_name(call.q),
             "K": K,
             "V": V,
             "group": HV // H,
             "varlen": call.cu_seqlens is not None,
         }
         self.scan = self.shape | {
-            "offsets": _name(call.cu_seqlens, "int32"),
+            "offsets": dtype_name(call.cu_seqlens, "int32"),
             "v_first": call.state_v_first,
         }
-        self.options: dict[str, Any] = {
-            "gates": _name(call.g, ""),
-            "strengths": _name(call.beta, ""),
-            "l2": call.use_qk_l2norm_in_kernel,
-            "gate": call.use_gate_in_kernel,
-            "bias": call.dt_bias is not None,
-            "sigmoid": call.use_beta_sigmoid_in_kernel,
-            "double": call.allow_neg_eigval,
-        }
+        self.options = gate_options(call)
         self.compiled: dict[tuple[bool, bool], list[Any]] = {}
 
     def kernels(self, initial: bool, final: bool) -> list[Any]:
@@ -74,10 +66,10 @@ class Backward:
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
         """See `gdn.backend.Backend.backward`."""
-        q, k, v, g, beta, begin, A_log, dt_bias = (_ready(x) for x in call.differentiable)
-        do, end = _ready(grad_o), _ready(grad_final_state)
+        q, k, v, g, beta, begin, A_log, dt_bias = (ready(x) for x in call.differentiable)
+        do, end = ready(grad_o), ready(grad_final_state)
         factors, inverse = saved
-        (HV, V), K, cu_seqlens = v.shape[2:], q.shape[3], _ready(call.cu_seqlens)
+        (HV, V), K, cu_seqlens = v.shape[2:], q.shape[3], ready(call.cu_seqlens)
         walk, walk_back, finish = self.kernels(begin is not None, end is not None)
 
         S, dS = (q.new_empty((self.slots, HV, V, K)) for _ in range(2))

@@ -22,8 +22,6 @@ from gdn.problem import CHUNK as C
 from .constants import LOG2_E
 from .transposed import store
 
-THREADS = 128
-
 
 class Workspace:
     """Shared memory for one inverse at a time. Zeros around what is written stay as they are."""
@@ -71,7 +69,7 @@ def spread(M: Any, w: Any) -> None:
 
 
 @T.macro
-def invert(w: Any, thread: Any, barrier: Any) -> None:
+def invert(w: Any, thread: Any) -> None:
     """w.inverse = (I + M)^-1, after `spread`."""
     # x (I + M) = a unit vector: a row of a block's inverse a thread, twice over
     x = T.alloc_local((16,), "float32")
@@ -104,7 +102,7 @@ def invert(w: Any, thread: Any, barrier: Any) -> None:
             for j in T.vectorized(16):
                 w.side[48 + row, j] = 0
     T.fence_proxy_async()
-    T.sync_threads(barrier, THREADS)
+    T.sync_threads(1, 128)
 
     narrow = T.alloc_fragment((C, 16), "float16")
     through = T.alloc_fragment((C, 16), "float32")
@@ -123,7 +121,7 @@ def invert(w: Any, thread: Any, barrier: Any) -> None:
             w.inverse[i, j + 16] = merged[i, j]
             w.side[i, j - 16] = merged[i, j]
     T.fence_proxy_async()
-    T.sync_threads(barrier, THREADS)
+    T.sync_threads(1, 128)
 
     T.wgmma_gemm(w.side, w.corner, merged, clear_accum=True)
     T.wait_wgmma(0)
@@ -133,12 +131,12 @@ def invert(w: Any, thread: Any, barrier: Any) -> None:
     for i, j in T.Parallel(C, 32):
         if i >= 32:
             w.inverse[i, j] = merged[i, j]
-    T.sync_threads(barrier, THREADS)
+    T.sync_threads(1, 128)
 
 
 @T.macro
-def norms_of_queries(q: Any, s: Any, w: Any, thread: Any) -> None:
-    """w.rq, two threads a row of q[s]."""
+def norms_of_queries(q: Any, w: Any, thread: Any) -> None:
+    """w.rq, two threads a row of q[0]."""
     part = T.alloc_local((8,), q.dtype)
     total = T.alloc_local((4,), "float32")
     width = q.shape[2] // 2
@@ -146,7 +144,7 @@ def norms_of_queries(q: Any, s: Any, w: Any, thread: Any) -> None:
         total[i] = 0.0
     for eight in T.unroll(width // 8):
         for i in T.vectorized(8):
-            part[i] = q[s, thread // 2, thread % 2 * width + eight * 8 + i]
+            part[i] = q[0, thread // 2, thread % 2 * width + eight * 8 + i]
         for i in T.unroll(8):
             total[i % 4] += T.cast(part[i], "float32") * T.cast(part[i], "float32")
     total[0] += total[1] + (total[2] + total[3])
@@ -155,46 +153,44 @@ def norms_of_queries(q: Any, s: Any, w: Any, thread: Any) -> None:
 
 
 @T.macro
-def couple(
-    m: Any, w: Any, s: Any, s_k: Any, scale: Any, thread: Any, barrier: Any, l2: bool
-) -> None:
+def couple(m: Any, w: Any, scale: Any, thread: Any, l2: bool) -> None:
     """A_v, A_k, P and the factors of a chunk; A itself stays in w.inverse."""
     x = T.alloc_fragment((C, C), "float32")  # of k and k, then A_v and A_k
     y = T.alloc_fragment((C, C), "float32")  # of q and k
     half = T.alloc_fragment((C, C), m.P.dtype)
     G = T.alloc_fragment((C,), "float32")
     factor = T.alloc_fragment((C,), "float32")
-    T.wgmma_gemm(m.k[s_k, :, :], m.k[s_k, :, :], x, transpose_B=True, clear_accum=True)
-    T.wgmma_gemm(m.q[s_k, :, :], m.k[s_k, :, :], y, transpose_B=True, clear_accum=True)
+    T.wgmma_gemm(m.k[0, :, :], m.k[0, :, :], x, transpose_B=True, clear_accum=True)
+    T.wgmma_gemm(m.q[0, :, :], m.k[0, :, :], y, transpose_B=True, clear_accum=True)
     if l2:
-        norms_of_queries(m.q, s_k, w, thread)
+        norms_of_queries(m.q, w, thread)
         T.wait_wgmma(1)
         for i, j in T.Parallel(C, C):
             if i == j:
                 w.rk[i] = T.rsqrt(x[i, j] + L2_EPS)
-        T.sync_threads(barrier, THREADS)
+        T.sync_threads(1, 128)
     if thread < C:
-        rise = T.exp2(m.G[s_k, thread])
-        onto = T.exp2(m.G[s_k, C - 1] - m.G[s_k, thread])
-        beta = m.beta[s_k, thread]
-        m.read[s, thread] = rise * scale * (w.rq[thread] if l2 else 1.0)
-        m.onto[s, thread] = onto * (w.rk[thread] if l2 else 1.0)
+        rise = T.exp2(m.G[0, thread])
+        onto = T.exp2(m.G[0, C - 1] - m.G[0, thread])
+        beta = m.beta[0, thread]
+        m.read[0, thread] = rise * scale * (w.rq[thread] if l2 else 1.0)
+        m.onto[0, thread] = onto * (w.rk[thread] if l2 else 1.0)
         w.through[thread] = -beta * rise * (w.rk[thread] if l2 else 1.0)
-        w.into[thread] = m.G[s_k, thread] - (T.log2(w.rk[thread]) if l2 else 0.0)
+        w.into[thread] = m.G[0, thread] - (T.log2(w.rk[thread]) if l2 else 0.0)
         w.scores[thread] = scale * (w.rq[thread] if l2 else 1.0)
         w.strength[thread] = beta * (w.rk[thread] if l2 else 1.0)
         if thread == C - 1:
-            m.decay[s, 0] = rise
-    T.sync_threads(barrier, THREADS)
+            m.decay[0, 0] = rise
+    T.sync_threads(1, 128)
     for i in T.Parallel(C):
-        G[i] = m.G[s_k, i]
+        G[i] = m.G[0, i]
         factor[i] = w.strength[i]
     T.wait_wgmma(1)
     # what is above the diagonal may be infinite, and is dropped
     for i, j in T.Parallel(C, C):
         x[i, j] = x[i, j] * T.exp2(G[i] - w.into[j]) * factor[i]
     spread(x, w)
-    T.sync_threads(barrier, THREADS)
+    T.sync_threads(1, 128)
     for i in T.Parallel(C):
         factor[i] = w.scores[i]
     T.wait_wgmma(0)
@@ -203,16 +199,16 @@ def couple(
     for i, j in T.Parallel(C, C):
         y[i, j] = T.if_then_else(i >= j, y[i, j], 0.0)
     T.copy(y, half)
-    store(half, m.P, s, thread)
-    invert(w, thread, barrier)
+    store(half, m.P, 0, thread)
+    invert(w, thread)
     for i, j in T.Parallel(C, C):
-        x[i, j] = w.inverse[i, j] * m.beta[s_k, j]
+        x[i, j] = w.inverse[i, j] * m.beta[0, j]
     T.copy(x, half)
-    store(half, m.A_v, s, thread)
+    store(half, m.A_v, 0, thread)
     for i, j in T.Parallel(C, C):
         x[i, j] = w.inverse[i, j] * w.through[j]
     T.copy(x, half)
-    store(half, m.A_k, s, thread)
+    store(half, m.A_k, 0, thread)
 
 
 @T.macro
@@ -223,14 +219,13 @@ def save_chunk(
     inverses: Any,
     slot: Any,
     head: Any,
-    s_k: Any,
     thread: Any,
     l2: bool,
 ) -> None:
     """What backward needs: G, beta, rq, rk, and A."""
     if thread < C:
-        factors[slot, head, 0, thread] = m.G[s_k, thread] / LOG2_E
-        factors[slot, head, 1, thread] = m.beta[s_k, thread]
+        factors[slot, head, 0, thread] = m.G[0, thread] / LOG2_E
+        factors[slot, head, 1, thread] = m.beta[0, thread]
         factors[slot, head, 2, thread] = w.rq[thread] if l2 else 1.0
         factors[slot, head, 3, thread] = w.rk[thread] if l2 else 1.0
     for i, j in T.Parallel(C, C):

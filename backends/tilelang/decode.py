@@ -19,7 +19,7 @@ from gdn.definition import L2_EPS
 from gdn.problem import Step
 
 from .feed import softplus
-from .launch import kernel
+from .launch import dtype_name, kernel
 from .part import Part, Shape, keep, load, meet
 
 _TENSORS = Step._fields.index("scale")
@@ -193,12 +193,12 @@ class StepPlan:
         walks = (B if step.cu_seqlens is None else step.cu_seqlens.shape[0] - 1) * HV
         vec = 16 // step.state.element_size()
         self.statics: dict[str, Any] = {
-            "dtype": _name(step.q), "pool": _name(step.state), "K": K, "V": V,
+            "dtype": dtype_name(step.q), "pool": dtype_name(step.state), "K": K, "V": V,
             "v_first": step.state_v_first, "speculative": step.speculative,
             "l2": step.use_qk_l2norm_in_kernel, "gate": step.use_gate_in_kernel,
             "beta_scale": step.use_beta_sigmoid_in_kernel * (1.0 + step.allow_neg_eigval),
         }  # fmt: skip
-        self.statics |= {name: _name(getattr(step, name)) for name in _OWN}
+        self.statics |= {name: dtype_name(getattr(step, name)) for name in _OWN}
         self.shapes = {
             wide: shape_for(walks, K, V, vec if wide else 1, step.state_v_first)
             for wide in (True, False)
@@ -224,10 +224,6 @@ class StepPlan:
         run = self.run(self.wide and not places % 16)
         run(q, k, v, *step[3:_TENSORS], o, step.scale, *self.rest)
         return o
-
-
-def _name(x: Tensor | None) -> str:
-    return "" if x is None else str(x.dtype).removeprefix("torch.")
 
 
 def _rows(x: Tensor) -> Tensor:

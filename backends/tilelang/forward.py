@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Forward
+from gdn.cut import parallel_length, pieces
 from gdn.problem import CHUNK, Call
 
 from .carry import carry
 from .constants import ROWS
-from .cut import parallel_length, pieces
-from .launch import together
+from .launch import dtype_name, together
 from .prepare import prepare
 from .scan import scan
 
@@ -34,11 +34,20 @@ def saved_like(call: Call) -> list[Tensor]:
     ]
 
 
-def _name(x: Tensor | None, otherwise: str) -> str:
-    return otherwise if x is None else str(x.dtype).removeprefix("torch.")
+def gate_options(call: Call) -> dict[str, Any]:
+    """What kernels that see the gates and the norms are built for."""
+    return {
+        "gates": dtype_name(call.g),
+        "strengths": dtype_name(call.beta),
+        "l2": call.use_qk_l2norm_in_kernel,
+        "gate": call.use_gate_in_kernel,
+        "bias": call.dt_bias is not None,
+        "sigmoid": call.use_beta_sigmoid_in_kernel,
+        "double": call.allow_neg_eigval,
+    }
 
 
-def _ready(x: Any) -> Any:
+def ready(x: Any) -> Any:
     """x, a tensor or None, or a copy as TMA wants it: contiguous, aligned to 16 bytes."""
     if x is None or (x.is_contiguous() and not x.data_ptr() % 16):
         return x
@@ -53,21 +62,13 @@ class Plan:
         self.sequences, self.state = call.sequences, call.state_shape
         self.slots, self.length = pieces(call, CHUNK), parallel_length(call, ROWS)
         shared = {
-            "dtype": _name(call.q, ""),
-            "offsets": _name(call.cu_seqlens, "int32"),
+            "dtype": dtype_name(call.q),
+            "offsets": dtype_name(call.cu_seqlens, "int32"),
             "K": K,
             "V": V,
             "varlen": call.cu_seqlens is not None,
         }
-        self.prepare: dict[str, Any] = shared | {
-            "gates": _name(call.g, ""),
-            "strengths": _name(call.beta, ""),
-            "l2": call.use_qk_l2norm_in_kernel,
-            "gate": call.use_gate_in_kernel,
-            "bias": call.dt_bias is not None,
-            "sigmoid": call.use_beta_sigmoid_in_kernel,
-            "double": call.allow_neg_eigval,
-        }
+        self.prepare: dict[str, Any] = shared | gate_options(call)
         walk = {n: shared[n] for n in ("offsets", "K", "V", "varlen")} | {
             "initial": call.initial_state is not None,
             "final": call.output_final_state,
@@ -95,11 +96,11 @@ class Plan:
     def forward(self, call: Call, save: bool) -> Forward:
         """See `gdn.backend.Backend.forward`."""
         HV, dtype, new_empty = call.v.shape[2], call.q.dtype, call.q.new_empty
-        q, k, v, g, beta = (_ready(x) for x in call[:5])
+        q, k, v, g, beta = (ready(x) for x in call[:5])
         A_log, dt_bias = (
-            None if x is None else _ready(x.float()) for x in (call.A_log, call.dt_bias)
+            None if x is None else ready(x.float()) for x in (call.A_log, call.dt_bias)
         )
-        cu_seqlens = _ready(call.cu_seqlens)
+        cu_seqlens = ready(call.cu_seqlens)
         o = torch.empty(call.v.shape, dtype=dtype, device=call.v.device)
         end = new_empty(self.state, dtype=torch.float32) if call.output_final_state else None
         matrices = new_empty((self.slots, HV, 3, CHUNK, CHUNK))
@@ -113,7 +114,7 @@ class Plan:
             q, k, g, beta, A_log, dt_bias, cu_seqlens, matrices, walk,
             *(saved or (None, None)), self.sequences, call.scale,
         )  # fmt: skip
-        tensors, begin, N = (q, k, v, matrices, walk), _ready(call.initial_state), self.sequences
+        tensors, begin, N = (q, k, v, matrices, walk), ready(call.initial_state), self.sequences
         if self.length is None:
             walks[0](*tensors, begin, cu_seqlens, o, end, N, N, 0)
         else:

@@ -12,6 +12,7 @@ os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
 
 import tilelang
 from tilelang import PassConfigKey
+from torch import Tensor
 
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 """Always named, so that a cache filled without a device is hit on one."""
@@ -20,6 +21,11 @@ _OWN_BARRIERS = _FAST | {
     PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
     PassConfigKey.TL_DISABLE_SHARED_MEMORY_REUSE: True,
 }
+
+
+def dtype_name(x: Tensor | None, otherwise: str = "") -> str:
+    """TileLang's name of a tensor's dtype, or what stands for a tensor that is not there."""
+    return otherwise if x is None else str(x.dtype).removeprefix("torch.")
 
 
 def together(*jobs: tuple[Any, dict[str, Any]]) -> list[Any]:

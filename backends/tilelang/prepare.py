@@ -77,7 +77,7 @@ def prepare(
                             m.k[0, i, j] = 0
                     T.fence_proxy_async()
                 T.sync_threads(1, 128)
-                couple(m, w, 0, 0, scale, tx, 1, l2)
+                couple(m, w, scale, tx, l2)
                 T.fence_proxy_async()
                 T.sync_threads(1, 128)
                 T.tma_copy(m.P[0, :, 0:C], matrices[slot, head, 0, :, :])
@@ -88,7 +88,7 @@ def prepare(
                     walk[slot, head, 1, tx] = m.read[0, tx]
                     walk[slot, head, 2, tx] = m.decay[0, 0]
                 if save:
-                    save_chunk(m, w, factors, inverses, slot, head, 0, tx, l2)
+                    save_chunk(m, w, factors, inverses, slot, head, tx, l2)
                 T.tma_store_wait(0)
 
     return prepare_kernel

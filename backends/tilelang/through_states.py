@@ -42,14 +42,20 @@ class Columns:
 
 
 @T.macro
+def multiply_rows(x: Any, m: Any, c: Any, which: int, h: Any, thread: Any) -> None:
+    """m.dots[which, h]: the rows of c.one, which is used up, times those of x."""
+    T.copy(x[h, :, :], c.half)
+    for i, j in T.Parallel(C, COLUMNS):
+        c.one[i, j] *= c.half[i, j]
+    sum_rows(c.one, T.address_of(m.dots[which, h, thread // 32 * 16]))
+
+
+@T.macro
 def fold_queries(m: Any, c: Any, h: Any, scale: Any, thread: Any) -> None:
     """c.one = dO S^T, into dQ."""
     for i, j in T.Parallel(C, COLUMNS):
         c.dq[i, j] += scale * T.exp2(m.factors[0, i] * LOG2_E) * c.one[i, j]
-    T.copy(m.q[h, :, :], c.half)
-    for i, j in T.Parallel(C, COLUMNS):
-        c.one[i, j] *= c.half[i, j]
-    sum_rows(c.one, T.address_of(m.dots[READ, h, thread // 32 * 16]))
+    multiply_rows(m.q, m, c, READ, h, thread)
 
 
 @T.macro
@@ -57,10 +63,7 @@ def fold_known(m: Any, c: Any, h: Any, thread: Any) -> None:
     """c.one = R S^T, into dK."""
     for i, j in T.Parallel(C, COLUMNS):
         c.dk[i, j] -= m.factors[1, i] * T.exp2(m.factors[0, i] * LOG2_E) * c.one[i, j]
-    T.copy(m.k[h, :, :], c.half)
-    for i, j in T.Parallel(C, COLUMNS):
-        c.one[i, j] *= c.half[i, j]
-    sum_rows(c.one, T.address_of(m.dots[KNOWN, h, thread // 32 * 16]))
+    multiply_rows(m.k, m, c, KNOWN, h, thread)
 
 
 @T.macro
@@ -68,10 +71,7 @@ def fold_written(m: Any, c: Any, h: Any, thread: Any) -> None:
     """c.one = U dS^T, into dK."""
     for i, j in T.Parallel(C, COLUMNS):
         c.dk[i, j] += T.exp2((m.factors[0, C - 1] - m.factors[0, i]) * LOG2_E) * c.one[i, j]
-    T.copy(m.k[h, :, :], c.half)
-    for i, j in T.Parallel(C, COLUMNS):
-        c.one[i, j] *= c.half[i, j]
-    sum_rows(c.one, T.address_of(m.dots[WRITTEN, h, thread // 32 * 16]))
+    multiply_rows(m.k, m, c, WRITTEN, h, thread)
 
 
 @T.macro

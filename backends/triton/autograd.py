@@ -9,10 +9,11 @@ import triton
 from torch import Tensor
 
 from gdn.backend import Forward, Gradients
+from gdn.cut import pieces
 from gdn.problem import CHUNK, Call
 
 from .carry import carry_kernel
-from .cut import parallel_length, pieces, shared_memory
+from .cut import parallel_length, shared_memory
 from .key_gradients import key_gradients_kernel
 from .launch import Stage, configuration
 from .prepare import prepare_kernel

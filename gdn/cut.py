@@ -1,4 +1,4 @@
-"""How sequences are cut into pieces, from shapes alone.
+"""How a kernel backend cuts sequences into pieces, chunks or longer ones, from shapes alone.
 
 Piece i of sequence n has the number cu_seqlens[n] // length + n + i, for chunks and for longer
 pieces: in packed input some numbers stay unused, and nobody needs a table or has to read cu_seqlens
@@ -34,11 +34,14 @@ def processors(device: torch.device) -> int:
 def parallel_length(call: Call, rows: int) -> int | None:
     """Tokens of a piece if walking the pieces of each sequence at the same time pays, else None.
 
-    It walks twice, the first time with twice the rows, of which a program has `rows`; so it pays
-    where less than a third of the multiprocessors would have something to walk.
+    Each is walked twice, once for what it does to the state; so it pays where less than a third of
+    the multiprocessors would have a sequence, head and `rows` columns of V to walk.
     """
     T, (HV, V) = call.q.shape[1], call.v.shape[2:]
-    each = processors(call.q.device) // (call.sequences * HV * (V // rows))
+    walks = call.sequences * HV * (V // rows)
+    if not walks:
+        return None
+    each = processors(call.q.device) // walks
     tokens = T if call.cu_seqlens is None else T // call.sequences
     chunks = max(LEAST, -(-tokens // (CHUNK * max(each, 1))))
     return chunks * CHUNK if each >= 3 and tokens >= 3 * chunks * CHUNK else None
