@@ -61,6 +61,13 @@ class Row:
     failures: dict[str, str] = field(default_factory=dict)
     passes: dict[str, Measurement] = field(default_factory=dict)
 
+    def admit(self, which: str, verdict: gdn.Verdict) -> None:
+        """Note the path of a pass, or why it cannot run."""
+        if verdict.path is None:
+            self.refusals[which] = list(verdict.reasons)
+        else:
+            self.paths[which] = verdict.path
+
     def fit(self, which: str) -> bool:
         """Whether the pass can run and agreed, and so may be timed."""
         return which in self.paths and which not in self.failures
@@ -137,11 +144,7 @@ class Comparison:
             kwargs = self.inputs.plain if which == "fwd" else self.inputs.leaves
             verdicts = {verdict.name: verdict for verdict in gdn.explain(**kwargs).verdicts}
             for row in self.rows:
-                verdict = verdicts[row.backend]
-                if verdict.path is None:
-                    row.refusals[which] = list(verdict.reasons)
-                else:
-                    row.paths[which] = verdict.path
+                row.admit(which, verdicts[row.backend])
 
     def check(self, row: Row) -> None:
         """Each pass's first call, then agreement; fills in the row's first_calls, errors and

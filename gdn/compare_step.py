@@ -28,11 +28,7 @@ class StepComparison:
         self.inputs = agreement.make_step_inputs(case, device)
         verdicts = {v.name: v for v in gdn.explain(**self.inputs.kwargs).verdicts}
         for row in self.rows:
-            verdict = verdicts[row.backend]
-            if verdict.path is None:
-                row.refusals[DECODE] = list(verdict.reasons)
-            else:
-                row.paths[DECODE] = verdict.path
+            row.admit(DECODE, verdicts[row.backend])
 
     def check(self, row: Row) -> None:
         """Agreement of one step; fills in the row's errors and its failure."""
