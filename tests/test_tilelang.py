@@ -7,6 +7,8 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ tilelang = pytest.importorskip("tilelang")
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
 
+from gdn.backends.tilelang import launch  # noqa: E402
 from gdn.backends.tilelang.backward import Backward  # noqa: E402
 from gdn.backends.tilelang.forward import Plan  # noqa: E402
 from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH  # noqa: E402
@@ -69,6 +72,26 @@ def test_backward_does_not_serialise(tmp_path: Path) -> None:
     for kernel in Backward(call).kernels(initial=True, final=True):
         said = verdict(kernel, tmp_path)
         assert "serialized" not in said, said
+
+
+def test_kernels_are_read_in_turn_and_compiled_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reading, compiling = threading.Lock(), threading.Barrier(3, timeout=10)
+
+    def builder(name: str) -> str:
+        assert reading.acquire(blocking=False), "read by two threads"
+        time.sleep(0.05)
+        reading.release()
+        return name
+
+    def compile_(name: str, **options: Any) -> str:
+        compiling.wait()
+        return name
+
+    monkeypatch.setattr(tilelang, "compile", compile_)
+    job = launch.kernel(builder)
+    assert launch.together(*((job, {"name": name}) for name in "abc")) == ["a", "b", "c"]
 
 
 def test_pieces_and_warpgroups_follow_from_shapes_alone() -> None:

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
@@ -16,6 +17,10 @@ from torch import Tensor
 
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 """Always named, so that a cache filled without a device is hit on one."""
+_READING = Lock()
+"""Builders are read one after another: CPython 3.11 counts the depth of `ast.parse` once for all
+threads and raises a SystemError when two of them are at it. Compiling, which takes the time, is
+not."""
 _FAST = {PassConfigKey.TL_ENABLE_FAST_MATH: True}
 _OWN_BARRIERS = _FAST | {
     PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
@@ -47,8 +52,10 @@ def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = Fals
 
     @functools.cache
     def compiled(**statics: Any) -> Any:
+        with _READING:
+            function = build(**statics)
         return tilelang.compile(
-            build(**statics), target=TARGET, execution_backend="tvm_ffi",
+            function, target=TARGET, execution_backend="tvm_ffi",
             pass_configs=_OWN_BARRIERS if own_barriers else _FAST,
         )  # fmt: skip
 
