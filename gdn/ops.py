@@ -8,9 +8,10 @@ fake and the real kernel agree.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 from torch import Tensor
@@ -31,7 +32,13 @@ _INPUTS = (
     f"float scale, bool output_final_state, {_FLAGS}"
 )
 _CALL = len(Call._fields)
-_TENSORS = Call._fields.index("scale")
+_FIRST_OPTION = {kind: kind._fields.index("scale") for kind in (Call, Step)}
+_OPTIONS = {
+    kind: tuple(get_type_hints(kind)[name] for name in kind._fields[first:])
+    for kind, first in _FIRST_OPTION.items()
+}
+_can_autocast = functools.cache(torch.amp.is_autocast_available)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 torch.library.define(
     "gdn::forward", f"({_INPUTS}, bool save) -> (Tensor o, Tensor final_state, Tensor[] saved)"
@@ -53,27 +60,41 @@ torch.library.define(
 def run_forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor | None]:
     """Call the op: o, and the final state if call.output_final_state. `save` keeps what backward
     needs."""
-    if save or torch.compiler.is_compiling():
+    if save or torch.compiler.is_compiling() or _must_be_seen(call):
         o, final_state, _ = torch.ops.gdn.forward(*call, request, save)
-    else:  # nothing to differentiate; not asking autograd saves 6 of 23 us
+    else:
         with torch._C._AutoDispatchBelowAutograd():
-            o, final_state, _ = torch.ops.gdn.forward(*call, request, save)
+            o, final_state, _ = _forward(call, request, save)
     return o, final_state if call.output_final_state else None
 
 
 def run_decode(step: Step, request: str) -> Tensor:
     """Call the op: o, and the new states in step.state. Nothing is ever differentiated here."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _must_be_seen(step):
         return torch.ops.gdn.decode(*step, request)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.gdn.decode(*step, request)  # type: ignore[no-any-return]
+        return _decode(step, request)
+
+
+def _must_be_seen(call: Call | Step) -> bool:
+    """Whether anyone may have to see the op itself: a mode, a transform, a tracer, a profiler or a
+    subclass of Tensor. Where nobody does, PyTorch's dispatcher is passed by: it takes half of what
+    a call costs on the host, mostly to turn arguments into its own types and back."""
+    first = _FIRST_OPTION[type(call)]
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_tracing()
+        or torch._C._autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, call[:first]))
+        or tuple(map(type, call[first:])) != _OPTIONS[type(call)]
+    )
 
 
 def _surroundings(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off (a backend chooses its own precisions) and `device` current."""
-    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(
-        device.type
-    )
+    autocast = _can_autocast(device.type) and torch.is_autocast_enabled(device.type)
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     if not (autocast or elsewhere):
         return nullcontext()
@@ -89,9 +110,7 @@ def _has_tokens(call: Call | Step) -> bool:
     return call.q.shape[0] > 0 and call.q.shape[1] > 0
 
 
-@torch.library.impl("gdn::forward", "CompositeExplicitAutograd")
-def _forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    call, (request, save) = Call(*args[:_CALL]), args[_CALL:]
+def _forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     backend = dispatch.choose(request, call, save)
     check_cu_seqlens(call)
     with _surroundings(call.q.device):
@@ -105,6 +124,11 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     if final_state is None or not call.output_final_state:
         final_state = call.q.new_empty(0)
     return o, final_state, saved
+
+
+@torch.library.impl("gdn::forward", "CompositeExplicitAutograd")
+def _forward_op(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return _forward(Call(*args[:_CALL]), *args[_CALL:])
 
 
 @torch.library.register_fake("gdn::forward")
@@ -146,15 +170,16 @@ def _setup_forward(
     ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, list[Tensor]]
 ) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_TENSORS], *output[2])
-    ctx.options = tuple(inputs[_TENSORS : _CALL + 1])
+    ctx.save_for_backward(*inputs[: _FIRST_OPTION[Call]], *output[2])
+    ctx.options = tuple(inputs[_FIRST_OPTION[Call] : _CALL + 1])
 
 
 def _differentiate_forward(
     ctx: Any, grad_o: Tensor | None, grad_final_state: Tensor | None, _: object
 ) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors  # once: checkpointing recomputes at every access
-    call, saved = Call(*tensors[:_TENSORS], *ctx.options[:-1]), list(tensors[_TENSORS:])
+    first = _FIRST_OPTION[Call]
+    call, saved = Call(*tensors[:first], *ctx.options[:-1]), list(tensors[first:])
     if grad_o is None:
         grad_o = call.v.new_zeros(call.v.shape)
     if not call.output_final_state:
@@ -189,10 +214,8 @@ def _refuse_vmap(*args: object) -> NoReturn:
     )
 
 
-@torch.library.impl("gdn::decode", "CompositeExplicitAutograd")
-def _decode(*args: Any) -> Tensor:
-    step = Step(*args[:-1])
-    backend = dispatch.choose_decode(args[-1], step)
+def _decode(step: Step, request: str) -> Tensor:
+    backend = dispatch.choose_decode(request, step)
     check_cu_seqlens(step)
     check_slots(step)
     if not _has_tokens(step):
@@ -202,6 +225,11 @@ def _decode(*args: Any) -> Tensor:
     if not step.state.is_inference():
         torch.autograd.graph.increment_version(step.state)
     return o
+
+
+@torch.library.impl("gdn::decode", "CompositeExplicitAutograd")
+def _decode_op(*args: Any) -> Tensor:
+    return _decode(Step(*args[:-1]), args[-1])
 
 
 @torch.library.register_fake("gdn::decode")

@@ -4,15 +4,19 @@ graphs."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from support import able, assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gdn
 from gdn.problem import Call
 from gdn.testing import Case, make_inputs, with_gradients
+from gdn.testing_decode import STEPS, make_step
 
 CASES = [
     Case("dense", T=70, HV=4),
@@ -156,6 +160,74 @@ def test_vmap_is_refused(device: str) -> None:
     v = torch.stack([inputs["v"]] * 2)
     with pytest.raises(RuntimeError, match="vmap"):
         torch.func.vmap(lambda v: gdn.gated_delta_net(**inputs | {"v": v}, backend="torch").o)(v)
+
+
+class Seen(TorchDispatchMode):
+    """The names of the ops that come by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(op))
+        return op(*args, **kwargs or {})
+
+
+class Subclass(torch.Tensor):
+    """A tensor that writes down the functions it is given to."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        cls.seen.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def forward_and_decode(device: str, **changes: Any) -> None:
+    inputs, step = make_inputs(CASES[0], device), make_step(STEPS[0], device)
+    gdn.gated_delta_net(**inputs | changes, backend="torch")
+    gdn.gated_delta_net_decode(**step, backend="torch")
+
+
+def test_whoever_watches_sees_the_op(device: str) -> None:
+    """A plain call passes PyTorch's dispatcher by; nobody who looks at ops may notice."""
+    with Seen() as seen:
+        forward_and_decode(device)
+    assert {"gdn.forward.default", "gdn.decode.default"} <= set(seen.names)
+
+    with torch.profiler.profile() as profile:
+        forward_and_decode(device)
+    assert {"gdn::forward", "gdn::decode"} <= {event.key for event in profile.key_averages()}
+
+    Subclass.seen.clear()
+    v = make_inputs(CASES[0], device)["v"].as_subclass(Subclass)  # type: ignore[arg-type]
+    forward_and_decode(device, v=v)
+    assert any("gdn.forward" in name for name in Subclass.seen)
+
+    inputs = make_inputs(CASES[0], device)
+    graph = make_fx(lambda v: gdn.gated_delta_net(**inputs | {"v": v}, backend="torch").o)
+    targets = [str(node.target) for node in graph(inputs["v"]).graph.nodes]
+    assert targets.count("gdn.forward.default") == 1
+
+    with FakeTensorMode() as mode:
+        fakes = {k: mode.from_tensor(x) if torch.is_tensor(x) else x for k, x in inputs.items()}
+    assert gdn.gated_delta_net(**fakes, backend="torch").o.shape == inputs["v"].shape
+
+
+def test_a_plain_call_is_the_op(backend: str, device: str, dense: Case) -> None:
+    """The same bits, whether or not PyTorch's dispatcher was passed by."""
+    inputs = make_inputs(dense, device)
+    if not able(backend, inputs):
+        return
+    plain = gdn.gated_delta_net(**inputs, backend=backend)
+    with Seen() as seen:
+        watched = gdn.gated_delta_net(**inputs, backend=backend)
+    assert "gdn.forward.default" in seen.names
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
 
 
 def test_checkpointing_gives_the_same_gradients(backend: str, device: str, dense: Case) -> None:
