@@ -61,7 +61,7 @@ def verdict(kernel: Any, folder: Path) -> str:
 @pytest.mark.parametrize("name", PLANS)
 def test_neither_spills_nor_serialises(name: str, tmp_path: Path) -> None:
     plan, _ = plan_of(PLANS[name])
-    for kernel in plan.compiled(save=name == "many"):
+    for kernel in plan.kernels(save=name == "many"):
         said = verdict(kernel, tmp_path)
         assert re.findall(r"(\d+) bytes spill", said) == ["0", "0"], said
         assert "serialized" not in said, said

@@ -62,7 +62,7 @@ class TileLangBackend(Backend):
         if isinstance(call, Step):
             self.plan.run(self.plan.wide)
             return
-        self.plan.compiled(save=backward)
+        self.plan.kernels(save=backward)
         if backward:
             for final in {False, call.output_final_state}:
                 self.back.kernels(call.initial_state is not None, final)

@@ -17,7 +17,7 @@ from gdn.problem import CHUNK, Call
 
 from .forward import gate_options, ready
 from .gradients import gradients
-from .launch import dtype_name, together
+from .launch import dtype_name, entries, together
 from .reverse_scan import reverse_scan
 from .states import states
 
@@ -50,17 +50,15 @@ class Backward:
             "v_first": call.state_v_first,
         }
         self.options = gate_options(call)
-        self.compiled: dict[tuple[bool, bool], list[Any]] = {}
+        self.runs: dict[tuple[bool, bool], list[Any]] = {}
 
     def kernels(self, initial: bool, final: bool) -> list[Any]:
         """The compiled stages. initial: there is a first state; final: the last has a gradient."""
-        if (initial, final) not in self.compiled:
-            self.compiled[initial, final] = together(
-                (states, self.scan | {"initial": initial}),
-                (reverse_scan, self.scan | {"final": final, "initial": initial}),
-                (gradients, self.shape | self.options),
-            )
-        return self.compiled[initial, final]
+        return together(
+            (states, self.scan | {"initial": initial}),
+            (reverse_scan, self.scan | {"final": final, "initial": initial}),
+            (gradients, self.shape | self.options),
+        )
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
@@ -70,7 +68,10 @@ class Backward:
         do, end = ready(grad_o), ready(grad_final_state)
         factors, inverse = saved
         (HV, V), K, cu_seqlens = v.shape[2:], q.shape[3], ready(call.cu_seqlens)
-        walk, walk_back, finish = self.kernels(begin is not None, end is not None)
+        kind = begin is not None, end is not None
+        if kind not in self.runs:
+            self.runs[kind] = entries(self.kernels(*kind))
+        walk, walk_back, finish = self.runs[kind]
 
         S, dS = (q.new_empty((self.slots, HV, V, K)) for _ in range(2))
         U = q.new_empty((self.slots, HV, V, CHUNK))

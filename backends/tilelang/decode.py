@@ -19,7 +19,7 @@ from gdn.definition import L2_EPS
 from gdn.problem import Step
 
 from .feed import softplus
-from .launch import dtype_name, kernel
+from .launch import dtype_name, entries, kernel
 from .part import Part, Shape, keep, load, meet
 
 _TENSORS = Step._fields.index("scale")
@@ -210,10 +210,10 @@ class StepPlan:
         self.runs: dict[bool, Any] = {}
 
     def run(self, wide: bool) -> Any:
-        """The compiled kernel's entry, which TVM's own function object calls with little work."""
+        """What launches the kernel, compiled."""
         if wide not in self.runs:
             compiled = decode_kernel(**self.statics, shape=self.shapes[wide], wide=wide)
-            self.runs[wide] = compiled.adapter.get_exportable_executable()["main"]
+            (self.runs[wide],) = entries([compiled])
         return self.runs[wide]
 
     def decode(self, step: Step) -> Tensor:

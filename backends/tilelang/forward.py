@@ -13,7 +13,7 @@ from gdn.problem import CHUNK, Call
 
 from .carry import carry
 from .constants import ROWS
-from .launch import dtype_name, together
+from .launch import dtype_name, entries, together
 from .prepare import prepare
 from .scan import scan
 
@@ -85,23 +85,21 @@ class Plan:
             transfer = walk | common | {"initial": False, "final": True, "transfer": True}
             self.walks = [(scan, transfer), (carry, walk)]
             self.walks += [(scan, walk | common | {"initial": True, "final": False})]
-        self.kernels: dict[bool, list[Any]] = {}
+        self.runs: dict[bool, list[Any]] = {}
 
-    def compiled(self, save: bool) -> list[Any]:
-        """The kernels, in the order of their launches."""
-        if save not in self.kernels:
-            self.kernels[save] = together((prepare, self.prepare | {"save": save}), *self.walks)
-        return self.kernels[save]
+    def kernels(self, save: bool) -> list[Any]:
+        """The compiled kernels, in the order of their launches."""
+        return together((prepare, self.prepare | {"save": save}), *self.walks)
 
     def forward(self, call: Call, save: bool) -> Forward:
         """See `gdn.backend.Backend.forward`."""
-        HV, dtype, new_empty = call.v.shape[2], call.q.dtype, call.q.new_empty
+        HV, new_empty = call.v.shape[2], call.q.new_empty
         q, k, v, g, beta = (ready(x) for x in call[:5])
         A_log, dt_bias = (
             None if x is None else ready(x.float()) for x in (call.A_log, call.dt_bias)
         )
         cu_seqlens = ready(call.cu_seqlens)
-        o = torch.empty(call.v.shape, dtype=dtype, device=call.v.device)
+        o = torch.empty_like(v)
         end = new_empty(self.state, dtype=torch.float32) if call.output_final_state else None
         matrices = new_empty((self.slots, HV, 3, CHUNK, CHUNK))
         walk = new_empty((self.slots, HV, 3, CHUNK), dtype=torch.float32)
@@ -109,7 +107,9 @@ class Plan:
         if cu_seqlens is not None:
             for x in saved:
                 x.zero_()  # numbers of chunks may stay unused
-        prepare_chunks, *walks = self.compiled(save)
+        if save not in self.runs:
+            self.runs[save] = entries(self.kernels(save))
+        prepare_chunks, *walks = self.runs[save]
         prepare_chunks(
             q, k, g, beta, A_log, dt_bias, cu_seqlens, matrices, walk,
             *(saved or (None, None)), self.sequences, call.scale,

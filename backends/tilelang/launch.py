@@ -39,6 +39,12 @@ def together(*jobs: tuple[Any, dict[str, Any]]) -> list[Any]:
         return list(pool.map(lambda job: job[0](**job[1]), jobs))
 
 
+def entries(kernels: list[Any]) -> list[Callable[..., None]]:
+    """What launches compiled kernels: TVM's own function objects, without the 4 us of work on the
+    host that TileLang adds for outputs that it would allocate."""
+    return [kernel.adapter.get_exportable_executable()["main"] for kernel in kernels]
+
+
 def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = False) -> Any:
     """Turn a builder of a TileLang kernel, from static sizes and options, into one that returns it
     compiled.
