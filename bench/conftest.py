@@ -21,7 +21,7 @@ from suite import (
     selected_gates,
     selected_passes,
     selected_shapes,
-    selection,
+    selected_steps,
 )
 
 from gdn import measure, results, tables
@@ -39,6 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shapes", help="of prefill: grid, or such as 16/32:1x8192,2/8|4/16:1024+7168")
     group.addoption("--gates", help="of prefill, such as model,mixed,none")
     group.addoption("--passes", help="of prefill: fwd,bwd,fwd+bwd")
+    group.addoption("--heads", help="of decode, such as 2/8,16/32,16/64")
+    group.addoption("--batches", help="of decode, such as 1,64,512")
     group.addoption("--backends", help="such as triton,fla; all by default")
 
 
@@ -54,8 +56,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("shape", selected_shapes(config))
         metafunc.parametrize("which", selected_passes(config))
     if "batch" in names:
-        metafunc.parametrize("heads", selection(config).decode_heads)
-        metafunc.parametrize("batch", selection(config).batches)
+        heads, batches = selected_steps(config)
+        metafunc.parametrize("heads", heads)
+        metafunc.parametrize("batch", batches)
     if "backend" in names:
         metafunc.parametrize("backend", selected_backends(config))
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import adapters
 import pytest
 import torch
-from shapes import SELECTIONS, Selection, expand
+from shapes import SELECTIONS, Selection, expand, make_step_case
 
 import gdn
 from gdn import measure
@@ -65,6 +65,19 @@ def selected_shapes(config: pytest.Config) -> list[str]:
         return expand(config.getoption("shapes") or selection(config).shapes)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+def selected_steps(config: pytest.Config) -> tuple[list[str], list[int]]:
+    """Heads and batch sizes of decode."""
+    chosen = selection(config)
+    heads, batches = config.getoption("heads"), config.getoption("batches")
+    try:
+        found = heads.split(",") if heads else list(chosen.decode_heads)
+        for pair in found:
+            make_step_case(pair, 1, DTYPE)
+        return found, [int(n) for n in batches.split(",")] if batches else list(chosen.batches)
+    except ValueError as error:
+        raise pytest.UsageError(f"--heads or --batches: {error}") from error
 
 
 @functools.lru_cache(maxsize=1)  # one shape's tensors at a time
