@@ -1,6 +1,6 @@
 """Taking 64 rows of the transposed state through a chunk, by one warpgroup.
 
-    U = A_v V + A_k (K S)                     A_k holds the minus sign
+    U = A_v (V - e^G rk * (K S))
     O = scale e^G rq * (Q S) + P U
     S <- e^gamma S + K^T (e^{gamma - G} rk * U)
 
@@ -16,8 +16,8 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
-from .constants import ROWS
-from .transposed import store_transposed
+from .constants import DECAY, ONTO, READ, ROWS, THROUGH
+from .transposed import load_transposed, store_transposed
 
 
 class Tile:
@@ -28,6 +28,7 @@ class Tile:
         self.before = T.alloc_fragment((ROWS, K), dtype)
         self.known = T.alloc_fragment((ROWS, C), "float32")
         self.U = T.alloc_fragment((ROWS, C), "float32")
+        self.values = T.alloc_fragment((ROWS, C), dtype)
         self.half = T.alloc_fragment((ROWS, C), dtype)
         self.written = T.alloc_fragment((ROWS, C), dtype)
         self.O = T.alloc_fragment((ROWS, C), "float32")
@@ -61,33 +62,31 @@ def store_state(t: Any, end: Any, n: Any, head: Any, row: Any, v_first: bool) ->
 
 
 @T.macro
-def recall(t: Any, m: Any, s: Any, wg: int) -> None:
-    """The first half of a chunk, in place s of shared memory m: A_v V and K S. v is
-    not read again."""
-    T.wgmma_gemm(
-        m.v[s, :, wg * ROWS : wg * ROWS + ROWS], m.A_v[s, :, :], t.U,
-        transpose_A=True, transpose_B=True, clear_accum=True,
-    )  # fmt: skip
+def recall(t: Any, m: Any, s: Any, v: Any, thread: Any) -> None:
+    """The first half of a chunk, in place s of shared memory m: K S, and V in place v, which is not
+    read again."""
     T.wgmma_gemm(t.before, m.k[s, :, :], t.known, transpose_B=True, clear_accum=True)
+    load_transposed(m.v, v, t.values, thread)
     for i, j in T.Parallel(*t.S.shape):
-        t.S[i, j] *= m.walk[s, 2, 0]
+        t.S[i, j] *= m.walk[s, DECAY, 0]
     T.wait_wgmma(0)
 
 
 @T.macro
 def advance(t: Any, m: Any, s: Any) -> None:
     """The other half: t.S after the chunk, and t.O."""
-    T.copy(t.known, t.half)
-    T.wgmma_gemm(t.half, m.A_k[s, :, :], t.U, transpose_B=True)
+    for i, j in T.Parallel(ROWS, C):
+        t.half[i, j] = t.values[i, j] + m.walk[s, THROUGH, j] * t.known[i, j]
+    T.wgmma_gemm(t.half, m.A_v[s, :, :], t.U, transpose_B=True, clear_accum=True)
     T.wgmma_gemm(t.before, m.q[s, :, :], t.O, transpose_B=True, clear_accum=True)
     T.wait_wgmma(1)
     for i, j in T.Parallel(ROWS, C):
-        t.written[i, j] = t.U[i, j] * m.walk[s, 0, j]
+        t.written[i, j] = t.U[i, j] * m.walk[s, ONTO, j]
     T.wgmma_gemm(t.written, m.k[s, :, :], t.S)
     T.copy(t.U, t.half)
     T.wait_wgmma(1)
     for i, j in T.Parallel(ROWS, C):
-        t.O[i, j] *= m.walk[s, 1, j]
+        t.O[i, j] *= m.walk[s, READ, j]
     T.wgmma_gemm(t.half, m.P[s, :, :], t.O, transpose_B=True)
     T.wait_wgmma(1)
     T.copy(t.S, t.before)
@@ -95,7 +94,7 @@ def advance(t: Any, m: Any, s: Any) -> None:
 
 
 @T.macro
-def stage_output(t: Any, o: Any, s: Any, wg: int, thread: Any) -> None:
-    """t.O to its 64 columns of o[s], shared memory of [C, V]."""
+def stage_output(t: Any, o: Any, place: Any, thread: Any) -> None:
+    """t.O to o[place], shared memory of [C, ROWS]."""
     T.copy(t.O, t.half)
-    store_transposed(t.half, o, s, thread, wg * ROWS)
+    store_transposed(t.half, o, place, thread, 0)

@@ -33,7 +33,6 @@ def carry(
         sequences: T.int32, total: T.int32, length: T.int32,
     ):  # fmt: skip
         """length: tokens of a piece; total: of a sequence, where all are alike."""
-        T.annotate_pass_configs({"tl.disable_safe_memory_legalize": True})  # all is in bounds
         with T.Kernel(sequences * HV * blocks, threads=K) as program:
             column = T.get_thread_binding()  # of S^T: a thread has it in all of the rows
             S = T.alloc_local((COLUMNS,), "float32")

@@ -91,7 +91,6 @@ def decode_kernel(
         null_index: T.int64,
         group: T.int32,
     ):
-        T.annotate_pass_configs({"tl.disable_safe_memory_legalize": True})
         programs = (bounds - 1 if varlen else B) * blocks
         with T.Kernel(programs, HV, threads=shape.threads) as (x, head):
             T.annotate_min_blocks_per_sm(shape.resident)

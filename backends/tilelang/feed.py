@@ -12,7 +12,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from .constants import LOG2_E
+from .constants import BETA, LOG2_E, G
 
 
 @T.macro
@@ -51,9 +51,9 @@ def softplus(x: Any, y: Any) -> Any:
 @T.macro
 def sum_gates(
     g: Any, beta: Any, A_log: Any, dt_bias: Any, batch: Any, head: Any, at: Any, live: Any,
-    m: Any, s: Any, lane: Any, gate: bool, bias: bool, sigmoid: bool, double: bool,
+    tokens: Any, lane: Any, gate: bool, bias: bool, sigmoid: bool, double: bool,
 ) -> None:  # fmt: skip
-    """m.G[s] and m.beta[s] of the `live` tokens from `at`, two a lane of one warp."""
+    """Rows G and BETA of tokens, of the `live` tokens from `at`, two a lane of one warp."""
     step = T.alloc_local((2,), "float32")
     written = T.alloc_local((2,), "float32")
     y = T.alloc_local((1,), "float32")
@@ -82,7 +82,7 @@ def sum_gates(
     other[0] = T.shfl_up(total[0], 1)
     if lane == 0:
         other[0] = 0.0
-    m.G[s, lane * 2] = other[0] + step[0]
-    m.G[s, lane * 2 + 1] = total[0]
+    tokens[G, lane * 2] = other[0] + step[0]
+    tokens[G, lane * 2 + 1] = total[0]
     for i in T.unroll(2):
-        m.beta[s, lane * 2 + i] = written[i]
+        tokens[BETA, lane * 2 + i] = written[i]

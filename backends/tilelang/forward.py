@@ -101,8 +101,8 @@ class Plan:
         cu_seqlens = ready(call.cu_seqlens)
         o = torch.empty_like(v)
         end = new_empty(self.state, dtype=torch.float32) if call.output_final_state else None
-        matrices = new_empty((self.slots, HV, 3, CHUNK, CHUNK))
-        walk = new_empty((self.slots, HV, 3, CHUNK), dtype=torch.float32)
+        matrices = new_empty((self.slots, HV, 2, CHUNK, CHUNK))
+        walk = new_empty((self.slots, HV, 4, CHUNK), dtype=torch.float32)
         saved = saved_like(call) if save else []
         if cu_seqlens is not None:
             for x in saved:

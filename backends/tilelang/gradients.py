@@ -148,10 +148,11 @@ def gradients(
         ddt_bias: T.Tensor((partial, HV), "float32"), scale: T.float32,
     ):  # fmt: skip
         with T.Kernel(slots, H, threads=consumers + 128, prelude=PRELUDE) as (slot, kh):
-            chunks = T.ceildiv(L, C)
-            batch = 0 if varlen else slot // chunks
-            at = spans[slot, 0] if varlen else slot % chunks * C
-            live = spans[slot, 1] if varlen else L - slot % chunks * C
+            place = T.alloc_local((3,), "int32")  # kept, so that no access divides again
+            place[0] = 0 if varlen else slot // T.ceildiv(L, C)
+            place[1] = spans[slot, 0] if varlen else slot % T.ceildiv(L, C) * C
+            place[2] = spans[slot, 1] if varlen else L - place[1]
+            batch, at, live = place[0], place[1], place[2]
             m = Memory(K, V, dtype)
             bars = Barriers(consumers)
             tx = T.get_thread_binding()

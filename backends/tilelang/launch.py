@@ -21,7 +21,10 @@ _READING = Lock()
 """Builders are read one after another: CPython 3.11 counts the depth of `ast.parse` once for all
 threads and raises a SystemError when two of them are at it. Compiling, which takes the time, is
 not."""
-_FAST = {PassConfigKey.TL_ENABLE_FAST_MATH: True}
+_FAST = {
+    PassConfigKey.TL_ENABLE_FAST_MATH: True,
+    PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,  # kernels check what could be outside
+}
 _OWN_BARRIERS = _FAST | {
     PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
     PassConfigKey.TL_DISABLE_SHARED_MEMORY_REUSE: True,

@@ -1,8 +1,7 @@
 """Stage 1 of forward, a program a chunk and value head: all that needs no state (`couple.py`).
 
-Reads q, k, g and beta; writes `matrices` [slots, HV, 3, C, C], P, A_v and A_k, and `walk` [slots,
-HV, 3, C] in float32, the factors e^{gamma - G} rk, scale e^G rq and e^gamma of every token; for
-backward (SAVE) also G, beta, the norms, and A.
+Reads q, k, g and beta; writes `matrices` [slots, HV, 2, C, C], P and A_v, and `walk` [slots, HV, 4,
+C] in float32, the factors of every token; for backward (SAVE) also G, beta, the norms, and A.
 """
 
 from typing import Any
@@ -22,10 +21,7 @@ class Memory:
 
     def __init__(self, K: int, dtype: str) -> None:
         self.q, self.k = (T.alloc_shared((1, C, K), dtype) for _ in range(2))
-        self.P, self.A_v, self.A_k = self.q, self.k, T.alloc_shared((1, C, C), dtype)
-        self.G, self.beta, self.onto, self.read, self.decay = (
-            T.alloc_shared((1, C), "float32") for _ in range(5)
-        )
+        self.P, self.A_v = self.q, self.k
 
 
 @kernel(own_barriers=True)
@@ -42,19 +38,21 @@ def prepare(
         q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
         g: T.Tensor((B, L, HV), gates), beta: T.Tensor((B, L, HV), strengths),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV,), "float32"),
-        cu_seqlens: T.Tensor((N + 1,), offsets), matrices: T.Tensor((slots, HV, 3, C, C), dtype),
-        walk: T.Tensor((slots, HV, 3, C), "float32"),
+        cu_seqlens: T.Tensor((N + 1,), offsets), matrices: T.Tensor((slots, HV, 2, C, C), dtype),
+        walk: T.Tensor((slots, HV, 4, C), "float32"),
         factors: T.Tensor((slots, HV, 4, C), "float32"),
         inverses: T.Tensor((slots, HV, C, C), dtype), sequences: T.int32, scale: T.float32,
     ):  # fmt: skip
         with T.Kernel(slots * HV, threads=128, prelude=PRELUDE) as program:
-            T.annotate_min_blocks_per_sm(3)
-            slot, head = program // HV, program % HV
-            place = T.alloc_local((3,), "int32")
+            T.annotate_min_blocks_per_sm(4)
+            place = T.alloc_local((6,), "int32")  # kept, so that no access divides again
+            place[3] = program // HV
+            place[4] = program % HV
+            place[5] = program % HV // (HV // H)
+            slot, head, kh = place[3], place[4], place[5]
             locate(slot, cu_seqlens, sequences, L, C, place, varlen)
             batch = 0 if varlen else place[0]
             at, live = place[1], place[2]
-            kh = head // (HV // H)
             m = Memory(K, dtype)
             w = Workspace()
             full = T.alloc_barrier([128])
@@ -66,7 +64,7 @@ def prepare(
                 clear_workspace(w)
                 if tx < 32:
                     sum_gates(
-                        g, beta, A_log, dt_bias, batch, head, at, live, m, 0, tx,
+                        g, beta, A_log, dt_bias, batch, head, at, live, w.tokens, tx,
                         gate, bias, sigmoid, double,
                     )  # fmt: skip
                 T.barrier_wait(full, 0)
@@ -77,18 +75,13 @@ def prepare(
                             m.k[0, i, j] = 0
                     T.fence_proxy_async()
                 T.sync_threads(1, 128)
-                couple(m, w, scale, tx, l2)
+                couple(m, w, walk, slot, head, scale, tx, l2)
                 T.fence_proxy_async()
                 T.sync_threads(1, 128)
                 T.tma_copy(m.P[0, :, 0:C], matrices[slot, head, 0, :, :])
                 T.tma_copy(m.A_v[0, :, 0:C], matrices[slot, head, 1, :, :])
-                T.tma_copy(m.A_k[0, :, 0:C], matrices[slot, head, 2, :, :])
-                if tx < C:
-                    walk[slot, head, 0, tx] = m.onto[0, tx]
-                    walk[slot, head, 1, tx] = m.read[0, tx]
-                    walk[slot, head, 2, tx] = m.decay[0, 0]
                 if save:
-                    save_chunk(m, w, factors, inverses, slot, head, tx, l2)
+                    save_chunk(w, factors, inverses, slot, head, tx, l2)
                 T.tma_store_wait(0)
 
     return prepare_kernel

@@ -14,6 +14,7 @@ ptxas makes every product wait for the one before.)
 from typing import Any
 
 import tilelang.language as T
+from tilelang.layout import make_full_bank_swizzled_layout
 
 from gdn.problem import CHUNK as C
 
@@ -40,11 +41,12 @@ REGISTERS = (240, 24)
 class Memory:
     """Shared memory of the chunks on their way; o takes v's place there."""
 
-    def __init__(self, K: int, width: int, dtype: str) -> None:
+    def __init__(self, K: int, warpgroups: int, dtype: str) -> None:
         self.q, self.k = (T.alloc_shared((STAGES, C, K), dtype) for _ in range(2))
-        self.v = T.alloc_shared((STAGES, C, width), dtype)
-        self.P, self.A_v, self.A_k = (T.alloc_shared((STAGES, C, C), dtype) for _ in range(3))
-        self.walk = T.alloc_shared((STAGES, 3, C), "float32")
+        self.v = T.alloc_shared((STAGES * warpgroups, C, ROWS), dtype)
+        self.P, self.A_v = (T.alloc_shared((STAGES, C, C), dtype) for _ in range(2))
+        self.walk = T.alloc_shared((STAGES, 4, C), "float32")
+        T.annotate_layout({self.v: make_full_bank_swizzled_layout(self.v)})
 
 
 @kernel(own_barriers=True)
@@ -70,7 +72,6 @@ def scan(
             if row >= V:
                 for s, i, j in T.Parallel(STAGES, C, ROWS):
                     m.v[s, i, j] = 0
-                T.fence_proxy_async()
                 T.sync_threads(1, 128)
         elif initial:
             load_state(t, begin, piece, head, row, v_first)
@@ -79,6 +80,7 @@ def scan(
         T.copy(t.S, t.before)
         for chunk in T.serial(chunks):
             s, at = chunk % STAGES, start + chunk * C
+            place = s * warpgroups + wg
             T.barrier_wait(full[s], chunk // STAGES % 2)
             if at + C > stop:  # what follows the sequence may be anything
                 for i, j in T.Parallel(C, K):
@@ -86,16 +88,16 @@ def scan(
                         m.k[s, i, j] = 0
                 for i, j in T.Parallel(C, ROWS):
                     if at + i >= stop:
-                        m.v[s, i, wg * ROWS + j] = 0
+                        m.v[place, i, j] = 0
                 T.fence_proxy_async()
                 T.sync_threads(1 + wg, 128)
-            recall(t, m, s, wg)
+            recall(t, m, s, place, thread)
             if chunk > 0 and thread < 32:
                 T.tma_store_wait(0)
                 T.barrier_arrive(free[(chunk + STAGES - 1) % STAGES])
             advance(t, m, s)
             if not transfer:
-                stage_output(t, m.v, s, wg, thread)
+                stage_output(t, m.v, place, thread)
                 T.fence_proxy_async()
             T.sync_threads(1 + wg, 128)
             if transfer:
@@ -103,14 +105,14 @@ def scan(
             elif at + C <= stop:
                 if thread < 32:
                     T.tma_copy(
-                        m.v[s, :, wg * ROWS : wg * ROWS + ROWS],
+                        m.v[place, :, :],
                         o[batch, at : at + C, head, row : row + ROWS],
                         leader_scope_threads=32,
                     )
             else:
                 for i, j in T.Parallel(C, ROWS):
                     if at + i < stop:
-                        o[batch, at + i, head, row + j] = m.v[s, i, wg * ROWS + j]
+                        o[batch, at + i, head, row + j] = m.v[place, i, j]
         if thread < 32:
             T.tma_store_wait(0)
         if final:
@@ -119,17 +121,20 @@ def scan(
     @T.prim_func
     def scan_kernel(
         q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        v: T.Tensor((B, L, HV, V), dtype), matrices: T.Tensor((slots, HV, 3, C, C), dtype),
-        walk: T.Tensor((slots, HV, 3, C), "float32"), begin: T.Tensor((N, HV, *inner), "float32"),
+        v: T.Tensor((B, L, HV, V), dtype), matrices: T.Tensor((slots, HV, 2, C, C), dtype),
+        walk: T.Tensor((slots, HV, 4, C), "float32"), begin: T.Tensor((N, HV, *inner), "float32"),
         cu_seqlens: T.Tensor((bounds,), offsets), o: T.Tensor((B, L, HV, V), dtype),
         end: T.Tensor((N, HV, *inner), "float32"), sequences: T.int32, pieces: T.int32,
         length: T.int32,
     ):  # fmt: skip
         """length: tokens of a piece; sequences, pieces: how many."""
         with T.Kernel(pieces * HV * blocks, threads=carriers + 128, prelude=PRELUDE) as program:
-            piece, head = program // (HV * blocks), program // blocks % HV
-            first, kh = program % blocks * width, head // (HV // H)
-            place = T.alloc_local((3,), "int32")
+            place = T.alloc_local((6,), "int32")  # kept, so that no access divides again
+            place[3] = program // (HV * blocks)
+            place[4] = program // blocks % HV
+            place[5] = program // blocks % HV // (HV // H)
+            piece, head, kh = place[3], place[4], place[5]
+            first = program % blocks * width
             if cut:
                 locate(piece, cu_seqlens, sequences, L, length, place, varlen)
             else:
@@ -146,7 +151,7 @@ def scan(
                 place[0] = n * T.ceildiv(L, C) + start // C
             slot = place[0]
             chunks = T.ceildiv(T.max(stop - start, 0), C)
-            m = Memory(K, width, dtype)
+            m = Memory(K, warpgroups, dtype)
             full = T.alloc_barrier([32] * STAGES)
             free = T.alloc_barrier([32 * warpgroups] * STAGES)
             tx = T.get_thread_binding()
@@ -176,16 +181,15 @@ def scan(
                             barrier=full[s], leader_scope_threads=32,
                         )  # fmt: skip
                         if first < V:
-                            T.tma_copy(
-                                v[batch, at : at + C, head, first : first + width], m.v[s, :, :],
-                                barrier=full[s], leader_scope_threads=32,
-                            )  # fmt: skip
+                            for wg in T.unroll(warpgroups):
+                                row = first + wg * ROWS
+                                T.tma_copy(
+                                    v[batch, at : at + C, head, row : row + ROWS],
+                                    m.v[s * warpgroups + wg, :, :],
+                                    barrier=full[s], leader_scope_threads=32,
+                                )  # fmt: skip
                         T.tma_copy(
                             matrices[slot + chunk, head, 1, :, :], m.A_v[s, :, :],
-                            barrier=full[s], leader_scope_threads=32,
-                        )  # fmt: skip
-                        T.tma_copy(
-                            matrices[slot + chunk, head, 2, :, :], m.A_k[s, :, :],
                             barrier=full[s], leader_scope_threads=32,
                         )  # fmt: skip
                         T.tma_copy(
