@@ -1,0 +1,101 @@
+"""TileLang's kernels on a CPU: the CUDA that it generates, host code and all, compiled for the
+machine at hand against the headers beside this."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+_CUDA, _INT, _FLOAT, _TENSOR = 2, 1, 3, 7
+_CODES = {torch.int32: 0, torch.int64: 0, torch.float16: 2, torch.float32: 2, torch.bfloat16: 4}
+
+
+class _Value(ctypes.Union):
+    _fields_ = (("integer", ctypes.c_int64), ("real", ctypes.c_double), ("at", ctypes.c_void_p))
+
+
+class _Any(ctypes.Structure):
+    _fields_ = (("kind", ctypes.c_int32), ("padding", ctypes.c_uint32), ("value", _Value))
+
+
+class _Tensor(ctypes.Structure):
+    """DLPack's DLTensor."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("device", ctypes.c_int32), ("number", ctypes.c_int32),
+        ("dims", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16), ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)), ("offset", ctypes.c_uint64),
+    )  # fmt: skip
+
+
+def _library(kernel: Any, folder: Path, edit: Callable[[str], str]) -> ctypes.CDLL:
+    """A kernel's device and host code, compiled."""
+    device, host = (
+        re.sub(r"^#include.*$", "", source, flags=re.MULTILINE)
+        for source in (edit(kernel.get_kernel_source()), kernel.adapter.get_host_source())
+    )
+    dynamic = r"extern __shared__ __align__\(1024\) (\w+) (\w+)\[\];"
+    dynamically = int(re.search(dynamic, device) is not None)
+    device = re.sub(dynamic, r"\1 *const \2 = (\1 *)shared_memory;", device)
+    name = re.findall(r"__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(", device)[-1]
+    device = f'#include "products.h"\n{device}\n#include "run.h"\n'
+    host = f'#include <math.h>\n#include <stdbool.h>\n#include <stdio.h>\n#include "host.h"\n{host}'
+    own = "".join(path.read_text() for path in sorted(HERE.glob("*.*")))
+    stem = folder / hashlib.sha256((device + host + own).encode()).hexdigest()[:16]
+    library = stem.with_suffix(".so")
+    if not library.exists():
+        common = ["-fPIC", "-w", f"-I{HERE}", f"-DKERNEL={name}", f"-DDYNAMIC={dynamically}"]
+        stem.with_suffix(".cpp").write_text(device)
+        stem.with_suffix(".c").write_text(host)
+        cpp = ["g++", "-std=c++20", "-O1", "-fno-strict-aliasing", "-fno-gnu-unique", *common]
+        c = ["gcc", "-O0", *common]
+        for command, suffix in ((cpp, ".cpp"), (c, ".c")):
+            source = [str(stem.with_suffix(suffix)), "-c", "-o", f"{stem}{suffix}.o"]
+            subprocess.run([*command, *source], check=True)
+        objects = [f"{stem}.cpp.o", f"{stem}.c.o"]
+        subprocess.run(
+            ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-o", str(library)], check=True
+        )
+    found = ctypes.CDLL(str(library))
+    found.run.restype = ctypes.c_char_p
+    return found
+
+
+def _tensor(x: torch.Tensor) -> _Tensor:
+    """A tensor of the CPU that says that it is a GPU's."""
+    sizes = [(ctypes.c_int64 * max(x.dim(), 1))(*given) for given in (x.shape, x.stride())]
+    bits = 8 * x.element_size()
+    return _Tensor(x.data_ptr(), _CUDA, 0, x.dim(), _CODES[x.dtype], bits, 1, *sizes, 0)
+
+
+def emulate(
+    kernel: Any, folder: Path, late: bool, edit: Callable[[str], str] = str
+) -> Callable[..., None]:
+    """A function that runs a compiled kernel on tensors of the CPU. folder: for what is compiled;
+    late: see `block.h`; edit: changes the CUDA before it is compiled."""
+    library = _library(kernel, folder, edit)
+
+    def run(*args: Any) -> None:
+        given, held = (_Any * len(args))(), []
+        for to, x in zip(given, args, strict=True):
+            if isinstance(x, torch.Tensor):
+                held.append(_tensor(x))
+                to.kind, to.value.at = _TENSOR, ctypes.addressof(held[-1])
+            elif isinstance(x, float):
+                to.kind, to.value.real = _FLOAT, x
+            elif x is not None:
+                to.kind, to.value.integer = _INT, x
+        wrong = library.run(given, len(args), ctypes.c_bool(late))
+        if wrong:
+            raise RuntimeError(wrong.decode())
+
+    return run

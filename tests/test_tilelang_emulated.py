@@ -1,0 +1,143 @@
+"""What TileLang's kernels compute, without a GPU: the CUDA that it generates, run on the CPU by
+`hopper`, through the op, against the definition. Each case runs in two worlds: in the early one,
+copies and products happen at once, in the late one not before the kernels wait for them."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import test_agreement
+import test_decode
+import torch
+from hopper import emulate
+from support import assert_close
+
+import gdn
+from gdn.testing import CASES, Case, make_inputs, run_definition
+from gdn.testing_decode import STEPS
+
+pytest.importorskip("tilelang")
+if shutil.which("nvcc") is None or shutil.which("g++") is None:
+    pytest.skip("no nvcc or no g++", allow_module_level=True)
+
+from gdn.backends.tilelang import TileLangBackend, backward, decode, forward
+from test_agreement import same_dtype  # noqa: F401
+
+SUITE = {
+    "packed-v-first-fused": torch.bfloat16,
+    "head-dim-128": torch.bfloat16,
+    "correlated-keys": torch.float16,
+}
+LARGE = Case("two-warpgroups", T=100, B=17, HV=4, K=128, V=128, dtype=torch.bfloat16)
+CUT = replace(LARGE, name="cut", B=1, T=1540, HV=2, gates="weak")
+DECODED = ("one-token", "packed", "speculative")
+WORLDS = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+
+
+class Emulated(TileLangBackend):
+    """The backend, with its kernels on the CPU."""
+
+    name = "emulated"
+    capabilities = replace(TileLangBackend.capabilities, devices=("cpu",), min_sm=None, max_sm=None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the kernels of all tests are compiled."""
+    return tmp_path_factory.mktemp("hopper")
+
+
+@pytest.fixture
+def world(
+    folder: Path, clean_registry: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """A function that brings the backend into the late world or the early one, its kernels changed
+    by `edit`."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(backward, "_aside", lambda device: stream)
+
+    def enter(late: bool, edit: Callable[[str], str] = str) -> None:
+        def entries(kernels: list[Any]) -> list[Callable[..., None]]:
+            return [emulate(kernel, folder, late, edit) for kernel in kernels]
+
+        for module in (forward, backward, decode):
+            monkeypatch.setattr(module, "entries", entries)
+        gdn.register_backend(Emulated(), replace=True)
+
+    return enter
+
+
+@WORLDS
+@pytest.mark.parametrize(
+    "case",
+    [replace(case, dtype=SUITE[case.name]) for case in CASES if case.name in SUITE],
+    ids=lambda case: case.name,
+)
+def test_agrees_with_the_definition(
+    request: pytest.FixtureRequest,
+    world: Callable[..., None],
+    case: Case,
+    late: bool,
+    same_dtype: str,  # noqa: F811
+) -> None:
+    """Outputs and all gradients, as the shared suite has it."""
+    world(late)
+    test_agreement.test_agrees_with_the_definition(request, "emulated", case, "cpu", same_dtype)
+
+
+def check_forward(case: Case) -> None:
+    inputs = make_inputs(case)
+    outputs = gdn.gated_delta_net(**inputs, backend="emulated")
+    for name, got, true in zip(("o", "state"), outputs, run_definition(inputs), strict=True):
+        assert_close(name, got, true, case.dtype)
+
+
+@WORLDS
+@pytest.mark.parametrize("case", [LARGE, CUT], ids=lambda case: case.name)
+def test_forward_of_many_and_of_few_heads(
+    world: Callable[..., None], case: Case, late: bool
+) -> None:
+    """Two warpgroups a program; pieces of a sequence walked at the same time."""
+    world(late)
+    check_forward(case)
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_decode_agrees_with_the_definition(world: Callable[..., None], name: str) -> None:
+    world(late=False)
+    case = next(case for case in STEPS if case.name == name)
+    test_decode.test_agrees_with_the_definition("emulated", "cpu", case, torch.bfloat16)
+
+
+SMALL = replace(LARGE, name="small", B=1, T=130)
+
+
+@pytest.mark.parametrize(
+    ("waits", "late"),
+    [
+        ("full[0].wait(0);", True),  # for q and k of a chunk
+        ("tl::wait_wgmma<0>();", True),
+        ("tl::__sync_thread_partial(1, 128);", False),
+    ],
+    ids=["copy", "product", "threads"],
+)
+def test_a_missing_wait_shows(world: Callable[..., None], waits: str, late: bool) -> None:
+    """The other tests can fail."""
+    world(late, lambda source: source.replace(waits, ""))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_forward(SMALL)
+
+
+def test_a_lost_arrival_is_a_deadlock(world: Callable[..., None]) -> None:
+    world(False, lambda source: source.replace("full[0].arrive();", ""))
+    with pytest.raises(RuntimeError, match="deadlock"):
+        check_forward(SMALL)
