@@ -1,9 +1,9 @@
 """The last stage of backward, a program a chunk and q/k head: all gradients but the states'.
 
 One or two warpgroups take 64 columns of K each (`through_states.py`), one the pairs of tokens
-(`within_chunk.py`) and what is left of a token's own (`per_token.py`); of the last one's warps one
-loads, and two write dv. dq and dk are summed over the value heads of the q/k head in registers, in
-order, so that runs are bit-equal.
+(`within_chunk.py`) and, while the next value head is on its way, what is left of a token's own
+(`per_token.py`); of the last one's warps one loads, and two write dv. dq and dk are summed over the
+value heads of the q/k head in registers, in order, so that runs are bit-equal.
 
 Reads q, k, v, g, dO, `factors`, U^T, S^T, dS^T and, in dv's place, R; writes dq, dk, dv, dg, dbeta
 and the partial sums for A_log and dt_bias.
@@ -30,12 +30,13 @@ from .through_states import (
 )
 from .within_chunk import Pairs, couple_reads, couple_writes, hand_over, multiply_keys
 
-DEAD, DOTS, TILES, COLUMNS_ALL = range(1, 5)
+DEAD, TILES, COLUMNS_ALL = range(1, 4)
 """Named barriers."""
 
 
 class Memory:
-    """Shared memory: operands in blocks of 64 columns of K, and what warpgroups tell each other."""
+    """Shared memory: operands in blocks of 64 columns of K; and, for even and odd value heads, what
+    warpgroups tell each other."""
 
     def __init__(self, K: int, V: int, dtype: str) -> None:
         blocks = K // COLUMNS
@@ -47,20 +48,21 @@ class Memory:
             T.alloc_shared((C, C), dtype) for _ in range(4)
         )
         self.kk, self.qk = (T.alloc_shared((C * C,), "float32") for _ in range(2))
-        self.factors = T.alloc_shared((4, C), "float32")
-        self.dots = T.alloc_shared((5, blocks, C), "float32")
-        self.rows = T.alloc_shared((2, C), "float32")
-        self.columns = T.alloc_shared((2, 4, C), "float32")
-        self.along, self.weak = (T.alloc_shared((C,), "float32") for _ in range(2))
-        self.carried = T.alloc_shared((4 * blocks,), "float32")
+        self.factors = T.alloc_shared((2, 4, C), "float32")
+        self.dots = T.alloc_shared((2, 5, blocks, C), "float32")
+        self.rows = T.alloc_shared((2, 2, C), "float32")
+        self.columns = T.alloc_shared((2, 2, 4, C), "float32")
+        self.along, self.weak = (T.alloc_shared((2, C), "float32") for _ in range(2))
+        self.carried = T.alloc_shared((2, 4 * blocks), "float32")
 
 
 class Barriers:
-    """Of what is loaded: once, and for every value head."""
+    """Of what is loaded, once and for every value head; of what is told, and used up."""
 
     def __init__(self, consumers: int) -> None:
         self.keys, self.tokens, self.before, self.after = (T.alloc_barrier(32) for _ in range(4))
         self.free = T.alloc_barrier(consumers + 64)
+        self.told, self.used = T.alloc_barrier([consumers + 64] * 2), T.alloc_barrier([32] * 2)
 
 
 @T.macro
@@ -122,7 +124,7 @@ def gradients(
             if live < C:
                 T.sync_threads(DEAD, consumers)
             through_states(m, c, bars, h, g, scale, thread)
-            T.named_barrier_arrive(DOTS, consumers + 64)
+            T.barrier_arrive(bars.told[g % 2])
             T.barrier_arrive(bars.free)
         T.sync_threads(TILES, consumers)
         within_chunk(m, c, h)
@@ -173,7 +175,6 @@ def gradients(
                         clear_dead(m.q, live)
                         clear_dead(m.k, live)
                     for number in T.serial(group):
-                        head = kh * group + number
                         T.barrier_wait(bars.tokens, number % 2)
                         if live < C:
                             clear_dead(m.do, live)
@@ -182,16 +183,18 @@ def gradients(
                             T.sync_threads(DEAD, consumers)
                         if number == 0:
                             multiply_keys(m, p)
-                        couple_writes(m, p, tx - columns)
-                        couple_reads(m, p, scale, tx - columns)
-                        T.sync_threads(DOTS, consumers + 64)
-                        if tx < columns + 32:
+                        couple_writes(m, p, number % 2, tx - columns)
+                        couple_reads(m, p, number % 2, scale, tx - columns)
+                        T.barrier_arrive(bars.told[number % 2])
+                        T.barrier_arrive(bars.free)
+                        if tx < columns + 32:  # while the next value head's operands come
+                            T.barrier_wait(bars.told[number % 2], number // 2 % 2)
                             store_gates(
                                 m, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias,
-                                batch, at, live, slot, head, scale, tx - columns,
-                                gate, bias, sigmoid, double,
+                                number % 2, batch, at, live, slot, kh * group + number, scale,
+                                tx - columns, gate, bias, sigmoid, double,
                             )  # fmt: skip
-                        T.barrier_arrive(bars.free)
+                            T.barrier_arrive(bars.used[number % 2])
                     hand_over(m, p)
                     T.sync_threads(TILES, consumers)
                 else:
@@ -203,11 +206,12 @@ def gradients(
                         for number in T.serial(group):
                             head = kh * group + number
                             T.barrier_wait(bars.free, number % 2 ^ 1)
+                            T.barrier_wait(bars.used[number % 2], number // 2 % 2 ^ 1)
                             for source, target in (
                                 (do[batch, at : at + C, head, :], m.do),
                                 (dv[batch, at : at + C, head, :], m.R),
                                 (U[slot, head, :, :], m.U),
-                                (factors[slot, head, :, :], m.factors),
+                                (factors[slot, head, :, :], m.factors[number % 2, :, :]),
                             ):
                                 T.tma_copy(
                                     source, target, barrier=bars.tokens, leader_scope_threads=32
@@ -219,10 +223,10 @@ def gradients(
                         for number in T.serial(group):
                             T.barrier_wait(bars.tokens, number % 2)
                             store_values(
-                                m, v, dv, batch, at, live, kh * group + number,
+                                m, v, dv, number % 2, batch, at, live, kh * group + number,
                                 tx - consumers - 64,
                             )  # fmt: skip
-                            T.named_barrier_arrive(DOTS, consumers + 64)
+                            T.barrier_arrive(bars.told[number % 2])
                             T.barrier_arrive(bars.free)
 
     return gradients_kernel

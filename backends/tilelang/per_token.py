@@ -26,7 +26,7 @@ WEAK = 0.0625
 
 @T.macro
 def store_values(
-    m: Any, v: Any, dv: Any, batch: Any, at: Any, live: Any, head: Any, thread: Any
+    m: Any, v: Any, dv: Any, b: Any, batch: Any, at: Any, live: Any, head: Any, thread: Any
 ) -> None:
     """By 64 threads: dv, over R in global memory; and rowsum(R * V) where beta is weak."""
     V = int(m.R.shape[1])
@@ -38,22 +38,22 @@ def store_values(
             for e in T.vectorized(8):
                 some[e] = m.R[i, j + e]
             for e in T.unroll(8):
-                some[e] = m.factors[1, i] * some[e]
+                some[e] = m.factors[b, 1, i] * some[e]
             for e in T.vectorized(8):
                 dv[batch, at + i, head, j + e] = some[e]
-    if thread < live and m.factors[1, thread] <= WEAK:
+    if thread < live and m.factors[b, 1, thread] <= WEAK:
         total[0] = 0.0
         for j in T.serial(V):
             total[0] += T.cast(m.R[thread, j], "float32") * T.cast(
                 v[batch, at + thread, head, j], "float32"
             )
-        m.weak[thread] = total[0]
+        m.weak[b, thread] = total[0]
 
 
 @T.macro
 def store_gates(
     m: Any, g: Any, A_log: Any, dt_bias: Any, dg: Any, dbeta: Any, dA_log: Any, ddt_bias: Any,
-    batch: Any, at: Any, live: Any, slot: Any, head: Any, scale: Any, lane: Any,
+    b: Any, batch: Any, at: Any, live: Any, slot: Any, head: Any, scale: Any, lane: Any,
     gate: bool, bias: bool, sigmoid: bool, double: bool,
 ) -> None:  # fmt: skip
     """By one warp, two tokens a lane."""
@@ -65,20 +65,22 @@ def store_gates(
     carried = T.alloc_local((1,), "float32")
     for e in T.unroll(2):
         i = lane * 2 + e
-        grown = T.exp2(m.factors[0, i] * LOG2_E)
-        beta, rk = m.factors[1, i], m.factors[3, i]
-        known = rk * grown * sum_over(m, KNOWN, i)
-        dG[e] = scale * m.factors[2, i] * grown * sum_over(m, READ, i) - beta * known
-        dG[e] += m.rows[1, i] - beta * m.rows[0, i]
+        grown = T.exp2(m.factors[b, 0, i] * LOG2_E)
+        beta, rk = m.factors[b, 1, i], m.factors[b, 3, i]
+        known = rk * grown * sum_over(m, b, KNOWN, i)
+        dG[e] = scale * m.factors[b, 2, i] * grown * sum_over(m, b, READ, i) - beta * known
+        dG[e] += m.rows[b, 1, i] - beta * m.rows[b, 0, i]
         for warp in T.unroll(4):
-            dG[e] += m.columns[0, warp, i] - m.columns[1, warp, i]
+            dG[e] += m.columns[b, 0, warp, i] - m.columns[b, 1, warp, i]
         written[e] = (
-            rk * sum_over(m, WRITTEN, i) * T.exp2((m.factors[0, C - 1] - m.factors[0, i]) * LOG2_E)
+            rk
+            * sum_over(m, b, WRITTEN, i)
+            * T.exp2((m.factors[b, 0, C - 1] - m.factors[b, 0, i]) * LOG2_E)
         )
         if beta > WEAK:
-            d_beta[e] = m.along[i] / beta
+            d_beta[e] = m.along[b, i] / beta
         else:
-            d_beta[e] = m.weak[i] - known - m.rows[0, i]
+            d_beta[e] = m.weak[b, i] - known - m.rows[b, 0, i]
         if sigmoid:
             d_beta[e] *= beta * (1.0 - (0.5 if double else 1.0) * beta)
         if i < live:
@@ -101,9 +103,9 @@ def store_gates(
     if lane == 0:
         other[1] = 0.0
     carried[0] = 0.0
-    for part in T.unroll(m.carried.shape[0]):
-        carried[0] += m.carried[part]
-    carried[0] *= T.exp2(m.factors[0, C - 1] * LOG2_E)
+    for part in T.unroll(m.carried.shape[1]):
+        carried[0] += m.carried[b, part]
+    carried[0] *= T.exp2(m.factors[b, 0, C - 1] * LOG2_E)
     dG[1] += other[0]
     dG[0] += dG[1]
     dG[0] += other[1] + carried[0]

@@ -25,9 +25,9 @@ READ, KNOWN, WRITTEN, SQUARE_Q, SQUARE_K = range(5)
 """What `Memory.dots` holds: a row's product with its inter-chunk gradient, and through the norm."""
 
 
-def sum_over(m: Any, which: int, i: Any) -> Any:
+def sum_over(m: Any, b: Any, which: int, i: Any) -> Any:
     """A row's sum over all columns of K."""
-    rows = [m.dots[which, h, i] for h in range(int(m.q.shape[0]))]
+    rows = [m.dots[b, which, h, i] for h in range(int(m.q.shape[0]))]
     return rows[0] if len(rows) == 1 else rows[0] + rows[1]
 
 
@@ -42,40 +42,40 @@ class Columns:
 
 
 @T.macro
-def multiply_rows(x: Any, m: Any, c: Any, which: int, h: Any, thread: Any) -> None:
-    """m.dots[which, h]: the rows of c.one, which is used up, times those of x."""
+def multiply_rows(x: Any, m: Any, c: Any, b: Any, which: int, h: Any, thread: Any) -> None:
+    """m.dots[b, which, h]: the rows of c.one, which is used up, times those of x."""
     T.copy(x[h, :, :], c.half)
     for i, j in T.Parallel(C, COLUMNS):
         c.one[i, j] *= c.half[i, j]
-    sum_rows(c.one, T.address_of(m.dots[which, h, thread // 32 * 16]))
+    sum_rows(c.one, T.address_of(m.dots[b, which, h, thread // 32 * 16]))
 
 
 @T.macro
-def fold_queries(m: Any, c: Any, h: Any, scale: Any, thread: Any) -> None:
+def fold_queries(m: Any, c: Any, b: Any, h: Any, scale: Any, thread: Any) -> None:
     """c.one = dO S^T, into dQ."""
     for i, j in T.Parallel(C, COLUMNS):
-        c.dq[i, j] += scale * T.exp2(m.factors[0, i] * LOG2_E) * c.one[i, j]
-    multiply_rows(m.q, m, c, READ, h, thread)
+        c.dq[i, j] += scale * T.exp2(m.factors[b, 0, i] * LOG2_E) * c.one[i, j]
+    multiply_rows(m.q, m, c, b, READ, h, thread)
 
 
 @T.macro
-def fold_known(m: Any, c: Any, h: Any, thread: Any) -> None:
+def fold_known(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
     """c.one = R S^T, into dK."""
     for i, j in T.Parallel(C, COLUMNS):
-        c.dk[i, j] -= m.factors[1, i] * T.exp2(m.factors[0, i] * LOG2_E) * c.one[i, j]
-    multiply_rows(m.k, m, c, KNOWN, h, thread)
+        c.dk[i, j] -= m.factors[b, 1, i] * T.exp2(m.factors[b, 0, i] * LOG2_E) * c.one[i, j]
+    multiply_rows(m.k, m, c, b, KNOWN, h, thread)
 
 
 @T.macro
-def fold_written(m: Any, c: Any, h: Any, thread: Any) -> None:
+def fold_written(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
     """c.one = U dS^T, into dK."""
     for i, j in T.Parallel(C, COLUMNS):
-        c.dk[i, j] += T.exp2((m.factors[0, C - 1] - m.factors[0, i]) * LOG2_E) * c.one[i, j]
-    multiply_rows(m.k, m, c, WRITTEN, h, thread)
+        c.dk[i, j] += T.exp2((m.factors[b, 0, C - 1] - m.factors[b, 0, i]) * LOG2_E) * c.one[i, j]
+    multiply_rows(m.k, m, c, b, WRITTEN, h, thread)
 
 
 @T.macro
-def multiply_states(m: Any, c: Any, h: Any, thread: Any) -> None:
+def multiply_states(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
     """Each warp's share of <S, dS>."""
     c.carried[0] = 0.0
     for step in T.serial(m.S.shape[1] // 16):
@@ -88,38 +88,40 @@ def multiply_states(m: Any, c: Any, h: Any, thread: Any) -> None:
             c.carried[0] += T.cast(c.before[i], "float32") * T.cast(c.after[i], "float32")
     c.carried[0] = T.warp_reduce_sum(c.carried[0])
     if thread % 32 == 0:
-        m.carried[h * 4 + thread // 32] = c.carried[0]
+        m.carried[b, h * 4 + thread // 32] = c.carried[0]
 
 
 @T.macro
 def through_states(m: Any, c: Any, bars: Any, h: Any, g: Any, scale: Any, thread: Any) -> None:
     """One value head, number g of its group."""
+    b = g % 2
     T.wgmma_gemm(m.do, m.S[h, :, :], c.one, clear_accum=True)
     T.wait_wgmma(0)
-    fold_queries(m, c, h, scale, thread)
+    fold_queries(m, c, b, h, scale, thread)
     T.wgmma_gemm(m.R, m.S[h, :, :], c.one, clear_accum=True)
     T.wait_wgmma(0)
-    fold_known(m, c, h, thread)
+    fold_known(m, c, b, h, thread)
     T.barrier_wait(bars.after, g % 2)
     T.wgmma_gemm(m.U, m.dS[h, :, :], c.one, transpose_A=True, clear_accum=True)
-    multiply_states(m, c, h, thread)
+    multiply_states(m, c, b, h, thread)
     T.wait_wgmma(0)
-    fold_written(m, c, h, thread)
+    fold_written(m, c, b, h, thread)
 
 
 @T.macro
 def through_norm(
     x: Any, dx: Any, c: Any, m: Any, norm: Any, which: Any, h: Any, thread: Any, sync: Any
 ) -> None:
-    """dx, the gradient of r x, to that of x; r = 1 / sqrt(sum x^2 + eps) is a row of factors."""
+    """dx, the gradient of r x, to that of x; r = 1 / sqrt(sum x^2 + eps) is a row of factors, the
+    same for all value heads."""
     T.copy(x[h, :, :], c.half)
     for i, j in T.Parallel(C, COLUMNS):
         c.one[i, j] = dx[i, j] * c.half[i, j]
-    sum_rows(c.one, T.address_of(m.dots[which, h, thread // 32 * 16]))
+    sum_rows(c.one, T.address_of(m.dots[0, which, h, thread // 32 * 16]))
     T.sync_threads(sync, m.q.shape[0] * 128)
     for i, j in T.Parallel(C, COLUMNS):
-        r = m.factors[norm, i]
-        dx[i, j] = r * (dx[i, j] - r * r * sum_over(m, which, i) * c.half[i, j])
+        r = m.factors[0, norm, i]
+        dx[i, j] = r * (dx[i, j] - r * r * sum_over(m, 0, which, i) * c.half[i, j])
 
 
 @T.macro

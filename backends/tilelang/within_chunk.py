@@ -39,68 +39,68 @@ def multiply_keys(m: Any, p: Any) -> None:
     """The normalised rows of k with those of k and q, put aside for all value heads."""
     multiply_rows(m.k, m.k, p.one)
     for i, j in T.Parallel(C, C):
-        p.one[i, j] *= m.factors[3, i] * m.factors[3, j]
+        p.one[i, j] *= m.factors[0, 3, i] * m.factors[0, 3, j]
     put_aside(p.one, m.kk)
     multiply_rows(m.q, m.k, p.one)
     for i, j in T.Parallel(C, C):
-        p.one[i, j] *= T.if_then_else(i > j, m.factors[2, i] * m.factors[3, j], 0.0)
+        p.one[i, j] *= T.if_then_else(i > j, m.factors[0, 2, i] * m.factors[0, 3, j], 0.0)
     put_aside(p.one, m.qk)
 
 
 @T.macro
-def couple_writes(m: Any, p: Any, thread: Any) -> None:
+def couple_writes(m: Any, p: Any, b: Any, thread: Any) -> None:
     """R U^T: what every update of the chunk owes to the earlier ones."""
     T.wgmma_gemm(m.R, m.U, p.one, clear_accum=True)
     T.wait_wgmma(0)
     for i, j in T.Parallel(C, C):
         if i == j:
-            m.along[i] = p.one[i, j]
+            m.along[b, i] = p.one[i, j]
     for i, j in T.Parallel(C, C):
         p.one[i, j] *= T.exp2(
             T.if_then_else(
-                i > j, (m.factors[0, i] - m.factors[0, j]) * LOG2_E, -T.infinity("float32")
+                i > j, (m.factors[b, 0, i] - m.factors[b, 0, j]) * LOG2_E, -T.infinity("float32")
             )
         )
     for i, j in T.Parallel(C, C):
-        p.D[i, j] -= m.factors[1, i] * p.one[i, j]
+        p.D[i, j] -= m.factors[b, 1, i] * p.one[i, j]
     multiply(p.one, m.kk)
-    sum_rows(p.one, T.address_of(m.rows[0, thread // 32 * 16]))
+    sum_rows(p.one, T.address_of(m.rows[b, 0, thread // 32 * 16]))
     for i, j in T.Parallel(C, C):
-        p.one[i, j] *= m.factors[1, i]
-    sum_columns(p.one, T.address_of(m.columns[0, thread // 32, 0]))
+        p.one[i, j] *= m.factors[b, 1, i]
+    sum_columns(p.one, T.address_of(m.columns[b, 0, thread // 32, 0]))
 
 
 @T.macro
-def couple_reads(m: Any, p: Any, scale: Any, thread: Any) -> None:
+def couple_reads(m: Any, p: Any, b: Any, scale: Any, thread: Any) -> None:
     """dO U^T: what every output of the chunk owes to the updates up to it."""
     T.wgmma_gemm(m.do, m.U, p.one, clear_accum=True)
     T.wait_wgmma(0)
     for i, j in T.Parallel(C, C):
         p.one[i, j] *= scale * T.exp2(
             T.if_then_else(
-                i >= j, (m.factors[0, i] - m.factors[0, j]) * LOG2_E, -T.infinity("float32")
+                i >= j, (m.factors[b, 0, i] - m.factors[b, 0, j]) * LOG2_E, -T.infinity("float32")
             )
         )
     for i, j in T.Parallel(C, C):
         p.F[i, j] += p.one[i, j]
     multiply(p.one, m.qk)
-    sum_rows(p.one, T.address_of(m.rows[1, thread // 32 * 16]))
-    sum_columns(p.one, T.address_of(m.columns[1, thread // 32, 0]))
+    sum_rows(p.one, T.address_of(m.rows[b, 1, thread // 32 * 16]))
+    sum_columns(p.one, T.address_of(m.columns[b, 1, thread // 32, 0]))
 
 
 @T.macro
 def hand_over(m: Any, p: Any) -> None:
     """The sums over the value heads, as left operands, with the norms of the rows they meet."""
     for i, j in T.Parallel(C, C):
-        p.half[i, j] = p.F[i, j] * m.factors[3, j]
+        p.half[i, j] = p.F[i, j] * m.factors[0, 3, j]
     T.copy(p.half, m.F_q)
     for i, j in T.Parallel(C, C):
-        p.half[i, j] = p.F[i, j] * m.factors[2, i]
+        p.half[i, j] = p.F[i, j] * m.factors[0, 2, i]
     T.copy(p.half, m.F_k)
     for i, j in T.Parallel(C, C):
-        p.half[i, j] = p.D[i, j] * m.factors[3, j]
+        p.half[i, j] = p.D[i, j] * m.factors[0, 3, j]
     T.copy(p.half, m.D)
     for i, j in T.Parallel(C, C):
-        p.half[i, j] = p.D[i, j] * m.factors[3, i]
+        p.half[i, j] = p.D[i, j] * m.factors[0, 3, i]
     T.copy(p.half, m.D_turned)
     T.fence_proxy_async()
