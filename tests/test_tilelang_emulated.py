@@ -31,6 +31,7 @@ from gdn.backends.tilelang import TileLangBackend, backward, decode, forward
 from test_agreement import same_dtype  # noqa: F401
 
 SUITE = {
+    "grouped-heads-v-first": torch.bfloat16,
     "packed-v-first-fused": torch.bfloat16,
     "head-dim-128": torch.bfloat16,
     "correlated-keys": torch.float16,

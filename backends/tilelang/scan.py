@@ -7,8 +7,9 @@ that a piece begins with; writes o and the state that it ends with.
 A piece is a sequence; or, where sequences are few, they are cut into pieces that are walked at the
 same time, twice: first (TRANSFER) for what each leaves of a zero state, and, with v = 0, of the
 rows of a unit matrix, which says what it does to any state; then, after `carry.py`, for o, from
-the states they really begin with. (The first walk computes an o as well and drops it: without,
-ptxas makes every product wait for the one before.)
+the states they really begin with. (The first walk is written as if it computed an o as well, of
+whatever is in q's and P's place: without, ptxas makes every product wait for the one before. It
+leaves out the products that nobody reads.)
 """
 
 from typing import Any
@@ -192,14 +193,15 @@ def scan(
                             matrices[slot + chunk, head, 1, :, :], m.A_v[s, :, :],
                             barrier=full[s], leader_scope_threads=32,
                         )  # fmt: skip
-                        T.tma_copy(
-                            q[batch, at : at + C, kh, :], m.q[s, :, :],
-                            barrier=full[s], leader_scope_threads=32,
-                        )  # fmt: skip
-                        T.tma_copy(
-                            matrices[slot + chunk, head, 0, :, :], m.P[s, :, :],
-                            barrier=full[s], leader_scope_threads=32,
-                        )  # fmt: skip
+                        if not transfer:
+                            T.tma_copy(
+                                q[batch, at : at + C, kh, :], m.q[s, :, :],
+                                barrier=full[s], leader_scope_threads=32,
+                            )  # fmt: skip
+                            T.tma_copy(
+                                matrices[slot + chunk, head, 0, :, :], m.P[s, :, :],
+                                barrier=full[s], leader_scope_threads=32,
+                            )  # fmt: skip
                         T.tma_copy(
                             walk[slot + chunk, head, :, :], m.walk[s, :, :],
                             barrier=full[s], leader_scope_threads=32,
