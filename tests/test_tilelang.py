@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_close
+from support import assert_close, run, truth
 
-import gdn
 from gdn.problem import Call
-from gdn.testing import Case, make_inputs, run_definition
+from gdn.testing import Case, make_inputs, with_gradients
 
 tilelang = pytest.importorskip("tilelang")
 if shutil.which("nvcc") is None:
@@ -67,8 +66,9 @@ def test_neither_spills_nor_serialises(name: str, tmp_path: Path) -> None:
         assert "serialized" not in said, said
 
 
-def test_backward_does_not_serialise(tmp_path: Path) -> None:
-    _, call = plan_of(PLANS["many"])
+@pytest.mark.parametrize("name", ["many", "cut"])
+def test_backward_does_not_serialise(name: str, tmp_path: Path) -> None:
+    _, call = plan_of(PLANS[name])
     for kernel in Backward(call).kernels(initial=True, final=True):
         said = verdict(kernel, tmp_path)
         assert "serialized" not in said, said
@@ -125,9 +125,8 @@ def test_calls_bind_their_arguments(name: str) -> None:
     ids=lambda case: case.name,
 )  # fmt: skip
 def test_pieces_walked_at_the_same_time(case: Case) -> None:
-    inputs = make_inputs(case, "cuda")
+    inputs = with_gradients(make_inputs(case, "cuda"))
     assert Plan(Call(**{"scale": 1.0} | inputs)).length is not None
-    o, state = gdn.gated_delta_net(**inputs, backend="tilelang")
-    expected = run_definition(inputs)
-    assert_close("o", o, expected[0], case.dtype)
-    assert_close("state", state, expected[1], case.dtype)
+    expected = truth(case)
+    for name, value in run("tilelang", case, inputs, "cuda").items():
+        assert_close(name, value, expected[name], case.dtype)

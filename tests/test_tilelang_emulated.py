@@ -17,10 +17,10 @@ import test_agreement
 import test_decode
 import torch
 from hopper import emulate
-from support import assert_close
+from support import assert_close, run, truth
 
 import gdn
-from gdn.testing import CASES, Case, make_inputs, run_definition
+from gdn.testing import CASES, Case, make_inputs, with_gradients
 from gdn.testing_decode import STEPS
 
 pytest.importorskip("tilelang")
@@ -37,7 +37,7 @@ SUITE = {
     "correlated-keys": torch.float16,
 }
 LARGE = Case("two-warpgroups", T=100, B=17, HV=4, K=128, V=128, dtype=torch.bfloat16)
-CUT = replace(LARGE, name="cut", B=1, T=1540, HV=2, gates="weak")
+CUT = replace(LARGE, name="cut", T=1540, B=1, H=1, HV=2, gates="weak")
 DECODED = ("one-token", "packed", "speculative")
 WORLDS = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 
@@ -95,21 +95,23 @@ def test_agrees_with_the_definition(
     test_agreement.test_agrees_with_the_definition(request, "emulated", case, "cpu", same_dtype)
 
 
-def check_forward(case: Case) -> None:
-    inputs = make_inputs(case)
-    outputs = gdn.gated_delta_net(**inputs, backend="emulated")
-    for name, got, true in zip(("o", "state"), outputs, run_definition(inputs), strict=True):
-        assert_close(name, got, true, case.dtype)
+def check(case: Case, inputs: dict[str, Any]) -> None:
+    expected = truth(case)
+    for name, value in run("emulated", case, inputs, "cpu").items():
+        assert_close(name, value, expected[name], case.dtype)
 
 
 @WORLDS
-@pytest.mark.parametrize("case", [LARGE, CUT], ids=lambda case: case.name)
-def test_forward_of_many_and_of_few_heads(
-    world: Callable[..., None], case: Case, late: bool
-) -> None:
-    """Two warpgroups a program; pieces of a sequence walked at the same time."""
+def test_two_warpgroups(world: Callable[..., None], late: bool) -> None:
     world(late)
-    check_forward(case)
+    check(LARGE, make_inputs(LARGE))
+
+
+@WORLDS
+def test_pieces_walked_at_the_same_time(world: Callable[..., None], late: bool) -> None:
+    """Forward and backward."""
+    world(late)
+    check(CUT, with_gradients(make_inputs(CUT)))
 
 
 @pytest.mark.parametrize("name", DECODED)
@@ -135,10 +137,10 @@ def test_a_missing_wait_shows(world: Callable[..., None], waits: str, late: bool
     """The other tests can fail."""
     world(late, lambda source: source.replace(waits, ""))
     with pytest.raises((AssertionError, RuntimeError)):
-        check_forward(SMALL)
+        check(SMALL, make_inputs(SMALL))
 
 
 def test_a_lost_arrival_is_a_deadlock(world: Callable[..., None]) -> None:
     world(False, lambda source: source.replace("full[0].arrive();", ""))
     with pytest.raises(RuntimeError, match="deadlock"):
-        check_forward(SMALL)
+        check(SMALL, make_inputs(SMALL))

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Gradients
-from gdn.cut import pieces
+from gdn.cut import parallel_length, pieces
 from gdn.problem import CHUNK, Call
 
+from .carry import carry
+from .constants import ROWS
 from .forward import gate_options, ready
 from .gradients import gradients
 from .launch import dtype_name, entries, together
@@ -45,19 +47,35 @@ class Backward:
             "group": HV // H,
             "varlen": call.cu_seqlens is not None,
         }
+        self.length = parallel_length(call, ROWS)
+        self.pieces = self.sequences if self.length is None else pieces(call, self.length)
+        self.offsets, cut = dtype_name(call.cu_seqlens, "int32"), self.length is not None
+        self.v_first = call.state_v_first
         self.scan = self.shape | {
-            "offsets": dtype_name(call.cu_seqlens, "int32"),
-            "v_first": call.state_v_first,
-        }
+            "offsets": self.offsets, "v_first": cut or call.state_v_first, "cut": cut,
+        }  # fmt: skip
         self.options = gate_options(call)
         self.runs: dict[tuple[bool, bool], list[Any]] = {}
 
     def kernels(self, initial: bool, final: bool) -> list[Any]:
         """The compiled stages. initial: there is a first state; final: the last has a gradient."""
+        last = (gradients, self.shape | self.options)
+        if self.length is None:
+            return together(
+                (states, self.scan | {"initial": initial}),
+                (reverse_scan, self.scan | {"final": final, "initial": initial, "keep": True}),
+                last,
+            )
+        across = {name: self.shape[name] for name in ("K", "V", "varlen")} | {
+            "offsets": self.offsets, "v_first": self.v_first, "reverse": True,
+            "initial": final, "final": initial,
+        }  # fmt: skip
         return together(
-            (states, self.scan | {"initial": initial}),
-            (reverse_scan, self.scan | {"final": final, "initial": initial}),
-            (gradients, self.shape | self.options),
+            (states, self.scan | {"initial": True}),
+            (reverse_scan, self.scan | {"final": False, "initial": True, "keep": False}),
+            (carry, across),
+            (reverse_scan, self.scan | {"final": True, "initial": False, "keep": True}),
+            last,
         )
 
     def backward(
@@ -66,12 +84,12 @@ class Backward:
         """See `gdn.backend.Backend.backward`."""
         q, k, v, g, beta, begin, A_log, dt_bias = (ready(x) for x in call.differentiable)
         do, end = ready(grad_o), ready(grad_final_state)
-        factors, inverse = saved
+        factors, inverse, *walked = saved
         (HV, V), K, cu_seqlens = v.shape[2:], q.shape[3], ready(call.cu_seqlens)
         kind = begin is not None, end is not None
         if kind not in self.runs:
             self.runs[kind] = entries(self.kernels(*kind))
-        walk, walk_back, finish = self.runs[kind]
+        walk, *walks_back, finish = self.runs[kind]
 
         S, dS = (q.new_empty((self.slots, HV, V, K)) for _ in range(2))
         U = q.new_empty((self.slots, HV, V, CHUNK))
@@ -86,13 +104,23 @@ class Backward:
         ]
         begin, A_log, dt_bias = (None if x is None else x.float() for x in (begin, A_log, dt_bias))
 
+        many = (self.sequences, self.pieces, self.length or 0)
         here, aside = torch.cuda.current_stream(q.device), _aside(q.device)
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
-            walk(k, v, factors, inverse, begin, cu_seqlens, S, U, spans, self.sequences)
-        walk_back(
-            q, k, do, factors, inverse, end, cu_seqlens, dS, dv, first, call.scale, self.sequences
-        )
+            first_states = walked[1] if walked else begin
+            walk(k, v, factors, inverse, first_states, cu_seqlens, S, U, spans, *many)
+        chunks = (q, k, do, factors, inverse)
+        if walked:
+            own, ends = (torch.empty_like(walked[1]) for _ in range(2))
+            walks_back[0](*chunks, None, cu_seqlens, None, None, own, call.scale, *many)
+            walks_back[1](
+                walked[0], own, ends, end, first, cu_seqlens, self.sequences, q.shape[1],
+                self.length,
+            )  # fmt: skip
+            walks_back[2](*chunks, ends, cu_seqlens, dS, dv, None, call.scale, *many)
+        else:
+            walks_back[0](*chunks, end, cu_seqlens, dS, dv, first, call.scale, *many)
         here.wait_stream(aside)
         finish(
             q, k, v, g, A_log, dt_bias, do, factors, U, S, dS, spans,

@@ -5,6 +5,9 @@
 where a piece leaves N from a zero state, and M takes the state before it to what that leaves after
 it. Reads N^T and M^T as `scan.py` writes them, one under the other, [pieces, HV, V + K, K]; writes
 the state that each piece begins with, [pieces, HV, V, K], and the last one. Everything is float32.
+
+Backward (REVERSE) goes from the last piece to the first, dS^T <- dS^T M + dN^T, where a piece hands
+back dN, `own`, of a zero gradient; and writes the gradient that each piece ends with.
 """
 
 from typing import Any
@@ -18,9 +21,11 @@ COLUMNS = 8
 
 @kernel(own_barriers=True)
 def carry(
-    *, offsets: str, K: int, V: int, varlen: bool, initial: bool, final: bool, v_first: bool
-) -> Any:
-    """See the module."""
+    *, offsets: str, K: int, V: int, varlen: bool, initial: bool, final: bool, v_first: bool,
+    reverse: bool,
+) -> Any:  # fmt: skip
+    """See the module. initial: whether there is a state to begin with, `begin`; final: whether the
+    one that comes out is wanted, `end`."""
     HV, N, pieces, bounds = (T.dynamic(name) for name in ("HV", "N", "pieces", "bounds"))
     state = (N, HV, V, K) if v_first else (N, HV, K, V)
     blocks = V // COLUMNS
@@ -28,6 +33,7 @@ def carry(
     @T.prim_func
     def carry_kernel(
         walked: T.Tensor((pieces, HV, V + K, K), "float32"),
+        own: T.Tensor((pieces, HV, V, K), "float32"),
         begins: T.Tensor((pieces, HV, V, K), "float32"), begin: T.Tensor(state, "float32"),
         end: T.Tensor(state, "float32"), cu_seqlens: T.Tensor((bounds,), offsets),
         sequences: T.int32, total: T.int32, length: T.int32,
@@ -38,7 +44,7 @@ def carry(
             S = T.alloc_local((COLUMNS,), "float32")
             row = T.alloc_shared((K, COLUMNS), "float32")  # S^T, turned
             # variables, so that no access divides again
-            n, head, first, piece, each = (T.alloc_var("int32") for _ in range(5))
+            n, head, first, piece, each, at = (T.alloc_var("int32") for _ in range(6))
             n = program // (HV * blocks)
             head = program // blocks % HV
             first = program % blocks * COLUMNS
@@ -54,18 +60,31 @@ def carry(
                     else:
                         S[i] = begin[n, head, column, first + i]
             for step in T.serial(each):
+                at = piece + (each - 1 - step if reverse else step)
                 for i in T.unroll(COLUMNS):
-                    begins[piece + step, head, first + i, column] = S[i]
+                    begins[at, head, first + i, column] = S[i]
                 for i in T.vectorized(COLUMNS):
                     row[column, i] = S[i]
                 T.sync_threads()
                 for i in T.unroll(COLUMNS):
-                    S[i] = walked[piece + step, head, first + i, column]
-                for k in T.unroll(K, unroll_factor=32):
-                    factor = T.alloc_var("float32")
-                    factor = walked[piece + step, head, V + k, column]
-                    for i in T.unroll(COLUMNS):
-                        S[i] += row[k, i] * factor
+                    if reverse:
+                        S[i] = own[at, head, first + i, column]
+                    else:
+                        S[i] = walked[at, head, first + i, column]
+                if reverse:  # along a row of M, four numbers an access
+                    four = T.alloc_local((4,), "float32")
+                    for k in T.unroll(K // 4, unroll_factor=8):
+                        for j in T.vectorized(4):
+                            four[j] = walked[at, head, V + column, k * 4 + j]
+                        for j in T.unroll(4):
+                            for i in T.unroll(COLUMNS):
+                                S[i] += row[k * 4 + j, i] * four[j]
+                else:
+                    for k in T.unroll(K, unroll_factor=32):
+                        factor = T.alloc_var("float32")
+                        factor = walked[at, head, V + k, column]
+                        for i in T.unroll(COLUMNS):
+                            S[i] += row[k, i] * factor
                 T.sync_threads()
             if final:
                 for i in T.unroll(COLUMNS):

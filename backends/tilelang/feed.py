@@ -12,6 +12,8 @@ from typing import Any
 
 import tilelang.language as T
 
+from gdn.problem import CHUNK as C
+
 from .constants import BETA, LOG2_E, G
 
 
@@ -41,6 +43,27 @@ def locate(
         place[0] = number // each
         place[1] = number % each * size
         place[2] = length - place[1]
+
+
+@T.macro
+def span(
+    piece: Any, cu_seqlens: Any, sequences: Any, L: Any, length: Any, place: Any,
+    varlen: bool, cut: bool,
+) -> None:  # fmt: skip
+    """place = sequence, first token, end, and number of the first chunk of a piece of at most
+    `length` tokens, or (not cut) of a whole sequence. Not in use: the end comes first."""
+    if cut:
+        locate(piece, cu_seqlens, sequences, L, length, place, varlen)
+        place[2] = place[1] + T.min(place[2], length)
+    else:
+        place[0] = piece
+        place[1] = T.cast(cu_seqlens[piece], "int32") if varlen else 0
+        place[2] = T.cast(cu_seqlens[piece + 1], "int32") if varlen else L
+    if varlen:
+        before = T.cast(cu_seqlens[place[0]], "int32")
+        place[3] = before // C + place[0] + (place[1] - before) // C
+    else:
+        place[3] = place[0] * T.ceildiv(L, C) + place[1] // C
 
 
 def softplus(x: Any, y: Any) -> Any:

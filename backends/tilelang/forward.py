@@ -26,12 +26,23 @@ def warpgroups(V: int, walks: int) -> int:
 
 def saved_like(call: Call) -> list[Tensor]:
     """Empty tensors for what forward hands on: of every chunk and value head G, beta and the
-    reciprocal norms of q and k, and the inverse that couples its tokens."""
+    reciprocal norms of q and k, and the inverse that couples its tokens; and if pieces are walked
+    at the same time, what each does to a state, and the state that it begins with (`carry.py`)."""
     number, HV = pieces(call, CHUNK), call.v.shape[2]
-    return [
+    saved = [
         call.q.new_empty((number, HV, 4, CHUNK), dtype=torch.float32),
         call.q.new_empty((number, HV, CHUNK, CHUNK)),
     ]
+    return saved + walked_like(call, parallel_length(call, ROWS))
+
+
+def walked_like(call: Call, length: int | None) -> list[Tensor]:
+    """Empty tensors for what pieces of `length` tokens do to a state, and what they begin with."""
+    if length is None:
+        return []
+    number, (HV, V), K = pieces(call, length), call.v.shape[2:], call.q.shape[3]
+    sizes = ((number, HV, rows, K) for rows in (V + K, V))
+    return [call.q.new_empty(size, dtype=torch.float32) for size in sizes]
 
 
 def gate_options(call: Call) -> dict[str, Any]:
@@ -83,7 +94,7 @@ class Plan:
             self.pieces = pieces(call, self.length)
             common |= {"warpgroups": 1, "cut": True, "v_first": True}
             transfer = walk | common | {"initial": False, "final": True, "transfer": True}
-            self.walks = [(scan, transfer), (carry, walk)]
+            self.walks = [(scan, transfer), (carry, walk | {"reverse": False})]
             self.walks += [(scan, walk | common | {"initial": True, "final": False})]
         self.runs: dict[bool, list[Any]] = {}
 
@@ -103,25 +114,23 @@ class Plan:
         end = new_empty(self.state, dtype=torch.float32) if call.output_final_state else None
         matrices = new_empty((self.slots, HV, 2, CHUNK, CHUNK))
         walk = new_empty((self.slots, HV, 4, CHUNK), dtype=torch.float32)
-        saved = saved_like(call) if save else []
-        if cu_seqlens is not None:
-            for x in saved:
+        saved = saved_like(call) if save else walked_like(call, self.length)
+        if save and cu_seqlens is not None:
+            for x in saved[:2]:
                 x.zero_()  # numbers of chunks may stay unused
         if save not in self.runs:
             self.runs[save] = entries(self.kernels(save))
         prepare_chunks, *walks = self.runs[save]
         prepare_chunks(
             q, k, g, beta, A_log, dt_bias, cu_seqlens, matrices, walk,
-            *(saved or (None, None)), self.sequences, call.scale,
+            *(saved[:2] if save else (None, None)), self.sequences, call.scale,
         )  # fmt: skip
         tensors, begin, N = (q, k, v, matrices, walk), ready(call.initial_state), self.sequences
         if self.length is None:
             walks[0](*tensors, begin, cu_seqlens, o, end, N, N, 0)
         else:
-            K, V, many = q.shape[3], v.shape[3], (N, self.pieces, self.length)
-            walked = new_empty((self.pieces, HV, V + K, K), dtype=torch.float32)
-            begins = new_empty((self.pieces, HV, V, K), dtype=torch.float32)
+            many, (walked, begins) = (N, self.pieces, self.length), saved[-2:]
             walks[0](*tensors, None, cu_seqlens, o, walked, *many)
-            walks[1](walked, begins, begin, end, cu_seqlens, N, q.shape[1], self.length)
+            walks[1](walked, None, begins, begin, end, cu_seqlens, N, q.shape[1], self.length)
             walks[2](*tensors, begins, cu_seqlens, o, None, *many)
-        return Forward(o, end, saved)
+        return Forward(o, end, saved if save else [])

@@ -1,5 +1,7 @@
 """The second stage of backward, a program a sequence, value head and 64 columns of V: the gradient
-of the state, chunk by chunk from the last to the first.
+of the state, chunk by chunk from the last to the first. Where forward walked pieces at the same
+time, so does this, twice: for what each piece hands back of its own, and then, after `carry.py`,
+from the gradients that they really end with.
 
     P_ij = scale e^{G_i - G_j} rq_i rk_j q_i.k_j  for i >= j
     dU = P^T dO + e^{gamma - G} rk * (K dS),  R = A^T dU
@@ -18,6 +20,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from gdn.problem import CHUNK as C
 
 from .constants import LOG2_E, ROWS
+from .feed import span
 from .launch import kernel
 from .transposed import PRELUDE, load_transposed, store_transposed
 
@@ -122,8 +125,8 @@ def couple(m: Any, P: Any, half: Any, s: Any, live: Any, scale: Any, free: Any, 
 
 
 @T.macro
-def go_back(m: Any, t: Any, s: Any, free: Any, thread: Any) -> None:
-    """dS, R and the gradient of the state before the chunk in stage s."""
+def go_back(m: Any, t: Any, s: Any, free: Any, thread: Any, keep: bool) -> None:
+    """The gradient of the state before the chunk in stage s; and, to be stored, dS and R."""
     t.decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
     T.copy(t.dS, t.after)
     for i, j in T.Parallel(*t.dS.shape):
@@ -134,7 +137,8 @@ def go_back(m: Any, t: Any, s: Any, free: Any, thread: Any) -> None:
     T.wgmma_gemm(t.after, m.k[s, :, :], t.taken, transpose_B=True, clear_accum=True)
     T.wgmma_gemm(t.grad_o, m.P, t.dU, clear_accum=True)
     T.wgmma_gemm(t.read, m.q[s, :, :], t.dS)
-    T.copy(t.after, m.dS)
+    if keep:
+        T.copy(t.after, m.dS)
     T.wait_wgmma(1)
     T.barrier_arrive(free)
     for i, j in T.Parallel(ROWS, C):
@@ -144,18 +148,20 @@ def go_back(m: Any, t: Any, s: Any, free: Any, thread: Any) -> None:
     for i, j in T.Parallel(ROWS, C):
         t.R_half[i, j] = m.through[s, j] * t.R[i, j]
     T.wgmma_gemm(t.R_half, m.k[s, :, :], t.dS)
-    T.copy(t.R, t.dU_half)
-    store_transposed(t.dU_half, m.R, 0, thread, 0)
+    if keep:
+        T.copy(t.R, t.dU_half)
+        store_transposed(t.dU_half, m.R, 0, thread, 0)
     T.wait_wgmma(0)
 
 
 @kernel(own_barriers=True)
 def reverse_scan(
     *, dtype: str, offsets: str, K: int, V: int, group: int,
-    varlen: bool, final: bool, initial: bool, v_first: bool,
+    varlen: bool, final: bool, initial: bool, v_first: bool, cut: bool, keep: bool,
 ) -> Any:  # fmt: skip
     """See the module. group: HV / H; final: whether the final state has a gradient, `end`; initial:
-    whether that of the initial state is wanted, `begin`. Neither is touched otherwise."""
+    whether that of the initial state is wanted, `begin`. Neither is touched otherwise. cut: into
+    pieces; keep: whether the gradients of all states, and R, are."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots, bounds, M = (T.dynamic(name) for name in ("slots", "bounds", "M"))
     state = (V, K) if v_first else (K, V)
@@ -167,15 +173,15 @@ def reverse_scan(
         inverse: T.Tensor((slots, HV, C, C), dtype), end: T.Tensor((N, HV, *state), "float32"),
         cu_seqlens: T.Tensor((bounds,), offsets), dS_out: T.Tensor((slots, HV, V, K), dtype),
         R_out: T.Tensor((B, L, HV, V), dtype), begin: T.Tensor((M, HV, *state), "float32"),
-        scale: T.float32, sequences: T.int32,
+        scale: T.float32, sequences: T.int32, pieces: T.int32, length: T.int32,
     ):  # fmt: skip
-        with T.Kernel(sequences, HV, V // ROWS, threads=256, prelude=PRELUDE) as (n, head, block):
+        with T.Kernel(pieces, HV, V // ROWS, threads=256, prelude=PRELUDE) as (n, head, block):
             first, kh = block * ROWS, head // group
-            batch = 0 if varlen else n
-            start = T.cast(cu_seqlens[n], "int32") if varlen else 0
-            stop = T.cast(cu_seqlens[n + 1], "int32") if varlen else L
-            slot = start // C + n if varlen else n * T.ceildiv(L, C)
-            chunks = T.ceildiv(stop - start, C)
+            place = T.alloc_local((4,), "int32")
+            span(n, cu_seqlens, sequences, L, length, place, varlen, cut)
+            batch = 0 if varlen else place[0]
+            start, stop, slot = place[1], place[2], place[3]
+            chunks = T.ceildiv(T.max(stop - start, 0), C)
 
             m = Memory(K, dtype)
             T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (m.do, m.R)})
@@ -208,15 +214,16 @@ def reverse_scan(
                     if tx < 32:
                         T.tma_store_wait(0)
                     T.sync_threads(CARRY, 128)
-                    go_back(m, t, s, free, tx)
+                    go_back(m, t, s, free, tx, keep)
                     T.fence_proxy_async()
                     T.sync_threads(CARRY, 128)
                     if tx < 32:
-                        T.tma_copy(
-                            m.dS, dS_out[slot + chunk, head, first : first + ROWS, :],
-                            leader_scope_threads=32,
-                        )  # fmt: skip
-                        if at + C <= stop:
+                        if keep:
+                            T.tma_copy(
+                                m.dS, dS_out[slot + chunk, head, first : first + ROWS, :],
+                                leader_scope_threads=32,
+                            )  # fmt: skip
+                        if keep and at + C <= stop:
                             T.tma_copy(
                                 m.R[0, :, :], R_out[batch, at : at + C, head, first : first + ROWS],
                                 leader_scope_threads=32,
@@ -226,7 +233,7 @@ def reverse_scan(
                                 q, k, do, factors, inverse, m, full, batch, at - STAGES * C,
                                 slot + chunk - STAGES, head, kh, first, s,
                             )  # fmt: skip
-                    if at + C > stop:
+                    if keep and at + C > stop:
                         for i, j in T.Parallel(C, ROWS):
                             if at + i < stop:
                                 R_out[batch, at + i, head, first + j] = m.R[0, i, j]

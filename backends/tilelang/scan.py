@@ -29,7 +29,7 @@ from .advance import (
     unit_state,
 )
 from .constants import ROWS
-from .feed import locate
+from .feed import span
 from .launch import kernel
 from .transposed import PRELUDE
 
@@ -130,27 +130,15 @@ def scan(
     ):  # fmt: skip
         """length: tokens of a piece; sequences, pieces: how many."""
         with T.Kernel(pieces * HV * blocks, threads=carriers + 128, prelude=PRELUDE) as program:
-            place = T.alloc_local((6,), "int32")  # kept, so that no access divides again
-            place[3] = program // (HV * blocks)
-            place[4] = program // blocks % HV
-            place[5] = program // blocks % HV // (HV // H)
-            piece, head, kh = place[3], place[4], place[5]
+            place = T.alloc_local((7,), "int32")  # kept, so that no access divides again
+            place[4] = program // (HV * blocks)
+            place[5] = program // blocks % HV
+            place[6] = program // blocks % HV // (HV // H)
+            piece, head, kh = place[4], place[5], place[6]
             first = program % blocks * width
-            if cut:
-                locate(piece, cu_seqlens, sequences, L, length, place, varlen)
-            else:
-                place[0] = piece
-                place[1] = T.cast(cu_seqlens[piece], "int32") if varlen else 0
-                place[2] = T.cast(cu_seqlens[piece + 1], "int32") - place[1] if varlen else L
-            n, start = place[0], place[1]
-            stop = start + (T.min(place[2], length) if cut else place[2])
-            batch = 0 if varlen else n
-            if varlen:
-                before = T.cast(cu_seqlens[n], "int32")
-                place[0] = before // C + n + (start - before) // C
-            else:
-                place[0] = n * T.ceildiv(L, C) + start // C
-            slot = place[0]
+            span(piece, cu_seqlens, sequences, L, length, place, varlen, cut)
+            batch = 0 if varlen else place[0]
+            start, stop, slot = place[1], place[2], place[3]
             chunks = T.ceildiv(T.max(stop - start, 0), C)
             m = Memory(K, warpgroups, dtype)
             full = T.alloc_barrier([32] * STAGES)

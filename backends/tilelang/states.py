@@ -1,5 +1,5 @@
-"""The first stage of backward, a program a sequence, value head and 64 columns of V: forward's
-states again, chunk by chunk.
+"""The first stage of backward, a program a sequence (or piece, where forward walked pieces at the
+same time), value head and 64 columns of V: forward's states again, chunk by chunk.
 
     U = A (beta * (V - e^G rk * (K S)))
     S <- e^gamma S + K^T (e^{gamma - G} rk * U)
@@ -18,6 +18,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from gdn.problem import CHUNK as C
 
 from .constants import LOG2_E, ROWS
+from .feed import span
 from .launch import kernel
 from .transposed import PRELUDE, load_transposed
 
@@ -58,9 +59,10 @@ def load(
 @kernel(own_barriers=True)
 def states(
     *, dtype: str, offsets: str, K: int, V: int, group: int,
-    varlen: bool, initial: bool, v_first: bool,
+    varlen: bool, initial: bool, v_first: bool, cut: bool,
 ) -> Any:  # fmt: skip
-    """See the module. group: HV / H; initial: whether `begin` holds states, else it is not read."""
+    """See the module. group: HV / H; initial: whether `begin` holds states, else it is not read;
+    cut: into pieces."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots, bounds, rows = (T.dynamic(name) for name in ("slots", "bounds", "rows"))
     state = (N, HV, V, K) if v_first else (N, HV, K, V)
@@ -72,15 +74,16 @@ def states(
         inverse: T.Tensor((slots, HV, C, C), dtype),
         begin: T.Tensor(state, "float32"), cu_seqlens: T.Tensor((bounds,), offsets),
         S_out: T.Tensor((slots, HV, V, K), dtype), U_out: T.Tensor((slots, HV, V, C), dtype),
-        spans: T.Tensor((rows, 2), "int32"), sequences: T.int32,
+        spans: T.Tensor((rows, 2), "int32"), sequences: T.int32, pieces: T.int32,
+        length: T.int32,
     ):  # fmt: skip
-        with T.Kernel(sequences, HV, V // ROWS, threads=128, prelude=PRELUDE) as (n, head, block):
+        with T.Kernel(pieces, HV, V // ROWS, threads=128, prelude=PRELUDE) as (n, head, block):
             first, kh = block * ROWS, head // group
-            batch = 0 if varlen else n
-            start = T.cast(cu_seqlens[n], "int32") if varlen else 0
-            stop = T.cast(cu_seqlens[n + 1], "int32") if varlen else L
-            slot = start // C + n if varlen else n * T.ceildiv(L, C)
-            chunks = T.ceildiv(stop - start, C)
+            place = T.alloc_local((4,), "int32")
+            span(n, cu_seqlens, sequences, L, length, place, varlen, cut)
+            batch = 0 if varlen else place[0]
+            start, stop, slot = place[1], place[2], place[3]
+            chunks = T.ceildiv(T.max(stop - start, 0), C)
 
             m = Memory(K, dtype)
             T.annotate_layout({m.v: make_full_bank_swizzled_layout(m.v)})
