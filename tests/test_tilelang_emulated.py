@@ -140,6 +140,12 @@ def test_a_missing_wait_shows(world: Callable[..., None], waits: str, late: bool
         check(SMALL, make_inputs(SMALL))
 
 
+def test_a_store_past_a_tensor_shows(world: Callable[..., None]) -> None:
+    world(False, lambda source: source.replace("walk[", "walk[-1 + ", 1))
+    with pytest.raises(RuntimeError, match="past a tensor"):
+        check(SMALL, make_inputs(SMALL))
+
+
 def test_a_lost_arrival_is_a_deadlock(world: Callable[..., None]) -> None:
     world(False, lambda source: source.replace("full[0].arrive();", ""))
     with pytest.raises(RuntimeError, match="deadlock"):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
+GUARD = 1 << 16
+"""Bytes on either side of a tensor, as seen by a kernel."""
 _CUDA, _INT, _FLOAT, _TENSOR = 2, 1, 3, 7
 _CODES = {torch.int32: 0, torch.int64: 0, torch.float16: 2, torch.float32: 2, torch.bfloat16: 4}
 
@@ -70,11 +72,32 @@ def _library(kernel: Any, folder: Path, edit: Callable[[str], str]) -> ctypes.CD
     return found
 
 
-def _tensor(x: torch.Tensor) -> _Tensor:
-    """A tensor of the CPU that says that it is a GPU's."""
+class _Guarded:
+    """A copy of a tensor's memory between bytes that nobody may write, and whose floats are NaN."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        self.memory = x.detach().as_strided((last + 1 if x.numel() else 0,), (1,))
+        first, size = GUARD + x.data_ptr() % 64, self.memory.nbytes
+        self.bytes = torch.full((first + size + GUARD,), 255, dtype=torch.uint8)
+        self.guards = self.bytes[:first], self.bytes[first + size :]
+        self.inside = self.bytes[first : first + size].view(x.dtype)
+        self.inside.copy_(self.memory)
+
+    def take_back(self) -> None:
+        """Copy what was written."""
+        if not all((guard == 255).all() for guard in self.guards):
+            raise RuntimeError("wrote past a tensor")
+        bits = (x.view(torch.uint8) for x in (self.inside, self.memory))
+        if not torch.equal(*bits):
+            self.memory.copy_(self.inside)
+
+
+def _tensor(x: torch.Tensor, place: int) -> _Tensor:
+    """A tensor of the CPU, its memory at `place`, that says that it is a GPU's."""
     sizes = [(ctypes.c_int64 * max(x.dim(), 1))(*given) for given in (x.shape, x.stride())]
     bits = 8 * x.element_size()
-    return _Tensor(x.data_ptr(), _CUDA, 0, x.dim(), _CODES[x.dtype], bits, 1, *sizes, 0)
+    return _Tensor(place, _CUDA, 0, x.dim(), _CODES[x.dtype], bits, 1, *sizes, 0)
 
 
 def emulate(
@@ -85,10 +108,11 @@ def emulate(
     library = _library(kernel, folder, edit)
 
     def run(*args: Any) -> None:
-        given, held = (_Any * len(args))(), []
+        given, held, guarded = (_Any * len(args))(), [], []
         for to, x in zip(given, args, strict=True):
             if isinstance(x, torch.Tensor):
-                held.append(_tensor(x))
+                guarded.append(_Guarded(x))
+                held.append(_tensor(x, guarded[-1].inside.data_ptr()))
                 to.kind, to.value.at = _TENSOR, ctypes.addressof(held[-1])
             elif isinstance(x, float):
                 to.kind, to.value.real = _FLOAT, x
@@ -97,5 +121,7 @@ def emulate(
         wrong = library.run(given, len(args), ctypes.c_bool(late))
         if wrong:
             raise RuntimeError(wrong.decode())
+        for memory in guarded:
+            memory.take_back()
 
     return run
