@@ -78,8 +78,8 @@ def run_decode(step: Step, request: str) -> Tensor:
 
 def _must_be_seen(call: Call | Step) -> bool:
     """Whether anyone may have to see the op itself: a mode, a transform, a tracer, a profiler or a
-    subclass of Tensor. Where nobody does, PyTorch's dispatcher is passed by: it takes half of what
-    a call costs on the host, mostly to turn arguments into its own types and back."""
+    subclass of Tensor. Where nobody does, PyTorch's dispatcher is passed by: it takes a quarter of
+    what a call costs on the host, mostly to turn arguments into its own types and back."""
     first = _FIRST_OPTION[type(call)]
     return bool(
         torch._C._len_torch_dispatch_stack()
