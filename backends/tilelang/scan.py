@@ -182,14 +182,11 @@ def scan(
                             barrier=full[s], leader_scope_threads=32,
                         )  # fmt: skip
                         if not transfer:
-                            T.tma_copy(
-                                q[batch, at : at + C, kh, :], m.q[s, :, :],
-                                barrier=full[s], leader_scope_threads=32,
-                            )  # fmt: skip
-                            T.tma_copy(
-                                matrices[slot + chunk, head, 0, :, :], m.P[s, :, :],
-                                barrier=full[s], leader_scope_threads=32,
-                            )  # fmt: skip
+                            for source, target in (
+                                (q[batch, at : at + C, kh, :], m.q[s, :, :]),
+                                (matrices[slot + chunk, head, 0, :, :], m.P[s, :, :]),
+                            ):
+                                T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
                         T.tma_copy(
                             walk[slot + chunk, head, :, :], m.walk[s, :, :],
                             barrier=full[s], leader_scope_threads=32,
