@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gdn import registry
 from gdn.backend import Backend, reasons_against
-from gdn.problem import Call, Problem, Step, describe, describe_step
+from gdn.problem import CALL_TENSORS, STEP_TENSORS, Call, Problem, Step, describe, describe_step
 from gdn.registry import UnknownBackendError, backend_names, find_backend
 from gdn.validation import validate, validate_step
 
@@ -35,7 +35,6 @@ _environment: Any = getattr(os.environ, "_data", os.environ)
 _VARIABLE: Any = (
     "GDN_BACKEND" if _environment is os.environ else os.environ.encodekey("GDN_BACKEND")
 )
-_TENSORS, _STEP_TENSORS = (kind._fields.index("scale") for kind in (Call, Step))
 
 
 class BackendUnsupportedError(RuntimeError):
@@ -175,7 +174,7 @@ def _warn_slow(reasons: dict[str, list[str]]) -> None:
 def choose(request: str, call: Call, needs_grad: bool) -> Backend:
     """Validate a call and resolve the request for it; remembered, so that a repeated call costs a
     look-up."""
-    tensors: tuple[Tensor | None, ...] = call[:_TENSORS]  # type: ignore[assignment]
+    tensors: tuple[Tensor | None, ...] = call[:CALL_TENSORS]  # type: ignore[assignment]
     key = (
         registry.generation,
         request,
@@ -183,7 +182,7 @@ def choose(request: str, call: Call, needs_grad: bool) -> Backend:
         # inline, because a function call a tensor would cost a fifth of the whole look-up
         *[None if x is None else (x.shape, x.dtype, x.device) for x in tensors],
         math.isfinite(call.scale),
-        call[_TENSORS + 1 :],
+        call[CALL_TENSORS + 1 :],
     )
     backend = _chosen.get(key)
     if backend is None:
@@ -194,13 +193,13 @@ def choose(request: str, call: Call, needs_grad: bool) -> Backend:
 
 def choose_decode(request: str, step: Step) -> Backend:
     """`choose` for a decode step."""
-    tensors: tuple[Tensor | None, ...] = step[:_STEP_TENSORS]  # type: ignore[assignment]
+    tensors: tuple[Tensor | None, ...] = step[:STEP_TENSORS]  # type: ignore[assignment]
     key = (
         registry.generation,
         request,
         *[None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors],
         math.isfinite(step.scale),
-        step[_STEP_TENSORS + 1 :],
+        step[STEP_TENSORS + 1 :],
     )
     backend = _chosen.get(key)
     if backend is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gdn import dispatch
 from gdn.backend import Gradients
-from gdn.problem import Call, Step, describe, describe_step
+from gdn.problem import CALL_TENSORS, STEP_TENSORS, Call, Step, describe, describe_step
 from gdn.validation import validate, validate_step
 from gdn.values import check_cu_seqlens, check_slots
 
@@ -32,7 +32,7 @@ _INPUTS = (
     f"float scale, bool output_final_state, {_FLAGS}"
 )
 _CALL = len(Call._fields)
-_FIRST_OPTION = {kind: kind._fields.index("scale") for kind in (Call, Step)}
+_FIRST_OPTION: dict[type[Any], int] = {Call: CALL_TENSORS, Step: STEP_TENSORS}
 _OPTIONS = {
     kind: tuple(get_type_hints(kind)[name] for name in kind._fields[first:])
     for kind, first in _FIRST_OPTION.items()

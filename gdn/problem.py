@@ -115,6 +115,8 @@ class Step(NamedTuple):
 
 
 _SHARED = tuple(name for name in Step._fields if name in Call._fields)
+CALL_TENSORS, STEP_TENSORS = (kind._fields.index("scale") for kind in (Call, Step))
+"""How many fields of a `Call`, of a `Step`, are tensors: the first ones, before the options."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from gdn.definition import L2_EPS
-from gdn.problem import Step
+from gdn.problem import STEP_TENSORS, Step
 
 from .feed import softplus
 from .launch import dtype_name, entries, kernel
 from .part import Part, Shape, keep, load, meet
 
-_TENSORS = Step._fields.index("scale")
 _OWN = ("g", "beta", "state_indices", "num_accepted_tokens", "A_log", "dt_bias", "cu_seqlens")
 
 
@@ -221,7 +220,7 @@ class StepPlan:
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
         places = q.data_ptr() | k.data_ptr() | v.data_ptr() | step.state.data_ptr()
         run = self.run(self.wide and not places % 16)
-        run(q, k, v, *step[3:_TENSORS], o, step.scale, *self.rest)
+        run(q, k, v, *step[3:STEP_TENSORS], o, step.scale, *self.rest)
         return o
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gdn.backend import Forward, Gradients
 from gdn.cut import pieces
-from gdn.problem import CHUNK, Call
+from gdn.problem import CALL_TENSORS, CHUNK, Call
 
 from .carry import carry_kernel
 from .cut import parallel_length, shared_memory
@@ -21,8 +21,6 @@ from .query_gradients import query_gradients_kernel
 from .reverse_scan import reverse_scan_kernel
 from .scan import scan_kernel
 from .tiles import FACTORS, MATRICES
-
-_TENSORS = Call._fields.index("scale")
 
 
 def _saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -45,7 +43,7 @@ def saved_like(call: Call) -> list[Tensor]:
 
 
 def _contiguous(call: Call) -> Call:
-    tensors: tuple[Tensor | None, ...] = call[:_TENSORS]  # type: ignore[assignment]
+    tensors: tuple[Tensor | None, ...] = call[:CALL_TENSORS]  # type: ignore[assignment]
     if all(x is None or x.is_contiguous() for x in tensors):
         return call
     given = {n: x for n, x in call._asdict().items() if isinstance(x, Tensor)}

@@ -18,12 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn.problem import Step
+from gdn.problem import STEP_TENSORS, Step
 
 from .launch import Stage, configuration
 from .tiles import EPS, narrow, softplus, tile_offsets
-
-_TENSORS = Step._fields.index("scale")
 
 
 @triton.jit
@@ -121,14 +119,14 @@ class StepPlan:
         chosen = configuration("decode_kernel", BK, step.state.element_size(), walks, 0)
         sizes = (step.null_index, T, step.state.shape[0], step.state.stride(0))
         self.stage = Stage(decode_kernel, walks, chosen, sizes, **constants)
-        tensors: tuple[Tensor | None, ...] = step[:_TENSORS]  # type: ignore[assignment]
+        tensors: tuple[Tensor | None, ...] = step[:STEP_TENSORS]  # type: ignore[assignment]
         self.plain = all(x is None or _rows(x) is x for x in tensors[:5]) and all(
             x is None or x.is_contiguous() for x in tensors[6:]
         )
 
     def decode(self, step: Step) -> Tensor:
         """See `gdn.backend.Backend.decode`."""
-        tensors: tuple[Tensor | None, ...] = step[:_TENSORS]  # type: ignore[assignment]
+        tensors: tuple[Tensor | None, ...] = step[:STEP_TENSORS]  # type: ignore[assignment]
         if not self.plain:
             rows, rest = tensors[:5], tensors[6:]
             read = [_rows(x) for x in rows if x is not None]
