@@ -199,7 +199,7 @@ def test_whoever_watches_sees_the_op(device: str) -> None:
         forward_and_decode(device)
     assert {"gdn.forward.default", "gdn.decode.default"} <= set(seen.names)
 
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         forward_and_decode(device)
     assert {"gdn::forward", "gdn::decode"} <= {event.key for event in profile.key_averages()}
 

@@ -42,7 +42,7 @@ def decode(step: Step) -> Tensor:
         return o
     # a skipped row writes what a live one writes, or if there is none puts slot 0 back
     some = live.to(torch.uint8).argmax()
-    slots = torch.where(live, slots, slots[some])
+    slots = torch.where(live, slots, slots.index_select(0, some[None]))  # never read back
     rows = torch.where(live, torch.arange(len(live), device=live.device), some)
     new = after[rows].to(pool.dtype)
     pool[slots] = torch.where(live.any(), new, states[rows])

@@ -76,7 +76,9 @@ def prepare_kernel(
             step += tl.load(dt_bias + head).to(tl.float32)
         step = -tl.exp(tl.load(A_log + head).to(tl.float32)) * softplus(step)
     step = tl.where(live, step, 0.0)  # so that G stays at its last value past the end
-    G = tl.cumsum(step, axis=0)
+    # in float32 nothing else rounds as much as G_i - G_j does if both are sums of many gates
+    wide: tl.constexpr = tl.float64 if dtype == tl.float32 else tl.float32
+    G = tl.cumsum(step.to(wide), axis=0)
     total = tl.sum(tl.where(tl.arange(0, C) == C - 1, G, 0.0), axis=0)  # bit-equal to G's last
     strength = load_scalars(beta, start, count, head, HV, C)
     if SIGMOID:
@@ -88,6 +90,7 @@ def prepare_kernel(
     keys = load_rows(k, start, count, kh, H, K, 0, C, BK)
     turned = tl.trans(keys)
     L = decay_matrix(G, C)
+    left, G = (total - G).to(tl.float32), G.to(tl.float32)
     P = L * dot(queries, turned)
     M = L * dot(keys, turned)
     rq, rk = tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32)
@@ -105,7 +108,7 @@ def prepare_kernel(
 
     store_factor(factors, G, block, LOG_DECAY, C)
     store_factor(factors, strength, block, STRENGTH, C)
-    store_factor(factors, rk * tl.exp(total - G), block, ONTO, C)
+    store_factor(factors, rk * tl.exp(left), block, ONTO, C)
     store_factor(factors, scale * rq * tl.exp(G), block, READ, C)
     store_factor(factors, rq, block, NORM_Q, C)
     store_factor(factors, rk, block, NORM_K, C)

@@ -223,7 +223,8 @@ def through_norm(grad, x, r):
 def decay_matrix(G, C: tl.constexpr):
     """L_ij = exp(G_i - G_j) for i >= j, zero above; masked before the exponential."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return tl.exp(tl.where(i >= j, G[:, None] - G[None, :], -float("inf")))
+    between = (G[:, None] - G[None, :]).to(tl.float32)
+    return tl.exp(tl.where(i >= j, between, -float("inf")))
 
 
 @triton.jit
