@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_close, run, truth
+from support import run, truth
 
 from gdn.problem import Call
-from gdn.testing import Case, make_inputs, with_gradients
+from gdn.testing import TOLERANCE, Case, make_inputs, relative_error, with_gradients
 
 tilelang = pytest.importorskip("tilelang")
 if shutil.which("nvcc") is None:
@@ -116,9 +116,9 @@ def test_calls_bind_their_arguments(name: str) -> None:
     "case",
     [
         Case("cut", T=2000, H=2, HV=2, K=128, V=128, dtype=torch.bfloat16, gates="weak"),
-        Case("cut-half", T=1600, K=64, V=64, dtype=torch.float16, gates="none", cosine=0.9),
+        Case("cut-half", T=1600, K=64, V=64, dtype=torch.float16, gates="weak", cosine=0.9),
         Case(
-            "cut-packed", lengths=(1700, 0, 1930, 30), H=1, HV=2, K=128, V=128,
+            "cut-packed", lengths=(1700, 0, 4930, 30), H=1, HV=2, K=128, V=128,
             dtype=torch.bfloat16, gates="model", fused=True, state_v_first=True,
         ),
     ],
@@ -129,4 +129,5 @@ def test_pieces_walked_at_the_same_time(case: Case) -> None:
     assert Plan(Call(**{"scale": 1.0} | inputs)).length is not None
     expected = truth(case)
     for name, value in run("tilelang", case, inputs, "cuda").items():
-        assert_close(name, value, expected[name], case.dtype)
+        # not element by element: where little decays they are not of order 1
+        assert relative_error(value, expected[name]) < TOLERANCE[case.dtype], name

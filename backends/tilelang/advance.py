@@ -73,12 +73,19 @@ def recall(t: Any, m: Any, s: Any, v: Any, thread: Any) -> None:
 
 
 @T.macro
-def advance(t: Any, m: Any, s: Any) -> None:
-    """The other half: t.S after the chunk, and t.O."""
+def solve(t: Any, m: Any, s: Any) -> None:
+    """U and Q S, on their way."""
     for i, j in T.Parallel(ROWS, C):
         t.half[i, j] = t.values[i, j] + m.walk[s, THROUGH, j] * t.known[i, j]
     T.wgmma_gemm(t.half, m.A_v[s, :, :], t.U, transpose_B=True, clear_accum=True)
     T.wgmma_gemm(t.before, m.q[s, :, :], t.O, transpose_B=True, clear_accum=True)
+
+
+@T.macro
+def advance(
+    t: Any, m: Any, s: Any, full: Any, last: int, parity: Any, output: bool
+) -> None:  # fmt: skip
+    """The other half: t.S after the chunk, and t.O (output); full[last] says that P is there."""
     T.wait_wgmma(1)
     for i, j in T.Parallel(ROWS, C):
         t.written[i, j] = t.U[i, j] * m.walk[s, ONTO, j]
@@ -87,7 +94,9 @@ def advance(t: Any, m: Any, s: Any) -> None:
     T.wait_wgmma(1)
     for i, j in T.Parallel(ROWS, C):
         t.O[i, j] *= m.walk[s, READ, j]
-    T.wgmma_gemm(t.half, m.P[s, :, :], t.O, transpose_B=True)
+    if output:
+        T.barrier_wait(full[last], parity)
+    T.wgmma_gemm(t.half, m.P[0, :, :], t.O, transpose_B=True)
     T.wait_wgmma(1)
     T.copy(t.S, t.before)
     T.wait_wgmma(0)

@@ -2,12 +2,14 @@
 
     S^T <- S^T M^T + N^T over the pieces, in order
 
-where a piece leaves N from a zero state, and M takes the state before it to what that leaves after
-it. Reads N^T and M^T as `scan.py` writes them, one under the other, [pieces, HV, V + K, K]; writes
-the state that each piece begins with, [pieces, HV, V, K], and the last one. Everything is float32.
+where a piece leaves N from a zero state (the first one: from the real state), and M takes the state
+before it to what that leaves after it. Reads N^T and M^T as `scan.py` writes them, one under the
+other, [pieces, HV, V + K, K]; writes the state that each piece begins with, [pieces, HV, V, K].
+Everything is float32.
 
 Backward (REVERSE) goes from the last piece to the first, dS^T <- dS^T M + dN^T, where a piece hands
-back dN, `own`, of a zero gradient; and writes the gradient that each piece ends with.
+back dN, `own`, of a zero gradient; and writes the gradient that each piece ends with, and that of
+the first state.
 """
 
 from typing import Any
@@ -24,8 +26,8 @@ def carry(
     *, offsets: str, K: int, V: int, varlen: bool, initial: bool, final: bool, v_first: bool,
     reverse: bool,
 ) -> Any:  # fmt: skip
-    """See the module. initial: whether there is a state to begin with, `begin`; final: whether the
-    one that comes out is wanted, `end`."""
+    """See the module. initial: whether there is a state to begin with, `begin`; final: whether what
+    comes out in the end is wanted, `end` (reverse)."""
     HV, N, pieces, bounds = (T.dynamic(name) for name in ("HV", "N", "pieces", "bounds"))
     state = (N, HV, V, K) if v_first else (N, HV, K, V)
     blocks = V // COLUMNS
@@ -44,14 +46,14 @@ def carry(
             S = T.alloc_local((COLUMNS,), "float32")
             row = T.alloc_shared((K, COLUMNS), "float32")  # S^T, turned
             # variables, so that no access divides again
-            n, head, first, piece, each, at = (T.alloc_var("int32") for _ in range(6))
+            n, head, first, piece, last, at = (T.alloc_var("int32") for _ in range(6))
             n = program // (HV * blocks)
             head = program // blocks % HV
             first = program % blocks * COLUMNS
             start = T.cast(cu_seqlens[n], "int32") if varlen else 0
             tokens = T.cast(cu_seqlens[n + 1], "int32") - start if varlen else total
-            each = T.ceildiv(tokens, length)
-            piece = start // length + n if varlen else n * each
+            last = T.max(T.ceildiv(tokens, length) - 1, 0)
+            piece = start // length + n if varlen else n * (last + 1)
             for i in T.unroll(COLUMNS):
                 S[i] = 0.0
                 if initial:
@@ -59,33 +61,34 @@ def carry(
                         S[i] = begin[n, head, first + i, column]
                     else:
                         S[i] = begin[n, head, column, first + i]
-            for step in T.serial(each):
-                at = piece + (each - 1 - step if reverse else step)
+            for step in T.serial(last + 1):
+                at = piece + (last - step if reverse else step)
                 for i in T.unroll(COLUMNS):
                     begins[at, head, first + i, column] = S[i]
-                for i in T.vectorized(COLUMNS):
-                    row[column, i] = S[i]
-                T.sync_threads()
-                for i in T.unroll(COLUMNS):
-                    if reverse:
-                        S[i] = own[at, head, first + i, column]
-                    else:
-                        S[i] = walked[at, head, first + i, column]
-                if reverse:  # along a row of M, four numbers an access
-                    four = T.alloc_local((4,), "float32")
-                    for k in T.unroll(K // 4, unroll_factor=8):
-                        for j in T.vectorized(4):
-                            four[j] = walked[at, head, V + column, k * 4 + j]
-                        for j in T.unroll(4):
+                if step < last or final:
+                    for i in T.vectorized(COLUMNS):
+                        row[column, i] = S[i]
+                    T.sync_threads()
+                    for i in T.unroll(COLUMNS):
+                        if reverse:
+                            S[i] = own[at, head, first + i, column]
+                        else:
+                            S[i] = walked[at, head, first + i, column]
+                    if reverse:  # along a row of M, four numbers an access
+                        four = T.alloc_local((4,), "float32")
+                        for k in T.unroll(K // 4, unroll_factor=8):
+                            for j in T.vectorized(4):
+                                four[j] = walked[at, head, V + column, k * 4 + j]
+                            for j in T.unroll(4):
+                                for i in T.unroll(COLUMNS):
+                                    S[i] += row[k * 4 + j, i] * four[j]
+                    elif step > 0:
+                        for k in T.unroll(K, unroll_factor=32):
+                            factor = T.alloc_var("float32")
+                            factor = walked[at, head, V + k, column]
                             for i in T.unroll(COLUMNS):
-                                S[i] += row[k * 4 + j, i] * four[j]
-                else:
-                    for k in T.unroll(K, unroll_factor=32):
-                        factor = T.alloc_var("float32")
-                        factor = walked[at, head, V + k, column]
-                        for i in T.unroll(COLUMNS):
-                            S[i] += row[k, i] * factor
-                T.sync_threads()
+                                S[i] += row[k, i] * factor
+                    T.sync_threads()
             if final:
                 for i in T.unroll(COLUMNS):
                     if v_first:

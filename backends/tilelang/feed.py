@@ -66,6 +66,15 @@ def span(
         place[3] = place[0] * T.ceildiv(L, C) + place[1] // C
 
 
+@T.macro
+def number_within(cu_seqlens: Any, L: Any, length: Any, place: Any, varlen: bool) -> None:
+    """place[7] = which piece of its sequence `span` found, place[8] = which is the last."""
+    before = T.cast(cu_seqlens[place[0]], "int32") if varlen else 0
+    after = T.cast(cu_seqlens[place[0] + 1], "int32") if varlen else L
+    place[7] = (place[1] - before) // length
+    place[8] = T.max(T.ceildiv(after - before, length) - 1, 0)
+
+
 def softplus(x: Any, y: Any) -> Any:
     """log(1 + e^x), given y = e^-|x|; exact for large and for very negative x."""
     return T.max(x, 0.0) + T.if_then_else(y < 1e-4, y - y * y / 2, T.log(1 + y))

@@ -92,10 +92,10 @@ class Plan:
             self.walks = [(scan, walk | common | {"warpgroups": several, "cut": False})]
         else:
             self.pieces = pieces(call, self.length)
-            common |= {"warpgroups": 1, "cut": True, "v_first": True}
-            transfer = walk | common | {"initial": False, "final": True, "transfer": True}
-            self.walks = [(scan, transfer), (carry, walk | {"reverse": False})]
-            self.walks += [(scan, walk | common | {"initial": True, "final": False})]
+            common |= {"warpgroups": 1, "cut": True}
+            transfer = walk | common | {"final": True, "transfer": True}
+            self.walks = [(scan, transfer), (carry, walk | {"final": False, "reverse": False})]
+            self.walks += [(scan, walk | common | {"initial": True})]
         self.runs: dict[bool, list[Any]] = {}
 
     def kernels(self, save: bool) -> list[Any]:
@@ -125,12 +125,13 @@ class Plan:
             q, k, g, beta, A_log, dt_bias, cu_seqlens, matrices, walk,
             *(saved[:2] if save else (None, None)), self.sequences, call.scale,
         )  # fmt: skip
-        tensors, begin, N = (q, k, v, matrices, walk), ready(call.initial_state), self.sequences
+        tensors, N = (q, k, v, matrices, walk), self.sequences
+        begin = None if call.initial_state is None else ready(call.initial_state.float())
         if self.length is None:
-            walks[0](*tensors, begin, cu_seqlens, o, end, N, N, 0)
+            walks[0](*tensors, begin, cu_seqlens, o, end, N, N, 0, 0)
         else:
             many, (walked, begins) = (N, self.pieces, self.length), saved[-2:]
-            walks[0](*tensors, None, cu_seqlens, o, walked, *many)
-            walks[1](walked, None, begins, begin, end, cu_seqlens, N, q.shape[1], self.length)
-            walks[2](*tensors, begins, cu_seqlens, o, None, *many)
+            walks[0](*tensors, begin, cu_seqlens, o, walked, *many, int(save))
+            walks[1](walked, None, begins, begin, None, cu_seqlens, N, q.shape[1], self.length)
+            walks[2](*tensors, begins, cu_seqlens, o, end, *many, 0)
         return Forward(o, end, saved if save else [])

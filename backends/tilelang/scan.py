@@ -1,15 +1,18 @@
 """Stage 2 of forward, a program a piece, value head and block of V: the state, chunk by chunk.
 
-One or two warpgroups carry 64 rows of the transposed state each (`advance.py`); one warp loads up
-to three chunks ahead, by TMA. Reads q, k, v, `matrices` and `walk` (see `prepare.py`) and the state
-that a piece begins with; writes o and the state that it ends with.
+One or two warpgroups carry 64 rows of the transposed state each (`advance.py`); one warp loads
+ahead, by TMA. Reads q, k, v, `matrices` and `walk` (see `prepare.py`) and the state that a piece
+begins with; writes o and the state that it ends with.
 
 A piece is a sequence; or, where sequences are few, they are cut into pieces that are walked at the
 same time, twice: first (TRANSFER) for what each leaves of a zero state, and, with v = 0, of the
 rows of a unit matrix, which says what it does to any state; then, after `carry.py`, for o, from
-the states they really begin with. (The first walk is written as if it computed an o as well, of
-whatever is in q's and P's place: without, ptxas makes every product wait for the one before. It
-leaves out the products that nobody reads.)
+the states they really begin with. The first piece of a sequence starts from the real state at once;
+the last one, and what the first does to other states, only backward asks for.
+
+Two programs of a cut sequence share a multiprocessor. (The first walk is written as if it computed
+an o as well, of whatever is in k's and A_v's place: without, ptxas makes every product wait for the
+one before. It leaves out the products that nobody reads.)
 """
 
 from typing import Any
@@ -24,30 +27,70 @@ from .advance import (
     advance,
     load_state,
     recall,
+    solve,
     stage_output,
     store_state,
     unit_state,
 )
 from .constants import ROWS
-from .feed import span
+from .feed import number_within, span
 from .launch import kernel
 from .transposed import PRELUDE
 
-STAGES = 3
-"""Chunks in shared memory."""
 REGISTERS = (240, 24)
 """Registers a thread of those who carry, and of those who load, where two warpgroups carry."""
 
 
 class Memory:
-    """Shared memory of the chunks on their way; o takes v's place there."""
+    """Shared memory of the chunks on their way, of P only the next; o takes v's place there."""
 
-    def __init__(self, K: int, warpgroups: int, dtype: str) -> None:
-        self.q, self.k = (T.alloc_shared((STAGES, C, K), dtype) for _ in range(2))
-        self.v = T.alloc_shared((STAGES * warpgroups, C, ROWS), dtype)
-        self.P, self.A_v = (T.alloc_shared((STAGES, C, C), dtype) for _ in range(2))
-        self.walk = T.alloc_shared((STAGES, 4, C), "float32")
+    def __init__(self, K: int, stages: int, warpgroups: int, dtype: str, output: bool) -> None:
+        self.k = T.alloc_shared((stages, C, K), dtype)
+        self.v = T.alloc_shared((stages * warpgroups, C, ROWS), dtype)
+        self.A_v = T.alloc_shared((stages, C, C), dtype)
+        self.walk = T.alloc_shared((stages, 4, C), "float32")
+        self.q, self.P = self.k, self.A_v
+        if output:
+            self.q = T.alloc_shared((stages, C, K), dtype)
+            self.P = T.alloc_shared((1, C, C), dtype)
         T.annotate_layout({self.v: make_full_bank_swizzled_layout(self.v)})
+
+
+@T.macro
+def load_chunk(
+    q: Any, k: Any, v: Any, matrices: Any, walk: Any, m: Any, full: Any, batch: Any, at: Any,
+    slot: Any, head: Any, kh: Any, first: Any, s: Any, values: Any, output: bool,
+) -> None:  # fmt: skip
+    """A chunk to stage s, but for P, by one warp; v only where there are values."""
+    T.tma_copy(
+        k[batch, at : at + C, kh, :], m.k[s, :, :], barrier=full[s], leader_scope_threads=32
+    )
+    if values:
+        warpgroups = m.v.shape[0] // m.k.shape[0]
+        for wg in T.unroll(warpgroups):
+            row = first + wg * ROWS
+            T.tma_copy(
+                v[batch, at : at + C, head, row : row + ROWS], m.v[s * warpgroups + wg, :, :],
+                barrier=full[s], leader_scope_threads=32,
+            )  # fmt: skip
+    T.tma_copy(
+        matrices[slot, head, 1, :, :], m.A_v[s, :, :], barrier=full[s], leader_scope_threads=32
+    )
+    if output:
+        T.tma_copy(
+            q[batch, at : at + C, kh, :], m.q[s, :, :], barrier=full[s], leader_scope_threads=32
+        )
+    T.tma_copy(walk[slot, head, :, :], m.walk[s, :, :], barrier=full[s], leader_scope_threads=32)
+    T.barrier_arrive(full[s])
+
+
+@T.macro
+def load_scores(matrices: Any, m: Any, full: Any, slot: Any, head: Any, last: int) -> None:
+    """A chunk's P, by one warp."""
+    T.tma_copy(
+        matrices[slot, head, 0, :, :], m.P[0, :, :], barrier=full[last], leader_scope_threads=32
+    )
+    T.barrier_arrive(full[last])
 
 
 @kernel(own_barriers=True)
@@ -55,142 +98,168 @@ def scan(
     *, dtype: str, offsets: str, K: int, V: int, warpgroups: int, varlen: bool, initial: bool,
     final: bool, v_first: bool, cut: bool, transfer: bool,
 ) -> Any:  # fmt: skip
-    """See the module. warpgroups: how many carry a state, 1 or 2; transfer wants 1, and final."""
-    B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
+    """See the module. warpgroups: how many carry a state, 1 or 2; cut wants 1, transfer cut and
+    final."""
+    B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
-    width, carriers = ROWS * warpgroups, 128 * warpgroups
-    rows = V + K if transfer else V
+    width, alone, output = ROWS * warpgroups, warpgroups == 1, not transfer
+    stages = 2 if cut and output else 3
+    rows = V if output else V + K
     blocks = rows // width
-    inner = (rows, K) if v_first else (K, rows)
+    begin_first, end_first = v_first or (cut and output), v_first or transfer
+    begin_shape = (V, K) if begin_first else (K, V)
+    end_shape = (rows, K) if end_first else (K, rows)
 
     @T.macro
     def carry(
-        begin, o, end, m, full, free, piece, head, row, batch, start, stop, chunks, wg, thread
+        q, k, v, matrices, walk, begin, o, end, m, full, free, place, first, chunks, wg, thread
     ):  # fmt: skip
+        sequence, start, stop, slot, piece, head, kh = (place[i] for i in range(7))
+        batch, row = 0 if varlen else sequence, first + wg * ROWS
+        if alone:
+            if thread < 32:
+                for ahead in T.unroll(stages):
+                    if ahead < chunks:
+                        load_chunk(
+                            q, k, v, matrices, walk, m, full, batch, start + ahead * C,
+                            slot + ahead, head, kh, first, ahead, first < V, output,
+                        )  # fmt: skip
+                if output and chunks > 0:
+                    load_scores(matrices, m, full, slot, head, stages)
+            T.sync_threads(1 + wg, 128)  # else ptxas makes every product wait (C7518)
         t = Tile(K, dtype)
         if transfer:
             unit_state(t, row - V)
             if row >= V:
-                for s, i, j in T.Parallel(STAGES, C, ROWS):
+                for s, i, j in T.Parallel(stages, C, ROWS):
                     m.v[s, i, j] = 0
                 T.sync_threads(1, 128)
+            elif initial:
+                if place[7] == 0:
+                    load_state(t, begin, sequence, head, row, begin_first)
         elif initial:
-            load_state(t, begin, piece, head, row, v_first)
+            load_state(t, begin, piece, head, row, begin_first)
         else:
             T.clear(t.S)
         T.copy(t.S, t.before)
         for chunk in T.serial(chunks):
-            s, at = chunk % STAGES, start + chunk * C
-            place = s * warpgroups + wg
-            T.barrier_wait(full[s], chunk // STAGES % 2)
+            s, at = chunk % stages, start + chunk * C
+            values = s * warpgroups + wg
+            T.barrier_wait(full[s], chunk // stages % 2)
             if at + C > stop:  # what follows the sequence may be anything
                 for i, j in T.Parallel(C, K):
                     if at + i >= stop:
                         m.k[s, i, j] = 0
                 for i, j in T.Parallel(C, ROWS):
                     if at + i >= stop:
-                        m.v[place, i, j] = 0
+                        m.v[values, i, j] = 0
                 T.fence_proxy_async()
                 T.sync_threads(1 + wg, 128)
-            recall(t, m, s, place, thread)
-            if chunk > 0 and thread < 32:
+            recall(t, m, s, values, thread)
+            solve(t, m, s)
+            if chunk > 0 and thread < 32:  # the place of the chunk before is free
                 T.tma_store_wait(0)
-                T.barrier_arrive(free[(chunk + STAGES - 1) % STAGES])
-            advance(t, m, s)
-            if not transfer:
-                stage_output(t, m.v, place, thread)
+                next = chunk + stages - 1
+                if not alone:
+                    T.barrier_arrive(free[next % stages])
+                elif next < chunks:
+                    load_chunk(
+                        q, k, v, matrices, walk, m, full, batch, start + next * C, slot + next,
+                        head, kh, first, next % stages, first < V, output,
+                    )  # fmt: skip
+            advance(t, m, s, full, stages, chunk % 2, output)
+            if output:
+                stage_output(t, m.v, values, thread)
                 T.fence_proxy_async()
             T.sync_threads(1 + wg, 128)
-            if transfer:
-                pass
-            elif at + C <= stop:
-                if thread < 32:
+            if output and thread < 32:
+                if not alone:
+                    T.barrier_arrive(free[stages])
+                elif chunk + 1 < chunks:
+                    load_scores(matrices, m, full, slot + chunk + 1, head, stages)
+                if at + C <= stop:
                     T.tma_copy(
-                        m.v[place, :, :],
+                        m.v[values, :, :],
                         o[batch, at : at + C, head, row : row + ROWS],
                         leader_scope_threads=32,
                     )
-            else:
+            if output and at + C > stop:
                 for i, j in T.Parallel(C, ROWS):
                     if at + i < stop:
-                        o[batch, at + i, head, row + j] = m.v[place, i, j]
+                        o[batch, at + i, head, row + j] = m.v[values, i, j]
         if thread < 32:
             T.tma_store_wait(0)
-        if final:
-            store_state(t, end, piece, head, row, v_first)
+        if final and not (cut and output):
+            store_state(t, end, piece, head, row, end_first)
+        elif final:
+            if place[7] == place[8]:
+                store_state(t, end, sequence, head, row, end_first)
 
     @T.prim_func
     def scan_kernel(
         q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
         v: T.Tensor((B, L, HV, V), dtype), matrices: T.Tensor((slots, HV, 2, C, C), dtype),
-        walk: T.Tensor((slots, HV, 4, C), "float32"), begin: T.Tensor((N, HV, *inner), "float32"),
+        walk: T.Tensor((slots, HV, 4, C), "float32"),
+        begin: T.Tensor((N, HV, *begin_shape), "float32"),
         cu_seqlens: T.Tensor((bounds,), offsets), o: T.Tensor((B, L, HV, V), dtype),
-        end: T.Tensor((N, HV, *inner), "float32"), sequences: T.int32, pieces: T.int32,
-        length: T.int32,
+        end: T.Tensor((M, HV, *end_shape), "float32"), sequences: T.int32,
+        pieces: T.int32, length: T.int32, backward: T.int32,
     ):  # fmt: skip
-        """length: tokens of a piece; sequences, pieces: how many."""
-        with T.Kernel(pieces * HV * blocks, threads=carriers + 128, prelude=PRELUDE) as program:
-            place = T.alloc_local((7,), "int32")  # kept, so that no access divides again
+        """length: tokens of a piece; sequences, pieces: how many; backward: whether what the first
+        and the last piece do to a state is wanted too."""
+        threads = 128 if alone else 384
+        with T.Kernel(pieces * HV * blocks, threads=threads, prelude=PRELUDE) as program:
+            place = T.alloc_local((10,), "int32")  # kept, so that no access divides again
             place[4] = program // (HV * blocks)
             place[5] = program // blocks % HV
             place[6] = program // blocks % HV // (HV // H)
-            piece, head, kh = place[4], place[5], place[6]
             first = program % blocks * width
-            span(piece, cu_seqlens, sequences, L, length, place, varlen, cut)
-            batch = 0 if varlen else place[0]
-            start, stop, slot = place[1], place[2], place[3]
-            chunks = T.ceildiv(T.max(stop - start, 0), C)
-            m = Memory(K, warpgroups, dtype)
-            full = T.alloc_barrier([32] * STAGES)
-            free = T.alloc_barrier([32 * warpgroups] * STAGES)
+            span(place[4], cu_seqlens, sequences, L, length, place, varlen, cut)
+            place[9] = T.ceildiv(T.max(place[2] - place[1], 0), C)
+            if cut:
+                number_within(cu_seqlens, L, length, place, varlen)
+            if transfer:  # a walk of no chunks costs nothing
+                within = T.And(place[7] > 0, place[7] < place[8])
+                wanted = T.Or(
+                    T.And(first < V, place[7] < place[8]),
+                    T.And(first >= V, T.Or(within, backward != 0)),
+                )
+                place[9] = T.if_then_else(wanted, place[9], 0)
+            chunks = place[9]
+            m = Memory(K, stages, warpgroups, dtype, output)
+            full = T.alloc_barrier([32] * (stages + 1))  # the last is P's
+            free = T.alloc_barrier([32 * warpgroups] * (stages + 1))
             tx = T.get_thread_binding()
 
-            if tx < 128:
-                if warpgroups > 1:  # else all have enough from the start
-                    T.set_max_nreg(REGISTERS[0], 1)
+            if alone:
                 carry(
-                    begin, o, end, m, full, free, piece, head, first, batch, start, stop, chunks, 0,
-                    tx,
+                    q, k, v, matrices, walk, begin, o, end, m, full, free, place, first, chunks,
+                    0, tx,
                 )  # fmt: skip
-            elif tx < carriers:
+            elif tx < 128:
                 T.set_max_nreg(REGISTERS[0], 1)
                 carry(
-                    begin, o, end, m, full, free, piece, head, first + ROWS, batch, start, stop,
-                    chunks, 1, tx - 128,
+                    q, k, v, matrices, walk, begin, o, end, m, full, free, place, first, chunks,
+                    0, tx,
+                )  # fmt: skip
+            elif tx < 256:
+                T.set_max_nreg(REGISTERS[0], 1)
+                carry(
+                    q, k, v, matrices, walk, begin, o, end, m, full, free, place, first, chunks,
+                    1, tx - 128,
                 )  # fmt: skip
             else:
-                if warpgroups > 1:
-                    T.set_max_nreg(REGISTERS[1], 0)
-                if tx < carriers + 32:
+                T.set_max_nreg(REGISTERS[1], 0)
+                if tx < 256 + 32:
                     for chunk in T.serial(chunks):
-                        s, at = chunk % STAGES, start + chunk * C
-                        T.barrier_wait(free[s], chunk // STAGES % 2 ^ 1)
-                        T.tma_copy(
-                            k[batch, at : at + C, kh, :], m.k[s, :, :],
-                            barrier=full[s], leader_scope_threads=32,
+                        s = chunk % stages
+                        T.barrier_wait(free[s], chunk // stages % 2 ^ 1)
+                        load_chunk(
+                            q, k, v, matrices, walk, m, full, 0 if varlen else place[0],
+                            place[1] + chunk * C, place[3] + chunk, place[5], place[6], first, s,
+                            True, True,
                         )  # fmt: skip
-                        if first < V:
-                            for wg in T.unroll(warpgroups):
-                                row = first + wg * ROWS
-                                T.tma_copy(
-                                    v[batch, at : at + C, head, row : row + ROWS],
-                                    m.v[s * warpgroups + wg, :, :],
-                                    barrier=full[s], leader_scope_threads=32,
-                                )  # fmt: skip
-                        T.tma_copy(
-                            matrices[slot + chunk, head, 1, :, :], m.A_v[s, :, :],
-                            barrier=full[s], leader_scope_threads=32,
-                        )  # fmt: skip
-                        if not transfer:
-                            for source, target in (
-                                (q[batch, at : at + C, kh, :], m.q[s, :, :]),
-                                (matrices[slot + chunk, head, 0, :, :], m.P[s, :, :]),
-                            ):
-                                T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
-                        T.tma_copy(
-                            walk[slot + chunk, head, :, :], m.walk[s, :, :],
-                            barrier=full[s], leader_scope_threads=32,
-                        )  # fmt: skip
-                        T.barrier_arrive(full[s])
+                        T.barrier_wait(free[stages], chunk % 2 ^ 1)
+                        load_scores(matrices, m, full, place[3] + chunk, place[5], stages)
 
     return scan_kernel

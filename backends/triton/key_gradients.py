@@ -34,6 +34,7 @@ from .tiles import (
     load_rows,
     load_scalars,
     load_state,
+    load_sums,
     locate,
     narrow,
     store_rows,
@@ -88,7 +89,8 @@ def key_gradients_kernel(
         inter *= tl.exp(decay)[:, None]
         read = norm_k * tl.sum(keys.to(tl.float32) * inter, axis=1)
         grad_k -= strength[:, None] * inter
-        L = decay_matrix(decay, C)
+        G = load_sums(factors, block, C, dtype)
+        L = decay_matrix(G, C)
         along_U = tl.sum(tl.where(row == column, RU, 0.0), axis=1)
         RU = strictly_lower(RU * L, C)
         from_k -= strength[:, None] * RU
@@ -112,12 +114,13 @@ def key_gradients_kernel(
             turned_dP += dot(written, tl.trans(grad_o))
             S = load_state(states, block, first, K, V, BK, BV).to(tl.float32)
             carried += tl.sum(S * dS.to(tl.float32))
-        inter *= tl.exp(total - decay)[:, None]
+        end = tl.sum(tl.where(tl.arange(0, C) == C - 1, G, 0.0), axis=0)
+        inter *= tl.exp((end - G).to(tl.float32))[:, None]
         grad_k += inter
         keys = load_rows(k, start, count, kh, H, K, 0, C, BK)
         written = norm_k * tl.sum(keys.to(tl.float32) * inter, axis=1)
-        later = tl.where(row <= column, decay[None, :] - decay[:, None], -float("inf"))
-        from_q += turned_dP * tl.exp(later)
+        later = (G[None, :] - G[:, None]).to(tl.float32)
+        from_q += turned_dP * tl.exp(tl.where(row <= column, later, -float("inf")))
 
         # all of dG from t on, what token j < t wrote, and the state that crosses the chunk
         dg_t = tl.cumsum(dG, axis=0, reverse=True)

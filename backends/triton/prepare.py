@@ -26,6 +26,7 @@ from .tiles import (
     NORM_Q,
     ONTO,
     READ,
+    REST,
     SCORES,
     STRENGTH,
     decay_matrix,
@@ -90,7 +91,8 @@ def prepare_kernel(
     keys = load_rows(k, start, count, kh, H, K, 0, C, BK)
     turned = tl.trans(keys)
     L = decay_matrix(G, C)
-    left, G = (total - G).to(tl.float32), G.to(tl.float32)
+    left, rest = (total - G).to(tl.float32), (G - G.to(tl.float32)).to(tl.float32)
+    G = G.to(tl.float32)
     P = L * dot(queries, turned)
     M = L * dot(keys, turned)
     rq, rk = tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32)
@@ -112,3 +114,4 @@ def prepare_kernel(
     store_factor(factors, scale * rq * tl.exp(G), block, READ, C)
     store_factor(factors, rq, block, NORM_Q, C)
     store_factor(factors, rk, block, NORM_K, C)
+    store_factor(factors, rest, block, REST, C)

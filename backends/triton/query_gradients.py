@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from .tiles import (
-    LOG_DECAY,
     MATRICES,
     NORM_K,
     NORM_Q,
@@ -28,6 +27,7 @@ from .tiles import (
     load_matrix,
     load_rows,
     load_state,
+    load_sums,
     locate,
     narrow,
     store_rows,
@@ -68,7 +68,7 @@ def query_gradients_kernel(
         queries = load_rows(q, start, count, kh, H, K, 0, C, BK)
         P = load_matrix(matrices, block * MATRICES + SCORES, 0, C, C, C).to(tl.float32)
         dL = strictly_lower(dP * P, C)
-        from_k += dP * decay_matrix(load_factor(factors, block, LOG_DECAY, C), C)
+        from_k += dP * decay_matrix(load_sums(factors, block, C, dtype), C)
         dG = tl.sum(queries.to(tl.float32) * inter, axis=1) + tl.sum(dL, axis=1)
         tl.store(dG_out + block * C + tl.arange(0, C), dG - tl.sum(dL, axis=0))
 

@@ -7,8 +7,9 @@ table or has to read cu_seqlens back.
 
 What a stage hands to the next is kept by slot and value head, padded to C tokens: `factors`
 [slots, HV, FACTORS, C] in float32, one row each of G, beta, e^{gamma - G} rk, scale e^G rq, rq and
-rk (the reciprocal norms of q and k, or ones), and `matrices` [slots, HV, MATRICES, C, C] in the
-call's dtype: A_v = A diag(beta), A_k = A diag(beta e^G rk), P and A.
+rk (the reciprocal norms of q and k, or ones), and what a float32 call's G loses as a float32; and
+`matrices` [slots, HV, MATRICES, C, C] in the call's dtype: A_v = A diag(beta), A_k = A diag(beta
+e^G rk), P and A.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from gdn.definition import L2_EPS
 EPS = tl.constexpr(L2_EPS)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 PRECISION = tl.constexpr("ieee" if INTERPRETED.value else "bf16x6")
-FACTORS = tl.constexpr(6)
-LOG_DECAY, STRENGTH, ONTO, READ, NORM_Q, NORM_K = (tl.constexpr(i) for i in range(6))
+FACTORS = tl.constexpr(7)
+LOG_DECAY, STRENGTH, ONTO, READ, NORM_Q, NORM_K, REST = (tl.constexpr(i) for i in range(7))
 MATRICES = tl.constexpr(4)
 A_V, A_K, SCORES, INVERSE = (tl.constexpr(i) for i in range(4))
 
@@ -225,6 +226,15 @@ def decay_matrix(G, C: tl.constexpr):
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     between = (G[:, None] - G[None, :]).to(tl.float32)
     return tl.exp(tl.where(i >= j, between, -float("inf")))
+
+
+@triton.jit
+def load_sums(factors, block, C: tl.constexpr, dtype: tl.constexpr):
+    """G of a chunk, for differences of its elements: all that is kept of it."""
+    G = load_factor(factors, block, LOG_DECAY, C)
+    if dtype == tl.float32:
+        G = G.to(tl.float64) + load_factor(factors, block, REST, C)
+    return G
 
 
 @triton.jit
