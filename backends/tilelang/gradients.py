@@ -36,18 +36,20 @@ DEAD, TILES, COLUMNS_ALL = range(1, 4)
 
 class Memory:
     """Shared memory: operands in blocks of 64 columns of K; and, for even and odd value heads, what
-    warpgroups tell each other."""
+    is there of tokens and what warpgroups tell each other."""
 
     def __init__(self, K: int, V: int, dtype: str) -> None:
         blocks = K // COLUMNS
         self.q, self.k = (T.alloc_shared((blocks, C, COLUMNS), dtype) for _ in range(2))
-        self.do, self.R = (T.alloc_shared((C, V), dtype) for _ in range(2))
-        self.U = T.alloc_shared((V, C), dtype)
+        self.do, self.R = (T.alloc_shared((2, C, V), dtype) for _ in range(2))
+        self.U = T.alloc_shared((2, V, C), dtype)
         self.S, self.dS = (T.alloc_shared((blocks, V, COLUMNS), dtype) for _ in range(2))
-        self.F_q, self.F_k, self.D, self.D_turned = (
-            T.alloc_shared((C, C), dtype) for _ in range(4)
-        )
-        self.kk, self.qk = (T.alloc_shared((C * C,), "float32") for _ in range(2))
+        # what pairs of tokens owe each other takes the states' place, when nobody needs them
+        several = blocks * V == 4 * C
+        tiles = self.S if several else T.alloc_shared((2, 2 * C, C), dtype)
+        self.F_q, self.F_k = tiles[0, 0:C, :], tiles[0, C : 2 * C, :]
+        self.D, self.D_turned = tiles[1, 0:C, :], tiles[1, C : 2 * C, :]
+        self.kk, self.qk = (T.alloc_shared((C * C,), dtype) for _ in range(2))
         self.factors = T.alloc_shared((2, 4, C), "float32")
         self.dots = T.alloc_shared((2, 5, blocks, C), "float32")
         self.rows = T.alloc_shared((2, 2, C), "float32")
@@ -57,25 +59,23 @@ class Memory:
 
 
 class Barriers:
-    """Of what is loaded, once and for every value head; of what is told, and used up."""
+    """Of what is loaded, once and for every value head, and used up; of what is told, likewise."""
 
-    def __init__(self, consumers: int) -> None:
-        self.keys, self.tokens, self.before, self.after = (T.alloc_barrier(32) for _ in range(4))
-        self.free = T.alloc_barrier(consumers + 64)
-        self.told, self.used = T.alloc_barrier([consumers + 64] * 2), T.alloc_barrier([32] * 2)
+    def __init__(self, columns: int) -> None:
+        self.keys, self.before, self.after = (T.alloc_barrier(32) for _ in range(3))
+        self.tokens = T.alloc_barrier([32] * 2)
+        self.before_free, self.after_free = (T.alloc_barrier(columns) for _ in range(2))
+        everyone = columns + 128 + 64
+        self.free, self.told = (T.alloc_barrier([everyone] * 2) for _ in range(2))
+        self.used = T.alloc_barrier([32] * 2)
 
 
 @T.macro
 def clear_dead(x: Any, live: Any) -> None:
     """Zero the rows past the end of the sequence: they may hold anything, NaN too."""
-    if len(x.shape) == 3:
-        for b, i, j in T.Parallel(*x.shape):
-            if i >= live:
-                x[b, i, j] = 0
-    else:
-        for i, j in T.Parallel(*x.shape):
-            if i >= live:
-                x[i, j] = 0
+    for b, i, j in T.Parallel(*x.shape):
+        if i >= live:
+            x[b, i, j] = 0
 
 
 @T.macro
@@ -119,13 +119,12 @@ def gradients(
         T.clear(c.dk)
         T.barrier_wait(bars.keys, 0)
         for g in T.serial(group):
-            T.barrier_wait(bars.tokens, g % 2)
-            T.barrier_wait(bars.before, g % 2)
+            T.barrier_wait(bars.tokens[g % 2], g // 2 % 2)
             if live < C:
                 T.sync_threads(DEAD, consumers)
             through_states(m, c, bars, h, g, scale, thread)
             T.barrier_arrive(bars.told[g % 2])
-            T.barrier_arrive(bars.free)
+            T.barrier_arrive(bars.free[g % 2])
         T.sync_threads(TILES, consumers)
         within_chunk(m, c, h)
         if l2:
@@ -156,7 +155,7 @@ def gradients(
             place[2] = spans[slot, 1] if varlen else L - place[1]
             batch, at, live = place[0], place[1], place[2]
             m = Memory(K, V, dtype)
-            bars = Barriers(consumers)
+            bars = Barriers(columns)
             tx = T.get_thread_binding()
             if live > 0:
                 if tx < 128:
@@ -175,10 +174,12 @@ def gradients(
                         clear_dead(m.q, live)
                         clear_dead(m.k, live)
                     for number in T.serial(group):
-                        T.barrier_wait(bars.tokens, number % 2)
+                        T.barrier_wait(bars.tokens[number % 2], number // 2 % 2)
                         if live < C:
-                            clear_dead(m.do, live)
-                            clear_dead(m.R, live)
+                            for i, j in T.Parallel(C, V):
+                                if i >= live:
+                                    m.do[number % 2, i, j] = 0
+                                    m.R[number % 2, i, j] = 0
                             T.fence_proxy_async()
                             T.sync_threads(DEAD, consumers)
                         if number == 0:
@@ -186,7 +187,7 @@ def gradients(
                         couple_writes(m, p, number % 2, tx - columns)
                         couple_reads(m, p, number % 2, scale, tx - columns)
                         T.barrier_arrive(bars.told[number % 2])
-                        T.barrier_arrive(bars.free)
+                        T.barrier_arrive(bars.free[number % 2])
                         if tx < columns + 32:  # while the next value head's operands come
                             T.barrier_wait(bars.told[number % 2], number // 2 % 2)
                             store_gates(
@@ -195,6 +196,7 @@ def gradients(
                                 tx - columns, gate, bias, sigmoid, double,
                             )  # fmt: skip
                             T.barrier_arrive(bars.used[number % 2])
+                    T.barrier_wait(bars.before_free, (group - 1) % 2)
                     hand_over(m, p)
                     T.sync_threads(TILES, consumers)
                 else:
@@ -205,28 +207,31 @@ def gradients(
                         T.barrier_arrive(bars.keys)
                         for number in T.serial(group):
                             head = kh * group + number
-                            T.barrier_wait(bars.free, number % 2 ^ 1)
+                            T.barrier_wait(bars.free[number % 2], number // 2 % 2 ^ 1)
                             T.barrier_wait(bars.used[number % 2], number // 2 % 2 ^ 1)
                             for source, target in (
-                                (do[batch, at : at + C, head, :], m.do),
-                                (dv[batch, at : at + C, head, :], m.R),
-                                (U[slot, head, :, :], m.U),
+                                (do[batch, at : at + C, head, :], m.do[number % 2, :, :]),
+                                (dv[batch, at : at + C, head, :], m.R[number % 2, :, :]),
+                                (U[slot, head, :, :], m.U[number % 2, :, :]),
                                 (factors[slot, head, :, :], m.factors[number % 2, :, :]),
                             ):
                                 T.tma_copy(
-                                    source, target, barrier=bars.tokens, leader_scope_threads=32
-                                )
-                            T.barrier_arrive(bars.tokens)
-                            load_state(S, m.S, bars.before, slot, head)
+                                    source, target, barrier=bars.tokens[number % 2],
+                                    leader_scope_threads=32,
+                                )  # fmt: skip
+                            T.barrier_arrive(bars.tokens[number % 2])
+                            T.barrier_wait(bars.after_free, number % 2 ^ 1)
                             load_state(dS, m.dS, bars.after, slot, head)
+                            T.barrier_wait(bars.before_free, number % 2 ^ 1)
+                            load_state(S, m.S, bars.before, slot, head)
                     elif tx >= consumers + 64:
                         for number in T.serial(group):
-                            T.barrier_wait(bars.tokens, number % 2)
+                            T.barrier_wait(bars.tokens[number % 2], number // 2 % 2)
                             store_values(
                                 m, v, dv, number % 2, batch, at, live, kh * group + number,
                                 tx - consumers - 64,
                             )  # fmt: skip
                             T.barrier_arrive(bars.told[number % 2])
-                            T.barrier_arrive(bars.free)
+                            T.barrier_arrive(bars.free[number % 2])
 
     return gradients_kernel

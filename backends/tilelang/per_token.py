@@ -29,14 +29,14 @@ def store_values(
     m: Any, v: Any, dv: Any, b: Any, batch: Any, at: Any, live: Any, head: Any, thread: Any
 ) -> None:
     """By 64 threads: dv, over R in global memory; and rowsum(R * V) where beta is weak."""
-    V = int(m.R.shape[1])
+    V = int(m.R.shape[2])
     some = T.alloc_local((8,), m.R.dtype)
     total = T.alloc_local((1,), "float32")
     for step in T.serial(V // 8):
         i, j = step * (C * 8 // V) + thread // (V // 8), thread % (V // 8) * 8
         if i < live:
             for e in T.vectorized(8):
-                some[e] = m.R[i, j + e]
+                some[e] = m.R[b, i, j + e]
             for e in T.unroll(8):
                 some[e] = m.factors[b, 1, i] * some[e]
             for e in T.vectorized(8):
@@ -44,7 +44,7 @@ def store_values(
     if thread < live and m.factors[b, 1, thread] <= WEAK:
         total[0] = 0.0
         for j in T.serial(V):
-            total[0] += T.cast(m.R[thread, j], "float32") * T.cast(
+            total[0] += T.cast(m.R[b, thread, j], "float32") * T.cast(
                 v[batch, at + thread, head, j], "float32"
             )
         m.weak[b, thread] = total[0]

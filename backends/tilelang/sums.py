@@ -38,33 +38,39 @@ template <int N> __device__ __forceinline__ void gdn_sum_columns(const float *x,
     if (threadIdx.x % 32 < 4) to[n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2] = sum;
   }
 }
-template <int N> __device__ __forceinline__ void gdn_put_aside(const float *x, void *into) {
-  float4 *to = static_cast<float4 *>(into) + threadIdx.x % 128;
+template <class T> struct alignas(4 * sizeof(T)) GdnFour { T x[4]; };
+template <class T, int N>
+__device__ __forceinline__ void gdn_put_aside(const float *x, void *into) {
+  GdnFour<T> *to = static_cast<GdnFour<T> *>(into) + threadIdx.x % 128;
 #pragma unroll
   for (int n = 0; n < N / 8; ++n)
-    to[128 * n] = make_float4(x[4 * n], x[4 * n + 1], x[4 * n + 2], x[4 * n + 3]);
+    to[128 * n] = {T(x[4 * n]), T(x[4 * n + 1]), T(x[4 * n + 2]), T(x[4 * n + 3])};
 }
-template <int N> __device__ __forceinline__ void gdn_multiply(float *x, const void *by) {
-  const float4 *from = static_cast<const float4 *>(by) + threadIdx.x % 128;
+template <class T, int N>
+__device__ __forceinline__ void gdn_multiply(float *x, const void *by) {
+  const GdnFour<T> *from = static_cast<const GdnFour<T> *>(by) + threadIdx.x % 128;
 #pragma unroll
   for (int n = 0; n < N / 8; ++n) {
-    float4 y = from[128 * n];
-    x[4 * n] *= y.x, x[4 * n + 1] *= y.y, x[4 * n + 2] *= y.z, x[4 * n + 3] *= y.w;
+    GdnFour<T> y = from[128 * n];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[4 * n + i] *= float(y.x[i]);
   }
 }
 """
+
+C_TYPES = {"bfloat16": "bfloat16_t", "float16": "half_t"}
 
 
 @T.macro
 def put_aside(x: Any, kept: Any) -> None:
     """x to kept, shared memory of as many numbers; each thread its own."""
-    T.call_extern("handle", f"gdn_put_aside<{x.shape[1]}>", x.data, kept.data)
+    T.call_extern("handle", f"gdn_put_aside<{C_TYPES[kept.dtype]}, {x.shape[1]}>", x.data, kept.data)
 
 
 @T.macro
 def multiply(x: Any, kept: Any) -> None:
     """x *= what `put_aside` has kept."""
-    T.call_extern("handle", f"gdn_multiply<{x.shape[1]}>", x.data, kept.data)
+    T.call_extern("handle", f"gdn_multiply<{C_TYPES[kept.dtype]}, {x.shape[1]}>", x.data, kept.data)
 
 
 @T.macro

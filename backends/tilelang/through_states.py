@@ -95,17 +95,20 @@ def multiply_states(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
 def through_states(m: Any, c: Any, bars: Any, h: Any, g: Any, scale: Any, thread: Any) -> None:
     """One value head, number g of its group."""
     b = g % 2
-    T.wgmma_gemm(m.do, m.S[h, :, :], c.one, clear_accum=True)
-    T.wait_wgmma(0)
-    fold_queries(m, c, b, h, scale, thread)
-    T.wgmma_gemm(m.R, m.S[h, :, :], c.one, clear_accum=True)
-    T.wait_wgmma(0)
-    fold_known(m, c, b, h, thread)
     T.barrier_wait(bars.after, g % 2)
-    T.wgmma_gemm(m.U, m.dS[h, :, :], c.one, transpose_A=True, clear_accum=True)
-    multiply_states(m, c, b, h, thread)
+    T.wgmma_gemm(m.U[b, :, :], m.dS[h, :, :], c.one, transpose_A=True, clear_accum=True)
     T.wait_wgmma(0)
     fold_written(m, c, b, h, thread)
+    T.barrier_wait(bars.before, g % 2)
+    T.wgmma_gemm(m.do[b, :, :], m.S[h, :, :], c.one, clear_accum=True)
+    multiply_states(m, c, b, h, thread)
+    T.wait_wgmma(0)
+    T.barrier_arrive(bars.after_free)
+    fold_queries(m, c, b, h, scale, thread)
+    T.wgmma_gemm(m.R[b, :, :], m.S[h, :, :], c.one, clear_accum=True)
+    T.wait_wgmma(0)
+    T.barrier_arrive(bars.before_free)
+    fold_known(m, c, b, h, thread)
 
 
 @T.macro

@@ -50,7 +50,7 @@ def multiply_keys(m: Any, p: Any) -> None:
 @T.macro
 def couple_writes(m: Any, p: Any, b: Any, thread: Any) -> None:
     """R U^T: what every update of the chunk owes to the earlier ones."""
-    T.wgmma_gemm(m.R, m.U, p.one, clear_accum=True)
+    T.wgmma_gemm(m.R[b, :, :], m.U[b, :, :], p.one, clear_accum=True)
     T.wait_wgmma(0)
     for i, j in T.Parallel(C, C):
         if i == j:
@@ -73,7 +73,7 @@ def couple_writes(m: Any, p: Any, b: Any, thread: Any) -> None:
 @T.macro
 def couple_reads(m: Any, p: Any, b: Any, scale: Any, thread: Any) -> None:
     """dO U^T: what every output of the chunk owes to the updates up to it."""
-    T.wgmma_gemm(m.do, m.U, p.one, clear_accum=True)
+    T.wgmma_gemm(m.do[b, :, :], m.U[b, :, :], p.one, clear_accum=True)
     T.wait_wgmma(0)
     for i, j in T.Parallel(C, C):
         p.one[i, j] *= scale * T.exp2(
