@@ -8,7 +8,7 @@ from the gradients that they really end with.
     dS <- e^gamma dS + Q^T (scale e^G rq * dO) - K^T (beta e^G rk * R)
 
 One warpgroup holds dS^T [64, K] in registers, as in `states.py`; another finds P and the tokens'
-factors a chunk ahead of it. Reads q, k, dO, `factors` and `inverse`; writes the gradient of the
+factors a chunk ahead of it; one warp loads. Reads q, k, dO, `factors` and `inverse`; writes the gradient of the
 state after every chunk, in the call's dtype, R in dv's place, and that of the initial state.
 """
 
@@ -27,6 +27,8 @@ from .transposed import PRELUDE, load_transposed, store_transposed
 STAGES = 2
 CARRY, COUPLE = 1, 2
 """Named barriers of the warpgroups."""
+REGISTERS = (240, 216, 40)
+"""Registers a thread of those who carry, who couple and who load."""
 
 
 class Memory:
@@ -175,7 +177,7 @@ def reverse_scan(
         R_out: T.Tensor((B, L, HV, V), dtype), begin: T.Tensor((M, HV, *state), "float32"),
         scale: T.float32, sequences: T.int32, pieces: T.int32, length: T.int32,
     ):  # fmt: skip
-        with T.Kernel(pieces, HV, V // ROWS, threads=256, prelude=PRELUDE) as (n, head, block):
+        with T.Kernel(pieces, HV, V // ROWS, threads=384, prelude=PRELUDE) as (n, head, block):
             first, kh = block * ROWS, head // group
             place = T.alloc_local((4,), "int32")
             span(n, cu_seqlens, sequences, L, length, place, varlen, cut)
@@ -186,19 +188,13 @@ def reverse_scan(
             m = Memory(K, dtype)
             T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (m.do, m.R)})
             full = T.alloc_barrier([32] * STAGES)
+            used = T.alloc_barrier([32] * STAGES)
             coupled, free = T.alloc_barrier(128), T.alloc_barrier(128)
             tx = T.get_thread_binding()
 
             if tx < 128:
+                T.set_max_nreg(REGISTERS[0], 1)
                 t = Tile(K, dtype)
-                if tx < 32:
-                    for ahead in T.unroll(STAGES):
-                        if ahead < chunks:
-                            load(
-                                q, k, do, factors, inverse, m, full,
-                                batch, start + (chunks - 1 - ahead) * C, slot + chunks - 1 - ahead,
-                                head, kh, first, ahead,
-                            )  # fmt: skip
                 if final:
                     for i, j in T.Parallel(ROWS, K):
                         t.dS[i, j] = (
@@ -218,6 +214,7 @@ def reverse_scan(
                     T.fence_proxy_async()
                     T.sync_threads(CARRY, 128)
                     if tx < 32:
+                        T.barrier_arrive(used[s])
                         if keep:
                             T.tma_copy(
                                 m.dS, dS_out[slot + chunk, head, first : first + ROWS, :],
@@ -227,11 +224,6 @@ def reverse_scan(
                             T.tma_copy(
                                 m.R[0, :, :], R_out[batch, at : at + C, head, first : first + ROWS],
                                 leader_scope_threads=32,
-                            )  # fmt: skip
-                        if step + STAGES < chunks:
-                            load(
-                                q, k, do, factors, inverse, m, full, batch, at - STAGES * C,
-                                slot + chunk - STAGES, head, kh, first, s,
                             )  # fmt: skip
                     if keep and at + C > stop:
                         for i, j in T.Parallel(C, ROWS):
@@ -245,7 +237,8 @@ def reverse_scan(
                             begin[n, head, first + i, j] = t.dS[i, j]
                         else:
                             begin[n, head, j, first + i] = t.dS[i, j]
-            else:
+            elif tx < 256:
+                T.set_max_nreg(REGISTERS[1], 1)
                 P = T.alloc_fragment((C, C), "float32")
                 half = T.alloc_fragment((C, C), dtype)
                 for step in T.serial(chunks):
@@ -256,5 +249,16 @@ def reverse_scan(
                         free, step % 2 ^ 1, tx - 128,
                     )  # fmt: skip
                     T.barrier_arrive(coupled)
+            else:
+                T.set_max_nreg(REGISTERS[2], 0)
+                if tx < 256 + 32:
+                    for step in T.serial(chunks):
+                        s = step % STAGES
+                        T.barrier_wait(used[s], step // STAGES % 2 ^ 1)
+                        load(
+                            q, k, do, factors, inverse, m, full,
+                            batch, start + (chunks - 1 - step) * C, slot + chunks - 1 - step,
+                            head, kh, first, s,
+                        )  # fmt: skip
 
     return reverse_scan_kernel

@@ -37,9 +37,6 @@ from .feed import number_within, span
 from .launch import kernel
 from .transposed import PRELUDE
 
-REGISTERS = (240, 24)
-"""Registers a thread of those who carry, and of those who load, where two warpgroups carry."""
-
 
 class Memory:
     """Shared memory of the chunks on their way, of P only the next; o takes v's place there."""
@@ -62,9 +59,7 @@ def load_chunk(
     slot: Any, head: Any, kh: Any, first: Any, s: Any, values: Any, output: bool,
 ) -> None:  # fmt: skip
     """A chunk to stage s, but for P, by one warp; v only where there are values."""
-    T.tma_copy(
-        k[batch, at : at + C, kh, :], m.k[s, :, :], barrier=full[s], leader_scope_threads=32
-    )
+    T.tma_copy(k[batch, at : at + C, kh, :], m.k[s, :, :], barrier=full[s], leader_scope_threads=32)
     if values:
         warpgroups = m.v.shape[0] // m.k.shape[0]
         for wg in T.unroll(warpgroups):
@@ -102,7 +97,8 @@ def scan(
     final."""
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
-    width, alone, output = ROWS * warpgroups, warpgroups == 1, not transfer
+    width, carriers, output = ROWS * warpgroups, 128 * warpgroups, not transfer
+    registers = (240, 24) if warpgroups == 2 else (224, 32)
     stages = 2 if cut and output else 3
     rows = V if output else V + K
     blocks = rows // width
@@ -111,22 +107,9 @@ def scan(
     end_shape = (rows, K) if end_first else (K, rows)
 
     @T.macro
-    def carry(
-        q, k, v, matrices, walk, begin, o, end, m, full, free, place, first, chunks, wg, thread
-    ):  # fmt: skip
-        sequence, start, stop, slot, piece, head, kh = (place[i] for i in range(7))
-        batch, row = 0 if varlen else sequence, first + wg * ROWS
-        if alone:
-            if thread < 32:
-                for ahead in T.unroll(stages):
-                    if ahead < chunks:
-                        load_chunk(
-                            q, k, v, matrices, walk, m, full, batch, start + ahead * C,
-                            slot + ahead, head, kh, first, ahead, first < V, output,
-                        )  # fmt: skip
-                if output and chunks > 0:
-                    load_scores(matrices, m, full, slot, head, stages)
-            T.sync_threads(1 + wg, 128)  # else ptxas makes every product wait (C7518)
+    def carry(begin, o, end, m, full, free, place, row, chunks, wg, thread):
+        sequence, start, stop, piece, head = place[0], place[1], place[2], place[4], place[5]
+        batch = 0 if varlen else sequence
         t = Tile(K, dtype)
         if transfer:
             unit_state(t, row - V)
@@ -157,26 +140,16 @@ def scan(
                 T.sync_threads(1 + wg, 128)
             recall(t, m, s, values, thread)
             solve(t, m, s)
-            if chunk > 0 and thread < 32:  # the place of the chunk before is free
+            if chunk > 0 and thread < 32:
                 T.tma_store_wait(0)
-                next = chunk + stages - 1
-                if not alone:
-                    T.barrier_arrive(free[next % stages])
-                elif next < chunks:
-                    load_chunk(
-                        q, k, v, matrices, walk, m, full, batch, start + next * C, slot + next,
-                        head, kh, first, next % stages, first < V, output,
-                    )  # fmt: skip
+                T.barrier_arrive(free[(chunk + stages - 1) % stages])
             advance(t, m, s, full, stages, chunk % 2, output)
             if output:
                 stage_output(t, m.v, values, thread)
                 T.fence_proxy_async()
             T.sync_threads(1 + wg, 128)
             if output and thread < 32:
-                if not alone:
-                    T.barrier_arrive(free[stages])
-                elif chunk + 1 < chunks:
-                    load_scores(matrices, m, full, slot + chunk + 1, head, stages)
+                T.barrier_arrive(free[stages])
                 if at + C <= stop:
                     T.tma_copy(
                         m.v[values, :, :],
@@ -207,8 +180,8 @@ def scan(
     ):  # fmt: skip
         """length: tokens of a piece; sequences, pieces: how many; backward: whether what the first
         and the last piece do to a state is wanted too."""
-        threads = 128 if alone else 384
-        with T.Kernel(pieces * HV * blocks, threads=threads, prelude=PRELUDE) as program:
+        with T.Kernel(pieces * HV * blocks, threads=carriers + 128, prelude=PRELUDE) as program:
+            T.annotate_min_blocks_per_sm(3 - warpgroups)
             place = T.alloc_local((10,), "int32")  # kept, so that no access divides again
             place[4] = program // (HV * blocks)
             place[5] = program // blocks % HV
@@ -231,35 +204,25 @@ def scan(
             free = T.alloc_barrier([32 * warpgroups] * (stages + 1))
             tx = T.get_thread_binding()
 
-            if alone:
-                carry(
-                    q, k, v, matrices, walk, begin, o, end, m, full, free, place, first, chunks,
-                    0, tx,
-                )  # fmt: skip
-            elif tx < 128:
-                T.set_max_nreg(REGISTERS[0], 1)
-                carry(
-                    q, k, v, matrices, walk, begin, o, end, m, full, free, place, first, chunks,
-                    0, tx,
-                )  # fmt: skip
-            elif tx < 256:
-                T.set_max_nreg(REGISTERS[0], 1)
-                carry(
-                    q, k, v, matrices, walk, begin, o, end, m, full, free, place, first, chunks,
-                    1, tx - 128,
-                )  # fmt: skip
+            if tx < 128:
+                T.set_max_nreg(registers[0], 1)
+                carry(begin, o, end, m, full, free, place, first, chunks, 0, tx)
+            elif tx < carriers:
+                T.set_max_nreg(registers[0], 1)
+                carry(begin, o, end, m, full, free, place, first + ROWS, chunks, 1, tx - 128)
             else:
-                T.set_max_nreg(REGISTERS[1], 0)
-                if tx < 256 + 32:
+                T.set_max_nreg(registers[1], 0)
+                if tx < carriers + 32:
                     for chunk in T.serial(chunks):
                         s = chunk % stages
                         T.barrier_wait(free[s], chunk // stages % 2 ^ 1)
                         load_chunk(
                             q, k, v, matrices, walk, m, full, 0 if varlen else place[0],
                             place[1] + chunk * C, place[3] + chunk, place[5], place[6], first, s,
-                            True, True,
+                            first < V, output,
                         )  # fmt: skip
-                        T.barrier_wait(free[stages], chunk % 2 ^ 1)
-                        load_scores(matrices, m, full, place[3] + chunk, place[5], stages)
+                        if output:
+                            T.barrier_wait(free[stages], chunk % 2 ^ 1)
+                            load_scores(matrices, m, full, place[3] + chunk, place[5], stages)
 
     return scan_kernel

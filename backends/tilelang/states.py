@@ -5,7 +5,7 @@ same time), value head and 64 columns of V: forward's states again, chunk by chu
     S <- e^gamma S + K^T (e^{gamma - G} rk * U)
 
 One warpgroup holds S^T [64, K] in registers, where S^T and U^T are the left operands of their
-products; loads run STAGES chunks ahead. Reads k, v, `factors` and `inverse`; writes U^T and, in
+products; of another, one warp loads, and two find the tokens' factors, ahead of it. Reads k, v, `factors` and `inverse`; writes U^T and, in
 the call's dtype, S^T before every chunk; of packed sequences also each slot's first token and how
 many tokens follow it in its sequence, for stages that run a program a slot.
 """
@@ -23,6 +23,10 @@ from .launch import kernel
 from .transposed import PRELUDE, load_transposed
 
 STAGES = 2
+CARRY = 1
+"""A named barrier."""
+REGISTERS = (224, 32)
+"""Registers a thread of those who carry and of the others; two programs share a multiprocessor."""
 
 
 class Memory:
@@ -33,9 +37,8 @@ class Memory:
         self.v = T.alloc_shared((STAGES, C, ROWS), dtype)
         self.A = T.alloc_shared((STAGES, C, C), dtype)
         self.factors = T.alloc_shared((STAGES, 4, C), "float32")
-        self.strength = T.alloc_shared((C,), "float32")  # beta
-        self.through = T.alloc_shared((C,), "float32")  # -e^G rk
-        self.onto = T.alloc_shared((C,), "float32")  # e^{gamma - G} rk
+        self.through = T.alloc_shared((STAGES, C), "float32")  # -e^G rk
+        self.onto = T.alloc_shared((STAGES, C), "float32")  # e^{gamma - G} rk
         self.S = T.alloc_shared((ROWS, K), dtype)
         self.U = T.alloc_shared((ROWS, C), dtype)
 
@@ -54,6 +57,14 @@ def load(
     ):
         T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
     T.barrier_arrive(full[s])
+
+
+@T.macro
+def find_factors(m: Any, s: Any, token: Any) -> None:
+    """The factors of one token of the chunk in stage s."""
+    G = m.factors[s, 0, token] * LOG2_E
+    m.through[s, token] = -m.factors[s, 3, token] * T.exp2(G)
+    m.onto[s, token] = m.factors[s, 3, token] * T.exp2(m.factors[s, 0, C - 1] * LOG2_E - G)
 
 
 @kernel(own_barriers=True)
@@ -77,7 +88,8 @@ def states(
         spans: T.Tensor((rows, 2), "int32"), sequences: T.int32, pieces: T.int32,
         length: T.int32,
     ):  # fmt: skip
-        with T.Kernel(pieces, HV, V // ROWS, threads=128, prelude=PRELUDE) as (n, head, block):
+        with T.Kernel(pieces, HV, V // ROWS, threads=256, prelude=PRELUDE) as (n, head, block):
+            T.annotate_min_blocks_per_sm(2)
             first, kh = block * ROWS, head // group
             place = T.alloc_local((4,), "int32")
             span(n, cu_seqlens, sequences, L, length, place, varlen, cut)
@@ -87,91 +99,99 @@ def states(
 
             m = Memory(K, dtype)
             T.annotate_layout({m.v: make_full_bank_swizzled_layout(m.v)})
-            full = T.alloc_barrier([32] * STAGES)
-            S = T.alloc_fragment((ROWS, K), "float32")
-            before = T.alloc_fragment((ROWS, K), dtype)
-            values = T.alloc_fragment((ROWS, C), dtype)
-            known = T.alloc_fragment((ROWS, C), "float32")
-            error = T.alloc_fragment((ROWS, C), dtype)
-            U = T.alloc_fragment((ROWS, C), "float32")
-            U_half = T.alloc_fragment((ROWS, C), dtype)
-            decay = T.alloc_local((1,), "float32")
+            full, used = (T.alloc_barrier([32] * STAGES) for _ in range(2))
+            factored = T.alloc_barrier([C] * STAGES)
             tx = T.get_thread_binding()
 
-            if tx < 32:
-                for ahead in T.unroll(STAGES):
-                    if ahead < chunks:
-                        load(
-                            k, v, factors, inverse, m, full,
-                            batch, start + ahead * C, slot + ahead, head, kh, first, ahead,
-                        )  # fmt: skip
-            if initial:
-                for i, j in T.Parallel(ROWS, K):
-                    S[i, j] = (
-                        begin[n, head, first + i, j] if v_first else begin[n, head, j, first + i]
-                    )
-            else:
-                T.clear(S)
-            for chunk in T.serial(chunks):
-                s = chunk % STAGES
-                at = start + chunk * C
-                T.barrier_wait(full[s], chunk // STAGES % 2)
-                if tx < C:
-                    m.strength[tx] = m.factors[s, 1, tx]
-                    m.through[tx] = -m.factors[s, 3, tx] * T.exp2(m.factors[s, 0, tx] * LOG2_E)
-                    m.onto[tx] = m.factors[s, 3, tx] * T.exp2(
-                        (m.factors[s, 0, C - 1] - m.factors[s, 0, tx]) * LOG2_E
-                    )
-                if at + C > stop:
-                    for i, j in T.Parallel(C, K):
-                        if at + i >= stop:
-                            m.k[s, i, j] = 0
-                    for i, j in T.Parallel(C, ROWS):
-                        if at + i >= stop:
-                            m.v[s, i, j] = 0
+            if tx < 128:
+                T.set_max_nreg(REGISTERS[0], 1)
+                S = T.alloc_fragment((ROWS, K), "float32")
+                before = T.alloc_fragment((ROWS, K), dtype)
+                values = T.alloc_fragment((ROWS, C), dtype)
+                known = T.alloc_fragment((ROWS, C), "float32")
+                error = T.alloc_fragment((ROWS, C), dtype)
+                U = T.alloc_fragment((ROWS, C), "float32")
+                U_half = T.alloc_fragment((ROWS, C), dtype)
+                decay = T.alloc_local((1,), "float32")
+                if initial:
+                    for i, j in T.Parallel(ROWS, K):
+                        S[i, j] = (
+                            begin[n, head, first + i, j]
+                            if v_first
+                            else begin[n, head, j, first + i]
+                        )
+                else:
+                    T.clear(S)
+                for chunk in T.serial(chunks):
+                    s = chunk % STAGES
+                    at = start + chunk * C
+                    T.barrier_wait(full[s], chunk // STAGES % 2)
+                    T.barrier_wait(factored[s], chunk // STAGES % 2)
+                    if at + C > stop:
+                        for i, j in T.Parallel(C, K):
+                            if at + i >= stop:
+                                m.k[s, i, j] = 0
+                        for i, j in T.Parallel(C, ROWS):
+                            if at + i >= stop:
+                                m.v[s, i, j] = 0
+                        T.fence_proxy_async()
+                    if tx < 32:
+                        T.tma_store_wait(0)
+                    T.sync_threads(CARRY, 128)
+                    decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
+
+                    T.copy(S, before)
+                    for i, j in T.Parallel(ROWS, K):
+                        S[i, j] *= decay[0]
+                    T.wgmma_gemm(before, m.k[s, :, :], known, transpose_B=True, clear_accum=True)
+                    load_transposed(m.v, s, values, tx)
+                    T.copy(before, m.S)
+                    T.wait_wgmma(0)
+                    for i, j in T.Parallel(ROWS, C):
+                        error[i, j] = m.factors[s, 1, j] * (
+                            values[i, j] + m.through[s, j] * known[i, j]
+                        )
+                    T.wgmma_gemm(error, m.A[s, :, :], U, transpose_B=True, clear_accum=True)
+                    T.wait_wgmma(0)
+                    T.copy(U, U_half)
+                    T.copy(U_half, m.U)
+                    for i, j in T.Parallel(ROWS, C):
+                        U_half[i, j] = m.onto[s, j] * U[i, j]
+                    T.wgmma_gemm(U_half, m.k[s, :, :], S)
+                    T.wait_wgmma(0)
                     T.fence_proxy_async()
+                    T.sync_threads(CARRY, 128)
+                    if tx < 32:
+                        T.barrier_arrive(used[s])
+                        T.tma_copy(
+                            m.S, S_out[slot + chunk, head, first : first + ROWS, :],
+                            leader_scope_threads=32,
+                        )  # fmt: skip
+                        T.tma_copy(
+                            m.U, U_out[slot + chunk, head, first : first + ROWS, :],
+                            leader_scope_threads=32,
+                        )  # fmt: skip
                 if tx < 32:
                     T.tma_store_wait(0)
-                T.sync_threads()
-                decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
-
-                T.copy(S, before)
-                for i, j in T.Parallel(ROWS, K):
-                    S[i, j] *= decay[0]
-                T.wgmma_gemm(before, m.k[s, :, :], known, transpose_B=True, clear_accum=True)
-                load_transposed(m.v, s, values, tx)
-                T.copy(before, m.S)
-                T.wait_wgmma(0)
-                for i, j in T.Parallel(ROWS, C):
-                    error[i, j] = m.strength[j] * (values[i, j] + m.through[j] * known[i, j])
-                T.wgmma_gemm(error, m.A[s, :, :], U, transpose_B=True, clear_accum=True)
-                T.wait_wgmma(0)
-                T.copy(U, U_half)
-                T.copy(U_half, m.U)
-                for i, j in T.Parallel(ROWS, C):
-                    U_half[i, j] = m.onto[j] * U[i, j]
-                T.wgmma_gemm(U_half, m.k[s, :, :], S)
-                T.wait_wgmma(0)
-                T.fence_proxy_async()
-                T.sync_threads()
-                if varlen and tx == 0 and block == 0 and head == 0:
-                    spans[slot + chunk, 0] = at
-                    spans[slot + chunk, 1] = stop - at
-                if tx < 32:
-                    T.tma_copy(
-                        m.S, S_out[slot + chunk, head, first : first + ROWS, :],
-                        leader_scope_threads=32,
-                    )  # fmt: skip
-                    T.tma_copy(
-                        m.U, U_out[slot + chunk, head, first : first + ROWS, :],
-                        leader_scope_threads=32,
-                    )  # fmt: skip
-                    if chunk + STAGES < chunks:
+            else:
+                T.set_max_nreg(REGISTERS[1], 0)
+                if tx < 128 + 32:
+                    for chunk in T.serial(chunks):
+                        s = chunk % STAGES
+                        T.barrier_wait(used[s], chunk // STAGES % 2 ^ 1)
                         load(
-                            k, v, factors, inverse, m, full,
-                            batch, at + STAGES * C, slot + chunk + STAGES, head, kh, first, s,
+                            k, v, factors, inverse, m, full, batch, start + chunk * C,
+                            slot + chunk, head, kh, first, s,
                         )  # fmt: skip
-            if tx < 32:
-                T.tma_store_wait(0)
+                        if varlen and tx == 128 and block == 0 and head == 0:
+                            spans[slot + chunk, 0] = start + chunk * C
+                            spans[slot + chunk, 1] = stop - (start + chunk * C)
+                elif tx >= 128 + C:
+                    for chunk in T.serial(chunks):
+                        s = chunk % STAGES
+                        T.barrier_wait(used[s], chunk // STAGES % 2 ^ 1)
+                        T.barrier_wait(full[s], chunk // STAGES % 2)
+                        find_factors(m, s, tx - 128 - C)
+                        T.barrier_arrive(factored[s])
 
     return states_kernel

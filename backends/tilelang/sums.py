@@ -64,7 +64,9 @@ C_TYPES = {"bfloat16": "bfloat16_t", "float16": "half_t"}
 @T.macro
 def put_aside(x: Any, kept: Any) -> None:
     """x to kept, shared memory of as many numbers; each thread its own."""
-    T.call_extern("handle", f"gdn_put_aside<{C_TYPES[kept.dtype]}, {x.shape[1]}>", x.data, kept.data)
+    T.call_extern(
+        "handle", f"gdn_put_aside<{C_TYPES[kept.dtype]}, {x.shape[1]}>", x.data, kept.data
+    )
 
 
 @T.macro
