@@ -31,9 +31,10 @@ def shape_for(walks: int, K: int, V: int, vec: int, v_first: bool) -> Shape:
     there are few."""
     few = walks < 128
     if v_first:
-        lanes = min(8, K // vec)
-        rows = min(1 if few else 4, 64 * lanes // K, V * lanes // 32)
-        return Shape(min(32 if few else 128, V // rows * lanes), lanes, rows)
+        lanes = min(8 if few else 16, K // vec)
+        rows = min(1 if few else 8, 64 * lanes // K, V * lanes // 32)
+        threads = min(32 if few else 128, V // rows * lanes)
+        return Shape(threads, lanes, rows, 1 if few else 4)
     if walks < 32:
         lanes, rows, resident = 2, 8, 1
     elif walks < 2048:

@@ -8,8 +8,9 @@ from the gradients that they really end with.
     dS <- e^gamma dS + Q^T (scale e^G rq * dO) - K^T (beta e^G rk * R)
 
 One warpgroup holds dS^T [64, K] in registers, as in `states.py`; another finds P and the tokens'
-factors a chunk ahead of it; one warp loads. Reads q, k, dO, `factors` and `inverse`; writes the gradient of the
-state after every chunk, in the call's dtype, R in dv's place, and that of the initial state.
+factors a chunk ahead of it; one warp loads. Reads q, k, dO, `factors` and `inverse`; writes the
+gradient of the state after every chunk, in the call's dtype, R in dv's place, and that of the
+initial state.
 """
 
 from typing import Any

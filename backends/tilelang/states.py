@@ -5,9 +5,10 @@ same time), value head and 64 columns of V: forward's states again, chunk by chu
     S <- e^gamma S + K^T (e^{gamma - G} rk * U)
 
 One warpgroup holds S^T [64, K] in registers, where S^T and U^T are the left operands of their
-products; of another, one warp loads, and two find the tokens' factors, ahead of it. Reads k, v, `factors` and `inverse`; writes U^T and, in
-the call's dtype, S^T before every chunk; of packed sequences also each slot's first token and how
-many tokens follow it in its sequence, for stages that run a program a slot.
+products; of another, one warp loads, and two find the tokens' factors, ahead of it. Reads k, v,
+`factors` and `inverse`; writes U^T and, in the call's dtype, S^T before every chunk; of packed
+sequences also each slot's first token and how many tokens follow it in its sequence, for stages
+that run a program a slot.
 """
 
 from typing import Any
