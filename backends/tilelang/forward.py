@@ -106,8 +106,9 @@ class Plan:
         """See `gdn.backend.Backend.forward`."""
         HV, new_empty = call.v.shape[2], call.q.new_empty
         q, k, v, g, beta = (ready(x) for x in call[:5])
-        A_log, dt_bias = (
-            None if x is None else ready(x.float()) for x in (call.A_log, call.dt_bias)
+        begin, A_log, dt_bias = (
+            None if x is None else ready(x.float())
+            for x in (call.initial_state, call.A_log, call.dt_bias)
         )
         cu_seqlens = ready(call.cu_seqlens)
         o = torch.empty_like(v)
@@ -126,7 +127,6 @@ class Plan:
             *(saved[:2] if save else (None, None)), self.sequences, call.scale,
         )  # fmt: skip
         tensors, N = (q, k, v, matrices, walk), self.sequences
-        begin = None if call.initial_state is None else ready(call.initial_state.float())
         if self.length is None:
             walks[0](*tensors, begin, cu_seqlens, o, end, N, N, 0, 0)
         else:

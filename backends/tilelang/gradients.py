@@ -45,8 +45,8 @@ class Memory:
         self.U = T.alloc_shared((2, V, C), dtype)
         self.S, self.dS = (T.alloc_shared((blocks, V, COLUMNS), dtype) for _ in range(2))
         # what pairs of tokens owe each other takes the states' place, when nobody needs them
-        several = blocks * V == 4 * C
-        tiles = self.S if several else T.alloc_shared((2, 2 * C, C), dtype)
+        fits = blocks * V == 4 * C
+        tiles = self.S if fits else T.alloc_shared((2, 2 * C, C), dtype)
         self.F_q, self.F_k = tiles[0, 0:C, :], tiles[0, C : 2 * C, :]
         self.D, self.D_turned = tiles[1, 0:C, :], tiles[1, C : 2 * C, :]
         self.kk, self.qk = (T.alloc_shared((C * C,), dtype) for _ in range(2))

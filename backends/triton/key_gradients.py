@@ -29,6 +29,7 @@ from .tiles import (
     STRENGTH,
     decay_matrix,
     dot,
+    last_of,
     load_factor,
     load_matrix,
     load_rows,
@@ -114,8 +115,7 @@ def key_gradients_kernel(
             turned_dP += dot(written, tl.trans(grad_o))
             S = load_state(states, block, first, K, V, BK, BV).to(tl.float32)
             carried += tl.sum(S * dS.to(tl.float32))
-        end = tl.sum(tl.where(tl.arange(0, C) == C - 1, G, 0.0), axis=0)
-        inter *= tl.exp((end - G).to(tl.float32))[:, None]
+        inter *= tl.exp((last_of(G, C) - G).to(tl.float32))[:, None]
         grad_k += inter
         keys = load_rows(k, start, count, kh, H, K, 0, C, BK)
         written = norm_k * tl.sum(keys.to(tl.float32) * inter, axis=1)

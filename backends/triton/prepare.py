@@ -32,6 +32,7 @@ from .tiles import (
     decay_matrix,
     dot,
     invert,
+    last_of,
     load_rows,
     load_scalars,
     locate,
@@ -80,7 +81,7 @@ def prepare_kernel(
     # in float32 nothing else rounds as much as G_i - G_j does if both are sums of many gates
     wide: tl.constexpr = tl.float64 if dtype == tl.float32 else tl.float32
     G = tl.cumsum(step.to(wide), axis=0)
-    total = tl.sum(tl.where(tl.arange(0, C) == C - 1, G, 0.0), axis=0)  # bit-equal to G's last
+    total = last_of(G, C)
     strength = load_scalars(beta, start, count, head, HV, C)
     if SIGMOID:
         strength = BETA_SCALE * tl.sigmoid(strength)

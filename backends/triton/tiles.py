@@ -229,6 +229,12 @@ def decay_matrix(G, C: tl.constexpr):
 
 
 @triton.jit
+def last_of(G, C: tl.constexpr):
+    """The last element of G [C], to the bit."""
+    return tl.sum(tl.where(tl.arange(0, C) == C - 1, G, 0.0), axis=0)
+
+
+@triton.jit
 def load_sums(factors, block, C: tl.constexpr, dtype: tl.constexpr):
     """G of a chunk, for differences of its elements: all that is kept of it."""
     G = load_factor(factors, block, LOG_DECAY, C)
