@@ -29,6 +29,11 @@ from gdn.testing_decode import StepCase, copy_pool, make_step, run_step_definiti
 CHECKED_TOKENS = 200
 """Three chunks and a part."""
 OUTPUTS = ("o", "final_state")
+HEADS_AT = dict.fromkeys(("q", "k", "v", "g", "beta", "o"), 2)
+HEADS_AT |= {"initial_state": 1, "final_state": 1, "A_log": 0, "dt_bias": 0}
+"""The dimension of the heads, by tensor name."""
+TOKEN_HEADS = 2**20
+"""Tokens times value heads that the judge takes at once."""
 
 Named = dict[str, Tensor]
 
@@ -71,12 +76,38 @@ def shortened(case: Case) -> Case:
 
 
 def in_float64(inputs: Inputs, which: str) -> Named:
-    """Outputs and gradients by the torch backend in float64."""
+    """Outputs and gradients by the torch backend in float64, some heads at a time where all would
+    take tens of gigabytes."""
+    B, T, H = inputs.plain["q"].shape[:3]
+    group = inputs.plain["v"].shape[2] // H
+    heads = max(1, min(H, TOKEN_HEADS // max(1, B * T * group)))
+    parts = [_in_float64(_of_heads(inputs, h, h + heads), which) for h in range(0, H, heads)]
+    return {
+        name: torch.cat([part[name] for part in parts], dim=HEADS_AT[name]) for name in parts[0]
+    }
+
+
+def _in_float64(inputs: Inputs, which: str) -> Named:
     plain = with_gradients(inputs.plain, torch.float64)
     if which == "fwd":
         with torch.no_grad():
             return inputs._replace(plain=plain).run("torch", "fwd")
     return inputs._replace(leaves=plain).run("torch", which)
+
+
+def _of_heads(inputs: Inputs, first: int, end: int) -> Inputs:
+    """What q/k heads first to end - 1 compute with."""
+    H, HV = (inputs.plain[name].shape[2] for name in "qv")
+
+    def part(name: str, x: Any) -> Any:
+        if name not in HEADS_AT or x is None:
+            return x
+        times = 1 if name in ("q", "k") else HV // H
+        return x.narrow(HEADS_AT[name], first * times, (min(end, H) - first) * times)
+
+    plain = {name: part(name, x) for name, x in inputs.plain.items()}
+    o, state = (part(name, x) for name, x in zip(OUTPUTS, inputs.into, strict=True))
+    return Inputs(plain, plain, (o, state))
 
 
 def by_definition(inputs: Inputs) -> Named:

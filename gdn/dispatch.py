@@ -29,12 +29,13 @@ _default: str | None = None
 _context: ContextVar[str | None] = ContextVar("gdn_backend", default=None)
 _chosen: dict[tuple[object, ...], Backend] = {}
 _CHOSEN_LIMIT = 4096
-# os.environ raises and catches an error for a missing name, a tenth of all that choosing may cost;
-# CPython's dict behind it answers at once
+# os.environ raises and catches an error for a missing name, and decodes one that is there: up to
+# half of all that choosing may cost; CPython's dict behind it answers at once
 _environment: Any = getattr(os.environ, "_data", os.environ)
 _VARIABLE: Any = (
     "GDN_BACKEND" if _environment is os.environ else os.environ.encodekey("GDN_BACKEND")
 )
+_decoded = functools.cache(os.fsdecode)
 
 
 class BackendUnsupportedError(RuntimeError):
@@ -105,10 +106,9 @@ def request_in_force(backend: str | None = None) -> tuple[str, str]:
         return from_context, "use_backend"
     if _default is not None:
         return _default, "set_default_backend"
-    if _VARIABLE in _environment:
-        from_environment = os.environ.get("GDN_BACKEND")
-        if from_environment:
-            return from_environment, "GDN_BACKEND"
+    from_environment = _environment.get(_VARIABLE)
+    if from_environment:
+        return _decoded(from_environment), "GDN_BACKEND"
     return "auto", "default"
 
 

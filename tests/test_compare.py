@@ -10,7 +10,7 @@ import torch
 from gdn.backends.torch import TorchBackend
 
 import gdn
-from gdn import measure
+from gdn import agreement, measure
 from gdn.backend import Forward
 from gdn.compare import Comparison
 from gdn.compare_step import DECODE, StepComparison
@@ -58,6 +58,20 @@ def test_agreement_is_tested_at_the_size_that_is_timed() -> None:
     assert "relative error above 0.0001: o " in row.failures["fwd"]
     comparison.time("fwd", LIMITS)
     assert not row.passes
+
+
+@pytest.mark.parametrize("lengths", [None, (90, 0, 40)], ids=["dense", "packed"])
+def test_the_judge_takes_some_heads_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...] | None
+) -> None:
+    case = Case("heads", T=130, H=3, HV=6, K=16, V=8, lengths=lengths, fused=True)
+    inputs = agreement.make(case, CPU)
+    whole = agreement.in_float64(inputs, "fwd+bwd")
+    monkeypatch.setattr(agreement, "TOKEN_HEADS", 2 * 2 * 130)  # two q/k heads, then one
+    parts = agreement.in_float64(inputs, "fwd+bwd")
+    assert set(parts) == set(whole) == {*agreement.HEADS_AT}
+    for name, x in parts.items():
+        torch.testing.assert_close(x, whole[name], atol=1e-12, rtol=1e-12)
 
 
 def test_backward_that_no_graph_holds_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
