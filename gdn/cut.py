@@ -35,13 +35,15 @@ def parallel_length(call: Call, rows: int) -> int | None:
     """Tokens of a piece if walking the pieces of each sequence at the same time pays, else None.
 
     Each is walked twice, once for what it does to the state; so it pays where less than a third of
-    the multiprocessors would have a sequence, head and `rows` columns of V to walk.
+    the multiprocessors would have a sequence, head and `rows` columns of V to walk. Of packed
+    sequences one may have nearly all tokens: there, where less than half of them would.
     """
     T, (HV, V) = call.q.shape[1], call.v.shape[2:]
-    walks = call.sequences * HV * (V // rows)
-    if not walks:
+    heads, packed = HV * (V // rows), call.cu_seqlens is not None
+    walks, available = call.sequences * heads, processors(call.q.device)
+    if not walks or packed and 2 * walks > available:
         return None
-    each = processors(call.q.device) // walks
-    tokens = T if call.cu_seqlens is None else T // call.sequences
-    chunks = max(LEAST, -(-tokens // (CHUNK * max(each, 1))))
-    return chunks * CHUNK if each >= 3 and tokens >= 3 * chunks * CHUNK else None
+    each = available // (heads if packed else walks)
+    chunks = max(LEAST, -(-T // (CHUNK * max(each, 1))))
+    tokens, least = (T // call.sequences, 2) if packed else (T, 3)
+    return chunks * CHUNK if each >= 3 and tokens >= least * chunks * CHUNK else None

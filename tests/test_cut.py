@@ -1,0 +1,55 @@
+"""Where sequences are cut, from shapes alone; on the 132 multiprocessors that are assumed where
+there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn.cut import parallel_length, pieces
+from gdn.problem import Call
+
+
+def call(B: int, T: int, HV: int, sequences: int | None) -> Call:
+    """Shapes alone, V = 128; `sequences` packed ones."""
+
+    def x(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    tokens = x(B, T, HV, 128), x(B, T, HV, 128), x(B, T, HV, 128), x(B, T, HV), x(B, T, HV)
+    return Call(*tokens, cu_seqlens=None if sequences is None else x(sequences + 1))
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "HV", "sequences", "length"),
+    [
+        (1, 32768, 8, None, 4096),  # 16 walks: eight pieces
+        (4, 8192, 8, None, None),  # 64: not a third of the multiprocessors is free for each
+        (1, 32768, 32, None, None),
+        (1, 2048, 8, None, 512),  # no shorter
+        (1, 1024, 8, None, None),
+        (1, 32768, 16, 2, 8192),  # 28672 + 4096, say: as if one sequence had all tokens
+        (1, 32768, 8, 8, None),  # 128 walks fill the GPU
+        (1, 32768, 32, 2, None),
+        (1, 800, 2, 3, None),
+        (1, 0, 8, 1, None),
+        (0, 64, 8, None, None),
+    ],
+)
+def test_sequences_are_cut_where_the_gpu_would_be_idle(
+    B: int, T: int, HV: int, sequences: int | None, length: int | None
+) -> None:
+    assert parallel_length(call(B, T, HV, sequences), 64) == length
+
+
+def test_every_piece_has_a_number() -> None:
+    assert pieces(call(3, 130, 2, None), 64) == 9
+    bounds = [0, 1, 1, 130, 200]
+    numbers = [
+        bounds[n] // 64 + n + i
+        for n in range(4)
+        for i in range(-(-(bounds[n + 1] - bounds[n]) // 64))
+    ]
+    assert len(set(numbers)) == len(numbers)
+    assert max(numbers) < pieces(call(1, 200, 2, 4), 64)
