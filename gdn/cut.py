@@ -41,7 +41,7 @@ def parallel_length(call: Call, rows: int) -> int | None:
     T, (HV, V) = call.q.shape[1], call.v.shape[2:]
     heads, packed = HV * (V // rows), call.cu_seqlens is not None
     walks, available = call.sequences * heads, processors(call.q.device)
-    if not walks or packed and 2 * walks > available:
+    if not walks or (packed and 2 * walks > available):
         return None
     each = available // (heads if packed else walks)
     chunks = max(LEAST, -(-T // (CHUNK * max(each, 1))))
