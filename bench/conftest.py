@@ -162,7 +162,10 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """Medians and spreads are enough; and say what was not timed, and why."""
     for row in output_json["benchmarks"]:
-        row["stats"].pop("data", None)
+        kept = {name: row["stats"][name] for name in ("median", "iqr", "rounds")}
+        extra, name = row["extra_info"], row["name"]
+        row.clear()
+        row |= {"name": name, "extra_info": extra, "stats": kept}
     output_json["not_timed"] = config.stash[NOT_TIMED]
 
 

@@ -48,6 +48,6 @@ def test_cold_start(
     benchmark.extra_info |= {
         "kind": "cold start",
         "backend": backend,
-        "kernels": kernels,
+        "kernels": "cache as found" if size(request.config) == "quick" else kernels,
         "latency_ms": 1e3 * seconds[0],
     }

@@ -205,7 +205,10 @@ def _command() -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a number depends on: versions, device, commit, command."""
-    packages = ("gdn", "torch", "triton", "tilelang", "fla-core", "flash-qla", "flashinfer-python")
+    packages = (
+        "gdn", "torch", "triton", "tilelang", "fla-core", "flash-qla", "flashinfer-python",
+        "transformers",
+    )  # fmt: skip
     return {
         "device": device_name(device),
         **gpu_state(device, "driver_version"),

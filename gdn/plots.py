@@ -71,6 +71,11 @@ def _heads(row: Row) -> str:
     return str(row["shape"]).partition(":")[0]
 
 
+def by_size(heads: str) -> list[int]:
+    """What sorts H/HV[/K] by its numbers."""
+    return [int(n) for n in heads.split("/")]
+
+
 def latency(results: Results) -> Any:
     """Milliseconds against length of one sequence: a panel a pass and kind of head. Beside kernels
     the torch backend would be all that one sees; it is in the tables."""
@@ -80,9 +85,12 @@ def latency(results: Results) -> Any:
     for row in rows:
         lengths.setdefault((_heads(row), row["gates"]), set()).add(row["tokens"])
     kinds = [kind for kind, found in lengths.items() if len(found) > 1]
+    kinds.sort(key=lambda kind: by_size(kind[0]))
     passes = [which for which in PASSES if any(row["pass"] == which for row in rows)]
     if not kinds:
         return None
+    from matplotlib.ticker import LogLocator
+
     figure, axes = _panels(
         len(kinds), len(passes), max(WIDE, 3.6 * len(passes)), 2.6 * len(kinds) + 0.5
     )
@@ -101,6 +109,9 @@ def latency(results: Results) -> Any:
             panel.set_yscale("log")
             ticks = sorted(lengths[heads, gates])
             panel.set_xticks(ticks, [str(n) for n in ticks])
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            panel.yaxis.set_minor_formatter("{x:g}")
             panel.set_xlabel("tokens")
             panel.set_ylabel("ms")
     _legend(figure, axes)

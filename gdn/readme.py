@@ -3,9 +3,9 @@
     <!-- gdn report: bench/results/h200.json speed -->
     <!-- end of gdn report -->
 
-A section is "speed" (milliseconds of prefill and decode, a column a backend), a kind of row
-("prefill", "decode", "cold start", "plain PyTorch", ...), or "plot NAME" (a picture beside the
-file).
+A section names a file, or a folder of several runs. It is "speed" (milliseconds of prefill and
+decode, a column a backend), a kind of row ("prefill", "decode", "cold start", "plain PyTorch",
+...), or "plot NAME" (a picture beside the file).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from gdn import plots, results, tables
 from gdn.report import provenance
-from gdn.results import Results, baseline, identity, setting, speed_ups
+from gdn.results import Results, setting
 
 SECTION = re.compile(
     r"(?P<begin><!-- gdn report: (?P<file>\S+) (?P<name>[^>]+?) -->\n)(?P<text>.*?)"
@@ -40,19 +40,20 @@ class Picture(NamedTuple):
 
 
 def _speed(found: Results) -> tuple[list[str], list[list[str]]]:
-    """Milliseconds, a row a setting and a column a backend; last, the fastest over the baseline."""
+    """Milliseconds, a row a setting and a column a backend; last, the floor that the roofline sets,
+    and how many times faster than the fastest peer the fastest of ours is."""
     rows = [row for row in found.rows if row["kind"] in ("prefill", "decode")]
     names = plots.backends_of(rows)
-    ratios, base = speed_ups(rows), baseline(rows)
     lines = []
-    for one in dict.fromkeys(map(setting, rows)):
+    settings = {setting(row): plots.by_size(row["shape"].partition(":")[0]) for row in rows}
+    for one in sorted(settings, key=lambda one: settings[one]):
         here = {row["backend"]: row for row in rows if setting(row) == one}
         some = next(iter(here.values()))
         cells = [results.latency(here[name]) if name in here else "-" for name in names]
-        best = max((ratios[identity(r)] for r in here.values() if identity(r) in ratios), default=0)
-        over = f"{best:.2f}x" if best else "-"
-        lines.append([some["shape"], some["gates"], some["pass"], *cells, over])
-    return ["H/HV:sequences", "gates", "pass", *names, f"fastest over {base}"], lines
+        floor, ratio = some["roofline"] * some["latency_ms"], results.over_peers(here.values())
+        cells += [f"{floor:.3f}", f"{ratio:.2f}x" if ratio else "-"]
+        lines.append([some["shape"], some["gates"], some["pass"], *cells])
+    return ["H/HV:sequences", "gates", "pass", *names, "floor", "ours over peers"], lines
 
 
 def render(file: str, name: str, found: Results) -> str:
@@ -68,7 +69,8 @@ def render(file: str, name: str, found: Results) -> str:
         raise ValueError(f"{file} has no rows for the section {name!r}")
     facts = provenance(found)
     about = "; ".join(facts[x] for x in ("device", "versions", "ceilings"))
-    origin = f"(`{facts['command']}` at commit {facts['commit']}: {about}.)"
+    commands = "; ".join(f"`{command}`" for command in found.every("command"))
+    origin = f"({commands} at commit {facts['commit']}: {about}.)"
     return f"\n{tables.markdown(*table)}\n\n{origin}\n\n"
 
 

@@ -48,8 +48,8 @@ def provenance(found: Results) -> dict[str, str]:
     facts = {
         "device": f"{about['device']}{driver}{cuda}",
         "versions": f"Python {about['python']}, {versions}",
-        "commit": str(about["commit"] or "unknown"),
-        "command": about["command"],
+        "commit": ", ".join(found.every("commit")),
+        "command": "; ".join(found.every("command")),
         "time": about["time"],
         "ceilings": f"{limits['flops'] / 1e12:.3g} TFLOPS in a product, "
         f"{limits['bytes'] / 1e9:.0f} GB/s in a copy",

@@ -17,6 +17,8 @@ IDENTITY = (
 """The fields that tell rows of one run apart; a row has those that its kind needs."""
 BASELINE = ("fla", "torch")
 """What speed-ups are over: the first of these in a run."""
+PEERS = ("fla", "flashqla", "flashinfer")
+"""Who else has the op; every other backend of a run is ours."""
 SLOWER = 0.10
 """Share of the latency by which a row may be slower before `regressions` lists it."""
 
@@ -33,8 +35,13 @@ class Results(NamedTuple):
 
     @property
     def environment(self) -> Row:
-        """Where it ran: device, versions, commit, command."""
+        """Where it ran: device, versions, commit, command (of several runs: of the first)."""
         return next((row["environment"] for row in self.rows if "environment" in row), {})
+
+    def every(self, field: str) -> list[str]:
+        """What a field of the environment is, a run after the other."""
+        found = (row["environment"][field] for row in self.rows if "environment" in row)
+        return list(dict.fromkeys(str(value or "unknown") for value in found))
 
     @property
     def ceilings(self) -> Row:
@@ -52,12 +59,19 @@ def rows_of(document: dict[str, Any]) -> list[Row]:
 
 
 def load(path: Path) -> Results:
-    """Read a file. ValueError if it holds no rows of this suite."""
-    document = json.loads(path.read_text())
-    rows = rows_of(document) if "benchmarks" in document else []
+    """Read a file, or all those of a folder together. ValueError if it holds no rows of this suite,
+    or one twice."""
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    documents = [json.loads(file.read_text()) for file in files]
+    rows = [row for found in documents if "benchmarks" in found for row in rows_of(found)]
     if not rows:
         raise ValueError(f"{path} holds no rows; write it by pytest bench --benchmark-json={path}")
-    return Results(rows, document.get("not_timed", []))
+    seen = set[tuple[Any, ...]]()
+    for row in rows:
+        if identity(row) in seen:
+            raise ValueError(f"{path} holds {identity(row)} twice; keep one of the two runs")
+        seen.add(identity(row))
+    return Results(rows, [row for found in documents for row in found.get("not_timed", [])])
 
 
 def identity(row: Row) -> tuple[Any, ...]:
@@ -85,6 +99,16 @@ def speed_ups(rows: Sequence[Row]) -> dict[tuple[Any, ...], float]:
         for row in rows
         if setting(row) in times
     }
+
+
+def over_peers(rows: Iterable[Row]) -> float | None:
+    """How many times faster the fastest of ours is than the fastest of `PEERS`, in rows of one
+    setting; None where one side is missing."""
+    times: dict[bool, float] = {}
+    for row in rows:
+        peer = row["backend"] in PEERS
+        times[peer] = min(row["latency_ms"], times.get(peer, float("inf")))
+    return times[True] / times[False] if len(times) == 2 else None
 
 
 class Regression(NamedTuple):

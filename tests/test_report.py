@@ -80,6 +80,33 @@ def test_speed_ups_are_over_fla_and_count_losses(file: Path) -> None:
     assert "faster than fla in 0 of 4" in about_torch
 
 
+def test_a_folder_is_its_runs_together_and_no_row_twice(
+    file: Path, document: dict[str, Any], tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    later = deepcopy(document["benchmarks"][:1])
+    later[0]["extra_info"] |= {"gates": "none"}
+    later[0]["extra_info"]["environment"] |= {"commit": "decaf", "command": "pytest bench -q"}
+    (runs / "a.json").write_text(json.dumps(document))
+    (runs / "b.json").write_text(json.dumps({"benchmarks": later}))
+    found = results.load(runs)
+    assert len(found.rows) == len(document["benchmarks"]) + 1
+    assert len(found.not_timed) == 2
+    assert report.provenance(found)["commit"] == "c0ffee, decaf"
+    assert report.provenance(found)["command"] == "pytest bench; pytest bench -q"
+    (runs / "c.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="twice"):
+        results.load(runs)
+
+
+def test_ours_over_peers_is_the_fastest_of_each() -> None:
+    times = {"tilelang": 2.0, "torch": 9.0, "fla": 3.0, "flashqla": 1.0}
+    rows = [{"backend": name, "latency_ms": ms} for name, ms in times.items()]
+    assert results.over_peers(rows) == 0.5
+    assert results.over_peers(rows[:2]) is None
+
+
 def test_tables_mark_clocks_and_leave_out_empty_columns(file: Path) -> None:
     headers, lines = results.table(results.load(file).of("prefill"))
     assert "conversions ms" not in headers
@@ -129,7 +156,7 @@ def test_sections_of_a_document_are_rewritten(file: Path, tmp_path: Path) -> Non
     text = document.read_text()
     assert text.count("stale") == 1
     assert text.endswith(f"{later}after\n")
-    assert "| 2/4:1x64 | model | fwd | 0.500† | 1.000* | 0.167 | 3.00x |" in text
+    assert "| 2/4:1x64 | model | fwd | 0.500† | 1.000* | 0.167 | 0.100 | 3.00x |" in text
     assert "![Latency against length of one sequence](run-latency.png)" in text
     assert (tmp_path / "run-latency.png").read_bytes().startswith(b"\x89PNG")
     assert readme.rewritten(document) == text
