@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ahead import compile_ahead, jobs
 from suite import (
     DEVICE,
     DTYPE,
@@ -42,6 +43,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--heads", help="of decode, such as 2/8,16/32,16/64")
     group.addoption("--batches", help="of decode, such as 1,64,512")
     group.addoption("--backends", help="such as triton,fla; all by default")
+    group.addoption(
+        "--ahead", action="store_true", help="compile for all head counts at once first"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,6 +65,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("batch", batches)
     if "backend" in names:
         metafunc.parametrize("backend", selected_backends(config))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    config = session.config
+    if config.getoption("ahead") and not config.option.collectonly:
+        found = jobs(selected_backends(config), selected_shapes(config), selected_passes(config))
+        print("", *compile_ahead(found), sep="\n")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

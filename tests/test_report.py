@@ -187,10 +187,11 @@ def test_the_suite_writes_what_the_report_reads(tmp_path: Path) -> None:
     target = tmp_path / "small.json"
     tests = [str(ROOT / "bench" / f"test_{name}.py") for name in ("prefill", "decode")]
     options = ["--quick", "--shapes", "1/2/16:1x70|40+3", "--backends", "torch,flashqla"]
-    options += ["--heads", "1/2", "--batches", "1,3"]
+    options += ["--heads", "1/2", "--batches", "1,3", "--ahead"]
     command = [sys.executable, "-m", "pytest", *tests, *options, f"--benchmark-json={target}"]
     done = subprocess.run([*command, "-p", "no:xdist"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+    assert "flashqla 1/2/16:1x70: BackendUnsupportedError" in done.stdout  # compiled ahead, or not
     found = results.load(target)
     assert {row["pass"] for row in found.rows} == {"fwd", "bwd", "fwd+bwd", "decode"}
     assert {row["shape"] for row in found.of("prefill")} == {"1/2/16:1x70", "1/2/16:40+3"}

@@ -1,0 +1,69 @@
+"""Compiling ahead of the first row, a process a backend and head count, side by side: peers compile
+for minutes otherwise, one kernel after the other (`pytest bench --ahead`).
+
+    python bench/ahead.py fla 16/32:1x8192,16/32:8x1024 fwd,bwd
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+Job = tuple[str, str, str]
+"""Arguments of a process: a backend, shapes of one head count, passes."""
+UNTUNED = {"TRITON_CACHE_AUTOTUNING": "0", "FLA_CACHE_RESULTS": "0"}
+"""So that Triton, and fla, which asks it to, keep no choice that was made under disturbance."""
+
+
+def jobs(backends: Iterable[str], shapes: Iterable[str], passes: Iterable[str]) -> list[Job]:
+    """What is to be compiled; plain PyTorch compiles nothing."""
+    groups: dict[str, list[str]] = {}
+    for shape in shapes:
+        groups.setdefault(shape.partition(":")[0], []).append(shape)
+    compiled = [name for name in backends if name != "torch"]
+    return [(name, ",".join(g), ",".join(passes)) for g in groups.values() for name in compiled]
+
+
+def compile_ahead(found: list[Job]) -> list[str]:
+    """Run the jobs, a processor each; what they said."""
+    environment = os.environ | UNTUNED | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run(job: Job) -> str:
+        command = [sys.executable, __file__, *job]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return done.stdout.strip() or done.stderr.strip()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(run, found))
+
+
+def main(backend: str, shapes: str, passes: str) -> None:
+    """Call the backend once with every shape, and say how long that took."""
+    import time
+
+    import torch
+    from shapes import make_case
+    from suite import DEVICE, DTYPE  # registers the adapters
+
+    from gdn import agreement
+
+    for shape in shapes.split(","):
+        start = time.perf_counter()
+        try:
+            inputs = agreement.make(make_case(shape, "model", DTYPE), DEVICE)
+            for which in {"fwd" if which == "fwd" else "fwd+bwd" for which in passes.split(",")}:
+                inputs.run(backend, which)
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            outcome = f"{time.perf_counter() - start:.1f} s"
+        except Exception as error:  # the row itself will say it
+            outcome = f"{type(error).__name__}: {str(error)[:200]}"
+        print(f"{backend} {shape}: {outcome}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
