@@ -4,13 +4,15 @@
     <!-- end of gdn report -->
 
 A section names a file, or a folder of several runs. It is "speed" (milliseconds of prefill and
-decode, a column a backend), a kind of row ("prefill", "decode", "cold start", "plain PyTorch",
-...), or "plot NAME" (a picture beside the file).
+decode, a column a backend), "standing" (ours against peers, all settings together), a kind of row
+("prefill", "decode", "cold start", "plain PyTorch", ...), or "plot NAME" (a picture beside the
+file).
 """
 
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -56,22 +58,37 @@ def _speed(found: Results) -> tuple[list[str], list[list[str]]]:
     return ["H/HV:sequences", "gates", "pass", *names, "floor", "ours over peers"], lines
 
 
+def _standing(found: Results) -> tuple[list[str], list[list[str]]]:
+    """How many times faster each of ours is than each peer, a row a pass."""
+    headers = ["pass", "backend", "over", "settings", "at worst", "geometric mean", "at best"]
+    lines = []
+    for key, ratios in results.over_each_peer(found.of("prefill") + found.of("decode")).items():
+        some = min(ratios), statistics.geometric_mean(ratios), max(ratios)
+        lines.append([*key, str(len(ratios)), *(f"{x:.2f}x" for x in some)])
+    return headers, lines
+
+
 def render(file: str, name: str, found: Results) -> str:
     """What stands in a section. ValueError for a section that the results have no rows for."""
     if name.startswith("plot "):
         figure = name.removeprefix("plot ")
         return f"![{plots.FIGURES[figure].heading}]({_picture(file, figure)})\n"
-    if name == "speed":
-        table = _speed(found)
+    if name in TABLES:
+        table = TABLES[name](found)
     elif found.of(name):
         table = results.table(found.of(name))
     else:
         raise ValueError(f"{file} has no rows for the section {name!r}")
     facts = provenance(found)
     about = "; ".join(facts[x] for x in ("device", "versions", "ceilings"))
+    if name == "standing":
+        return f"\n{tables.markdown(*table)}\n\n({facts['device']}.)\n\n"
     commands = "; ".join(f"`{command}`" for command in found.every("command"))
     origin = f"({commands} at commit {facts['commit']}: {about}.)"
     return f"\n{tables.markdown(*table)}\n\n{origin}\n\n"
+
+
+TABLES = {"speed": _speed, "standing": _standing}
 
 
 def _picture(file: str, figure: str) -> str:

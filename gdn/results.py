@@ -3,6 +3,7 @@ run."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -109,6 +110,21 @@ def over_peers(rows: Iterable[Row]) -> float | None:
         peer = row["backend"] in PEERS
         times[peer] = min(row["latency_ms"], times.get(peer, float("inf")))
     return times[True] / times[False] if len(times) == 2 else None
+
+
+def over_each_peer(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[float]]:
+    """By pass, backend of ours and peer: how many times faster ours is, a setting after the other,
+    where both were timed."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    settings: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        settings.setdefault(setting(row), []).append(row)
+    for here in settings.values():
+        for row, peer in itertools.product(here, here):
+            if row["backend"] not in PEERS and peer["backend"] in PEERS:
+                key = row["pass"], row["backend"], peer["backend"]
+                found.setdefault(key, []).append(peer["latency_ms"] / row["latency_ms"])
+    return found
 
 
 class Regression(NamedTuple):

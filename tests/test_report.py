@@ -149,7 +149,7 @@ def test_sections_of_a_document_are_rewritten(file: Path, tmp_path: Path) -> Non
     document = tmp_path / "doc.md"
     end = "<!-- end of gdn report -->"
     later = f"<!-- gdn report: later.json speed -->\nstale\n{end}\n"
-    names = ("speed", "cold start", "plot latency")
+    names = ("speed", "standing", "cold start", "plot latency")
     marked = "".join(f"<!-- gdn report: run.json {name} -->\nstale\n{end}\n" for name in names)
     document.write_text(f"before\n{marked}{later}after\n")
     assert cli.main(["report", "--readme", str(document)]) == 0
@@ -157,6 +157,7 @@ def test_sections_of_a_document_are_rewritten(file: Path, tmp_path: Path) -> Non
     assert text.count("stale") == 1
     assert text.endswith(f"{later}after\n")
     assert "| 2/4:1x64 | model | fwd | 0.500† | 1.000* | 0.167 | 0.100 | 3.00x |" in text
+    assert "| fwd | mine | fla | 2 | 0.50x | 1.22x | 3.00x |" in text
     assert "![Latency against length of one sequence](run-latency.png)" in text
     assert (tmp_path / "run-latency.png").read_bytes().startswith(b"\x89PNG")
     assert readme.rewritten(document) == text
