@@ -9,8 +9,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from shapes import make_case
+from suite import DEVICE, DTYPE  # registers the adapters
+
+from gdn import agreement
 
 Job = tuple[str, str, str]
 """Arguments of a process: a backend, shapes of one head count, passes."""
@@ -42,14 +49,6 @@ def compile_ahead(found: list[Job]) -> list[str]:
 
 def main(backend: str, shapes: str, passes: str) -> None:
     """Call the backend once with every shape, and say how long that took."""
-    import time
-
-    import torch
-    from shapes import make_case
-    from suite import DEVICE, DTYPE  # registers the adapters
-
-    from gdn import agreement
-
     for shape in shapes.split(","):
         start = time.perf_counter()
         try:

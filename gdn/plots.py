@@ -71,9 +71,9 @@ def _heads(row: Row) -> str:
     return str(row["shape"]).partition(":")[0]
 
 
-def by_size(heads: str) -> list[int]:
-    """What sorts H/HV[/K] by its numbers."""
-    return [int(n) for n in heads.split("/")]
+def by_size(row: Row) -> list[int]:
+    """What sorts rows by the numbers of their H/HV[/K]."""
+    return [int(n) for n in _heads(row).split("/")]
 
 
 def latency(results: Results) -> Any:
@@ -82,10 +82,9 @@ def latency(results: Results) -> Any:
     rows = [r for r in results.of("prefill") if r["case"]["B"] == 1 and not r["case"]["lengths"]]
     rows = [r for r in rows if r["backend"] != "torch"] or rows
     lengths: dict[tuple[str, str], set[int]] = {}
-    for row in rows:
+    for row in sorted(rows, key=by_size):
         lengths.setdefault((_heads(row), row["gates"]), set()).add(row["tokens"])
     kinds = [kind for kind, found in lengths.items() if len(found) > 1]
-    kinds.sort(key=lambda kind: by_size(kind[0]))
     passes = [which for which in PASSES if any(row["pass"] == which for row in rows)]
     if not kinds:
         return None

@@ -1,6 +1,6 @@
 """README's tables and plots, between markers that name committed results:
 
-    <!-- gdn report: bench/results/h200.json speed -->
+    <!-- gdn report: bench/results/h100 speed -->
     <!-- end of gdn report -->
 
 A section names a file, or a folder of several runs. It is "speed" (milliseconds of prefill and
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from gdn import plots, results, tables
 from gdn.report import provenance
-from gdn.results import Results, setting
+from gdn.results import Results, by_setting
 
 SECTION = re.compile(
     r"(?P<begin><!-- gdn report: (?P<file>\S+) (?P<name>[^>]+?) -->\n)(?P<text>.*?)"
@@ -47,12 +47,10 @@ def _speed(found: Results) -> tuple[list[str], list[list[str]]]:
     rows = [row for row in found.rows if row["kind"] in ("prefill", "decode")]
     names = plots.backends_of(rows)
     lines = []
-    settings = {setting(row): plots.by_size(row["shape"].partition(":")[0]) for row in rows}
-    for one in sorted(settings, key=lambda one: settings[one]):
-        here = {row["backend"]: row for row in rows if setting(row) == one}
-        some = next(iter(here.values()))
+    for group in sorted(by_setting(rows).values(), key=lambda group: plots.by_size(group[0])):
+        here, some = {row["backend"]: row for row in group}, group[0]
         cells = [results.latency(here[name]) if name in here else "-" for name in names]
-        floor, ratio = some["roofline"] * some["latency_ms"], results.over_peers(here.values())
+        floor, ratio = some["roofline"] * some["latency_ms"], results.over_peers(group)
         cells += [f"{floor:.3f}", f"{ratio:.2f}x" if ratio else "-"]
         lines.append([some["shape"], some["gates"], some["pass"], *cells])
     return ["H/HV:sequences", "gates", "pass", *names, "floor", "ours over peers"], lines
@@ -80,11 +78,12 @@ def render(file: str, name: str, found: Results) -> str:
     else:
         raise ValueError(f"{file} has no rows for the section {name!r}")
     facts = provenance(found)
-    about = "; ".join(facts[x] for x in ("device", "versions", "ceilings"))
-    if name == "standing":
-        return f"\n{tables.markdown(*table)}\n\n({facts['device']}.)\n\n"
-    commands = "; ".join(f"`{command}`" for command in found.every("command"))
-    origin = f"({commands} at commit {facts['commit']}: {about}.)"
+    if name == "standing":  # what it sums up says the rest
+        origin = f"({facts['device']}.)"
+    else:
+        about = "; ".join(facts[x] for x in ("device", "versions", "ceilings"))
+        commands = "; ".join(f"`{command}`" for command in found.every("command"))
+        origin = f"({commands} at commit {facts['commit']}: {about}.)"
     return f"\n{tables.markdown(*table)}\n\n{origin}\n\n"
 
 

@@ -90,9 +90,9 @@ def _table(rows: Sequence[Row]) -> str:
     words |= {h for h in headers if ":" in h}
     kinds = [' class="word"' if h in words else "" for h in headers]
     out = [f"<th{k}>{html.escape(h)}</th>" for h, k in zip(headers, kinds, strict=True)]
-    body, before = [], None
+    body, before, settings = [], None, results.by_setting(rows)
     for row, line in zip(rows, lines, strict=True):
-        peers = [other["latency_ms"] for other in rows if setting(other) == setting(row)]
+        peers = [other["latency_ms"] for other in settings[setting(row)]]
         best = len(peers) > 1 and row["latency_ms"] == min(peers)
         classes = "first " * (setting(row) != before) + "best" * best
         before = setting(row)

@@ -85,6 +85,14 @@ def setting(row: Row) -> tuple[Any, ...]:
     return identity(row)[:-1]
 
 
+def by_setting(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """The rows that are compared with each other, by their setting."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(setting(row), []).append(row)
+    return found
+
+
 def baseline(rows: Iterable[Row]) -> str | None:
     """The backend that speed-ups are over in these rows."""
     present = {row.get("backend") for row in rows}
@@ -116,10 +124,7 @@ def over_each_peer(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[float
     """By pass, backend of ours and peer: how many times faster ours is, a setting after the other,
     where both were timed."""
     found: dict[tuple[str, str, str], list[float]] = {}
-    settings: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        settings.setdefault(setting(row), []).append(row)
-    for here in settings.values():
+    for here in by_setting(rows).values():
         for row, peer in itertools.product(here, here):
             if row["backend"] not in PEERS and peer["backend"] in PEERS:
                 key = row["pass"], row["backend"], peer["backend"]
