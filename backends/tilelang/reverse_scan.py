@@ -189,7 +189,7 @@ def reverse_scan(
             m = Memory(K, dtype)
             T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (m.do, m.R)})
             full = T.alloc_barrier([32] * STAGES)
-            used = T.alloc_barrier([32] * STAGES)
+            used = T.alloc_barrier([128] * STAGES)
             coupled, free = T.alloc_barrier(128), T.alloc_barrier(128)
             tx = T.get_thread_binding()
 
@@ -213,9 +213,9 @@ def reverse_scan(
                     T.sync_threads(CARRY, 128)
                     go_back(m, t, s, free, tx, keep)
                     T.fence_proxy_async()
+                    T.barrier_arrive(used[s])
                     T.sync_threads(CARRY, 128)
                     if tx < 32:
-                        T.barrier_arrive(used[s])
                         if keep:
                             T.tma_copy(
                                 m.dS, dS_out[slot + chunk, head, first : first + ROWS, :],
@@ -244,6 +244,7 @@ def reverse_scan(
                 half = T.alloc_fragment((C, C), dtype)
                 for step in T.serial(chunks):
                     s = step % STAGES
+                    T.barrier_wait(used[s], step // STAGES % 2 ^ 1)
                     T.barrier_wait(full[s], step // STAGES % 2)
                     couple(
                         m, P, half, s, stop - (start + (chunks - 1 - step) * C), scale,

@@ -100,7 +100,8 @@ def states(
 
             m = Memory(K, dtype)
             T.annotate_layout({m.v: make_full_bank_swizzled_layout(m.v)})
-            full, used = (T.alloc_barrier([32] * STAGES) for _ in range(2))
+            full = T.alloc_barrier([32] * STAGES)
+            used = T.alloc_barrier([128] * STAGES)
             factored = T.alloc_barrier([C] * STAGES)
             tx = T.get_thread_binding()
 
@@ -161,9 +162,9 @@ def states(
                     T.wgmma_gemm(U_half, m.k[s, :, :], S)
                     T.wait_wgmma(0)
                     T.fence_proxy_async()
+                    T.barrier_arrive(used[s])
                     T.sync_threads(CARRY, 128)
                     if tx < 32:
-                        T.barrier_arrive(used[s])
                         T.tma_copy(
                             m.S, S_out[slot + chunk, head, first : first + ROWS, :],
                             leader_scope_threads=32,
