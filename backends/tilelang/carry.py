@@ -19,6 +19,11 @@ import tilelang.language as T
 from .launch import kernel
 
 COLUMNS = 8
+"""Columns of V in a program: as few as keep all multiprocessors busy with eight heads."""
+PARTS = 4
+"""Groups of threads among which a sum over K is divided: pieces follow one another, so that what
+counts is the time of one."""
+OWN = COLUMNS // PARTS
 
 
 @kernel(own_barriers=True)
@@ -32,6 +37,18 @@ def carry(
     state = (N, HV, V, K) if v_first else (N, HV, K, V)
     blocks = V // COLUMNS
 
+    @T.macro
+    def fetch(walked, own, N, M, at, head, mine, column, part):
+        for i in T.unroll(OWN):
+            N[i] = (own if reverse else walked)[at, head, mine + i, column]
+        if reverse:  # along a row of M, four numbers an access
+            for k in T.unroll(K // PARTS // 4):
+                for j in T.vectorized(4):
+                    M[k * 4 + j] = walked[at, head, V + column, part * (K // PARTS) + k * 4 + j]
+        else:
+            for k in T.unroll(K // PARTS):
+                M[k] = walked[at, head, V + part * (K // PARTS) + k, column]
+
     @T.prim_func
     def carry_kernel(
         walked: T.Tensor((pieces, HV, V + K, K), "float32"),
@@ -41,59 +58,62 @@ def carry(
         sequences: T.int32, total: T.int32, length: T.int32,
     ):  # fmt: skip
         """length: tokens of a piece; total: of a sequence, where all are alike."""
-        with T.Kernel(sequences * HV * blocks, threads=K) as program:
-            column = T.get_thread_binding()  # of S^T: a thread has it in all of the rows
-            S = T.alloc_local((COLUMNS,), "float32")
-            row = T.alloc_shared((K, COLUMNS), "float32")  # S^T, turned
+        with T.Kernel(sequences * HV * blocks, threads=(K, PARTS)) as program:
+            # a thread has a column of S^T in OWN rows, and multiplies with a part of M's
+            column, part = T.get_thread_binding(0), T.get_thread_binding(1)
+            S, N = (T.alloc_local((OWN,), "float32") for _ in range(2))
+            sums = T.alloc_local((COLUMNS,), "float32")
+            M, next_M = (T.alloc_local((K // PARTS,), "float32") for _ in range(2))
+            turned = T.alloc_shared((K, COLUMNS), "float32")  # S^T, turned
+            partial = T.alloc_shared((PARTS, COLUMNS, K), "float32")
             # variables, so that no access divides again
-            n, head, first, piece, last, at = (T.alloc_var("int32") for _ in range(6))
+            n, head, mine, piece, last, at = (T.alloc_var("int32") for _ in range(6))
             n = program // (HV * blocks)
             head = program // blocks % HV
-            first = program % blocks * COLUMNS
+            mine = program % blocks * COLUMNS + part * OWN
             start = T.cast(cu_seqlens[n], "int32") if varlen else 0
             tokens = T.cast(cu_seqlens[n + 1], "int32") - start if varlen else total
             last = T.max(T.ceildiv(tokens, length) - 1, 0)
             piece = start // length + n if varlen else n * (last + 1)
-            for i in T.unroll(COLUMNS):
+            for i in T.unroll(OWN):
                 S[i] = 0.0
                 if initial:
                     if v_first:
-                        S[i] = begin[n, head, first + i, column]
+                        S[i] = begin[n, head, mine + i, column]
                     else:
-                        S[i] = begin[n, head, column, first + i]
+                        S[i] = begin[n, head, column, mine + i]
+            at = piece + (last if reverse else 0)
+            fetch(walked, own, N, next_M, at, head, mine, column, part)
             for step in T.serial(last + 1):
-                at = piece + (last - step if reverse else step)
-                for i in T.unroll(COLUMNS):
-                    begins[at, head, first + i, column] = S[i]
+                for i in T.unroll(OWN):
+                    begins[at, head, mine + i, column] = S[i]
+                    turned[column, part * OWN + i] = S[i]
                 if step < last or final:
-                    for i in T.vectorized(COLUMNS):
-                        row[column, i] = S[i]
+                    for i in T.unroll(OWN):
+                        S[i] = N[i]
+                    for k in T.unroll(K // PARTS):
+                        M[k] = next_M[k]
+                    at += -1 if reverse else 1
+                    if step < last:
+                        fetch(walked, own, N, next_M, at, head, mine, column, part)
                     T.sync_threads()
                     for i in T.unroll(COLUMNS):
-                        if reverse:
-                            S[i] = own[at, head, first + i, column]
-                        else:
-                            S[i] = walked[at, head, first + i, column]
-                    if reverse:  # along a row of M, four numbers an access
-                        four = T.alloc_local((4,), "float32")
-                        for k in T.unroll(K // 4, unroll_factor=8):
-                            for j in T.vectorized(4):
-                                four[j] = walked[at, head, V + column, k * 4 + j]
-                            for j in T.unroll(4):
-                                for i in T.unroll(COLUMNS):
-                                    S[i] += row[k * 4 + j, i] * four[j]
-                    elif step > 0:
-                        for k in T.unroll(K, unroll_factor=32):
-                            factor = T.alloc_var("float32")
-                            factor = walked[at, head, V + k, column]
+                        sums[i] = 0.0
+                    if reverse or step > 0:
+                        for k in T.unroll(K // PARTS):
                             for i in T.unroll(COLUMNS):
-                                S[i] += row[k, i] * factor
+                                sums[i] += turned[part * (K // PARTS) + k, i] * M[k]
+                    for i in T.unroll(COLUMNS):
+                        partial[part, i, column] = sums[i]
                     T.sync_threads()
+                    for p in T.unroll(PARTS):
+                        for i in T.unroll(OWN):
+                            S[i] += partial[p, part * OWN + i, column]
             if final:
-                for i in T.unroll(COLUMNS):
+                for i in T.unroll(OWN):
                     if v_first:
-                        end[n, head, first + i, column] = S[i]
+                        end[n, head, mine + i, column] = S[i]
                     else:
-                        end[n, head, column, first + i] = S[i]
+                        end[n, head, column, mine + i] = S[i]
 
     return carry_kernel
