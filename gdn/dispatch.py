@@ -197,7 +197,10 @@ def choose_decode(request: str, step: Step) -> Backend:
     key = (
         registry.generation,
         request,
-        *[None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors],
+        *[
+            None if x is None else (x.shape, x.is_contiguous() or x.stride(), x.dtype, x.device)
+            for x in tensors
+        ],
         math.isfinite(step.scale),
         step[STEP_TENSORS + 1 :],
     )

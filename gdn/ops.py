@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gdn import dispatch
-from gdn.backend import Gradients
+from gdn.backend import Forward, Gradients
 from gdn.problem import CALL_TENSORS, STEP_TENSORS, Call, Step, describe, describe_step
 from gdn.validation import validate, validate_step
 from gdn.values import check_cu_seqlens, check_slots
@@ -37,7 +37,6 @@ _OPTIONS = {
     kind: tuple(get_type_hints(kind)[name] for name in kind._fields[first:])
     for kind, first in _FIRST_OPTION.items()
 }
-_can_autocast = functools.cache(torch.amp.is_autocast_available)
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 torch.library.define(
@@ -80,55 +79,65 @@ def _must_be_seen(call: Call | Step) -> bool:
     """Whether anyone may have to see the op itself: a mode, a transform, a tracer, a profiler or a
     subclass of Tensor. Where nobody does, PyTorch's dispatcher is passed by: it takes a quarter of
     what a call costs on the host, mostly to turn arguments into its own types and back."""
-    first = _FIRST_OPTION[type(call)]
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_tracing()
         or torch._C._autograd._profiler_enabled()
-        or not _PLAIN.issuperset(map(type, call[:first]))
-        or tuple(map(type, call[first:])) != _OPTIONS[type(call)]
+        or not _are_plain(type(call), *map(type, call))  # type: ignore[arg-type]
     )
 
 
-def _surroundings(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off (a backend chooses its own precisions) and `device` current."""
-    autocast = _can_autocast(device.type) and torch.is_autocast_enabled(device.type)
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+@functools.lru_cache(maxsize=256)
+def _are_plain(kind: type[Any], *types: type[Any]) -> bool:
+    """Whether the fields of a Call or Step have the types that the schema names."""
+    first = _FIRST_OPTION[kind]
+    return _PLAIN.issuperset(types[:first]) and types[first:] == _OPTIONS[kind]
+
+
+def _surroundings(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off (a backend chooses its own precisions) and x's device current."""
+    autocast = torch._C._is_any_autocast_enabled() and _autocasts(x.device.type)
+    elsewhere = x.is_cuda and x.get_device() != torch._C._cuda_getDevice()
     if not (autocast or elsewhere):
         return nullcontext()
     stack = ExitStack()
     if autocast:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.autocast(x.device.type, enabled=False))
     if elsewhere:
-        stack.enter_context(torch.cuda.device(device))
+        stack.enter_context(torch.cuda.device(x.device))
     return stack
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _has_tokens(call: Call | Step) -> bool:
-    return call.q.shape[0] > 0 and call.q.shape[1] > 0
+    return call.q.numel() > 0  # H and K are at least 1
 
 
-def _forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _forward(call: Call, request: str, save: bool) -> Forward:
     backend = dispatch.choose(request, call, save)
     check_cu_seqlens(call)
-    with _surroundings(call.q.device):
+    with _surroundings(call.q):
         if _has_tokens(call):
-            o, final_state, saved = backend.forward(call, save)
-        else:
-            o, saved = call.v.new_empty(call.v.shape), backend.saved_like(call) if save else []
-            final_state = call.q.new_zeros(call.state_shape, dtype=call.state_dtype)
-            if call.initial_state is not None:
-                final_state.copy_(call.initial_state)
-    if final_state is None or not call.output_final_state:
-        final_state = call.q.new_empty(0)
-    return o, final_state, saved
+            return backend.forward(call, save)
+        o, saved = call.v.new_empty(call.v.shape), backend.saved_like(call) if save else []
+        final_state = call.q.new_zeros(call.state_shape, dtype=call.state_dtype)
+        if call.initial_state is not None:
+            final_state.copy_(call.initial_state)
+        return Forward(o, final_state, saved)
 
 
 @torch.library.impl("gdn::forward", "CompositeExplicitAutograd")
 def _forward_op(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return _forward(Call(*args[:_CALL]), *args[_CALL:])
+    call = Call(*args[:_CALL])
+    o, final_state, saved = _forward(call, *args[_CALL:])
+    if final_state is None or not call.output_final_state:
+        final_state = call.q.new_empty(0)
+    return o, final_state, saved
 
 
 @torch.library.register_fake("gdn::forward")
@@ -151,7 +160,7 @@ def _gradients_like(call: Call) -> list[Tensor]:
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     call, (request, saved, grad_o, grad_final_state) = Call(*args[:_CALL]), args[_CALL:]
     backend = dispatch.choose(request, call, True)
-    with _surroundings(call.q.device):
+    with _surroundings(call.q):
         if _has_tokens(call):
             gradients = backend.backward(call, saved, grad_o, grad_final_state)
             return tuple(call.q.new_empty(0) if x is None else x for x in gradients)
@@ -220,7 +229,7 @@ def _decode(step: Step, request: str) -> Tensor:
     check_slots(step)
     if not _has_tokens(step):
         return step.v.new_empty(step.v.shape)
-    with _surroundings(step.q.device):
+    with _surroundings(step.q):
         o = backend.decode(step)
     if not step.state.is_inference():
         torch.autograd.graph.increment_version(step.state)

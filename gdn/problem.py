@@ -45,16 +45,7 @@ class Call(NamedTuple):
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The eight inputs that may carry a gradient, in the order of `gdn.backend.Gradients`."""
-        return (
-            self.q,
-            self.k,
-            self.v,
-            self.g,
-            self.beta,
-            self.initial_state,
-            self.A_log,
-            self.dt_bias,
-        )
+        return self[:8]
 
     @property
     def sequences(self) -> int:

@@ -20,10 +20,11 @@ def check_cu_seqlens(call: Call | Step) -> None:
     sync: an asynchronous device-side assertion, queued once for a tensor that has not changed since
     (layers of one model share theirs), so that the error surfaces at the next synchronisation.
     """
-    cu_seqlens, T = call.cu_seqlens, call.q.shape[1]
-    if cu_seqlens is None or cu_seqlens.device.type == "meta":
+    cu_seqlens = call.cu_seqlens
+    if cu_seqlens is None or cu_seqlens.is_meta:
         return
-    host = cu_seqlens if cu_seqlens.device.type == "cpu" else getattr(call, "cu_seqlens_cpu", None)
+    T = call.q.shape[1]
+    host = cu_seqlens if cu_seqlens.is_cpu else getattr(call, "cu_seqlens_cpu", None)
     if host is not None:
         bounds = host.tolist()
         name = "cu_seqlens" if host is cu_seqlens else "cu_seqlens_cpu"
@@ -60,7 +61,7 @@ def check_slots(step: Step) -> None:
     more than the step; what lies outside the pool is treated as null_index there.
     """
     indices, accepted = step.state_indices, step.num_accepted_tokens
-    if indices is None or indices.device.type != "cpu":
+    if indices is None or not indices.is_cpu:
         return
     slots = step.state.shape[0]
     used = indices[indices != step.null_index].tolist()

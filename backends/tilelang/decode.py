@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import tilelang.language as T
-import torch
 from torch import Tensor
 
 from gdn.definition import L2_EPS
+from gdn.memory import allocator
 from gdn.problem import STEP_TENSORS, Step
 
 from .feed import softplus
@@ -206,6 +206,7 @@ class StepPlan:
         self.copies = any(x.stride(3) != 1 for x in step[:3])
         rows = [_rows(x) for x in step[:3]]
         self.wide = all(_in_sixteens(x, range(3)) for x in rows) and _in_sixteens(step.state, [0])
+        self.new_o = allocator(step.v.shape, step.v.dtype, step.v.device)
         self.runs: dict[bool, Any] = {}
 
     def run(self, wide: bool) -> Any:
@@ -218,7 +219,7 @@ class StepPlan:
     def decode(self, step: Step) -> Tensor:
         """See `gdn.backend.Backend.decode`."""
         q, k, v = (_rows(x) for x in step[:3]) if self.copies else step[:3]
-        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        o = self.new_o()
         places = q.data_ptr() | k.data_ptr() | v.data_ptr() | step.state.data_ptr()
         run = self.run(self.wide and not places % 16)
         run(q, k, v, *step[3:STEP_TENSORS], o, step.scale, *self.rest)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gdn.backend import Forward, Gradients
 from gdn.cut import pieces
+from gdn.memory import allocator
 from gdn.problem import CALL_TENSORS, CHUNK, Call
 
 from .carry import carry_kernel
@@ -23,9 +24,10 @@ from .scan import scan_kernel
 from .tiles import FACTORS, MATRICES
 
 
-def _saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """`factors` and `matrices` (see `tiles.py`); and if the call is walked in parallel, what each
-    piece does to the state, and the state that it begins with (see `carry.py`)."""
+def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """What forward hands on: `factors` and `matrices` (see `tiles.py`); and if the call is walked
+    in parallel, what each piece does to the state, and the state that it begins with (see
+    `carry.py`)."""
     (HV, V), K = call.v.shape[2:], call.q.shape[3]
     slots, length = pieces(call, CHUNK), parallel_length(call)
     shapes = [
@@ -37,17 +39,13 @@ def _saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
     return shapes
 
 
-def saved_like(call: Call) -> list[Tensor]:
-    """Empty tensors for what forward hands on."""
-    return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in _saved_shapes(call)]
-
-
 def _contiguous(call: Call) -> Call:
     tensors: tuple[Tensor | None, ...] = call[:CALL_TENSORS]  # type: ignore[assignment]
-    if all(x is None or x.is_contiguous() for x in tensors):
-        return call
-    given = {n: x for n, x in call._asdict().items() if isinstance(x, Tensor)}
-    return call._replace(**{n: x.contiguous() for n, x in given.items()})  # type: ignore[arg-type]
+    for x in tensors:
+        if x is not None and not x.is_contiguous():
+            copies = (None if x is None else x.contiguous() for x in tensors)
+            return Call(*copies, *call[CALL_TENSORS:])  # type: ignore[arg-type]
+    return call
 
 
 class Plan:
@@ -73,9 +71,12 @@ class Plan:
             "SIGMOID": call.use_beta_sigmoid_in_kernel,
             "BETA_SCALE": 2.0 if call.allow_neg_eigval else 1.0,
         }
-        self.saved, self.state = _saved_shapes(call), call.state_shape
         self.device, self.itemsize = call.q.device, call.q.element_size()
+        self.new_saved = [allocator(*kind, self.device) for kind in saved_shapes(call)]
+        self.new_o = allocator(call.v.shape, call.v.dtype, self.device)
+        self.new_final = allocator(call.state_shape, torch.float32, self.device)
         self.stages: dict[tuple[object, ...], Stage] = {}
+        self.runs: dict[bool, list[Stage]] = {}
         self.walks, cut = call.sequences * HV, (1, each)
         if self.length:
             self.walks = pieces(call, self.length) * HV
@@ -113,49 +114,40 @@ class Plan:
             INITIAL=initial, FINAL=final, REVERSE=reverse,
         )  # fmt: skip
 
+    def forwards(self, call: Call, save: bool) -> list[Stage]:
+        """Forward's stages, in their order."""
+        prepare = self.stage(prepare_kernel, self.slots * self.common["HV"], self.chunks, SAVE=save)
+        initial, final = call.initial_state is not None, call.output_final_state
+        if self.length is None:
+            return [prepare, self.scan(call, o=True, final=final, states=False, transfer=False)]
+        return [
+            prepare,
+            self.scan(call, o=False, final=True, states=False, transfer=True),
+            self.carry(call, initial, final, reverse=False),
+            self.scan(call, o=True, final=False, states=False, transfer=False),
+        ]
+
     def forward(self, call: Call, save: bool) -> Forward:
         """See `gdn.backend.Backend.forward`."""
-        call = _contiguous(call)
-        new_empty = call.q.new_empty
-        saved = [new_empty(shape, dtype=dtype) for shape, dtype in self.saved]
+        q, k, v, g, beta, initial, A_log, dt_bias, cu_seqlens, *_ = call = _contiguous(call)
+        saved = [new() for new in self.new_saved]
         factors, matrices, *parallel = saved
-        final = None
-        if call.output_final_state:
-            final = new_empty(self.state, dtype=torch.float32)
-        o = torch.empty_like(call.v)
-        cu_seqlens = call.cu_seqlens
-        self.stage(prepare_kernel, self.slots * self.common["HV"], self.chunks, SAVE=save)(
-            (
-                call.q,
-                call.k,
-                call.g,
-                call.beta,
-                call.A_log,
-                call.dt_bias,
-                factors,
-                matrices,
-                cu_seqlens,
-            ),
-            call.scale,
-        )
-        tensors = (call.q, call.k, call.v, factors, matrices)
+        final = self.new_final() if call.output_final_state else None
+        o = self.new_o()
+        if save not in self.runs:
+            self.runs[save] = self.forwards(call, save)
+        prepare, *walks = self.runs[save]
+        prepare((q, k, g, beta, A_log, dt_bias, factors, matrices, cu_seqlens), call.scale)
+        tensors = (q, k, v, factors, matrices)
         if parallel:
             walked, begins = parallel
-            if save and call.cu_seqlens is not None:
+            if save and cu_seqlens is not None:
                 begins.zero_()  # numbers of pieces may stay unused
-            self.scan(call, o=False, final=True, states=False, transfer=True)(
-                (*tensors, None, None, walked, None, None, cu_seqlens)
-            )
-            self.carry(call, call.initial_state is not None, final is not None, reverse=False)(
-                (walked, walked, call.initial_state, begins, final, cu_seqlens)
-            )
-            self.scan(call, o=True, final=False, states=False, transfer=False)(
-                (*tensors, begins, o, None, None, None, cu_seqlens)
-            )
+            walks[0]((*tensors, None, None, walked, None, None, cu_seqlens))
+            walks[1]((walked, walked, initial, begins, final, cu_seqlens))
+            walks[2]((*tensors, begins, o, None, None, None, cu_seqlens))
         else:
-            self.scan(call, o=True, final=final is not None, states=False, transfer=False)(
-                (*tensors, call.initial_state, o, final, None, None, cu_seqlens)
-            )
+            walks[0]((*tensors, initial, o, final, None, None, cu_seqlens))
         return Forward(o, final, saved if save else [])
 
     def backward(

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn.memory import allocator
 from gdn.problem import STEP_TENSORS, Step
 
 from .launch import Stage, configuration
@@ -119,6 +119,7 @@ class StepPlan:
         chosen = configuration("decode_kernel", BK, step.state.element_size(), walks, 0)
         sizes = (step.null_index, T, step.state.shape[0], step.state.stride(0))
         self.stage = Stage(decode_kernel, walks, chosen, sizes, **constants)
+        self.new_o = allocator(step.v.shape, step.v.dtype, step.v.device)
         tensors: tuple[Tensor | None, ...] = step[:STEP_TENSORS]  # type: ignore[assignment]
         self.plain = all(x is None or _rows(x) is x for x in tensors[:5]) and all(
             x is None or x.is_contiguous() for x in tensors[6:]
@@ -131,7 +132,7 @@ class StepPlan:
             rows, rest = tensors[:5], tensors[6:]
             read = [_rows(x) for x in rows if x is not None]
             tensors = (*read, step.state, *(None if x is None else x.contiguous() for x in rest))
-        o = torch.empty(step.v.shape, dtype=step.v.dtype, device=step.v.device)
+        o = self.new_o()
         self.stage((*tensors, o), step.scale)
         return o
 

@@ -133,9 +133,14 @@ def _launcher(compiled: Any, grid: int, rest: tuple[Any, ...]) -> Callable[..., 
     hooks of its profiler, and on pointers, which it need not ask the driver about."""
     driver, device = triton.runtime.driver.active, torch.cuda.current_device()
     run, stream_of = compiled.run, driver.get_current_stream
-    head, hooks = (compiled.function, compiled.packed_metadata), (None, None, None)
+    flags: tuple[Any, ...] = ()
+    if triton.__version__.startswith("3.6.") and not (
+        run.global_scratch_size or run.profile_scratch_size
+    ):  # past the part in Python, which allocates scratch memory
+        run, flags = run.launch, (run.launch_cooperative_grid, run.launch_pdl, None, None)
+    head = (compiled.function, *flags, compiled.packed_metadata, None, None, None)
 
     def launch(*args: Any) -> None:
-        run(grid, 1, 1, stream_of(device), *head, *hooks, *args, *rest)
+        run(grid, 1, 1, stream_of(device), *head, *args, *rest)
 
     return launch

@@ -1,0 +1,29 @@
+"""Tensors as `torch.empty` makes them, from `gdn.memory`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gdn.memory import allocator
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), torch.Size((4, 1)), (0, 3, 2), (0,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inference", [False, True])
+def test_allocates_like_empty(
+    device: str, shape: tuple[int, ...], dtype: torch.dtype, inference: bool
+) -> None:
+    expected = torch.empty(shape, dtype=dtype, device=device)
+    new = allocator(shape, dtype, expected.device)
+    with torch.inference_mode(inference):
+        x, y = new(), new()
+    assert (x.shape, x.stride(), x.dtype) == (expected.shape, expected.stride(), dtype)
+    assert x.device == expected.device
+    assert x.is_inference() == inference
+    assert not x.numel() or x.data_ptr() != y.data_ptr()
+    assert x.data_ptr() % 16 == 0
+
+
+def test_allocates_where_pytorch_has_no_short_way() -> None:
+    assert allocator((2, 3), torch.float16, torch.device("meta"))().is_meta
