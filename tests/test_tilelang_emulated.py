@@ -27,7 +27,7 @@ pytest.importorskip("tilelang")
 if shutil.which("nvcc") is None or shutil.which("g++") is None:
     pytest.skip("no nvcc or no g++", allow_module_level=True)
 
-from gdn.backends.tilelang import TileLangBackend, backward, decode, forward
+from gdn.backends.tilelang import TileLangBackend, backward, decode, forward, launch
 from test_agreement import same_dtype  # noqa: F401
 
 SUITE = {"head-dim-128": torch.bfloat16, "correlated-keys": torch.float16}
@@ -39,7 +39,7 @@ CHECKED += [
     )
 ]  # fmt: skip
 LARGE = Case("two-warpgroups", T=100, B=17, HV=4, K=128, V=128, dtype=torch.bfloat16)
-CUT = replace(LARGE, name="cut", T=1540, B=1, H=1, HV=2, gates="weak")
+CUT = replace(LARGE, name="cut", T=1550, B=1, H=1, HV=2, gates="weak")
 DECODED = ("one-token", "packed", "speculative")
 WORLDS = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 
@@ -66,7 +66,8 @@ def world(
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(backward, "_aside", lambda device: stream)
+    monkeypatch.setattr(launch, "_aside", lambda device: stream)
+    monkeypatch.setattr(backward, "processors", lambda device: 3)  # a program takes many chunks
 
     def enter(late: bool, edit: Callable[[str], str] = str) -> None:
         def entries(kernels: list[Any]) -> list[Callable[..., None]]:
@@ -103,6 +104,18 @@ def check(case: Case, inputs: dict[str, Any]) -> None:
 def test_two_warpgroups(world: Callable[..., None], late: bool) -> None:
     world(late)
     check(LARGE, make_inputs(LARGE))
+
+
+@WORLDS
+@pytest.mark.parametrize("initial", [False, True])
+def test_coupled_while_the_part_before_is_walked(
+    world: Callable[..., None], monkeypatch: pytest.MonkeyPatch, late: bool, initial: bool
+) -> None:
+    world(late)
+    monkeypatch.setattr(forward, "SEGMENT", 2)
+    monkeypatch.setattr(forward, "processors", lambda device: 132)
+    case = replace(LARGE, T=300, B=2, initial_state=initial)
+    check(case, make_inputs(case))
 
 
 @WORLDS

@@ -12,25 +12,19 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Gradients
-from gdn.cut import parallel_length, pieces
+from gdn.cut import parallel_length, pieces, processors
 from gdn.problem import CHUNK, Call
 
 from .carry import carry
 from .constants import ROWS
 from .forward import gate_options, ready
 from .gradients import gradients
-from .launch import dtype_name, entries, together
+from .launch import beside, dtype_name, entries, rejoin, together
 from .reverse_scan import reverse_scan
 from .states import states
 
-_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _aside(device: torch.device) -> torch.cuda.Stream:
-    """A stream for what can run beside the caller's."""
-    if device not in _STREAMS:
-        _STREAMS[device] = torch.cuda.Stream(device)
-    return _STREAMS[device]
+TAKEN = 4
+"""Chunks that a program of `gradients` takes at most."""
 
 
 class Backward:
@@ -51,6 +45,9 @@ class Backward:
         self.pieces = self.sequences if self.length is None else pieces(call, self.length)
         self.offsets, cut = dtype_name(call.cu_seqlens, "int32"), self.length is not None
         self.v_first = call.state_v_first
+        # as many as multiprocessors, or more, lest the slowest of these has too much left to do
+        work = self.slots * H
+        self.programs = max(min(work, processors(call.q.device)), -(-work // TAKEN))
         self.scan = self.shape | {
             "offsets": self.offsets, "v_first": cut or call.state_v_first, "cut": cut,
         }  # fmt: skip
@@ -105,9 +102,7 @@ class Backward:
         begin, A_log, dt_bias = (None if x is None else x.float() for x in (begin, A_log, dt_bias))
 
         many = (self.sequences, self.pieces, self.length or 0)
-        here, aside = torch.cuda.current_stream(q.device), _aside(q.device)
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        with beside(q.device):
             first_states = walked[1] if walked else begin
             walk(k, v, factors, inverse, first_states, cu_seqlens, S, U, spans, *many)
         chunks = (q, k, do, factors, inverse)
@@ -121,10 +116,10 @@ class Backward:
             walks_back[2](*chunks, ends, cu_seqlens, dS, dv, None, call.scale, *many)
         else:
             walks_back[0](*chunks, end, cu_seqlens, dS, dv, first, call.scale, *many)
-        here.wait_stream(aside)
+        rejoin(q.device)
         finish(
             q, k, v, g, A_log, dt_bias, do, factors, U, S, dS, spans,
-            dq, dk, dv, dg, dbeta, *partial, call.scale,
+            dq, dk, dv, dg, dbeta, *partial, call.scale, self.programs,
         )  # fmt: skip
         state, dA_log, ddt_bias = (
             None if x is None or like is None else x.to(like.dtype)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gdn.backend import Forward
-from gdn.cut import parallel_length, pieces
+from gdn.cut import parallel_length, pieces, processors
+from gdn.memory import allocator
 from gdn.problem import CHUNK, Call
 
 from .carry import carry
 from .constants import ROWS
-from .launch import dtype_name, entries, together
+from .launch import beside, dtype_name, entries, rejoin, together
 from .prepare import prepare
 from .scan import scan
+
+SEGMENT, SEGMENTS = 32, 4
+"""Chunks of a segment at least, and segments at most."""
 
 
 def warpgroups(V: int, walks: int) -> int:
@@ -24,25 +27,38 @@ def warpgroups(V: int, walks: int) -> int:
     return 2 if V == 128 and walks > 66 else 1
 
 
-def saved_like(call: Call) -> list[Tensor]:
-    """Empty tensors for what forward hands on: of every chunk and value head G, beta and the
-    reciprocal norms of q and k, and the inverse that couples its tokens; and if pieces are walked
-    at the same time, what each does to a state, and the state that it begins with (`carry.py`)."""
+def segments(call: Call, walks: int) -> list[tuple[int, int]]:
+    """First chunk and number of chunks of the parts of every sequence that are coupled while the
+    one before is walked: several where `walks` programs leave multiprocessors idle, otherwise all
+    slots."""
+    slots, chunks = pieces(call, CHUNK), -(-call.q.shape[1] // CHUNK)
+    if call.cu_seqlens is not None or 4 * walks > 3 * processors(call.q.device):
+        return [(0, slots)]
+    span = max(SEGMENT, -(-chunks // SEGMENTS))
+    if span >= chunks:
+        return [(0, slots)]
+    return [(first, min(span, chunks - first)) for first in range(0, chunks, span)]
+
+
+def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """What forward hands on: of every chunk and value head G, beta and the reciprocal norms of q
+    and k, and the inverse that couples its tokens; and `walked_shapes`."""
     number, HV = pieces(call, CHUNK), call.v.shape[2]
-    saved = [
-        call.q.new_empty((number, HV, 4, CHUNK), dtype=torch.float32),
-        call.q.new_empty((number, HV, CHUNK, CHUNK)),
+    return [
+        ((number, HV, 4, CHUNK), torch.float32),
+        ((number, HV, CHUNK, CHUNK), call.q.dtype),
+        *walked_shapes(call),
     ]
-    return saved + walked_like(call, parallel_length(call, ROWS))
 
 
-def walked_like(call: Call, length: int | None) -> list[Tensor]:
-    """Empty tensors for what pieces of `length` tokens do to a state, and what they begin with."""
+def walked_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """If pieces are walked at the same time, what each does to a state, and the state that it
+    begins with (`carry.py`)."""
+    length = parallel_length(call, ROWS)
     if length is None:
         return []
     number, (HV, V), K = pieces(call, length), call.v.shape[2:], call.q.shape[3]
-    sizes = ((number, HV, rows, K) for rows in (V + K, V))
-    return [call.q.new_empty(size, dtype=torch.float32) for size in sizes]
+    return [((number, HV, rows, K), torch.float32) for rows in (V + K, V)]
 
 
 def gate_options(call: Call) -> dict[str, Any]:
@@ -65,13 +81,31 @@ def ready(x: Any) -> Any:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def all_ready(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`ready` for each; in one loop where, as usual, all are."""
+    for x in tensors:
+        if x is not None and (x.data_ptr() % 16 or not x.is_contiguous()):
+            return tuple(map(ready, tensors))
+    return tensors
+
+
 class Plan:
     """All that calls of one kind (shapes, dtypes, device, options) have in common."""
 
     def __init__(self, call: Call) -> None:
         K, (HV, V) = call.q.shape[3], call.v.shape[2:]
-        self.sequences, self.state = call.sequences, call.state_shape
-        self.slots, self.length = pieces(call, CHUNK), parallel_length(call, ROWS)
+        self.sequences, self.length = call.sequences, parallel_length(call, ROWS)
+        exact = (call.initial_state, call.A_log, call.dt_bias)
+        self.casts = any(x is not None and x.dtype != torch.float32 for x in exact)
+        slots, low, device = pieces(call, CHUNK), call.q.dtype, call.q.device
+        self.new_o = allocator(call.v.shape, low, device)
+        self.new_end = allocator(call.state_shape, torch.float32, device)
+        self.new_matrices = allocator((slots, HV, 2, CHUNK, CHUNK), low, device)
+        self.new_walk = allocator((slots, HV, 4, CHUNK), torch.float32, device)
+        self.new_saved = {
+            save: [allocator(*kind, device) for kind in shapes(call)]
+            for save, shapes in ((False, walked_shapes), (True, saved_shapes))
+        }
         shared = {
             "dtype": dtype_name(call.q),
             "offsets": dtype_name(call.cu_seqlens, "int32"),
@@ -87,9 +121,17 @@ class Plan:
         }
         self.walks: list[tuple[Any, dict[str, Any]]]
         common = {"dtype": shared["dtype"], "transfer": False}
+        self.segments = [(0, slots)]
         if self.length is None:
             several = warpgroups(V, self.sequences * HV)
-            self.walks = [(scan, walk | common | {"warpgroups": several, "cut": False})]
+            common |= {"warpgroups": several, "cut": False}
+            self.segments = segments(call, self.sequences * HV * V // (ROWS * several))
+            self.walks = [(scan, walk | common)]
+            if len(self.segments) > 1:
+                handed = walk | common | {"final": True}
+                self.walks = [(scan, handed)]
+                if call.initial_state is None:
+                    self.walks += [(scan, handed | {"initial": True})]
         else:
             self.pieces = pieces(call, self.length)
             common |= {"warpgroups": 1, "cut": True}
@@ -104,34 +146,45 @@ class Plan:
 
     def forward(self, call: Call, save: bool) -> Forward:
         """See `gdn.backend.Backend.forward`."""
-        HV, new_empty = call.v.shape[2], call.q.new_empty
-        q, k, v, g, beta = (ready(x) for x in call[:5])
-        begin, A_log, dt_bias = (
-            None if x is None else ready(x.float())
-            for x in (call.initial_state, call.A_log, call.dt_bias)
-        )
-        cu_seqlens = ready(call.cu_seqlens)
-        o = torch.empty_like(v)
-        end = new_empty(self.state, dtype=torch.float32) if call.output_final_state else None
-        matrices = new_empty((self.slots, HV, 2, CHUNK, CHUNK))
-        walk = new_empty((self.slots, HV, 4, CHUNK), dtype=torch.float32)
-        saved = saved_like(call) if save else walked_like(call, self.length)
+        given: Any = call[:9]
+        if self.casts:
+            exact = (None if x is None else x.float() for x in given[5:8])
+            given = (*given[:5], *exact, given[8])
+        q, k, v, g, beta, begin, A_log, dt_bias, cu_seqlens = all_ready(given)
+        o = self.new_o()
+        end = self.new_end() if call.output_final_state else None
+        matrices, walk = self.new_matrices(), self.new_walk()
+        saved = [new() for new in self.new_saved[save]]
         if save and cu_seqlens is not None:
             for x in saved[:2]:
                 x.zero_()  # numbers of chunks may stay unused
         if save not in self.runs:
             self.runs[save] = entries(self.kernels(save))
         prepare_chunks, *walks = self.runs[save]
-        prepare_chunks(
+        coupled = (
             q, k, g, beta, A_log, dt_bias, cu_seqlens, matrices, walk,
-            *(saved[:2] if save else (None, None)), self.sequences, call.scale,
+            *(saved[:2] if save else (None, None)), self.sequences,
         )  # fmt: skip
         tensors, N = (q, k, v, matrices, walk), self.sequences
+        if len(self.segments) > 1:
+            state = begin
+            into = self.new_end() if end is None else end
+            for first, span in self.segments:
+                prepare_chunks(*coupled, N * span, first, span, call.scale)
+                with beside(q.device):
+                    run = walks[0 if first == 0 else -1]
+                    part = (span * CHUNK, 0, first * CHUNK)
+                    run(*tensors, state, cu_seqlens, o, into, N, N, *part)
+                state = into
+            rejoin(q.device)
+            return Forward(o, end, saved if save else [])
+        ((_, number),) = self.segments
+        prepare_chunks(*coupled, number, 0, number, call.scale)
         if self.length is None:
-            walks[0](*tensors, begin, cu_seqlens, o, end, N, N, 0, 0)
+            walks[0](*tensors, begin, cu_seqlens, o, end, N, N, q.shape[1], 0, 0)
         else:
             many, (walked, begins) = (N, self.pieces, self.length), saved[-2:]
-            walks[0](*tensors, begin, cu_seqlens, o, walked, *many, int(save))
+            walks[0](*tensors, begin, cu_seqlens, o, walked, *many, int(save), 0)
             walks[1](walked, None, begins, begin, None, cu_seqlens, N, q.shape[1], self.length)
-            walks[2](*tensors, begins, cu_seqlens, o, end, *many, 0)
+            walks[2](*tensors, begins, cu_seqlens, o, end, *many, 0, 0)
         return Forward(o, end, saved if save else [])

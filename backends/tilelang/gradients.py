@@ -1,9 +1,10 @@
-"""The last stage of backward, a program a chunk and q/k head: all gradients but the states'.
+"""The last stage of backward, chunk by chunk of every q/k head: all gradients but the states'.
 
 One or two warpgroups take 64 columns of K each (`through_states.py`), one the pairs of tokens
-(`within_chunk.py`) and, while the next value head is on its way, what is left of a token's own
-(`per_token.py`); of the last one's warps one loads, and two write dv. dq and dk are summed over the
-value heads of the q/k head in registers, in order, so that runs are bit-equal.
+(`within_chunk.py`); of the last one's warps one loads, one finishes what is a token's own
+(`per_token.py`), and two write dv. dq and dk are summed over the value heads of the q/k head in
+registers, in order, so that runs are bit-equal. A program stays on its multiprocessor and takes
+every so many chunks: while it finishes one, the next is on its way.
 
 Reads q, k, v, g, dO, `factors`, U^T, S^T, dS^T and, in dv's place, R; writes dq, dk, dv, dg, dbeta
 and the partial sums for A_log and dt_bias.
@@ -15,6 +16,21 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
+from .gradient_memory import (
+    AT,
+    BATCH,
+    DONE,
+    HEADS,
+    KEY_HEAD,
+    LIVE,
+    SLOT,
+    Barriers,
+    Memory,
+    clear_dead,
+    find_chunk,
+    load_rows,
+    load_state,
+)
 from .launch import kernel
 from .per_token import store_gates, store_values
 from .sums import PRELUDE
@@ -28,75 +44,20 @@ from .through_states import (
     through_states,
     within_chunk,
 )
-from .within_chunk import Pairs, couple_reads, couple_writes, hand_over, multiply_keys
+from .within_chunk import (
+    Pairs,
+    couple_reads,
+    couple_writes,
+    hand_over,
+    keep_norms,
+    multiply_keys,
+)
 
-DEAD, TILES, COLUMNS_ALL = range(1, 4)
+DEAD, TILES, COLUMNS_ALL, PAIRS = range(1, 5)
 """Named barriers."""
-
-
-class Memory:
-    """Shared memory: operands in blocks of 64 columns of K; and, for even and odd value heads, what
-    is there of tokens and what warpgroups tell each other."""
-
-    def __init__(self, K: int, V: int, dtype: str) -> None:
-        blocks = K // COLUMNS
-        self.q, self.k = (T.alloc_shared((blocks, C, COLUMNS), dtype) for _ in range(2))
-        self.do, self.R = (T.alloc_shared((2, C, V), dtype) for _ in range(2))
-        self.U = T.alloc_shared((2, V, C), dtype)
-        self.S, self.dS = (T.alloc_shared((blocks, V, COLUMNS), dtype) for _ in range(2))
-        # what pairs of tokens owe each other takes the states' place, when nobody needs them
-        fits = blocks * V == 4 * C
-        tiles = self.S if fits else T.alloc_shared((2, 2 * C, C), dtype)
-        self.F_q, self.F_k = tiles[0, 0:C, :], tiles[0, C : 2 * C, :]
-        self.D, self.D_turned = tiles[1, 0:C, :], tiles[1, C : 2 * C, :]
-        self.kk, self.qk = (T.alloc_shared((C * C,), dtype) for _ in range(2))
-        self.factors = T.alloc_shared((2, 4, C), "float32")
-        self.dots = T.alloc_shared((2, 5, blocks, C), "float32")
-        self.rows = T.alloc_shared((2, 2, C), "float32")
-        self.columns = T.alloc_shared((2, 2, 4, C), "float32")
-        self.along, self.weak = (T.alloc_shared((2, C), "float32") for _ in range(2))
-        self.carried = T.alloc_shared((2, 4 * blocks), "float32")
-
-
-class Barriers:
-    """Of what is loaded, once and for every value head, and used up; of what is told, likewise."""
-
-    def __init__(self, columns: int) -> None:
-        self.keys, self.before, self.after = (T.alloc_barrier(32) for _ in range(3))
-        self.tokens = T.alloc_barrier([32] * 2)
-        self.before_free, self.after_free = (T.alloc_barrier(columns) for _ in range(2))
-        everyone = columns + 128 + 64
-        self.free, self.told = (T.alloc_barrier([everyone] * 2) for _ in range(2))
-        self.used = T.alloc_barrier([32] * 2)
-
-
-@T.macro
-def clear_dead(x: Any, live: Any) -> None:
-    """Zero the rows past the end of the sequence: they may hold anything, NaN too."""
-    for b, i, j in T.Parallel(*x.shape):
-        if i >= live:
-            x[b, i, j] = 0
-
-
-@T.macro
-def load_rows(x: Any, into: Any, full: Any, batch: Any, at: Any, kh: Any) -> None:
-    """The chunk's rows of q or k, in blocks, by one warp that has yet to arrive."""
-    for b in T.unroll(into.shape[0]):
-        T.tma_copy(
-            x[batch, at : at + C, kh, b * COLUMNS : b * COLUMNS + COLUMNS],
-            into[b, :, :], barrier=full, leader_scope_threads=32,
-        )  # fmt: skip
-
-
-@T.macro
-def load_state(x: Any, into: Any, full: Any, slot: Any, head: Any) -> None:
-    """S or dS, in blocks, by one warp."""
-    for b in T.unroll(into.shape[0]):
-        T.tma_copy(
-            x[slot, head, :, b * COLUMNS : b * COLUMNS + COLUMNS],
-            into[b, :, :], barrier=full, leader_scope_threads=32,
-        )  # fmt: skip
-    T.barrier_arrive(full)
+REGISTERS = {1: (216, 240, 56), 2: (160, 136, 56)}
+"""Registers a thread of those who take columns, who take pairs, and of the others, by the number of
+blocks of columns."""
 
 
 @kernel(own_barriers=True)
@@ -110,30 +71,143 @@ def gradients(
     blocks = K // COLUMNS
     columns = 128 * blocks
     consumers = columns + 128
-    registers = (160, 160, 32) if blocks == 2 else (232, 240, 32)
+    registers = REGISTERS[blocks]
 
     @T.macro
-    def take_columns(q, k, dq, dk, m, bars, h, batch, at, live, kh, scale, thread):
+    def take_columns(dq, dk, spans, m, bars, h, place, first, programs, scale, thread):
         c = Columns(dtype)
-        T.clear(c.dq)
-        T.clear(c.dk)
-        T.barrier_wait(bars.keys, 0)
-        for g in T.serial(group):
-            T.barrier_wait(bars.tokens[g % 2], g // 2 % 2)
-            if live < C:
-                T.sync_threads(DEAD, consumers)
-            through_states(m, c, bars, h, g, scale, thread)
-            T.barrier_arrive(bars.told[g % 2])
-            T.barrier_arrive(bars.free[g % 2])
-        T.sync_threads(TILES, consumers)
-        within_chunk(m, c, h)
-        if l2:
-            through_norm(m.q, c.dq, c, m, 2, SQUARE_Q, h, thread, COLUMNS_ALL)
-            through_norm(m.k, c.dk, c, m, 3, SQUARE_K, h, thread, COLUMNS_ALL)
-        store_columns(c.dq, c.half, m.q, dq, h, batch, at, live, kh, thread, COLUMNS_ALL)
-        store_columns(c.dk, c.half, m.k, dk, h, batch, at, live, kh, thread, COLUMNS_ALL)
-        if thread < 32:
-            T.tma_store_wait(0)
+        for step in T.serial(T.ceildiv(slots * H - first, programs)):
+            find_chunk(first + step * programs, spans, L, H, place, varlen)
+            if place[LIVE] > 0:
+                T.clear(c.dq)
+                T.clear(c.dk)
+                T.barrier_wait(bars.keys, place[DONE] % 2)
+                for g in T.serial(group):
+                    r = place[HEADS] + g
+                    T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
+                    if place[LIVE] < C:
+                        T.sync_threads(DEAD, consumers)
+                    through_states(m, c, bars, h, r, scale, thread)
+                    T.barrier_arrive(bars.told[r % 2])
+                    T.barrier_arrive(bars.free[r % 2])
+                T.sync_threads(TILES, consumers)
+                within_chunk(m, c, h)
+                if l2:
+                    even = place[DONE] % 2
+                    through_norm(m.q, c.dq, c, m, even, 0, SQUARE_Q, h, thread, COLUMNS_ALL)
+                    through_norm(m.k, c.dk, c, m, even, 1, SQUARE_K, h, thread, COLUMNS_ALL)
+                T.barrier_arrive(bars.keys_free)
+                store_columns(
+                    c, m, dq, dk, h, place[BATCH], place[AT], place[LIVE], place[KEY_HEAD], thread,
+                    COLUMNS_ALL,
+                )  # fmt: skip
+                T.barrier_arrive(bars.stored)
+                place[DONE] += 1
+                place[HEADS] += group
+
+    @T.macro
+    def take_pairs(spans, m, bars, place, first, programs, scale, thread):
+        p = Pairs(dtype)
+        for step in T.serial(T.ceildiv(slots * H - first, programs)):
+            find_chunk(first + step * programs, spans, L, H, place, varlen)
+            live = place[LIVE]
+            if live > 0:
+                T.clear(p.F)
+                T.clear(p.D)
+                T.barrier_wait(bars.keys, place[DONE] % 2)
+                if live < C:
+                    clear_dead(m.q, live)
+                    clear_dead(m.k, live)
+                for g in T.serial(group):
+                    r = place[HEADS] + g
+                    b = r % 2
+                    T.barrier_wait(bars.tokens[b], r // 2 % 2)
+                    if live < C:
+                        for i, j in T.Parallel(C, V):
+                            if i >= live:
+                                m.do[b, i, j] = 0
+                                m.R[b, i, j] = 0
+                        T.fence_proxy_async()
+                        T.sync_threads(DEAD, consumers)
+                    if g == 0:
+                        keep_norms(m, b, place[DONE] % 2, thread)
+                        T.sync_threads(PAIRS, 128)
+                        multiply_keys(m, p, place[DONE] % 2, scale)
+                    couple_writes(m, p, b, thread)
+                    couple_reads(m, p, b, thread)
+                    T.barrier_arrive(bars.told[b])
+                    T.barrier_arrive(bars.free[b])
+                T.barrier_wait(bars.before_free, (place[HEADS] + group - 1) % 2)
+                T.barrier_wait(bars.stored, place[DONE] % 2 ^ 1)
+                hand_over(m, p, place[DONE] % 2, scale)
+                T.sync_threads(TILES, consumers)
+                place[DONE] += 1
+                place[HEADS] += group
+
+    @T.macro
+    def load(q, k, do, dv, factors, U, S, dS, spans, m, bars, place, first, programs):
+        for step in T.serial(T.ceildiv(slots * H - first, programs)):
+            find_chunk(first + step * programs, spans, L, H, place, varlen)
+            batch, at, slot, kh = place[BATCH], place[AT], place[SLOT], place[KEY_HEAD]
+            if place[LIVE] > 0:
+                for g in T.serial(group):
+                    head, r = kh * group + g, place[HEADS] + g
+                    b = r % 2
+                    T.barrier_wait(bars.free[b], r // 2 % 2 ^ 1)
+                    T.barrier_wait(bars.used[b], r // 2 % 2 ^ 1)
+                    for source, target in (
+                        (do[batch, at : at + C, head, :], m.do[b, :, :]),
+                        (dv[batch, at : at + C, head, :], m.R[b, :, :]),
+                        (U[slot, head, :, :], m.U[b, :, :]),
+                        (factors[slot, head, :, :], m.factors[b, :, :]),
+                    ):
+                        T.tma_copy(source, target, barrier=bars.tokens[b], leader_scope_threads=32)
+                    T.barrier_arrive(bars.tokens[b])
+                    T.barrier_wait(bars.after_free, r % 2 ^ 1)
+                    load_state(dS, m.dS, bars.after, slot, head)
+                    if g == 0:
+                        T.barrier_wait(bars.keys_free, place[DONE] % 2 ^ 1)
+                        load_rows(q, m.q, bars.keys, batch, at, kh)
+                        load_rows(k, m.k, bars.keys, batch, at, kh)
+                        T.barrier_arrive(bars.keys)
+                        T.barrier_wait(bars.stored, place[DONE] % 2 ^ 1)
+                    T.barrier_wait(bars.before_free, r % 2 ^ 1)
+                    load_state(S, m.S, bars.before, slot, head)
+                place[DONE] += 1
+                place[HEADS] += group
+
+    @T.macro
+    def finish(g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, spans, m, bars, place, first,
+               programs, scale, lane):  # fmt: skip
+        for step in T.serial(T.ceildiv(slots * H - first, programs)):
+            find_chunk(first + step * programs, spans, L, H, place, varlen)
+            if place[LIVE] > 0:
+                for number in T.serial(group):
+                    r = place[HEADS] + number
+                    T.barrier_wait(bars.told[r % 2], r // 2 % 2)
+                    store_gates(
+                        m, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, r % 2, place[BATCH],
+                        place[AT], place[LIVE], place[SLOT], place[KEY_HEAD] * group + number,
+                        scale, lane, gate, bias, sigmoid, double,
+                    )  # fmt: skip
+                    T.barrier_arrive(bars.used[r % 2])
+                place[HEADS] += group
+
+    @T.macro
+    def write_values(v, dv, spans, m, bars, place, first, programs, thread):
+        for step in T.serial(T.ceildiv(slots * H - first, programs)):
+            find_chunk(first + step * programs, spans, L, H, place, varlen)
+            if place[LIVE] > 0:
+                for g in T.serial(group):
+                    r = place[HEADS] + g
+                    T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
+                    store_values(
+                        m, v, dv, r % 2, place[BATCH], place[AT], place[LIVE],
+                        place[KEY_HEAD] * group + g, thread,
+                    )  # fmt: skip
+                    T.barrier_arrive(bars.told[r % 2])
+                    T.barrier_arrive(bars.free[r % 2])
+                place[HEADS] += group
 
     @T.prim_func
     def gradients_kernel(
@@ -146,92 +220,31 @@ def gradients(
         dq: T.Tensor((B, L, H, K), dtype), dk: T.Tensor((B, L, H, K), dtype),
         dv: T.Tensor((B, L, HV, V), dtype), dg: T.Tensor((B, L, HV), gates),
         dbeta: T.Tensor((B, L, HV), strengths), dA_log: T.Tensor((partial, HV), "float32"),
-        ddt_bias: T.Tensor((partial, HV), "float32"), scale: T.float32,
+        ddt_bias: T.Tensor((partial, HV), "float32"), scale: T.float32, programs: T.int32,
     ):  # fmt: skip
-        with T.Kernel(slots, H, threads=consumers + 128, prelude=PRELUDE) as (slot, kh):
-            place = T.alloc_local((3,), "int32")  # kept, so that no access divides again
-            place[0] = 0 if varlen else slot // T.ceildiv(L, C)
-            place[1] = spans[slot, 0] if varlen else slot % T.ceildiv(L, C) * C
-            place[2] = spans[slot, 1] if varlen else L - place[1]
-            batch, at, live = place[0], place[1], place[2]
+        with T.Kernel(programs, threads=(128, blocks + 2), prelude=PRELUDE) as first:
+            place = T.alloc_local((7,), "int32")  # kept, so that no access divides again
+            place[DONE] = 0
+            place[HEADS] = 0
             m = Memory(K, V, dtype)
             bars = Barriers(columns)
-            tx = T.get_thread_binding()
-            if live > 0:
-                if tx < 128:
-                    T.set_max_nreg(registers[0], 1)
-                    take_columns(q, k, dq, dk, m, bars, 0, batch, at, live, kh, scale, tx)
-                elif tx < columns:
-                    T.set_max_nreg(registers[0], 1)
-                    take_columns(q, k, dq, dk, m, bars, 1, batch, at, live, kh, scale, tx - 128)
-                elif tx < consumers:
-                    T.set_max_nreg(registers[1], 1)
-                    p = Pairs(dtype)
-                    T.clear(p.F)
-                    T.clear(p.D)
-                    T.barrier_wait(bars.keys, 0)
-                    if live < C:
-                        clear_dead(m.q, live)
-                        clear_dead(m.k, live)
-                    for number in T.serial(group):
-                        T.barrier_wait(bars.tokens[number % 2], number // 2 % 2)
-                        if live < C:
-                            for i, j in T.Parallel(C, V):
-                                if i >= live:
-                                    m.do[number % 2, i, j] = 0
-                                    m.R[number % 2, i, j] = 0
-                            T.fence_proxy_async()
-                            T.sync_threads(DEAD, consumers)
-                        if number == 0:
-                            multiply_keys(m, p)
-                        couple_writes(m, p, number % 2, tx - columns)
-                        couple_reads(m, p, number % 2, scale, tx - columns)
-                        T.barrier_arrive(bars.told[number % 2])
-                        T.barrier_arrive(bars.free[number % 2])
-                        if tx < columns + 32:  # while the next value head's operands come
-                            T.barrier_wait(bars.told[number % 2], number // 2 % 2)
-                            store_gates(
-                                m, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias,
-                                number % 2, batch, at, live, slot, kh * group + number, scale,
-                                tx - columns, gate, bias, sigmoid, double,
-                            )  # fmt: skip
-                            T.barrier_arrive(bars.used[number % 2])
-                    T.barrier_wait(bars.before_free, (group - 1) % 2)
-                    hand_over(m, p)
-                    T.sync_threads(TILES, consumers)
+            tx, role = T.get_thread_binding(0), T.get_thread_binding(1)
+            if role < blocks:
+                T.set_max_nreg(registers[0], 1)
+                take_columns(dq, dk, spans, m, bars, role, place, first, programs, scale, tx)
+            elif role == blocks:
+                T.set_max_nreg(registers[1], 1)
+                take_pairs(spans, m, bars, place, first, programs, scale, tx)
+            else:
+                T.set_max_nreg(registers[2], 0)
+                if tx < 32:
+                    load(q, k, do, dv, factors, U, S, dS, spans, m, bars, place, first, programs)
+                elif tx < 64:
+                    finish(
+                        g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, spans, m, bars, place,
+                        first, programs, scale, tx - 32,
+                    )  # fmt: skip
                 else:
-                    T.set_max_nreg(registers[2], 0)
-                    if tx < consumers + 32:
-                        load_rows(q, m.q, bars.keys, batch, at, kh)
-                        load_rows(k, m.k, bars.keys, batch, at, kh)
-                        T.barrier_arrive(bars.keys)
-                        for number in T.serial(group):
-                            head = kh * group + number
-                            T.barrier_wait(bars.free[number % 2], number // 2 % 2 ^ 1)
-                            T.barrier_wait(bars.used[number % 2], number // 2 % 2 ^ 1)
-                            for source, target in (
-                                (do[batch, at : at + C, head, :], m.do[number % 2, :, :]),
-                                (dv[batch, at : at + C, head, :], m.R[number % 2, :, :]),
-                                (U[slot, head, :, :], m.U[number % 2, :, :]),
-                                (factors[slot, head, :, :], m.factors[number % 2, :, :]),
-                            ):
-                                T.tma_copy(
-                                    source, target, barrier=bars.tokens[number % 2],
-                                    leader_scope_threads=32,
-                                )  # fmt: skip
-                            T.barrier_arrive(bars.tokens[number % 2])
-                            T.barrier_wait(bars.after_free, number % 2 ^ 1)
-                            load_state(dS, m.dS, bars.after, slot, head)
-                            T.barrier_wait(bars.before_free, number % 2 ^ 1)
-                            load_state(S, m.S, bars.before, slot, head)
-                    elif tx >= consumers + 64:
-                        for number in T.serial(group):
-                            T.barrier_wait(bars.tokens[number % 2], number // 2 % 2)
-                            store_values(
-                                m, v, dv, number % 2, batch, at, live, kh * group + number,
-                                tx - consumers - 64,
-                            )  # fmt: skip
-                            T.barrier_arrive(bars.told[number % 2])
-                            T.barrier_arrive(bars.free[number % 2])
+                    write_values(v, dv, spans, m, bars, place, first, programs, tx - 64)
 
     return gradients_kernel

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
 os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
 
 import tilelang
+import torch
 from tilelang import PassConfigKey
 from torch import Tensor
 
@@ -30,6 +32,25 @@ _OWN_BARRIERS = _FAST | {
     PassConfigKey.TL_DISABLE_SHARED_MEMORY_REUSE: True,
     PassConfigKey.TL_DISABLE_BUFFER_INIT_CHECK: True,  # it cannot tell that nobody reads the result
 }
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """What is launched in this context follows what has been launched and runs beside what will be,
+    up to `rejoin`; it comes first where both want a multiprocessor."""
+    aside = _aside(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        yield
+
+
+def rejoin(device: torch.device) -> None:
+    torch.cuda.current_stream(device).wait_stream(_aside(device))
 
 
 def dtype_name(x: Tensor | None, otherwise: str = "") -> str:

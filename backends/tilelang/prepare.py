@@ -41,12 +41,15 @@ def prepare(
         cu_seqlens: T.Tensor((N + 1,), offsets), matrices: T.Tensor((slots, HV, 2, C, C), dtype),
         walk: T.Tensor((slots, HV, 4, C), "float32"),
         factors: T.Tensor((slots, HV, 4, C), "float32"),
-        inverses: T.Tensor((slots, HV, C, C), dtype), sequences: T.int32, scale: T.float32,
+        inverses: T.Tensor((slots, HV, C, C), dtype), sequences: T.int32, number: T.int32,
+        first: T.int32, span: T.int32, scale: T.float32,
     ):  # fmt: skip
-        with T.Kernel(slots * HV, threads=128, prelude=PRELUDE) as program:
+        """number: how many chunks; span: how many of each sequence, from its chunk `first` on."""
+        with T.Kernel(number * HV, threads=128, prelude=PRELUDE) as program:
             T.annotate_min_blocks_per_sm(4)
             place = T.alloc_local((6,), "int32")  # kept, so that no access divides again
             place[3] = program // HV
+            place[3] = place[3] // span * T.ceildiv(L, C) + first + place[3] % span
             place[4] = program % HV
             place[5] = program % HV // (HV // H)
             slot, head, kh = place[3], place[4], place[5]

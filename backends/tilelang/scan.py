@@ -97,7 +97,7 @@ def scan(
     final."""
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
-    width, carriers, output = ROWS * warpgroups, 128 * warpgroups, not transfer
+    width, output = ROWS * warpgroups, not transfer
     registers = (240, 24) if warpgroups == 2 else (224, 32)
     stages = 2 if cut and output else 3
     rows = V if output else V + K
@@ -176,11 +176,14 @@ def scan(
         begin: T.Tensor((N, HV, *begin_shape), "float32"),
         cu_seqlens: T.Tensor((bounds,), offsets), o: T.Tensor((B, L, HV, V), dtype),
         end: T.Tensor((M, HV, *end_shape), "float32"), sequences: T.int32,
-        pieces: T.int32, length: T.int32, backward: T.int32,
+        pieces: T.int32, length: T.int32, backward: T.int32, skipped: T.int32,
     ):  # fmt: skip
         """length: tokens of a piece; sequences, pieces: how many; backward: whether what the first
-        and the last piece do to a state is wanted too."""
-        with T.Kernel(pieces * HV * blocks, threads=carriers + 128, prelude=PRELUDE) as program:
+        and the last piece do to a state is wanted too. Not cut: length tokens of each sequence,
+        after the skipped ones."""
+        with T.Kernel(
+            pieces * HV * blocks, threads=(128, warpgroups + 1), prelude=PRELUDE
+        ) as program:
             T.annotate_min_blocks_per_sm(3 - warpgroups)
             place = T.alloc_local((10,), "int32")  # kept, so that no access divides again
             place[4] = program // (HV * blocks)
@@ -188,6 +191,10 @@ def scan(
             place[6] = program // blocks % HV // (HV // H)
             first = program % blocks * width
             span(place[4], cu_seqlens, sequences, L, length, place, varlen, cut)
+            if not cut:
+                place[1] += skipped
+                place[2] = T.min(place[2], place[1] + length)
+                place[3] += skipped // C
             place[9] = T.ceildiv(T.max(place[2] - place[1], 0), C)
             if cut:
                 number_within(cu_seqlens, L, length, place, varlen)
@@ -202,17 +209,15 @@ def scan(
             m = Memory(K, stages, warpgroups, dtype, output)
             full = T.alloc_barrier([32] * (stages + 1))  # the last is P's
             free = T.alloc_barrier([32 * warpgroups] * (stages + 1))
-            tx = T.get_thread_binding()
+            tx, role = T.get_thread_binding(0), T.get_thread_binding(1)
 
-            if tx < 128:
+            if role < warpgroups:
                 T.set_max_nreg(registers[0], 1)
-                carry(begin, o, end, m, full, free, place, first, chunks, 0, tx)
-            elif tx < carriers:
-                T.set_max_nreg(registers[0], 1)
-                carry(begin, o, end, m, full, free, place, first + ROWS, chunks, 1, tx - 128)
+                wg = role if warpgroups > 1 else 0
+                carry(begin, o, end, m, full, free, place, first + wg * ROWS, chunks, wg, tx)
             else:
                 T.set_max_nreg(registers[1], 0)
-                if tx < carriers + 32:
+                if tx < 32:
                     for chunk in T.serial(chunks):
                         s = chunk % stages
                         T.barrier_wait(free[s], chunk // stages % 2 ^ 1)

@@ -27,16 +27,27 @@ template <int N> __device__ __forceinline__ void gdn_sum_rows(const float *x, vo
     to[threadIdx.x / 4 % 8 + 8] = lower;
   }
 }
-template <int N> __device__ __forceinline__ void gdn_sum_columns(const float *x, void *into) {
-  float *to = static_cast<float *>(into);
+// Of lanes that hold the same columns, each sends the half that it does not keep.
+template <int HALF, int LANES>
+__device__ __forceinline__ void gdn_halve(float *sums, int &first) {
+  bool upper = threadIdx.x & LANES;
 #pragma unroll
-  for (int n = 0; n < N / 4; ++n) {
-    float sum = x[n / 2 * 4 + n % 2] + x[n / 2 * 4 + n % 2 + 2];
-#pragma unroll
-    for (int lanes = 4; lanes < 32; lanes *= 2)
-      sum += __shfl_xor_sync(0xffffffff, sum, lanes);
-    if (threadIdx.x % 32 < 4) to[n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2] = sum;
+  for (int n = 0; n < HALF; ++n) {
+    float sent = upper ? sums[n] : sums[n + HALF], kept = upper ? sums[n + HALF] : sums[n];
+    sums[n] = kept + __shfl_xor_sync(0xffffffff, sent, LANES);
   }
+  first += upper ? HALF * 4 : 0;
+}
+template <int N> __device__ __forceinline__ void gdn_sum_columns(const float *x, void *into) {
+  float sums[N / 4];
+#pragma unroll
+  for (int n = 0; n < N / 4; ++n) sums[n] = x[n / 2 * 4 + n % 2] + x[n / 2 * 4 + n % 2 + 2];
+  int first = threadIdx.x % 4 * 2;
+  gdn_halve<N / 8, 4>(sums, first);
+  gdn_halve<N / 16, 8>(sums, first);
+  gdn_halve<N / 32, 16>(sums, first);
+#pragma unroll
+  for (int n = 0; n < N / 32; ++n) static_cast<float *>(into)[first + n] = sums[n];
 }
 template <class T> struct alignas(4 * sizeof(T)) GdnFour { T x[4]; };
 template <class T, int N>

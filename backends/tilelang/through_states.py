@@ -92,14 +92,14 @@ def multiply_states(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
 
 
 @T.macro
-def through_states(m: Any, c: Any, bars: Any, h: Any, g: Any, scale: Any, thread: Any) -> None:
-    """One value head, number g of its group."""
-    b = g % 2
-    T.barrier_wait(bars.after, g % 2)
+def through_states(m: Any, c: Any, bars: Any, h: Any, r: Any, scale: Any, thread: Any) -> None:
+    """One value head, the program's number r."""
+    b = r % 2
+    T.barrier_wait(bars.after, r % 2)
     T.wgmma_gemm(m.U[b, :, :], m.dS[h, :, :], c.one, transpose_A=True, clear_accum=True)
     T.wait_wgmma(0)
     fold_written(m, c, b, h, thread)
-    T.barrier_wait(bars.before, g % 2)
+    T.barrier_wait(bars.before, r % 2)
     T.wgmma_gemm(m.do[b, :, :], m.S[h, :, :], c.one, clear_accum=True)
     multiply_states(m, c, b, h, thread)
     T.wait_wgmma(0)
@@ -113,17 +113,16 @@ def through_states(m: Any, c: Any, bars: Any, h: Any, g: Any, scale: Any, thread
 
 @T.macro
 def through_norm(
-    x: Any, dx: Any, c: Any, m: Any, norm: Any, which: Any, h: Any, thread: Any, sync: Any
+    x: Any, dx: Any, c: Any, m: Any, b: Any, norm: int, which: int, h: Any, thread: Any, sync: Any
 ) -> None:
-    """dx, the gradient of r x, to that of x; r = 1 / sqrt(sum x^2 + eps) is a row of factors, the
-    same for all value heads."""
+    """dx, the gradient of r x, to that of x; r = 1 / sqrt(sum x^2 + eps) is m.norms[b, norm]."""
     T.copy(x[h, :, :], c.half)
     for i, j in T.Parallel(C, COLUMNS):
         c.one[i, j] = dx[i, j] * c.half[i, j]
     sum_rows(c.one, T.address_of(m.dots[0, which, h, thread // 32 * 16]))
     T.sync_threads(sync, m.q.shape[0] * 128)
     for i, j in T.Parallel(C, COLUMNS):
-        r = m.factors[0, norm, i]
+        r = m.norms[b, norm, i]
         dx[i, j] = r * (dx[i, j] - r * r * sum_over(m, 0, which, i) * c.half[i, j])
 
 
@@ -139,23 +138,32 @@ def within_chunk(m: Any, c: Any, h: Any) -> None:
 
 @T.macro
 def store_columns(
-    value: Any, half: Any, staged: Any, out: Any, h: Any, batch: Any, at: Any, live: Any, kh: Any,
+    c: Any, m: Any, dq: Any, dk: Any, h: int, batch: Any, at: Any, live: Any, kh: Any,
     thread: Any, sync: Any,
 ) -> None:  # fmt: skip
-    """64 columns of dq or dk, by way of staged[h], whose rows nobody needs any more."""
-    T.copy(value, half)
-    T.sync_threads(sync, staged.shape[0] * 128)
-    T.copy(half, staged[h, :, :])
+    """64 columns of dq and dk, by way of m.tiles, which nobody needs any more."""
+    T.sync_threads(sync, m.q.shape[0] * 128)
+    T.copy(c.dq, c.half)
+    T.copy(c.half, m.tiles[0, h * C : h * C + C, :])
+    T.copy(c.dk, c.half)
+    T.copy(c.half, m.tiles[1, h * C : h * C + C, :])
     T.fence_proxy_async()
-    T.sync_threads(sync, staged.shape[0] * 128)
+    T.sync_threads(sync, m.q.shape[0] * 128)
     if live >= C:
         if thread < 32:
             T.tma_copy(
-                staged[h, :, :],
-                out[batch, at : at + C, kh, h * COLUMNS : h * COLUMNS + COLUMNS],
+                m.tiles[0, h * C : h * C + C, :],
+                dq[batch, at : at + C, kh, h * COLUMNS : h * COLUMNS + COLUMNS],
                 leader_scope_threads=32,
             )
+            T.tma_copy(
+                m.tiles[1, h * C : h * C + C, :],
+                dk[batch, at : at + C, kh, h * COLUMNS : h * COLUMNS + COLUMNS],
+                leader_scope_threads=32,
+            )
+            T.tma_store_wait(0)
     else:
         for i, j in T.Parallel(C, COLUMNS):
             if i < live:
-                out[batch, at + i, kh, h * COLUMNS + j] = staged[h, i, j]
+                dq[batch, at + i, kh, h * COLUMNS + j] = m.tiles[0, h * C + i, j]
+                dk[batch, at + i, kh, h * COLUMNS + j] = m.tiles[1, h * C + i, j]

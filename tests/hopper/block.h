@@ -50,7 +50,7 @@ inline void fail(const std::string &what) {
   if (wrong.empty()) wrong = what;
   if (!block) return;
   wrong += "; block " + std::to_string(blockIdx.x) + " " + std::to_string(blockIdx.y) + " " +
-           std::to_string(blockIdx.z) + ", thread " + std::to_string(threadIdx.x);
+           std::to_string(blockIdx.z) + ", thread " + std::to_string(block->now);
   swapcontext(&block->fibers[block->now], &block->scheduler);
 }
 template <class Ready> void until(Ready ready) {
@@ -68,7 +68,7 @@ inline void enter() {
   for (auto &store : block->stores[block->now]) store();
   block->done[block->now] = true, --block->left, ++block->moved;
 }
-inline void run_block(int threads, bool late, const std::function<void()> &kernel) {
+inline void run_block(int width, int threads, bool late, const std::function<void()> &kernel) {
   Block b{.threads = threads, .left = threads, .late = late};
   b.fibers.resize(threads), b.done.resize(threads), b.stores.resize(threads);
   b.warps.resize(threads / 32), b.groups.resize((threads + 127) / 128), b.named.resize(16);
@@ -85,14 +85,14 @@ inline void run_block(int threads, bool late, const std::function<void()> &kerne
     if (before == b.moved) wrong = "deadlock: every thread waits";
     before = b.moved;
     for (int i = 0; i < threads && wrong.empty(); ++i) {
-      b.now = late ? threads - 1 - i : i, threadIdx = {b.now, 0, 0};
+      b.now = late ? threads - 1 - i : i, threadIdx = {b.now % width, b.now / width, 0};
       if (!b.done[b.now]) swapcontext(&b.scheduler, &b.fibers[b.now]);
     }
   }
   block = nullptr;
 }
-inline int lane() { return threadIdx.x % 32; }
-inline Warp &warp() { return block->warps[threadIdx.x / 32]; }
+inline int lane() { return block->now % 32; }
+inline Warp &warp() { return block->warps[block->now / 32]; }
 inline int at(const void *p) {
   auto offset = (const uchar *)p - shared_memory;
   if (offset < 0 || offset >= long(sizeof shared_memory)) fail("not in shared memory");

@@ -43,8 +43,8 @@ inline void issue(Warpgroup &group, const std::function<void()> &product) {
 }
 template <DataType TA, DataType, DataType, int, int N, int, bool across, bool down, int, int>
 void wgmma_ss(uint64_t a, uint64_t b, uint32_t *c, bool adds) {
-  Warpgroup &group = block->groups[threadIdx.x / 128];
-  group.c[threadIdx.x % 128] = (float *)c;
+  Warpgroup &group = block->groups[block->now / 128];
+  group.c[block->now % 128] = (float *)c;
   meet(group.meeting, 128, [&] {
     std::vector<float *> to(group.c, group.c + 128);
     issue(group, [=] {
@@ -56,8 +56,8 @@ void wgmma_ss(uint64_t a, uint64_t b, uint32_t *c, bool adds) {
 }
 template <DataType TA, DataType, DataType, int, int N, int, bool, bool down, int, int>
 void wgmma_rs(const uint32_t *a, uint64_t b, uint32_t *c, bool adds) {
-  Warpgroup &group = block->groups[threadIdx.x / 128];
-  group.a[threadIdx.x % 128] = a, group.c[threadIdx.x % 128] = (float *)c;
+  Warpgroup &group = block->groups[block->now / 128];
+  group.a[block->now % 128] = a, group.c[block->now % 128] = (float *)c;
   meet(group.meeting, 128, [&] {
     std::vector<float *> to(group.c, group.c + 128);
     std::vector<const uint32_t *> from(group.a, group.a + 128);
@@ -71,11 +71,11 @@ void wgmma_rs(const uint32_t *a, uint64_t b, uint32_t *c, bool adds) {
 }
 inline void warpgroup_arrive() {}
 inline void warpgroup_commit_batch() {
-  Warpgroup &group = block->groups[threadIdx.x / 128];
+  Warpgroup &group = block->groups[block->now / 128];
   meet(group.meeting, 128, [&] { group.batches.emplace_back(); });
 }
 template <int left> void wait_wgmma() {
-  Warpgroup &group = block->groups[threadIdx.x / 128];
+  Warpgroup &group = block->groups[block->now / 128];
   meet(group.meeting, 128, [&] {
     while (int(group.batches.size()) > left + 1) {
       for (auto &product : group.batches.front()) product();

@@ -16,7 +16,8 @@ static bool late;
 template <class... P, size_t... I>
 void launch(void (*kernel)(P...), const TVMFFIAny *a, int number, std::index_sequence<I...>) {
   constexpr int own = sizeof...(P);
-  int after = number - 3 - DYNAMIC, blocks[3] = {1, 1, 1}, threads = int(a[after].v_int64);
+  int after = number - 3 - DYNAMIC, blocks[3] = {1, 1, 1}, width = int(a[after].v_int64);
+  int threads = width * int(a[after + 1].v_int64);
   for (int i = own; i < after; ++i) blocks[i - own] = int(a[i].v_int64);
   if (DYNAMIC && a[number - 1].v_int64 > long(sizeof shared_memory)) return fail("too much shared memory");
   std::function<void()> body = [&] { kernel(argument<P>(a[I])...); };
@@ -24,7 +25,7 @@ void launch(void (*kernel)(P...), const TVMFFIAny *a, int number, std::index_seq
     for (int y = 0; y < blocks[1]; ++y)
       for (int x = 0; x < blocks[0]; ++x) {
         blockIdx = {x, y, z};
-        if (wrong.empty()) run_block(threads, late, body);
+        if (wrong.empty()) run_block(width, threads, late, body);
       }
 }
 template <class... P> void launch(void (*kernel)(P...), const TVMFFIAny *a, int number) {

@@ -1,0 +1,92 @@
+"""Where `gradients.py` keeps a chunk, and what tells its warps when it is there."""
+
+from typing import Any
+
+import tilelang.language as T
+
+from gdn.problem import CHUNK as C
+
+from .through_states import COLUMNS
+
+BATCH, AT, LIVE, SLOT, KEY_HEAD, DONE, HEADS = range(7)
+"""Rows of `place`: where the chunk is, how many tokens of its sequence there are from its first one
+on, and how many chunks and value heads the program is done with."""
+
+
+class Memory:
+    """Shared memory: operands in blocks of 64 columns of K; and, for even and odd value heads, what
+    is there of tokens and what warpgroups tell each other."""
+
+    def __init__(self, K: int, V: int, dtype: str) -> None:
+        blocks = K // COLUMNS
+        self.q, self.k = (T.alloc_shared((blocks, C, COLUMNS), dtype) for _ in range(2))
+        self.do, self.R = (T.alloc_shared((2, C, V), dtype) for _ in range(2))
+        self.U = T.alloc_shared((2, V, C), dtype)
+        self.S, self.dS = (T.alloc_shared((blocks, V, COLUMNS), dtype) for _ in range(2))
+        # what pairs of tokens owe each other takes the states' place when nobody needs them, and
+        # then dq and dk do, on their way out
+        fits = blocks * V == 4 * C
+        self.tiles = self.S if fits else T.alloc_shared((2, 2 * C, C), dtype)
+        self.F_q, self.F_k = self.tiles[0, 0:C, :], self.tiles[0, C : 2 * C, :]
+        self.D, self.D_turned = self.tiles[1, 0:C, :], self.tiles[1, C : 2 * C, :]
+        self.kk, self.qk = (T.alloc_shared((C * C,), dtype) for _ in range(2))
+        self.factors = T.alloc_shared((2, 4, C), "float32")
+        self.norms = T.alloc_shared((2, 2, C), "float32")  # rq and rk, for even and odd chunks
+        self.dots = T.alloc_shared((2, 5, blocks, C), "float32")
+        self.rows = T.alloc_shared((2, 2, C), "float32")
+        self.columns = T.alloc_shared((2, 2, 4, C), "float32")
+        self.along, self.weak = (T.alloc_shared((2, C), "float32") for _ in range(2))
+        self.carried = T.alloc_shared((2, 4 * blocks), "float32")
+
+
+class Barriers:
+    """Of what is loaded, for every chunk or value head, and used up; of what is told, likewise."""
+
+    def __init__(self, columns: int) -> None:
+        self.keys, self.before, self.after = (T.alloc_barrier(32) for _ in range(3))
+        self.keys_free, self.stored = (T.alloc_barrier(columns) for _ in range(2))
+        self.tokens = T.alloc_barrier([32] * 2)
+        self.before_free, self.after_free = (T.alloc_barrier(columns) for _ in range(2))
+        everyone = columns + 128 + 64
+        self.free, self.told = (T.alloc_barrier([everyone] * 2) for _ in range(2))
+        self.used = T.alloc_barrier([32] * 2)
+
+
+@T.macro
+def clear_dead(x: Any, live: Any) -> None:
+    """Zero the rows past the end of the sequence: they may hold anything, NaN too."""
+    for b, i, j in T.Parallel(*x.shape):
+        if i >= live:
+            x[b, i, j] = 0
+
+
+@T.macro
+def load_rows(x: Any, into: Any, full: Any, batch: Any, at: Any, kh: Any) -> None:
+    """The chunk's rows of q or k, in blocks, by one warp that has yet to arrive."""
+    for b in T.unroll(into.shape[0]):
+        T.tma_copy(
+            x[batch, at : at + C, kh, b * COLUMNS : b * COLUMNS + COLUMNS],
+            into[b, :, :], barrier=full, leader_scope_threads=32,
+        )  # fmt: skip
+
+
+@T.macro
+def load_state(x: Any, into: Any, full: Any, slot: Any, head: Any) -> None:
+    """S or dS, in blocks, by one warp."""
+    for b in T.unroll(into.shape[0]):
+        T.tma_copy(
+            x[slot, head, :, b * COLUMNS : b * COLUMNS + COLUMNS],
+            into[b, :, :], barrier=full, leader_scope_threads=32,
+        )  # fmt: skip
+    T.barrier_arrive(full)
+
+
+@T.macro
+def find_chunk(number: Any, spans: Any, L: Any, H: Any, place: Any, varlen: bool) -> None:
+    """The chunk and q/k head with this number."""
+    place[SLOT] = number // H
+    place[KEY_HEAD] = number % H
+    slot = place[SLOT]
+    place[BATCH] = 0 if varlen else slot // T.ceildiv(L, C)
+    place[AT] = spans[slot, 0] if varlen else slot % T.ceildiv(L, C) * C
+    place[LIVE] = spans[slot, 1] if varlen else L - place[AT]
