@@ -167,11 +167,13 @@ def _output_of(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit that gdn runs from, "-dirty" if changed since; outside a checkout (a copy of the
-    files, say) what GDN_COMMIT says, or None."""
+    """What GDN_COMMIT says (a copy of a checkout's files cannot tell); otherwise the commit that gdn
+    runs from, "-dirty" if changed since, or None outside a checkout."""
+    if given := os.environ.get("GDN_COMMIT"):
+        return given
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return os.environ.get("GDN_COMMIT")
+        return None
     return _output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10")
 
 
