@@ -55,7 +55,7 @@ from .within_chunk import (
 
 DEAD, TILES, COLUMNS_ALL, PAIRS = range(1, 5)
 """Named barriers."""
-REGISTERS = {1: (216, 240, 56), 2: (160, 136, 56)}
+REGISTERS = {1: (224, 224, 56), 2: (160, 136, 56)}
 """Registers a thread of those who take columns, who take pairs, and of the others, by the number of
 blocks of columns."""
 
