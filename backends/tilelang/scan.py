@@ -97,7 +97,7 @@ def scan(
     final."""
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
-    width, output = ROWS * warpgroups, not transfer
+    width, carriers, output = ROWS * warpgroups, 128 * warpgroups, not transfer
     registers = (240, 24) if warpgroups == 2 else (224, 32)
     stages = 2 if cut and output else 3
     rows = V if output else V + K
@@ -181,9 +181,7 @@ def scan(
         """length: tokens of a piece; sequences, pieces: how many; backward: whether what the first
         and the last piece do to a state is wanted too. Not cut: length tokens of each sequence,
         after the skipped ones."""
-        with T.Kernel(
-            pieces * HV * blocks, threads=(128, warpgroups + 1), prelude=PRELUDE
-        ) as program:
+        with T.Kernel(pieces * HV * blocks, threads=carriers + 128, prelude=PRELUDE) as program:
             T.annotate_min_blocks_per_sm(3 - warpgroups)
             place = T.alloc_local((10,), "int32")  # kept, so that no access divides again
             place[4] = program // (HV * blocks)
@@ -209,15 +207,17 @@ def scan(
             m = Memory(K, stages, warpgroups, dtype, output)
             full = T.alloc_barrier([32] * (stages + 1))  # the last is P's
             free = T.alloc_barrier([32 * warpgroups] * (stages + 1))
-            tx, role = T.get_thread_binding(0), T.get_thread_binding(1)
+            tx = T.get_thread_binding()
 
-            if role < warpgroups:
+            if tx < 128:
                 T.set_max_nreg(registers[0], 1)
-                wg = role if warpgroups > 1 else 0
-                carry(begin, o, end, m, full, free, place, first + wg * ROWS, chunks, wg, tx)
+                carry(begin, o, end, m, full, free, place, first, chunks, 0, tx)
+            elif tx < carriers:
+                T.set_max_nreg(registers[0], 1)
+                carry(begin, o, end, m, full, free, place, first + ROWS, chunks, 1, tx - 128)
             else:
                 T.set_max_nreg(registers[1], 0)
-                if tx < 32:
+                if tx < carriers + 32:
                     for chunk in T.serial(chunks):
                         s = chunk % stages
                         T.barrier_wait(free[s], chunk // stages % 2 ^ 1)
