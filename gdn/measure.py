@@ -167,8 +167,8 @@ def _output_of(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """What GDN_COMMIT says (a copy of a checkout's files cannot tell); otherwise the commit that gdn
-    runs from, "-dirty" if changed since, or None outside a checkout."""
+    """What GDN_COMMIT says, where it is set: a copy of a checkout cannot tell. Otherwise the commit
+    that gdn runs from, "-dirty" if changed since, or None outside a checkout."""
     if given := os.environ.get("GDN_COMMIT"):
         return given
     root = Path(__file__).resolve().parents[1]

@@ -138,7 +138,7 @@ def within_chunk(m: Any, c: Any, h: Any) -> None:
 
 @T.macro
 def store_columns(
-    c: Any, m: Any, dq: Any, dk: Any, h: int, batch: Any, at: Any, live: Any, kh: Any,
+    c: Any, m: Any, dq: Any, dk: Any, h: Any, batch: Any, at: Any, live: Any, kh: Any,
     thread: Any, sync: Any,
 ) -> None:  # fmt: skip
     """64 columns of dq and dk, by way of m.tiles, which nobody needs any more."""
