@@ -38,9 +38,9 @@ def carry(
     blocks = V // COLUMNS
 
     @T.macro
-    def fetch(walked, own, N, M, at, head, mine, column, part):
+    def fetch(walked, own, left, M, at, head, mine, column, part):
         for i in T.unroll(OWN):
-            N[i] = (own if reverse else walked)[at, head, mine + i, column]
+            left[i] = (own if reverse else walked)[at, head, mine + i, column]
         if reverse:  # along a row of M, four numbers an access
             for k in T.unroll(K // PARTS // 4):
                 for j in T.vectorized(4):
@@ -59,9 +59,10 @@ def carry(
     ):  # fmt: skip
         """length: tokens of a piece; total: of a sequence, where all are alike."""
         with T.Kernel(sequences * HV * blocks, threads=(K, PARTS)) as program:
-            # a thread has a column of S^T in OWN rows, and multiplies with a part of M's
+            # a thread has a column of S^T, and of what pieces leave, in OWN rows, and multiplies
+            # with a part of M's
             column, part = T.get_thread_binding(0), T.get_thread_binding(1)
-            S, N = (T.alloc_local((OWN,), "float32") for _ in range(2))
+            S, left = (T.alloc_local((OWN,), "float32") for _ in range(2))
             sums = T.alloc_local((COLUMNS,), "float32")
             M, next_M = (T.alloc_local((K // PARTS,), "float32") for _ in range(2))
             turned = T.alloc_shared((K, COLUMNS), "float32")  # S^T, turned
@@ -83,19 +84,19 @@ def carry(
                     else:
                         S[i] = begin[n, head, column, mine + i]
             at = piece + (last if reverse else 0)
-            fetch(walked, own, N, next_M, at, head, mine, column, part)
+            fetch(walked, own, left, next_M, at, head, mine, column, part)
             for step in T.serial(last + 1):
                 for i in T.unroll(OWN):
                     begins[at, head, mine + i, column] = S[i]
                     turned[column, part * OWN + i] = S[i]
                 if step < last or final:
                     for i in T.unroll(OWN):
-                        S[i] = N[i]
+                        S[i] = left[i]
                     for k in T.unroll(K // PARTS):
                         M[k] = next_M[k]
                     at += -1 if reverse else 1
                     if step < last:
-                        fetch(walked, own, N, next_M, at, head, mine, column, part)
+                        fetch(walked, own, left, next_M, at, head, mine, column, part)
                     T.sync_threads()
                     for i in T.unroll(COLUMNS):
                         sums[i] = 0.0
