@@ -4,6 +4,7 @@ compute, the shared suite has, on a GPU; here is what its short cases do not rea
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ if shutil.which("nvcc") is None:
 
 from gdn.backends.tilelang import launch  # noqa: E402
 from gdn.backends.tilelang.backward import Backward  # noqa: E402
-from gdn.backends.tilelang.forward import Plan  # noqa: E402
+from gdn.backends.tilelang.forward import Plan, saved_shapes  # noqa: E402
 from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH  # noqa: E402
 
 SMALL = Case("dense", T=64, B=2, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16)
@@ -117,6 +118,13 @@ def test_pieces_and_warpgroups_follow_from_shapes_alone() -> None:
     }  # fmt: skip
     several = {name: plan.walks[-1][1]["warpgroups"] for name, plan in chosen.items()}
     assert several == {"dense": 1, "many": 2, "packed": 1, "cut": 1}
+
+
+def test_little_is_saved_for_backward() -> None:
+    """16/32 1x32768: no more than the 148 MB that FlashQLA keeps there."""
+    case = replace(SMALL, B=1, T=32768, H=16, HV=32)
+    kinds = saved_shapes(Call(**{"scale": 1.0} | make_inputs(case, "meta")))
+    assert sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds) <= 148e6
 
 
 @pytest.mark.parametrize("name", ["dense", "packed", "cut"])

@@ -81,7 +81,7 @@ class Backward:
         """See `gdn.backend.Backend.backward`."""
         q, k, v, g, beta, begin, A_log, dt_bias = (ready(x) for x in call.differentiable)
         do, end = ready(grad_o), ready(grad_final_state)
-        factors, inverse, *walked = saved
+        factors, norms, inverse, *walked = saved
         (HV, V), K, cu_seqlens = v.shape[2:], q.shape[3], ready(call.cu_seqlens)
         kind = begin is not None, end is not None
         if kind not in self.runs:
@@ -104,8 +104,8 @@ class Backward:
         many = (self.sequences, self.pieces, self.length or 0)
         with beside(q.device):
             first_states = walked[1] if walked else begin
-            walk(k, v, factors, inverse, first_states, cu_seqlens, S, U, spans, *many)
-        chunks = (q, k, do, factors, inverse)
+            walk(k, v, factors, norms, inverse, first_states, cu_seqlens, S, U, spans, *many)
+        chunks = (q, k, do, factors, norms, inverse)
         if walked:
             own, ends = (torch.empty_like(walked[1]) for _ in range(2))
             walks_back[0](*chunks, None, cu_seqlens, None, None, own, call.scale, *many)
@@ -118,7 +118,7 @@ class Backward:
             walks_back[0](*chunks, end, cu_seqlens, dS, dv, first, call.scale, *many)
         rejoin(q.device)
         finish(
-            q, k, v, g, A_log, dt_bias, do, factors, U, S, dS, spans,
+            q, k, v, g, A_log, dt_bias, do, factors, norms, U, S, dS, spans,
             dq, dk, dv, dg, dbeta, *partial, call.scale, self.programs,
         )  # fmt: skip
         state, dA_log, ddt_bias = (

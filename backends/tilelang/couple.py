@@ -264,13 +264,22 @@ def couple(
 
 @T.macro
 def save_chunk(
-    w: Any, factors: Any, inverses: Any, slot: Any, head: Any, thread: Any, l2: bool
+    w: Any,
+    factors: Any,
+    norms: Any,
+    inverses: Any,
+    slot: Any,
+    head: Any,
+    kh: Any,
+    thread: Any,
+    l2: bool,
 ) -> None:
     """What backward needs: G, beta, rq, rk, and A."""
     if thread < C:
         factors[slot, head, 0, thread] = w.tokens[G, thread] / LOG2_E
         factors[slot, head, 1, thread] = w.tokens[BETA, thread]
-        factors[slot, head, 2, thread] = w.tokens[RQ, thread] if l2 else 1.0
-        factors[slot, head, 3, thread] = w.tokens[RK, thread] if l2 else 1.0
+        if head == kh * (factors.shape[1] // norms.shape[1]):  # the group's first
+            norms[slot, kh, 0, thread] = w.tokens[RQ, thread] if l2 else 1.0
+            norms[slot, kh, 1, thread] = w.tokens[RK, thread] if l2 else 1.0
     for i, j in T.Parallel(C, C):
         inverses[slot, head, i, j] = w.inverse[i, j]

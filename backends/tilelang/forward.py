@@ -41,11 +41,12 @@ def segments(call: Call, walks: int) -> list[tuple[int, int]]:
 
 
 def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """What forward hands on: of every chunk and value head G, beta and the reciprocal norms of q
-    and k, and the inverse that couples its tokens; and `walked_shapes`."""
-    number, HV = pieces(call, CHUNK), call.v.shape[2]
+    """What forward hands on: of every chunk and value head G and beta, of every q/k head the
+    reciprocal norms of q and k, and the inverse that couples its tokens; and `walked_shapes`."""
+    number, H, HV = pieces(call, CHUNK), call.q.shape[2], call.v.shape[2]
     return [
-        ((number, HV, 4, CHUNK), torch.float32),
+        ((number, HV, 2, CHUNK), torch.float32),
+        ((number, H, 2, CHUNK), torch.float32),
         ((number, HV, CHUNK, CHUNK), call.q.dtype),
         *walked_shapes(call),
     ]
@@ -156,14 +157,14 @@ class Plan:
         matrices, walk = self.new_matrices(), self.new_walk()
         saved = [new() for new in self.new_saved[save]]
         if save and cu_seqlens is not None:
-            for x in saved[:2]:
+            for x in saved[:3]:
                 x.zero_()  # numbers of chunks may stay unused
         if save not in self.runs:
             self.runs[save] = entries(self.kernels(save))
         prepare_chunks, *walks = self.runs[save]
         coupled = (
             q, k, g, beta, A_log, dt_bias, cu_seqlens, matrices, walk,
-            *(saved[:2] if save else (None, None)), self.sequences,
+            *(saved[:3] if save else (None, None, None)), self.sequences,
         )  # fmt: skip
         tensors, N = (q, k, v, matrices, walk), self.sequences
         if len(self.segments) > 1:

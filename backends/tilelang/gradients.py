@@ -6,8 +6,8 @@ One or two warpgroups take 64 columns of K each (`through_states.py`), one the p
 registers, in order, so that runs are bit-equal. A program stays on its multiprocessor and takes
 every so many chunks: while it finishes one, the next is on its way.
 
-Reads q, k, v, g, dO, `factors`, U^T, S^T, dS^T and, in dv's place, R; writes dq, dk, dv, dg, dbeta
-and the partial sums for A_log and dt_bias.
+Reads q, k, v, g, dO, `factors`, `norms`, U^T, S^T, dS^T and, in dv's place, R; writes dq, dk, dv,
+dg, dbeta and the partial sums for A_log and dt_bias.
 """
 
 from typing import Any
@@ -145,7 +145,7 @@ def gradients(
                 place[HEADS] += group
 
     @T.macro
-    def load(q, k, do, dv, factors, U, S, dS, spans, m, bars, place, first, programs):
+    def load(q, k, do, dv, factors, norms, U, S, dS, spans, m, bars, place, first, programs):
         for step in T.serial(T.ceildiv(slots * H - first, programs)):
             find_chunk(first + step * programs, spans, L, H, place, varlen)
             batch, at, slot, kh = place[BATCH], place[AT], place[SLOT], place[KEY_HEAD]
@@ -159,7 +159,8 @@ def gradients(
                         (do[batch, at : at + C, head, :], m.do[b, :, :]),
                         (dv[batch, at : at + C, head, :], m.R[b, :, :]),
                         (U[slot, head, :, :], m.U[b, :, :]),
-                        (factors[slot, head, :, :], m.factors[b, :, :]),
+                        (factors[slot, head, :, :], m.factors[b, 0:2, :]),
+                        (norms[slot, kh, :, :], m.factors[b, 2:4, :]),
                     ):
                         T.tma_copy(source, target, barrier=bars.tokens[b], leader_scope_threads=32)
                     T.barrier_arrive(bars.tokens[b])
@@ -214,7 +215,8 @@ def gradients(
         q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
         v: T.Tensor((B, L, HV, V), dtype), g: T.Tensor((B, L, HV), gates),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV,), "float32"),
-        do: T.Tensor((B, L, HV, V), dtype), factors: T.Tensor((slots, HV, 4, C), "float32"),
+        do: T.Tensor((B, L, HV, V), dtype), factors: T.Tensor((slots, HV, 2, C), "float32"),
+        norms: T.Tensor((slots, H, 2, C), "float32"),
         U: T.Tensor((slots, HV, V, C), dtype), S: T.Tensor((slots, HV, V, K), dtype),
         dS: T.Tensor((slots, HV, V, K), dtype), spans: T.Tensor((rows, 2), "int32"),
         dq: T.Tensor((B, L, H, K), dtype), dk: T.Tensor((B, L, H, K), dtype),
@@ -238,7 +240,10 @@ def gradients(
             else:
                 T.set_max_nreg(registers[2], 0)
                 if tx < 32:
-                    load(q, k, do, dv, factors, U, S, dS, spans, m, bars, place, first, programs)
+                    load(
+                        q, k, do, dv, factors, norms, U, S, dS, spans, m, bars, place, first,
+                        programs,
+                    )  # fmt: skip
                 elif tx < 64:
                     finish(
                         g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, spans, m, bars, place,

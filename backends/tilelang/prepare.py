@@ -1,7 +1,8 @@
 """Stage 1 of forward, a program a chunk and value head: all that needs no state (`couple.py`).
 
 Reads q, k, g and beta; writes `matrices` [slots, HV, 2, C, C], P and A_v, and `walk` [slots, HV, 4,
-C] in float32, the factors of every token; for backward (SAVE) also G, beta, the norms, and A.
+C] in float32, the factors of every token; for backward (SAVE) also `factors`, G and beta, `norms`,
+once a q/k head, and A.
 """
 
 from typing import Any
@@ -40,7 +41,8 @@ def prepare(
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV,), "float32"),
         cu_seqlens: T.Tensor((N + 1,), offsets), matrices: T.Tensor((slots, HV, 2, C, C), dtype),
         walk: T.Tensor((slots, HV, 4, C), "float32"),
-        factors: T.Tensor((slots, HV, 4, C), "float32"),
+        factors: T.Tensor((slots, HV, 2, C), "float32"),
+        norms: T.Tensor((slots, H, 2, C), "float32"),
         inverses: T.Tensor((slots, HV, C, C), dtype), sequences: T.int32, number: T.int32,
         first: T.int32, span: T.int32, scale: T.float32,
     ):  # fmt: skip
@@ -84,7 +86,7 @@ def prepare(
                 T.tma_copy(m.P[0, :, 0:C], matrices[slot, head, 0, :, :])
                 T.tma_copy(m.A_v[0, :, 0:C], matrices[slot, head, 1, :, :])
                 if save:
-                    save_chunk(w, factors, inverses, slot, head, tx, l2)
+                    save_chunk(w, factors, norms, inverses, slot, head, kh, tx, l2)
                 T.tma_store_wait(0)
 
     return prepare_kernel

@@ -8,9 +8,9 @@ from the gradients that they really end with.
     dS <- e^gamma dS + Q^T (scale e^G rq * dO) - K^T (beta e^G rk * R)
 
 One warpgroup holds dS^T [64, K] in registers, as in `states.py`; another finds P and the tokens'
-factors a chunk ahead of it; one warp loads. Reads q, k, dO, `factors` and `inverse`; writes the
-gradient of the state after every chunk, in the call's dtype, R in dv's place, and that of the
-initial state.
+factors a chunk ahead of it; one warp loads. Reads q, k, dO, `factors`, `norms` and `inverse`;
+writes the gradient of the state after every chunk, in the call's dtype, R in dv's place, and that
+of the initial state.
 """
 
 from typing import Any
@@ -65,7 +65,7 @@ class Tile:
 
 @T.macro
 def load(
-    q: Any, k: Any, do: Any, factors: Any, inverse: Any, m: Any, full: Any,
+    q: Any, k: Any, do: Any, factors: Any, norms: Any, inverse: Any, m: Any, full: Any,
     batch: Any, at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any,
 ) -> None:  # fmt: skip
     """A chunk to stage s, by one warp."""
@@ -74,7 +74,8 @@ def load(
         (k[batch, at : at + C, kh, :], m.k[s, :, :]),
         (do[batch, at : at + C, head, first : first + ROWS], m.do[s, :, :]),
         (inverse[slot, head, :, :], m.A[s, :, :]),
-        (factors[slot, head, :, :], m.factors[s, :, :]),
+        (factors[slot, head, :, :], m.factors[s, 0:2, :]),
+        (norms[slot, kh, :, :], m.factors[s, 2:4, :]),
     ):
         T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
     T.barrier_arrive(full[s])
@@ -172,7 +173,8 @@ def reverse_scan(
     @T.prim_func
     def reverse_scan_kernel(
         q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        do: T.Tensor((B, L, HV, V), dtype), factors: T.Tensor((slots, HV, 4, C), "float32"),
+        do: T.Tensor((B, L, HV, V), dtype), factors: T.Tensor((slots, HV, 2, C), "float32"),
+        norms: T.Tensor((slots, H, 2, C), "float32"),
         inverse: T.Tensor((slots, HV, C, C), dtype), end: T.Tensor((N, HV, *state), "float32"),
         cu_seqlens: T.Tensor((bounds,), offsets), dS_out: T.Tensor((slots, HV, V, K), dtype),
         R_out: T.Tensor((B, L, HV, V), dtype), begin: T.Tensor((M, HV, *state), "float32"),
@@ -258,7 +260,7 @@ def reverse_scan(
                         s = step % STAGES
                         T.barrier_wait(used[s], step // STAGES % 2 ^ 1)
                         load(
-                            q, k, do, factors, inverse, m, full,
+                            q, k, do, factors, norms, inverse, m, full,
                             batch, start + (chunks - 1 - step) * C, slot + chunks - 1 - step,
                             head, kh, first, s,
                         )  # fmt: skip

@@ -6,9 +6,9 @@ same time), value head and 64 columns of V: forward's states again, chunk by chu
 
 One warpgroup holds S^T [64, K] in registers, where S^T and U^T are the left operands of their
 products; of another, one warp loads, and two find the tokens' factors, ahead of it. Reads k, v,
-`factors` and `inverse`; writes U^T and, in the call's dtype, S^T before every chunk; of packed
-sequences also each slot's first token and how many tokens follow it in its sequence, for stages
-that run a program a slot.
+`factors`, `norms` and `inverse`; writes U^T and, in the call's dtype, S^T before every chunk; of
+packed sequences also each slot's first token and how many tokens follow it in its sequence, for
+stages that run a program a slot.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ class Memory:
 
 @T.macro
 def load(
-    k: Any, v: Any, factors: Any, inverse: Any, m: Any, full: Any,
+    k: Any, v: Any, factors: Any, norms: Any, inverse: Any, m: Any, full: Any,
     batch: Any, at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any,
 ) -> None:  # fmt: skip
     """A chunk to stage s, by one warp."""
@@ -54,7 +54,8 @@ def load(
         (k[batch, at : at + C, kh, :], m.k[s, :, :]),
         (v[batch, at : at + C, head, first : first + ROWS], m.v[s, :, :]),
         (inverse[slot, head, :, :], m.A[s, :, :]),
-        (factors[slot, head, :, :], m.factors[s, :, :]),
+        (factors[slot, head, :, :], m.factors[s, 0:2, :]),
+        (norms[slot, kh, :, :], m.factors[s, 2:4, :]),
     ):
         T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
     T.barrier_arrive(full[s])
@@ -82,7 +83,8 @@ def states(
     @T.prim_func
     def states_kernel(
         k: T.Tensor((B, L, H, K), dtype), v: T.Tensor((B, L, HV, V), dtype),
-        factors: T.Tensor((slots, HV, 4, C), "float32"),
+        factors: T.Tensor((slots, HV, 2, C), "float32"),
+        norms: T.Tensor((slots, H, 2, C), "float32"),
         inverse: T.Tensor((slots, HV, C, C), dtype),
         begin: T.Tensor(state, "float32"), cu_seqlens: T.Tensor((bounds,), offsets),
         S_out: T.Tensor((slots, HV, V, K), dtype), U_out: T.Tensor((slots, HV, V, C), dtype),
@@ -182,7 +184,7 @@ def states(
                         s = chunk % STAGES
                         T.barrier_wait(used[s], chunk // STAGES % 2 ^ 1)
                         load(
-                            k, v, factors, inverse, m, full, batch, start + chunk * C,
+                            k, v, factors, norms, inverse, m, full, batch, start + chunk * C,
                             slot + chunk, head, kh, first, s,
                         )  # fmt: skip
                         if varlen and tx == 128 and block == 0 and head == 0:
