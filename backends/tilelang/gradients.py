@@ -74,141 +74,125 @@ def gradients(
     registers = REGISTERS[blocks]
 
     @T.macro
-    def take_columns(dq, dk, spans, m, bars, h, place, first, programs, scale, thread):
-        c = Columns(dtype)
+    def each_chunk(spans, place, first, programs, take, *own):
+        """take(*own) for every chunk that is the program's; `place` says where that is."""
         for step in T.serial(T.ceildiv(slots * H - first, programs)):
             find_chunk(first + step * programs, spans, L, H, place, varlen)
             if place[LIVE] > 0:
-                T.clear(c.dq)
-                T.clear(c.dk)
-                T.barrier_wait(bars.keys, place[DONE] % 2)
-                for g in T.serial(group):
-                    r = place[HEADS] + g
-                    T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
-                    if place[LIVE] < C:
-                        T.sync_threads(DEAD, consumers)
-                    through_states(m, c, bars, h, r, scale, thread)
-                    T.barrier_arrive(bars.told[r % 2])
-                    T.barrier_arrive(bars.free[r % 2])
-                T.sync_threads(TILES, consumers)
-                within_chunk(m, c, h)
-                if l2:
-                    even = place[DONE] % 2
-                    through_norm(m.q, c.dq, c, m, even, 0, SQUARE_Q, h, thread, COLUMNS_ALL)
-                    through_norm(m.k, c.dk, c, m, even, 1, SQUARE_K, h, thread, COLUMNS_ALL)
-                T.barrier_arrive(bars.keys_free)
-                store_columns(
-                    c, m, dq, dk, h, place[BATCH], place[AT], place[LIVE], place[KEY_HEAD], thread,
-                    COLUMNS_ALL,
-                )  # fmt: skip
-                T.barrier_arrive(bars.stored)
+                take(*own)
                 place[DONE] += 1
                 place[HEADS] += group
 
     @T.macro
-    def take_pairs(spans, m, bars, place, first, programs, scale, thread):
-        p = Pairs(dtype)
-        for step in T.serial(T.ceildiv(slots * H - first, programs)):
-            find_chunk(first + step * programs, spans, L, H, place, varlen)
-            live = place[LIVE]
-            if live > 0:
-                T.clear(p.F)
-                T.clear(p.D)
-                T.barrier_wait(bars.keys, place[DONE] % 2)
-                if live < C:
-                    clear_dead(m.q, live)
-                    clear_dead(m.k, live)
-                for g in T.serial(group):
-                    r = place[HEADS] + g
-                    b = r % 2
-                    T.barrier_wait(bars.tokens[b], r // 2 % 2)
-                    if live < C:
-                        for i, j in T.Parallel(C, V):
-                            if i >= live:
-                                m.do[b, i, j] = 0
-                                m.R[b, i, j] = 0
-                        T.fence_proxy_async()
-                        T.sync_threads(DEAD, consumers)
-                    if g == 0:
-                        keep_norms(m, b, place[DONE] % 2, thread)
-                        T.sync_threads(PAIRS, 128)
-                        multiply_keys(m, p, place[DONE] % 2, scale)
-                    couple_writes(m, p, b, thread)
-                    couple_reads(m, p, b, thread)
-                    T.barrier_arrive(bars.told[b])
-                    T.barrier_arrive(bars.free[b])
-                T.barrier_wait(bars.before_free, (place[HEADS] + group - 1) % 2)
+    def take_columns(c, dq, dk, m, bars, h, place, scale, thread):
+        T.clear(c.dq)
+        T.clear(c.dk)
+        T.barrier_wait(bars.keys, place[DONE] % 2)
+        for g in T.serial(group):
+            r = place[HEADS] + g
+            T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
+            if place[LIVE] < C:
+                T.sync_threads(DEAD, consumers)
+            through_states(m, c, bars, h, r, scale, thread)
+            T.barrier_arrive(bars.told[r % 2])
+            T.barrier_arrive(bars.free[r % 2])
+        T.sync_threads(TILES, consumers)
+        within_chunk(m, c, h)
+        if l2:
+            even = place[DONE] % 2
+            through_norm(m.q, c.dq, c, m, even, 0, SQUARE_Q, h, thread, COLUMNS_ALL)
+            through_norm(m.k, c.dk, c, m, even, 1, SQUARE_K, h, thread, COLUMNS_ALL)
+        T.barrier_arrive(bars.keys_free)
+        store_columns(
+            c, m, dq, dk, h, place[BATCH], place[AT], place[LIVE], place[KEY_HEAD], thread,
+            COLUMNS_ALL,
+        )  # fmt: skip
+        T.barrier_arrive(bars.stored)
+
+    @T.macro
+    def take_pairs(p, m, bars, place, scale, thread):
+        live = place[LIVE]
+        T.clear(p.F)
+        T.clear(p.D)
+        T.barrier_wait(bars.keys, place[DONE] % 2)
+        if live < C:
+            clear_dead(m.q, live)
+            clear_dead(m.k, live)
+        for g in T.serial(group):
+            r = place[HEADS] + g
+            b = r % 2
+            T.barrier_wait(bars.tokens[b], r // 2 % 2)
+            if live < C:
+                for i, j in T.Parallel(C, V):
+                    if i >= live:
+                        m.do[b, i, j] = 0
+                        m.R[b, i, j] = 0
+                T.fence_proxy_async()
+                T.sync_threads(DEAD, consumers)
+            if g == 0:
+                keep_norms(m, b, place[DONE] % 2, thread)
+                T.sync_threads(PAIRS, 128)
+                multiply_keys(m, p, place[DONE] % 2, scale)
+            couple_writes(m, p, b, thread)
+            couple_reads(m, p, b, thread)
+            T.barrier_arrive(bars.told[b])
+            T.barrier_arrive(bars.free[b])
+        T.barrier_wait(bars.before_free, (place[HEADS] + group - 1) % 2)
+        T.barrier_wait(bars.stored, place[DONE] % 2 ^ 1)
+        hand_over(m, p, place[DONE] % 2, scale)
+        T.sync_threads(TILES, consumers)
+
+    @T.macro
+    def load(q, k, do, dv, factors, norms, U, S, dS, m, bars, place):
+        batch, at, slot, kh = place[BATCH], place[AT], place[SLOT], place[KEY_HEAD]
+        for g in T.serial(group):
+            head, r = kh * group + g, place[HEADS] + g
+            b = r % 2
+            T.barrier_wait(bars.free[b], r // 2 % 2 ^ 1)
+            T.barrier_wait(bars.used[b], r // 2 % 2 ^ 1)
+            for source, target in (
+                (do[batch, at : at + C, head, :], m.do[b, :, :]),
+                (dv[batch, at : at + C, head, :], m.R[b, :, :]),
+                (U[slot, head, :, :], m.U[b, :, :]),
+                (factors[slot, head, :, :], m.factors[b, 0:2, :]),
+                (norms[slot, kh, :, :], m.factors[b, 2:4, :]),
+            ):
+                T.tma_copy(source, target, barrier=bars.tokens[b], leader_scope_threads=32)
+            T.barrier_arrive(bars.tokens[b])
+            T.barrier_wait(bars.after_free, r % 2 ^ 1)
+            load_state(dS, m.dS, bars.after, slot, head)
+            if g == 0:
+                T.barrier_wait(bars.keys_free, place[DONE] % 2 ^ 1)
+                load_rows(q, m.q, bars.keys, batch, at, kh)
+                load_rows(k, m.k, bars.keys, batch, at, kh)
+                T.barrier_arrive(bars.keys)
                 T.barrier_wait(bars.stored, place[DONE] % 2 ^ 1)
-                hand_over(m, p, place[DONE] % 2, scale)
-                T.sync_threads(TILES, consumers)
-                place[DONE] += 1
-                place[HEADS] += group
+            T.barrier_wait(bars.before_free, r % 2 ^ 1)
+            load_state(S, m.S, bars.before, slot, head)
 
     @T.macro
-    def load(q, k, do, dv, factors, norms, U, S, dS, spans, m, bars, place, first, programs):
-        for step in T.serial(T.ceildiv(slots * H - first, programs)):
-            find_chunk(first + step * programs, spans, L, H, place, varlen)
-            batch, at, slot, kh = place[BATCH], place[AT], place[SLOT], place[KEY_HEAD]
-            if place[LIVE] > 0:
-                for g in T.serial(group):
-                    head, r = kh * group + g, place[HEADS] + g
-                    b = r % 2
-                    T.barrier_wait(bars.free[b], r // 2 % 2 ^ 1)
-                    T.barrier_wait(bars.used[b], r // 2 % 2 ^ 1)
-                    for source, target in (
-                        (do[batch, at : at + C, head, :], m.do[b, :, :]),
-                        (dv[batch, at : at + C, head, :], m.R[b, :, :]),
-                        (U[slot, head, :, :], m.U[b, :, :]),
-                        (factors[slot, head, :, :], m.factors[b, 0:2, :]),
-                        (norms[slot, kh, :, :], m.factors[b, 2:4, :]),
-                    ):
-                        T.tma_copy(source, target, barrier=bars.tokens[b], leader_scope_threads=32)
-                    T.barrier_arrive(bars.tokens[b])
-                    T.barrier_wait(bars.after_free, r % 2 ^ 1)
-                    load_state(dS, m.dS, bars.after, slot, head)
-                    if g == 0:
-                        T.barrier_wait(bars.keys_free, place[DONE] % 2 ^ 1)
-                        load_rows(q, m.q, bars.keys, batch, at, kh)
-                        load_rows(k, m.k, bars.keys, batch, at, kh)
-                        T.barrier_arrive(bars.keys)
-                        T.barrier_wait(bars.stored, place[DONE] % 2 ^ 1)
-                    T.barrier_wait(bars.before_free, r % 2 ^ 1)
-                    load_state(S, m.S, bars.before, slot, head)
-                place[DONE] += 1
-                place[HEADS] += group
+    def finish(g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, m, bars, place, scale, lane):
+        for number in T.serial(group):
+            r = place[HEADS] + number
+            T.barrier_wait(bars.told[r % 2], r // 2 % 2)
+            store_gates(
+                m, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, r % 2, place[BATCH], place[AT],
+                place[LIVE], place[SLOT], place[KEY_HEAD] * group + number, scale, lane, gate, bias,
+                sigmoid, double,
+            )  # fmt: skip
+            T.barrier_arrive(bars.used[r % 2])
 
     @T.macro
-    def finish(g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, spans, m, bars, place, first,
-               programs, scale, lane):  # fmt: skip
-        for step in T.serial(T.ceildiv(slots * H - first, programs)):
-            find_chunk(first + step * programs, spans, L, H, place, varlen)
-            if place[LIVE] > 0:
-                for number in T.serial(group):
-                    r = place[HEADS] + number
-                    T.barrier_wait(bars.told[r % 2], r // 2 % 2)
-                    store_gates(
-                        m, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, r % 2, place[BATCH],
-                        place[AT], place[LIVE], place[SLOT], place[KEY_HEAD] * group + number,
-                        scale, lane, gate, bias, sigmoid, double,
-                    )  # fmt: skip
-                    T.barrier_arrive(bars.used[r % 2])
-                place[HEADS] += group
-
-    @T.macro
-    def write_values(v, dv, spans, m, bars, place, first, programs, thread):
-        for step in T.serial(T.ceildiv(slots * H - first, programs)):
-            find_chunk(first + step * programs, spans, L, H, place, varlen)
-            if place[LIVE] > 0:
-                for g in T.serial(group):
-                    r = place[HEADS] + g
-                    T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
-                    store_values(
-                        m, v, dv, r % 2, place[BATCH], place[AT], place[LIVE],
-                        place[KEY_HEAD] * group + g, thread,
-                    )  # fmt: skip
-                    T.barrier_arrive(bars.told[r % 2])
-                    T.barrier_arrive(bars.free[r % 2])
-                place[HEADS] += group
+    def write_values(v, dv, m, bars, place, thread):
+        for g in T.serial(group):
+            r = place[HEADS] + g
+            T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
+            store_values(
+                m, v, dv, r % 2, place[BATCH], place[AT], place[LIVE], place[KEY_HEAD] * group + g,
+                thread,
+            )  # fmt: skip
+            T.barrier_arrive(bars.told[r % 2])
+            T.barrier_arrive(bars.free[r % 2])
 
     @T.prim_func
     def gradients_kernel(
@@ -231,25 +215,24 @@ def gradients(
             m = Memory(K, V, dtype)
             bars = Barriers(columns)
             tx, role = T.get_thread_binding(0), T.get_thread_binding(1)
+            mine = (spans, place, first, programs)
             if role < blocks:
                 T.set_max_nreg(registers[0], 1)
-                take_columns(dq, dk, spans, m, bars, role, place, first, programs, scale, tx)
+                c = Columns(dtype)
+                each_chunk(*mine, take_columns, c, dq, dk, m, bars, role, place, scale, tx)
             elif role == blocks:
                 T.set_max_nreg(registers[1], 1)
-                take_pairs(spans, m, bars, place, first, programs, scale, tx)
+                p = Pairs(dtype)
+                each_chunk(*mine, take_pairs, p, m, bars, place, scale, tx)
             else:
                 T.set_max_nreg(registers[2], 0)
                 if tx < 32:
-                    load(
-                        q, k, do, dv, factors, norms, U, S, dS, spans, m, bars, place, first,
-                        programs,
-                    )  # fmt: skip
+                    read = (q, k, do, dv, factors, norms, U, S, dS)
+                    each_chunk(*mine, load, *read, m, bars, place)
                 elif tx < 64:
-                    finish(
-                        g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, spans, m, bars, place,
-                        first, programs, scale, tx - 32,
-                    )  # fmt: skip
+                    gated = (g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias)
+                    each_chunk(*mine, finish, *gated, m, bars, place, scale, tx - 32)
                 else:
-                    write_values(v, dv, spans, m, bars, place, first, programs, tx - 64)
+                    each_chunk(*mine, write_values, v, dv, m, bars, place, tx - 64)
 
     return gradients_kernel
