@@ -113,7 +113,6 @@ def test_coupled_while_the_part_before_is_walked(
 ) -> None:
     world(late)
     monkeypatch.setattr(forward, "SEGMENT", 2)
-    monkeypatch.setattr(forward, "processors", lambda device: 132)
     case = replace(LARGE, T=300, B=2, initial_state=initial)
     check(case, make_inputs(case))
 

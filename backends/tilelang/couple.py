@@ -264,16 +264,9 @@ def couple(
 
 @T.macro
 def save_chunk(
-    w: Any,
-    factors: Any,
-    norms: Any,
-    inverses: Any,
-    slot: Any,
-    head: Any,
-    kh: Any,
-    thread: Any,
+    w: Any, factors: Any, norms: Any, inverses: Any, slot: Any, head: Any, kh: Any, thread: Any,
     l2: bool,
-) -> None:
+) -> None:  # fmt: skip
     """What backward needs: G, beta, rq, rk, and A."""
     if thread < C:
         factors[slot, head, 0, thread] = w.tokens[G, thread] / LOG2_E

@@ -29,14 +29,13 @@ def warpgroups(V: int, walks: int) -> int:
 
 def segments(call: Call, walks: int) -> list[tuple[int, int]]:
     """First chunk and number of chunks of the parts of every sequence that are coupled while the
-    one before is walked: several where `walks` programs leave multiprocessors idle, otherwise all
-    slots."""
-    slots, chunks = pieces(call, CHUNK), -(-call.q.shape[1] // CHUNK)
-    if call.cu_seqlens is not None or 4 * walks > 3 * processors(call.q.device):
-        return [(0, slots)]
+    one before is walked, where `walks` programs leave multiprocessors idle; none where they do not,
+    or the sequences are short."""
+    chunks = -(-call.q.shape[1] // CHUNK)
     span = max(SEGMENT, -(-chunks // SEGMENTS))
-    if span >= chunks:
-        return [(0, slots)]
+    packed = call.cu_seqlens is not None
+    if packed or span >= chunks or 4 * walks > 3 * processors(call.q.device):
+        return []
     return [(first, min(span, chunks - first)) for first in range(0, chunks, span)]
 
 
@@ -98,11 +97,11 @@ class Plan:
         self.sequences, self.length = call.sequences, parallel_length(call, ROWS)
         exact = (call.initial_state, call.A_log, call.dt_bias)
         self.casts = any(x is not None and x.dtype != torch.float32 for x in exact)
-        slots, low, device = pieces(call, CHUNK), call.q.dtype, call.q.device
+        self.slots, low, device = pieces(call, CHUNK), call.q.dtype, call.q.device
         self.new_o = allocator(call.v.shape, low, device)
         self.new_end = allocator(call.state_shape, torch.float32, device)
-        self.new_matrices = allocator((slots, HV, 2, CHUNK, CHUNK), low, device)
-        self.new_walk = allocator((slots, HV, 4, CHUNK), torch.float32, device)
+        self.new_matrices = allocator((self.slots, HV, 2, CHUNK, CHUNK), low, device)
+        self.new_walk = allocator((self.slots, HV, 4, CHUNK), torch.float32, device)
         self.new_saved = {
             save: [allocator(*kind, device) for kind in shapes(call)]
             for save, shapes in ((False, walked_shapes), (True, saved_shapes))
@@ -122,17 +121,16 @@ class Plan:
         }
         self.walks: list[tuple[Any, dict[str, Any]]]
         common = {"dtype": shared["dtype"], "transfer": False}
-        self.segments = [(0, slots)]
+        self.segments: list[tuple[int, int]] = []
         if self.length is None:
             several = warpgroups(V, self.sequences * HV)
             common |= {"warpgroups": several, "cut": False}
             self.segments = segments(call, self.sequences * HV * V // (ROWS * several))
+            if self.segments:  # each hands the next its state
+                common |= {"final": True}
             self.walks = [(scan, walk | common)]
-            if len(self.segments) > 1:
-                handed = walk | common | {"final": True}
-                self.walks = [(scan, handed)]
-                if call.initial_state is None:
-                    self.walks += [(scan, handed | {"initial": True})]
+            if self.segments and call.initial_state is None:
+                self.walks += [(scan, walk | common | {"initial": True})]
         else:
             self.pieces = pieces(call, self.length)
             common |= {"warpgroups": 1, "cut": True}
@@ -167,7 +165,7 @@ class Plan:
             *(saved[:3] if save else (None, None, None)), self.sequences,
         )  # fmt: skip
         tensors, N = (q, k, v, matrices, walk), self.sequences
-        if len(self.segments) > 1:
+        if self.segments:
             state = begin
             into = self.new_end() if end is None else end
             for first, span in self.segments:
@@ -179,8 +177,7 @@ class Plan:
                 state = into
             rejoin(q.device)
             return Forward(o, end, saved if save else [])
-        ((_, number),) = self.segments
-        prepare_chunks(*coupled, number, 0, number, call.scale)
+        prepare_chunks(*coupled, self.slots, 0, self.slots, call.scale)
         if self.length is None:
             walks[0](*tensors, begin, cu_seqlens, o, end, N, N, q.shape[1], 0, 0)
         else:
