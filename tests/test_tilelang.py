@@ -28,6 +28,7 @@ if shutil.which("nvcc") is None:
 from gdn.backends.tilelang import launch  # noqa: E402
 from gdn.backends.tilelang.backward import Backward  # noqa: E402
 from gdn.backends.tilelang.forward import Plan, saved_shapes  # noqa: E402
+from gdn.backends.tilelang.prepare import PROGRAMS  # noqa: E402
 from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH  # noqa: E402
 
 SMALL = Case("dense", T=64, B=2, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16)
@@ -76,6 +77,16 @@ def test_neither_spills_nor_serialises(name: str, tmp_path: Path) -> None:
         assert_registers_suffice(kernel.get_kernel_source(), said)
         assert re.findall(r"(\d+) bytes spill", said) == ["0", "0"], said
         assert "serialized" not in said, said
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_programs_of_prepare_fit_beside_each_other(name: str) -> None:
+    plan, call = plan_of(PLANS[name])
+    host = plan.kernels(save=True)[0].adapter.get_host_source()
+    given = int(re.findall(r"v_int64\) = \(\(int64_t\)(\d+)\)", host)[-1])
+    assert (
+        PROGRAMS[launch.dtype_name(call.q)] * (given + 2048) <= 228 * 1024
+    )  # 1 KB for its barriers, 1 KB for the driver
 
 
 @pytest.mark.parametrize("name", ["many", "packed", "cut"])

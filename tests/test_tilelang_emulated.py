@@ -137,7 +137,7 @@ SMALL = replace(LARGE, name="small", B=1, T=130)
 @pytest.mark.parametrize(
     ("waits", "late"),
     [
-        ("full[0].wait(0);", True),  # for q and k of a chunk
+        ("k_full[0].wait((loads[0] & 1));", True),
         ("tl::wait_wgmma<0>();", True),
         ("tl::__sync_thread_partial(1, 128);", False),
     ],
@@ -157,6 +157,6 @@ def test_a_store_past_a_tensor_shows(world: Callable[..., None]) -> None:
 
 
 def test_a_lost_arrival_is_a_deadlock(world: Callable[..., None]) -> None:
-    world(False, lambda source: source.replace("full[0].arrive();", ""))
+    world(False, lambda source: source.replace("q_full[0].arrive();", ""))
     with pytest.raises(RuntimeError, match="deadlock"):
         check(SMALL, make_inputs(SMALL))

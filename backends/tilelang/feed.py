@@ -81,27 +81,45 @@ def softplus(x: Any, y: Any) -> Any:
 
 
 @T.macro
-def sum_gates(
+def load_gates(
     g: Any, beta: Any, A_log: Any, dt_bias: Any, batch: Any, head: Any, at: Any, live: Any,
-    tokens: Any, lane: Any, gate: bool, bias: bool, sigmoid: bool, double: bool,
+    raw: Any, lane: Any, gate: bool, bias: bool,
 ) -> None:  # fmt: skip
-    """Rows G and BETA of tokens, of the `live` tokens from `at`, two a lane of one warp."""
+    """raw = g and beta of the `live` tokens from `at`, two a lane of one warp; A_log, dt_bias."""
+    for i in T.unroll(2):
+        raw[i] = 0.0
+        raw[2 + i] = 0.0
+        if lane * 2 + i < live:
+            raw[i] = T.cast(g[batch, at + lane * 2 + i, head], "float32")
+            raw[2 + i] = T.cast(beta[batch, at + lane * 2 + i, head], "float32")
+    if gate:
+        raw[4] = A_log[head]
+        if bias:
+            raw[5] = dt_bias[head]
+
+
+@T.macro
+def sum_gates(
+    raw: Any, live: Any, gates: Any, b: Any, lane: Any, gate: bool, bias: bool, sigmoid: bool,
+    double: bool,
+) -> None:  # fmt: skip
+    """Rows G and BETA of gates[b], of what `load_gates` has loaded."""
     step = T.alloc_local((2,), "float32")
     written = T.alloc_local((2,), "float32")
     y = T.alloc_local((1,), "float32")
     for i in T.unroll(2):
-        step[i] = 0.0
-        written[i] = 0.0
-        if lane * 2 + i < live:
-            step[i] = T.cast(g[batch, at + lane * 2 + i, head], "float32")
-            written[i] = T.cast(beta[batch, at + lane * 2 + i, head], "float32")
-            if gate:
-                if bias:
-                    step[i] += dt_bias[head]
-                y[0] = T.exp(-T.abs(step[i]))
-                step[i] = -T.exp(A_log[head]) * softplus(step[i], y[0])
-            if sigmoid:
-                written[i] = (2.0 if double else 1.0) / (1.0 + T.exp(-written[i]))
+        step[i] = raw[i]
+        written[i] = raw[2 + i]
+        if gate:
+            if bias:
+                step[i] += raw[5]
+            y[0] = T.exp(-T.abs(step[i]))
+            step[i] = -T.exp(raw[4]) * softplus(step[i], y[0])
+        if sigmoid:
+            written[i] = (2.0 if double else 1.0) / (1.0 + T.exp(-written[i]))
+        if lane * 2 + i >= live:
+            step[i] = 0.0
+            written[i] = 0.0
     total = T.alloc_local((1,), "float32")
     other = T.alloc_local((1,), "float32")
     for i in T.unroll(2):
@@ -114,7 +132,7 @@ def sum_gates(
     other[0] = T.shfl_up(total[0], 1)
     if lane == 0:
         other[0] = 0.0
-    tokens[G, lane * 2] = other[0] + step[0]
-    tokens[G, lane * 2 + 1] = total[0]
+    gates[b, G, lane * 2] = other[0] + step[0]
+    gates[b, G, lane * 2 + 1] = total[0]
     for i in T.unroll(2):
-        tokens[BETA, lane * 2 + i] = written[i]
+        gates[b, BETA, lane * 2 + i] = written[i]

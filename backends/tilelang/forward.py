@@ -14,7 +14,7 @@ from gdn.problem import CHUNK, Call
 from .carry import carry
 from .constants import ROWS
 from .launch import beside, dtype_name, entries, rejoin, together
-from .prepare import prepare
+from .prepare import PROGRAMS, prepare
 from .scan import scan
 
 SEGMENT, SEGMENTS = 32, 4
@@ -37,6 +37,16 @@ def segments(call: Call, walks: int) -> list[tuple[int, int]]:
     if packed or span >= chunks or 4 * walks > 3 * processors(call.q.device):
         return []
     return [(first, min(span, chunks - first)) for first in range(0, chunks, span)]
+
+
+def shares(call: Call, chunks: int) -> tuple[int, int]:
+    """Programs of `prepare`, and value heads of a q/k head that each takes at a time: all, or as
+    many as leave no multiprocessor idle."""
+    HV, group = call.v.shape[2], call.v.shape[2] // call.q.shape[2]
+    most, taken = PROGRAMS[dtype_name(call.q)] * processors(call.q.device), group
+    while taken > 1 and (group % taken or chunks * HV < most * taken):
+        taken -= 1
+    return min(most, chunks * HV // taken), taken
 
 
 def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -98,6 +108,7 @@ class Plan:
         exact = (call.initial_state, call.A_log, call.dt_bias)
         self.casts = any(x is not None and x.dtype != torch.float32 for x in exact)
         self.slots, low, device = pieces(call, CHUNK), call.q.dtype, call.q.device
+        self.shares = shares(call, self.slots)
         self.new_o = allocator(call.v.shape, low, device)
         self.new_end = allocator(call.state_shape, torch.float32, device)
         self.new_matrices = allocator((self.slots, HV, 2, CHUNK, CHUNK), low, device)
@@ -122,10 +133,12 @@ class Plan:
         self.walks: list[tuple[Any, dict[str, Any]]]
         common = {"dtype": shared["dtype"], "transfer": False}
         self.segments: list[tuple[int, int]] = []
+        self.part_shares: list[tuple[int, int]] = []
         if self.length is None:
             several = warpgroups(V, self.sequences * HV)
             common |= {"warpgroups": several, "cut": False}
             self.segments = segments(call, self.sequences * HV * V // (ROWS * several))
+            self.part_shares = [shares(call, self.sequences * span) for _, span in self.segments]
             if self.segments:  # each hands the next its state
                 common |= {"final": True}
             self.walks = [(scan, walk | common)]
@@ -154,9 +167,6 @@ class Plan:
         end = self.new_end() if call.output_final_state else None
         matrices, walk = self.new_matrices(), self.new_walk()
         saved = [new() for new in self.new_saved[save]]
-        if save and cu_seqlens is not None:
-            for x in saved[:3]:
-                x.zero_()  # numbers of chunks may stay unused
         if save not in self.runs:
             self.runs[save] = entries(self.kernels(save))
         prepare_chunks, *walks = self.runs[save]
@@ -168,8 +178,8 @@ class Plan:
         if self.segments:
             state = begin
             into = self.new_end() if end is None else end
-            for first, span in self.segments:
-                prepare_chunks(*coupled, N * span, first, span, call.scale)
+            for (first, span), share in zip(self.segments, self.part_shares, strict=True):
+                prepare_chunks(*coupled, N * span, first, span, *share, call.scale)
                 with beside(q.device):
                     run = walks[0 if first == 0 else -1]
                     part = (span * CHUNK, 0, first * CHUNK)
@@ -177,7 +187,7 @@ class Plan:
                 state = into
             rejoin(q.device)
             return Forward(o, end, saved if save else [])
-        prepare_chunks(*coupled, self.slots, 0, self.slots, call.scale)
+        prepare_chunks(*coupled, self.slots, 0, self.slots, *self.shares, call.scale)
         if self.length is None:
             walks[0](*tensors, begin, cu_seqlens, o, end, N, N, q.shape[1], 0, 0)
         else:

@@ -25,10 +25,10 @@ from .feed import span
 from .launch import kernel
 from .transposed import PRELUDE, load_transposed, store_transposed
 
-STAGES = 2
+STAGES = 3
 CARRY, COUPLE = 1, 2
 """Named barriers of the warpgroups."""
-REGISTERS = (240, 216, 40)
+REGISTERS = (248, 216, 40)
 """Registers a thread of those who carry, who couple and who load."""
 
 
@@ -142,6 +142,9 @@ def go_back(m: Any, t: Any, s: Any, free: Any, thread: Any, keep: bool) -> None:
     T.wgmma_gemm(t.grad_o, m.P, t.dU, clear_accum=True)
     T.wgmma_gemm(t.read, m.q[s, :, :], t.dS)
     if keep:
+        if thread < 32:
+            T.tma_store_wait(0)  # dS and R of the chunk after have left
+        T.sync_threads(CARRY, 128)
         T.copy(t.after, m.dS)
     T.wait_wgmma(1)
     T.barrier_arrive(free)
@@ -210,9 +213,6 @@ def reverse_scan(
                     at = start + chunk * C
                     T.barrier_wait(full[s], step // STAGES % 2)
                     T.barrier_wait(coupled, step % 2)
-                    if tx < 32:
-                        T.tma_store_wait(0)
-                    T.sync_threads(CARRY, 128)
                     go_back(m, t, s, free, tx, keep)
                     T.fence_proxy_async()
                     T.barrier_arrive(used[s])

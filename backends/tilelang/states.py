@@ -139,9 +139,7 @@ def states(
                             if at + i >= stop:
                                 m.v[s, i, j] = 0
                         T.fence_proxy_async()
-                    if tx < 32:
-                        T.tma_store_wait(0)
-                    T.sync_threads(CARRY, 128)
+                        T.sync_threads(CARRY, 128)
                     decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
 
                     T.copy(S, before)
@@ -149,6 +147,9 @@ def states(
                         S[i, j] *= decay[0]
                     T.wgmma_gemm(before, m.k[s, :, :], known, transpose_B=True, clear_accum=True)
                     load_transposed(m.v, s, values, tx)
+                    if tx < 32:
+                        T.tma_store_wait(0)  # S and U of the chunk before have left
+                    T.sync_threads(CARRY, 128)
                     T.copy(before, m.S)
                     T.wait_wgmma(0)
                     for i, j in T.Parallel(ROWS, C):

@@ -103,6 +103,7 @@ inline int swizzle(int address, int mode) { // mode: bits that take part; 3 for 
 }
 
 inline void __syncthreads() { meet(block->named[0], block->threads, [] {}); }
+inline void __syncwarp(uint = ~0u) { meet(warp().meeting, 32, [] {}); }
 inline uint32_t exchange(uint32_t word, int from) {
   Warp &w = warp();
   int slot = w.meeting.generation % 2;

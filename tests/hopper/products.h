@@ -69,6 +69,22 @@ void wgmma_rs(const uint32_t *a, uint64_t b, uint32_t *c, bool adds) {
     });
   });
 }
+// Of a warp: c += a b, a [16, 16] and b [16, 8].
+template <DataType TA, DataType, DataType, int, int, int, bool, bool>
+void mma_sync(float *c, const uint32_t *a, const uint32_t *b) {
+  using T = Type<TA>;
+  const void *left[32], *right[32];
+  std::copy_n(gather(a), 32, left), std::copy_n(gather(b), 32, right);
+  for (int e = 0; e < 4; ++e) {
+    int i = lane() / 4 + e / 2 * 8, j = lane() % 4 * 2 + e % 2;
+    for (int k = 0; k < 16; ++k) {
+      int from = k % 8 / 2, part = k / 8;
+      c[e] += ((T *)left[i % 8 * 4 + from])[part * 4 + i / 8 * 2 + k % 2] *
+              ((T *)right[j * 4 + from])[part * 2 + k % 2];
+    }
+  }
+  meet(warp().meeting, 32, [] {});
+}
 inline void warpgroup_arrive() {}
 inline void warpgroup_commit_batch() {
   Warpgroup &group = block->groups[block->now / 128];
