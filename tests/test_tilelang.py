@@ -84,9 +84,8 @@ def test_programs_of_prepare_fit_beside_each_other(name: str) -> None:
     plan, call = plan_of(PLANS[name])
     host = plan.kernels(save=True)[0].adapter.get_host_source()
     given = int(re.findall(r"v_int64\) = \(\(int64_t\)(\d+)\)", host)[-1])
-    assert (
-        PROGRAMS[launch.dtype_name(call.q)] * (given + 2048) <= 228 * 1024
-    )  # 1 KB for its barriers, 1 KB for the driver
+    together = PROGRAMS[launch.dtype_name(call.q)]
+    assert together * (given + 2048) <= 228 * 1024  # a KB for its barriers, one for the driver
 
 
 @pytest.mark.parametrize("name", ["many", "packed", "cut"])
@@ -129,6 +128,11 @@ def test_pieces_and_warpgroups_follow_from_shapes_alone() -> None:
     }  # fmt: skip
     several = {name: plan.walks[-1][1]["warpgroups"] for name, plan in chosen.items()}
     assert several == {"dense": 1, "many": 2, "packed": 1, "cut": 1}
+    long = replace(SMALL, T=2048, B=20)  # 1280 blocks of two value heads for 528 programs
+    shares = {name: plan.shares for name, plan in (chosen | {"long": plan_of(long)[0]}).items()}
+    assert shares == {
+        "dense": (8, 1), "many": (80, 1), "packed": (6, 1), "cut": (128, 1), "long": (528, 2),
+    }  # fmt: skip
 
 
 def test_little_is_saved_for_backward() -> None:

@@ -51,6 +51,12 @@ class Emulated(TileLangBackend):
     capabilities = replace(TileLangBackend.capabilities, devices=("cpu",), min_sm=None, max_sm=None)
 
 
+def three_programs(call: Any, chunks: int) -> tuple[int, int]:
+    """What `prepare` is launched with where there are many chunks for a program to take."""
+    H, HV = call.q.shape[2], call.v.shape[2]
+    return min(3, chunks * H), HV // H
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the kernels of all tests are compiled."""
@@ -68,6 +74,7 @@ def world(
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(launch, "_aside", lambda device: stream)
     monkeypatch.setattr(backward, "processors", lambda device: 3)  # a program takes many chunks
+    monkeypatch.setattr(forward, "shares", three_programs)
 
     def enter(late: bool, edit: Callable[[str], str] = str) -> None:
         def entries(kernels: list[Any]) -> list[Callable[..., None]]:
