@@ -40,6 +40,9 @@ CHECKED += [
 ]  # fmt: skip
 LARGE = Case("two-warpgroups", T=100, B=17, HV=4, K=128, V=128, dtype=torch.bfloat16)
 CUT = replace(LARGE, name="cut", T=1550, B=1, H=1, HV=2, gates="weak")
+GROUPED = Case(
+    "grouped", T=250, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16, fused=True, gates="model"
+)
 DECODED = ("one-token", "packed", "speculative")
 WORLDS = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 
@@ -68,7 +71,7 @@ def world(
     folder: Path, clean_registry: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., None]:
     """A function that brings the backend into the late world or the early one, its kernels changed
-    by `edit`."""
+    by `edit`, the warp `slow` waiting until all others do."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -76,9 +79,9 @@ def world(
     monkeypatch.setattr(backward, "processors", lambda device: 3)  # a program takes many chunks
     monkeypatch.setattr(forward, "shares", three_programs)
 
-    def enter(late: bool, edit: Callable[[str], str] = str) -> None:
+    def enter(late: bool, edit: Callable[[str], str] = str, slow: int = -1) -> None:
         def entries(kernels: list[Any]) -> list[Callable[..., None]]:
-            return [emulate(kernel, folder, late, edit) for kernel in kernels]
+            return [emulate(kernel, folder, late, edit, slow) for kernel in kernels]
 
         for module in (forward, backward, decode):
             monkeypatch.setattr(module, "entries", entries)
@@ -129,6 +132,14 @@ def test_pieces_walked_at_the_same_time(world: Callable[..., None], late: bool) 
     """Forward and backward."""
     world(late)
     check(CUT, with_gradients(make_inputs(CUT)))
+
+
+@pytest.mark.parametrize("slow", [0, 5, 8, 12, 13, 14])
+def test_a_warp_may_be_slow(world: Callable[..., None], slow: int) -> None:
+    """One of each role: in `gradients`, of either half of the columns, of the pairs, the one that
+    loads, the one that finishes, one that writes dv; in the other kernels, of what they have."""
+    world(late=True, slow=slow)
+    check(GROUPED, with_gradients(make_inputs(GROUPED)))
 
 
 @pytest.mark.parametrize("name", DECODED)

@@ -93,7 +93,7 @@ def gradients(
             T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
             if place[LIVE] < C:
                 T.sync_threads(DEAD, consumers)
-            through_states(m, c, bars, h, r, scale, thread)
+            through_states(m, c, bars, h, r, g == group - 1, scale, thread)
             T.barrier_arrive(bars.told[r % 2])
             T.barrier_arrive(bars.free[r % 2])
         T.sync_threads(TILES, consumers)
@@ -137,7 +137,7 @@ def gradients(
             couple_reads(m, p, b, thread)
             T.barrier_arrive(bars.told[b])
             T.barrier_arrive(bars.free[b])
-        T.barrier_wait(bars.before_free, (place[HEADS] + group - 1) % 2)
+        T.barrier_wait(bars.tiles_free, place[DONE] % 2)
         T.barrier_wait(bars.stored, place[DONE] % 2 ^ 1)
         hand_over(m, p, place[DONE] % 2, scale)
         T.sync_threads(TILES, consumers)

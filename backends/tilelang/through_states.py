@@ -92,8 +92,10 @@ def multiply_states(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
 
 
 @T.macro
-def through_states(m: Any, c: Any, bars: Any, h: Any, r: Any, scale: Any, thread: Any) -> None:
-    """One value head, the program's number r."""
+def through_states(
+    m: Any, c: Any, bars: Any, h: Any, r: Any, last: Any, scale: Any, thread: Any
+) -> None:
+    """One value head, the program's number r; last: of the chunk."""
     b = r % 2
     T.barrier_wait(bars.after, r % 2)
     T.wgmma_gemm(m.U[b, :, :], m.dS[h, :, :], c.one, transpose_A=True, clear_accum=True)
@@ -108,6 +110,8 @@ def through_states(m: Any, c: Any, bars: Any, h: Any, r: Any, scale: Any, thread
     T.wgmma_gemm(m.R[b, :, :], m.S[h, :, :], c.one, clear_accum=True)
     T.wait_wgmma(0)
     T.barrier_arrive(bars.before_free)
+    if last:
+        T.barrier_arrive(bars.tiles_free)
     fold_known(m, c, b, h, thread)
 
 

@@ -101,10 +101,10 @@ def _tensor(x: torch.Tensor, place: int) -> _Tensor:
 
 
 def emulate(
-    kernel: Any, folder: Path, late: bool, edit: Callable[[str], str] = str
+    kernel: Any, folder: Path, late: bool, edit: Callable[[str], str] = str, slow: int = -1
 ) -> Callable[..., None]:
     """A function that runs a compiled kernel on tensors of the CPU. folder: for what is compiled;
-    late: see `block.h`; edit: changes the CUDA before it is compiled."""
+    late, slow: see `block.h`; edit: changes the CUDA before it is compiled."""
     library = _library(kernel, folder, edit)
 
     def run(*args: Any) -> None:
@@ -118,7 +118,7 @@ def emulate(
                 to.kind, to.value.real = _FLOAT, x
             elif x is not None:
                 to.kind, to.value.integer = _INT, x
-        wrong = library.run(given, len(args), ctypes.c_bool(late))
+        wrong = library.run(given, len(args), ctypes.c_bool(late), slow)
         if wrong:
             raise RuntimeError(wrong.decode())
         for memory in guarded:

@@ -3,7 +3,8 @@
 //
 // What a GPU does on its own time (products of tensor cores, copies of TMA) happens here either at
 // once (`late` = false) or as late as its waits allow, and threads run in ascending or descending
-// order. What is right in both worlds neither reads too early nor overwrites too soon.
+// order; one warp, `slow`, goes on only when all others wait. What is right in all these worlds neither
+// reads too early nor overwrites too soon.
 #pragma once
 #include "numbers.h"
 
@@ -68,7 +69,7 @@ inline void enter() {
   for (auto &store : block->stores[block->now]) store();
   block->done[block->now] = true, --block->left, ++block->moved;
 }
-inline void run_block(int width, int threads, bool late, const std::function<void()> &kernel) {
+inline void run_block(int width, int threads, bool late, int slow, const std::function<void()> &kernel) {
   Block b{.threads = threads, .left = threads, .late = late};
   b.fibers.resize(threads), b.done.resize(threads), b.stores.resize(threads);
   b.warps.resize(threads / 32), b.groups.resize((threads + 127) / 128), b.named.resize(16);
@@ -81,13 +82,14 @@ inline void run_block(int width, int threads, bool late, const std::function<voi
     b.fibers[t].uc_link = &b.scheduler;
     makecontext(&b.fibers[t], enter, 0);
   }
-  for (long before = -1; b.left && wrong.empty();) {
-    if (before == b.moved) wrong = "deadlock: every thread waits";
-    before = b.moved;
+  for (int idle = 0; b.left && wrong.empty();) {
+    long before = b.moved;
     for (int i = 0; i < threads && wrong.empty(); ++i) {
       b.now = late ? threads - 1 - i : i, threadIdx = {b.now % width, b.now / width, 0};
-      if (!b.done[b.now]) swapcontext(&b.scheduler, &b.fibers[b.now]);
+      if (!b.done[b.now] && (b.now / 32 != slow || idle)) swapcontext(&b.scheduler, &b.fibers[b.now]);
     }
+    idle = before == b.moved ? idle + 1 : 0;
+    if (b.left && idle > 1 && wrong.empty()) wrong = "deadlock: every thread waits";
   }
   block = nullptr;
 }

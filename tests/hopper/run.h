@@ -12,6 +12,7 @@ template <class T> T argument(const TVMFFIAny &x) {
   else return T(x.v_int64);
 }
 static bool late;
+static int slow;
 // The kernel's own arguments, then blocks in one to three dimensions, threads in three, and bytes.
 template <class... P, size_t... I>
 void launch(void (*kernel)(P...), const TVMFFIAny *a, int number, std::index_sequence<I...>) {
@@ -25,7 +26,7 @@ void launch(void (*kernel)(P...), const TVMFFIAny *a, int number, std::index_seq
     for (int y = 0; y < blocks[1]; ++y)
       for (int x = 0; x < blocks[0]; ++x) {
         blockIdx = {x, y, z};
-        if (wrong.empty()) run_block(width, threads, late, body);
+        if (wrong.empty()) run_block(width, threads, late, slow, body);
       }
 }
 template <class... P> void launch(void (*kernel)(P...), const TVMFFIAny *a, int number) {
@@ -59,9 +60,9 @@ int TVMFFIFunctionCall(void *function, TVMFFIAny *a, int32_t number, TVMFFIAny *
 void TVMFFIErrorSetRaisedFromCStr(const char *, const char *what) { fail(what); }
 int32_t __tvm_ffi_main(void *, void *args, int number, void *result);
 // What was wrong, or null.
-const char *run(TVMFFIAny *args, int number, bool late_) {
+const char *run(TVMFFIAny *args, int number, bool late_, int slow_) {
   TVMFFIAny result{};
-  late = late_, wrong.clear();
+  late = late_, slow = slow_, wrong.clear();
   __tvm_ffi_main(nullptr, args, number, &result);
   return wrong.empty() ? nullptr : wrong.c_str();
 }
