@@ -45,7 +45,8 @@ class Barriers:
     def __init__(self, columns: int) -> None:
         self.keys, self.before, self.after = (T.alloc_barrier(32) for _ in range(3))
         self.keys_free, self.stored = (T.alloc_barrier(columns) for _ in range(2))
-        # a barrier's parity says nothing to those who let a phase pass by: it has one of its own
+        # once a chunk; who waited for every group-th phase of before_free would take an earlier one
+        # of the same parity for it
         self.tiles_free = T.alloc_barrier(columns)
         self.tokens = T.alloc_barrier([32] * 2)
         self.before_free, self.after_free = (T.alloc_barrier(columns) for _ in range(2))
