@@ -243,11 +243,9 @@ def _make_common(
     if scale is None:
         K = q.shape[-1] if q.dim() else 0
         scale = K**-0.5 if K else 1.0
-    if torch._C._is_any_autocast_enabled():
-        device = q.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):  # meta has none to ask for
-            dtype = torch.get_autocast_dtype(device)
-            q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    if ops.autocasts(q):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     return q, k, v, scale
 
 

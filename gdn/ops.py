@@ -98,7 +98,7 @@ def _are_plain(kind: type[Any], *types: type[Any]) -> bool:
 
 def _surroundings(x: Tensor) -> AbstractContextManager[object]:
     """Autocast off (a backend chooses its own precisions) and x's device current."""
-    autocast = torch._C._is_any_autocast_enabled() and _autocasts(x.device.type)
+    autocast = autocasts(x)
     elsewhere = x.is_cuda and x.get_device() != torch._C._cuda_getDevice()
     if not (autocast or elsewhere):
         return nullcontext()
@@ -110,7 +110,11 @@ def _surroundings(x: Tensor) -> AbstractContextManager[object]:
     return stack
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on, and for x's device; the meta device, for one, has none to ask for."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
