@@ -98,37 +98,49 @@ def norm_queries(
 
 
 @T.macro
-def couple_keys(m: Any, r: Any, b: Any, warp: Any) -> None:
-    """M in registers, on its way to where `inverse.py` wants it; r.x is k and k."""
+def find_rows(m: Any, r: Any, b: Any, factor: int) -> None:
+    """G and a factor of the rows, for `weigh`."""
     for i in T.Parallel(C):
         r.row[i] = m.gates[b, G, i]
-        r.factor[i] = m.tokens[STRENGTH, i]
+        r.factor[i] = m.tokens[factor, i]
+
+
+@T.macro
+def weigh(x: Any, m: Any, r: Any, block: Any) -> None:
+    """16 columns of x times L and the factors of rows and columns."""
+    for i, j in T.Parallel(C, BLOCK):
+        x[i, block * BLOCK + j] *= (
+            T.exp2(r.row[i] - m.tokens[INTO, block * BLOCK + j]) * r.factor[i]
+        )
+
+
+@T.macro
+def clear_columns(x: Any, block: Any) -> None:
+    for i, j in T.Parallel(C, BLOCK):
+        x[i, block * BLOCK + j] = 0.0
+
+
+@T.macro
+def couple_keys(m: Any, r: Any, b: Any, warp: Any) -> None:
+    """M in registers, on its way to where `inverse.py` wants it; r.x is k and k."""
+    find_rows(m, r, b, STRENGTH)
     T.wait_wgmma(0)
     # above the diagonal, where it may be infinite, it is dropped
     for block in T.unroll(C // BLOCK):
         if warp >= block:
-            for i, j in T.Parallel(C, BLOCK):
-                r.x[i, block * BLOCK + j] *= (
-                    T.exp2(r.row[i] - m.tokens[INTO, block * BLOCK + j]) * r.factor[i]
-                )
+            weigh(r.x, m, r, block)
             spread(r.x, m.inverse, block, warp)
 
 
 @T.macro
 def couple_queries(m: Any, r: Any, b: Any, warp: Any, thread: Any) -> None:
     """P in q's place; r.y is q and k."""
-    for i in T.Parallel(C):
-        r.row[i] = m.gates[b, G, i]
-        r.factor[i] = m.tokens[SCORES, i]
+    find_rows(m, r, b, SCORES)
     for block in T.unroll(C // BLOCK):
         if warp >= block:
-            for i, j in T.Parallel(C, BLOCK):
-                r.y[i, block * BLOCK + j] *= (
-                    T.exp2(r.row[i] - m.tokens[INTO, block * BLOCK + j]) * r.factor[i]
-                )
+            weigh(r.y, m, r, block)
         else:
-            for i, j in T.Parallel(C, BLOCK):
-                r.y[i, block * BLOCK + j] = 0.0
+            clear_columns(r.y, block)
         if warp == block:
             for i, j in T.Parallel(C, BLOCK):
                 r.y[i, block * BLOCK + j] = T.if_then_else(
@@ -147,8 +159,7 @@ def find_strengths(m: Any, r: Any, b: Any, warp: Any, refined: bool) -> None:
                 for i, j in T.Parallel(C, BLOCK):
                     r.y[i, block * BLOCK + j] = m.inverse.whole[0, i, block * BLOCK + j]
             else:
-                for i, j in T.Parallel(C, BLOCK):
-                    r.y[i, block * BLOCK + j] = 0.0
+                clear_columns(r.y, block)
         if warp >= block:
             for i, j in T.Parallel(C, BLOCK):
                 r.y[i, block * BLOCK + j] *= m.gates[b, BETA, block * BLOCK + j]

@@ -75,6 +75,14 @@ def number_within(cu_seqlens: Any, L: Any, length: Any, place: Any, varlen: bool
     place[8] = T.max(T.ceildiv(after - before, length) - 1, 0)
 
 
+@T.macro
+def clear_dead(x: Any, live: Any) -> None:
+    """Zero x [., C, .] past the end of the sequence: the rows there may hold anything, NaN too."""
+    for b, i, j in T.Parallel(*x.shape):
+        if i >= live:
+            x[b, i, j] = 0
+
+
 def softplus(x: Any, y: Any) -> Any:
     """log(1 + e^x), given y = e^-|x|; exact for large and for very negative x."""
     return T.max(x, 0.0) + T.if_then_else(y < 1e-4, y - y * y / 2, T.log(1 + y))

@@ -91,14 +91,6 @@ def ready(x: Any) -> Any:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def all_ready(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`ready` for each; in one loop where, as usual, all are."""
-    for x in tensors:
-        if x is not None and (x.data_ptr() % 16 or not x.is_contiguous()):
-            return tuple(map(ready, tensors))
-    return tensors
-
-
 class Plan:
     """All that calls of one kind (shapes, dtypes, device, options) have in common."""
 
@@ -132,13 +124,14 @@ class Plan:
         }
         self.walks: list[tuple[Any, dict[str, Any]]]
         common = {"dtype": shared["dtype"], "transfer": False}
-        self.segments: list[tuple[int, int]] = []
-        self.part_shares: list[tuple[int, int]] = []
+        self.segments: list[tuple[int, ...]] = []
         if self.length is None:
             several = warpgroups(V, self.sequences * HV)
             common |= {"warpgroups": several, "cut": False}
-            self.segments = segments(call, self.sequences * HV * V // (ROWS * several))
-            self.part_shares = [shares(call, self.sequences * span) for _, span in self.segments]
+            self.segments = [
+                (first, span, *shares(call, self.sequences * span))
+                for first, span in segments(call, self.sequences * HV * V // (ROWS * several))
+            ]
             if self.segments:  # each hands the next its state
                 common |= {"final": True}
             self.walks = [(scan, walk | common)]
@@ -162,7 +155,7 @@ class Plan:
         if self.casts:
             exact = (None if x is None else x.float() for x in given[5:8])
             given = (*given[:5], *exact, given[8])
-        q, k, v, g, beta, begin, A_log, dt_bias, cu_seqlens = all_ready(given)
+        q, k, v, g, beta, begin, A_log, dt_bias, cu_seqlens = map(ready, given)
         o = self.new_o()
         end = self.new_end() if call.output_final_state else None
         matrices, walk = self.new_matrices(), self.new_walk()
@@ -178,7 +171,7 @@ class Plan:
         if self.segments:
             state = begin
             into = self.new_end() if end is None else end
-            for (first, span), share in zip(self.segments, self.part_shares, strict=True):
+            for first, span, *share in self.segments:
                 prepare_chunks(*coupled, N * span, first, span, *share, call.scale)
                 with beside(q.device):
                     run = walks[0 if first == 0 else -1]

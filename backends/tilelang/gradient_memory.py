@@ -56,14 +56,6 @@ class Barriers:
 
 
 @T.macro
-def clear_dead(x: Any, live: Any) -> None:
-    """Zero the rows past the end of the sequence: they may hold anything, NaN too."""
-    for b, i, j in T.Parallel(*x.shape):
-        if i >= live:
-            x[b, i, j] = 0
-
-
-@T.macro
 def load_rows(x: Any, into: Any, full: Any, batch: Any, at: Any, kh: Any) -> None:
     """The chunk's rows of q or k, in blocks, by one warp that has yet to arrive."""
     for b in T.unroll(into.shape[0]):

@@ -16,6 +16,7 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
+from .feed import clear_dead
 from .gradient_memory import (
     AT,
     BATCH,
@@ -26,7 +27,6 @@ from .gradient_memory import (
     SLOT,
     Barriers,
     Memory,
-    clear_dead,
     find_chunk,
     load_rows,
     load_state,

@@ -27,7 +27,7 @@ from .couple import (
     norm_keys,
     norm_queries,
 )
-from .feed import load_gates, locate, sum_gates
+from .feed import clear_dead, load_gates, locate, sum_gates
 from .inverse import (
     begin_first_merge,
     begin_last_merge,
@@ -50,11 +50,8 @@ PROGRAMS = {"bfloat16": 4, "float16": 3}
 
 
 @T.macro
-def clear_dead(x: Any, live: Any) -> None:
-    """Zero the rows past the end of the sequence: they may hold anything, NaN too."""
-    for i, j in T.Parallel(C, x.shape[2]):
-        if i >= live:
-            x[0, i, j] = 0
+def clear_before_products(x: Any, live: Any) -> None:
+    clear_dead(x, live)
     T.fence_proxy_async()
     T.sync_threads(1, 128)
 
@@ -79,9 +76,8 @@ def prepare(
         locate(place[SLOT], cu_seqlens, sequences, L, C, place, varlen)
 
     @T.macro
-    def step(place, first, span, taken, cu_seqlens, sequences, heads, group, programs):
+    def step(place, first, span, taken, cu_seqlens, sequences, blocks, group, programs):
         """On to the next value head, of the program's next block after the last."""
-        blocks = heads // taken
         place[LEFT] -= 1
         place[HEAD] += 1
         if place[LEFT] == 0:
@@ -155,14 +151,14 @@ def prepare(
                 slot, head, kh, live = here[SLOT], here[HEAD], here[KEY_HEAD], here[LIVE]
                 fresh = here[LEFT] == taken  # another k and q than before
                 more = n + 1 < work
-                step(there, first, span, taken, cu_seqlens, sequences, HV, HV // H, programs)
+                step(there, first, span, taken, cu_seqlens, sequences, blocks, HV // H, programs)
 
                 # M, of k alone
                 if fresh:
                     T.barrier_wait(k_full, loads[0] % 2)
                     loads[0] += 1
                     if live < C:
-                        clear_dead(m.k, live)
+                        clear_before_products(m.k, live)
                 T.wgmma_gemm(m.k[0, :, :], m.k[0, :, :], r.x, transpose_B=True, clear_accum=True)
                 if l2 and fresh:
                     sum_squares(m.k, warp * 16, T.address_of(m.tokens[RK, warp * 16]), lane)
@@ -182,7 +178,7 @@ def prepare(
                 # half the warps: the inverse's diagonal; the others: q's norms, the next gates
                 if live < C:
                     T.barrier_wait(q_full, b)
-                    clear_dead(m.q, live)
+                    clear_before_products(m.q, live)
                 if warp < 2:
                     substitute(w, tx)
                 else:
