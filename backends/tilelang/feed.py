@@ -83,6 +83,15 @@ def clear_dead(x: Any, live: Any) -> None:
             x[b, i, j] = 0
 
 
+@T.macro
+def clear_rows(xs: Any, s: Any, live: Any) -> None:
+    """The same of stage s of several buffers [stages, C, .] of one shape."""
+    for i, j in T.Parallel(*xs[0].shape[1:]):
+        if i >= live:
+            for x in xs:
+                x[s, i, j] = 0
+
+
 def softplus(x: Any, y: Any) -> Any:
     """log(1 + e^x), given y = e^-|x|; exact for large and for very negative x."""
     return T.max(x, 0.0) + T.if_then_else(y < 1e-4, y - y * y / 2, T.log(1 + y))

@@ -16,7 +16,7 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
-from .feed import clear_dead
+from .feed import clear_dead, clear_rows
 from .gradient_memory import (
     AT,
     BATCH,
@@ -123,10 +123,7 @@ def gradients(
             b = r % 2
             T.barrier_wait(bars.tokens[b], r // 2 % 2)
             if live < C:
-                for i, j in T.Parallel(C, V):
-                    if i >= live:
-                        m.do[b, i, j] = 0
-                        m.R[b, i, j] = 0
+                clear_rows((m.do, m.R), b, live)
                 T.fence_proxy_async()
                 T.sync_threads(DEAD, consumers)
             if g == 0:

@@ -21,7 +21,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from gdn.problem import CHUNK as C
 
 from .constants import LOG2_E, ROWS
-from .feed import span
+from .feed import clear_rows, span
 from .launch import kernel
 from .transposed import PRELUDE, load_transposed, store_transposed
 
@@ -94,24 +94,13 @@ def find_factors(m: Any, s: Any, token: Any, scale: Any) -> None:
 
 
 @T.macro
-def clear_dead(m: Any, s: Any, live: Any) -> None:
-    """Zero the rows past the end of the sequence: they may hold anything, NaN too."""
-    for i, j in T.Parallel(C, m.q.shape[2]):
-        if i >= live:
-            m.q[s, i, j] = 0
-            m.k[s, i, j] = 0
-    for i, j in T.Parallel(C, ROWS):
-        if i >= live:
-            m.do[s, i, j] = 0
-    T.fence_proxy_async()
-
-
-@T.macro
 def couple(m: Any, P: Any, half: Any, s: Any, live: Any, scale: Any, free: Any, parity: Any,
            thread: Any) -> None:  # fmt: skip
     """P and the factors of the chunk in stage s, by the warpgroup that works ahead."""
     if live < C:
-        clear_dead(m, s, live)
+        clear_rows((m.q, m.k), s, live)
+        clear_rows((m.do,), s, live)
+        T.fence_proxy_async()
     if thread < C:
         find_factors(m, s, thread, scale)
     T.sync_threads(COUPLE, 128)

@@ -33,7 +33,7 @@ from .advance import (
     unit_state,
 )
 from .constants import ROWS
-from .feed import number_within, span
+from .feed import clear_rows, number_within, span
 from .launch import kernel
 from .transposed import PRELUDE
 
@@ -130,12 +130,8 @@ def scan(
             values = s * warpgroups + wg
             T.barrier_wait(full[s], chunk // stages % 2)
             if at + C > stop:  # what follows the sequence may be anything
-                for i, j in T.Parallel(C, K):
-                    if at + i >= stop:
-                        m.k[s, i, j] = 0
-                for i, j in T.Parallel(C, ROWS):
-                    if at + i >= stop:
-                        m.v[values, i, j] = 0
+                clear_rows((m.k,), s, stop - at)
+                clear_rows((m.v,), values, stop - at)
                 T.fence_proxy_async()
                 T.sync_threads(1 + wg, 128)
             recall(t, m, s, values, thread)

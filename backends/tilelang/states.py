@@ -19,7 +19,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from gdn.problem import CHUNK as C
 
 from .constants import LOG2_E, ROWS
-from .feed import span
+from .feed import clear_rows, span
 from .launch import kernel
 from .transposed import PRELUDE, load_transposed
 
@@ -132,12 +132,8 @@ def states(
                     T.barrier_wait(full[s], chunk // STAGES % 2)
                     T.barrier_wait(factored[s], chunk // STAGES % 2)
                     if at + C > stop:
-                        for i, j in T.Parallel(C, K):
-                            if at + i >= stop:
-                                m.k[s, i, j] = 0
-                        for i, j in T.Parallel(C, ROWS):
-                            if at + i >= stop:
-                                m.v[s, i, j] = 0
+                        clear_rows((m.k,), s, stop - at)
+                        clear_rows((m.v,), s, stop - at)
                         T.fence_proxy_async()
                         T.sync_threads(CARRY, 128)
                     decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
