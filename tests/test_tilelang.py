@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import run, truth
+from support import assert_close, run, truth
 
 from gdn.problem import Call
 from gdn.testing import TOLERANCE, Case, make_inputs, relative_error, with_gradients
@@ -25,7 +25,7 @@ tilelang = pytest.importorskip("tilelang")
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
 
-from gdn.backends.tilelang import launch  # noqa: E402
+from gdn.backends.tilelang import launch, rounds  # noqa: E402
 from gdn.backends.tilelang.backward import Backward  # noqa: E402
 from gdn.backends.tilelang.forward import Plan, saved_shapes  # noqa: E402
 from gdn.backends.tilelang.prepare import PROGRAMS  # noqa: E402
@@ -67,6 +67,12 @@ def assert_registers_suffice(source: str, said: str) -> None:
         groups = int(re.findall(r"__launch_bounds__\((\d+)", source)[-1]) // 128
         (given,) = (int(n) for n in re.findall(r"Used (\d+) registers", said))
         assert sum(asked) + asked[0] * (groups - len(asked)) <= given * groups
+
+
+def call_of(H: int, HV: int, B: int, T: int) -> Call:
+    """Shapes alone."""
+    case = replace(SMALL, B=B, T=T, H=H, HV=HV)
+    return Call(**{"scale": 1.0} | make_inputs(case, "meta"))
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -126,7 +132,7 @@ def test_pieces_and_warpgroups_follow_from_shapes_alone() -> None:
     assert {name: plan.length for name, plan in chosen.items()} == {
         "dense": None, "many": None, "packed": None, "cut": 512,
     }  # fmt: skip
-    several = {name: plan.walks[-1][1]["warpgroups"] for name, plan in chosen.items()}
+    several = {name: plan.walks[False][-1][1]["warpgroups"] for name, plan in chosen.items()}
     assert several == {"dense": 1, "many": 2, "packed": 1, "cut": 1}
     long = replace(SMALL, T=2048, B=20)  # 1280 blocks of two value heads for 528 programs
     shares = {name: plan.shares for name, plan in (chosen | {"long": plan_of(long)[0]}).items()}
@@ -137,9 +143,38 @@ def test_pieces_and_warpgroups_follow_from_shapes_alone() -> None:
 
 def test_little_is_saved_for_backward() -> None:
     """16/32 1x32768: no more than the 148 MB that FlashQLA keeps there."""
-    case = replace(SMALL, B=1, T=32768, H=16, HV=32)
-    kinds = saved_shapes(Call(**{"scale": 1.0} | make_inputs(case, "meta")))
+    kinds = saved_shapes(call_of(16, 32, 1, 32768))
     assert sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds) <= 148e6
+
+
+@pytest.mark.parametrize(
+    ("H", "HV", "B", "T", "shares"),
+    [
+        (16, 32, 1, 32768, (1, 3)),
+        (16, 32, 1, 8192, (1, 1)),  # 336 MB
+        (16, 32, 4, 8192, (2, 1)),
+        (16, 64, 4, 8192, (1, 1)),
+        (16, 64, 1, 131072, (1, 4)),
+        (16, 16, 2, 131072, (2, 1)),  # one alone leaves multiprocessors idle
+        (8, 16, 1, 131072, (1, 1)),  # in pieces
+    ],
+)
+def test_rounds_of_backward(H: int, HV: int, B: int, T: int, shares: tuple[int, int]) -> None:
+    call = call_of(H, HV, B, T)
+    found = rounds.rounds(call)
+    assert rounds.shares(call) == shares
+    chunks = [(n, c) for r in found for n in range(r.first, r.last) for c in range(r.start, r.stop)]
+    assert sorted(chunks) == [(n, c) for n in range(B) for c in range(T // 64)]
+    assert [r.part for r in found if r.first == 0] == list(reversed(range(shares[1])))
+
+
+def test_rounds_bound_the_memory_of_backward() -> None:
+    """16/32 1x32768: forward and backward take no more than FlashQLA's 1.58 GB."""
+    call = call_of(16, 32, 1, 32768)
+    outputs = (call.v, call.q, call.k, call.v, call.g, call.beta)  # o, and gradients
+    kept = [math.prod(shape) * dtype.itemsize for shape, dtype in saved_shapes(call)]
+    between = max(r.slots for r in rounds.rounds(call)) * 32 * 128 * 2 * (2 * 128 + 64)
+    assert sum(x.nbytes for x in outputs) + sum(kept) + between <= 1.58e9
 
 
 @pytest.mark.parametrize("name", ["dense", "packed", "cut"])
@@ -170,3 +205,23 @@ def test_pieces_walked_at_the_same_time(case: Case) -> None:
     for name, value in run("tilelang", case, inputs, "cuda").items():
         # not element by element: where little decays they are not of order 1
         assert relative_error(value, expected[name]) < TOLERANCE[case.dtype], name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("B", "T", "shares"), [(1, 1000, (1, 4)), (3, 300, (1, 2))], ids=["parts", "both"]
+)
+def test_backward_in_rounds(
+    monkeypatch: pytest.MonkeyPatch, B: int, T: int, shares: tuple[int, int]
+) -> None:
+    """Each takes the memory of the one before."""
+    monkeypatch.setattr(rounds, "LEAST", 1)
+    case = Case(
+        "rounds", T=T, B=B, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16, fused=True,
+        gates="model",
+    )  # fmt: skip
+    inputs = with_gradients(make_inputs(case, "cuda"))
+    assert rounds.shares(Call(**{"scale": 1.0} | inputs)) == shares
+    expected = truth(case)
+    for name, value in run("tilelang", case, inputs, "cuda").items():
+        assert_close(name, value, expected[name], case.dtype)

@@ -27,8 +27,10 @@ pytest.importorskip("tilelang")
 if shutil.which("nvcc") is None or shutil.which("g++") is None:
     pytest.skip("no nvcc or no g++", allow_module_level=True)
 
-from gdn.backends.tilelang import TileLangBackend, backward, decode, forward, launch
+from gdn.backends.tilelang import TileLangBackend, backward, decode, forward, launch, rounds
 from test_agreement import same_dtype  # noqa: F401
+
+from gdn.problem import Call
 
 SUITE = {
     "head-dim-128": torch.bfloat16,
@@ -136,6 +138,28 @@ def test_pieces_walked_at_the_same_time(world: Callable[..., None], late: bool) 
     """Forward and backward."""
     world(late)
     check(CUT, with_gradients(make_inputs(CUT)))
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "initial", "shares"),
+    [(1, 250, True, (1, 4)), (2, 190, False, (1, 2)), (5, 70, True, (2, 1))],
+    ids=["parts", "sequences-and-parts", "sequences"],
+)
+def test_backward_in_rounds(
+    world: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    B: int,
+    T: int,
+    initial: bool,
+    shares: tuple[int, int],
+) -> None:
+    world(late=False)
+    monkeypatch.setattr(rounds, "LEAST", 1)
+    monkeypatch.setattr(rounds, "processors", lambda device: 3)
+    case = replace(GROUPED, B=B, T=T, initial_state=initial)
+    inputs = with_gradients(make_inputs(case))
+    assert rounds.shares(Call(**{"scale": 1.0} | inputs)) == shares
+    check(case, inputs)
 
 
 @pytest.mark.parametrize("slow", [0, 5, 8, 12, 13, 14])

@@ -20,7 +20,6 @@ from .constants import (
     BETA,
     DECAY,
     INTO,
-    LOG2_E,
     ONTO,
     RK,
     SCORES,
@@ -66,9 +65,7 @@ def norm_keys(m: Any, norms: Any, slot: Any, kh: Any, token: Any, l2: bool, save
 
 
 @T.macro
-def factor_keys(
-    m: Any, b: Any, walk: Any, factors: Any, slot: Any, head: Any, token: Any, l2: bool, save: bool
-) -> None:
+def factor_keys(m: Any, b: Any, walk: Any, slot: Any, head: Any, token: Any, l2: bool) -> None:
     """The factors of one token that k and the gates give."""
     at = T.alloc_local((3,), "float32")
     at[0] = m.gates[b, G, token]
@@ -80,9 +77,6 @@ def factor_keys(
     walk[slot, head, THROUGH, token] = -at[1] * at[2]
     if token == C - 1:
         walk[slot, head, DECAY, 0] = at[1]
-    if save:
-        factors[slot, head, 0, token] = at[0] / LOG2_E
-        factors[slot, head, 1, token] = m.gates[b, BETA, token]
 
 
 @T.macro

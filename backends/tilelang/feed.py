@@ -16,6 +16,9 @@ from gdn.problem import CHUNK as C
 
 from .constants import BETA, LOG2_E, G
 
+WEAK = 0.0625
+"""Where beta is not larger, nothing is divided by it."""
+
 
 @T.macro
 def locate(
@@ -90,6 +93,17 @@ def clear_rows(xs: Any, s: Any, live: Any) -> None:
         if i >= live:
             for x in xs:
                 x[s, i, j] = 0
+
+
+def kept(beta: Any) -> Any:
+    """What backward's R is multiplied by before it goes through memory: beta, which makes it dv,
+    unless that is too weak to be divided by again."""
+    return T.if_then_else(beta > WEAK, beta, 1.0)
+
+
+def left(beta: Any) -> Any:
+    """What is left of beta to multiply `kept` R by."""
+    return T.if_then_else(beta > WEAK, 1.0, beta)
 
 
 def softplus(x: Any, y: Any) -> Any:

@@ -15,6 +15,7 @@ from .carry import carry
 from .constants import ROWS
 from .launch import beside, dtype_name, entries, rejoin, together
 from .prepare import PROGRAMS, prepare
+from .rounds import parts
 from .scan import scan
 
 SEGMENT, SEGMENTS = 32, 4
@@ -27,10 +28,12 @@ def warpgroups(V: int, walks: int) -> int:
     return 2 if V == 128 and walks > 66 else 1
 
 
-def segments(call: Call, walks: int) -> list[tuple[int, int]]:
+def segments(call: Call, walks: int, save: bool) -> list[tuple[int, int]]:
     """First chunk and number of chunks of the parts of every sequence that are coupled while the
-    one before is walked, where `walks` programs leave multiprocessors idle; none where they do not,
-    or the sequences are short."""
+    one before is walked: those that backward takes apart, or some where `walks` programs leave
+    multiprocessors idle; none where they do not, or the sequences are short."""
+    if save and len(parts(call)) > 1:
+        return parts(call)
     chunks = -(-call.q.shape[1] // CHUNK)
     span = max(SEGMENT, -(-chunks // SEGMENTS))
     packed = call.cu_seqlens is not None
@@ -50,13 +53,16 @@ def shares(call: Call, chunks: int) -> tuple[int, int]:
 
 
 def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """What forward hands on: of every chunk and value head G and beta, of every q/k head the
-    reciprocal norms of q and k, and the inverse that couples its tokens; and `walked_shapes`."""
+    """What forward hands on: of every chunk and q/k head the reciprocal norms of q and k, of every
+    value head the inverse that couples its tokens; the states between the parts that backward takes
+    apart; and `walked_shapes`."""
     number, H, HV = pieces(call, CHUNK), call.q.shape[2], call.v.shape[2]
+    apart = len(parts(call)) - 1
+    states = [((apart, *call.state_shape), torch.float32)] if apart else []
     return [
-        ((number, HV, 2, CHUNK), torch.float32),
         ((number, H, 2, CHUNK), torch.float32),
         ((number, HV, CHUNK, CHUNK), call.q.dtype),
+        *states,
         *walked_shapes(call),
     ]
 
@@ -122,32 +128,35 @@ class Plan:
             "final": call.output_final_state,
             "v_first": call.state_v_first,
         }
-        self.walks: list[tuple[Any, dict[str, Any]]]
         common = {"dtype": shared["dtype"], "transfer": False}
-        self.segments: list[tuple[int, ...]] = []
+        self.segments: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
+        self.walks: dict[bool, list[tuple[Any, dict[str, Any]]]] = {}
         if self.length is None:
             several = warpgroups(V, self.sequences * HV)
             common |= {"warpgroups": several, "cut": False}
-            self.segments = [
-                (first, span, *shares(call, self.sequences * span))
-                for first, span in segments(call, self.sequences * HV * V // (ROWS * several))
-            ]
-            if self.segments:  # each hands the next its state
-                common |= {"final": True}
-            self.walks = [(scan, walk | common)]
-            if self.segments and call.initial_state is None:
-                self.walks += [(scan, walk | common | {"initial": True})]
+            for save, found in self.segments.items():
+                number = self.sequences * HV * V // (ROWS * several)
+                found += [
+                    (first, span, *shares(call, self.sequences * span))
+                    for first, span in segments(call, number, save)
+                ]
+                own = common | ({"final": True} if found else {})  # each hands the next its state
+                self.walks[save] = [(scan, walk | own)]
+                if found and call.initial_state is None:
+                    self.walks[save] += [(scan, walk | own | {"initial": True})]
         else:
             self.pieces = pieces(call, self.length)
             common |= {"warpgroups": 1, "cut": True}
             transfer = walk | common | {"final": True, "transfer": True}
-            self.walks = [(scan, transfer), (carry, walk | {"final": False, "reverse": False})]
-            self.walks += [(scan, walk | common | {"initial": True})]
+            across = (carry, walk | {"final": False, "reverse": False})
+            for save in self.segments:
+                again = (scan, walk | common | {"initial": True})
+                self.walks[save] = [(scan, transfer), across, again]
         self.runs: dict[bool, list[Any]] = {}
 
     def kernels(self, save: bool) -> list[Any]:
         """The compiled kernels, in the order of their launches."""
-        return together((prepare, self.prepare | {"save": save}), *self.walks)
+        return together((prepare, self.prepare | {"save": save}), *self.walks[save])
 
     def forward(self, call: Call, save: bool) -> Forward:
         """See `gdn.backend.Backend.forward`."""
@@ -165,13 +174,14 @@ class Plan:
         prepare_chunks, *walks = self.runs[save]
         coupled = (
             q, k, g, beta, A_log, dt_bias, cu_seqlens, matrices, walk,
-            *(saved[:3] if save else (None, None, None)), self.sequences,
+            *(saved[:2] if save else (None, None)), self.sequences,
         )  # fmt: skip
         tensors, N = (q, k, v, matrices, walk), self.sequences
-        if self.segments:
-            state = begin
-            into = self.new_end() if end is None else end
-            for first, span, *share in self.segments:
+        if self.segments[save]:
+            state, last = begin, self.new_end() if end is None else end
+            apart = len(saved) > 2
+            for number, (first, span, *share) in enumerate(self.segments[save], 1):
+                into = saved[2][number - 1] if apart and number < len(self.segments[save]) else last
                 prepare_chunks(*coupled, N * span, first, span, *share, call.scale)
                 with beside(q.device):
                     run = walks[0 if first == 0 else -1]

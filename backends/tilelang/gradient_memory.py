@@ -6,6 +6,7 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
+from .constants import ROWS
 from .through_states import COLUMNS
 
 BATCH, AT, LIVE, SLOT, KEY_HEAD, DONE, HEADS = range(7)
@@ -30,12 +31,11 @@ class Memory:
         self.F_q, self.F_k = self.tiles[0, 0:C, :], self.tiles[0, C : 2 * C, :]
         self.D, self.D_turned = self.tiles[1, 0:C, :], self.tiles[1, C : 2 * C, :]
         self.kk, self.qk = (T.alloc_shared((C * C,), dtype) for _ in range(2))
-        self.factors = T.alloc_shared((2, 4, C), "float32")
+        self.factors = T.alloc_shared((2, 4 + V // ROWS, C), "float32")
         self.norms = T.alloc_shared((2, 2, C), "float32")  # rq and rk, for even and odd chunks
         self.dots = T.alloc_shared((2, 5, blocks, C), "float32")
         self.rows = T.alloc_shared((2, 2, C), "float32")
         self.columns = T.alloc_shared((2, 2, 4, C), "float32")
-        self.along, self.weak = (T.alloc_shared((2, C), "float32") for _ in range(2))
         self.carried = T.alloc_shared((2, 4 * blocks), "float32")
 
 

@@ -2,12 +2,12 @@
 
 One or two warpgroups take 64 columns of K each (`through_states.py`), one the pairs of tokens
 (`within_chunk.py`); of the last one's warps one loads, one finishes what is a token's own
-(`per_token.py`), and two write dv. dq and dk are summed over the value heads of the q/k head in
-registers, in order, so that runs are bit-equal. A program stays on its multiprocessor and takes
-every so many chunks: while it finishes one, the next is on its way.
+(`per_token.py`), and two see to tokens whose beta is weak. dq and dk are summed over the value
+heads of the q/k head in registers, in order, so that runs are bit-equal. A program stays on its
+multiprocessor and takes every so many chunks: while it finishes one, the next is on its way.
 
-Reads q, k, v, g, dO, `factors`, `norms`, U^T, S^T, dS^T and, in dv's place, R; writes dq, dk, dv,
-dg, dbeta and the partial sums for A_log and dt_bias.
+Reads q, k, g, dO, `factors`, `norms`, rowsum(R * V), U^T, S^T, dS^T and, in dv's place, `kept` R;
+writes dq, dk, dg, dbeta, dv where beta is weak and the partial sums for A_log and dt_bias.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
+from .constants import ROWS
 from .feed import clear_dead, clear_rows
 from .gradient_memory import (
     AT,
@@ -32,7 +33,7 @@ from .gradient_memory import (
     load_state,
 )
 from .launch import kernel
-from .per_token import store_gates, store_values
+from .per_token import mend_weak, store_gates
 from .sums import PRELUDE
 from .through_states import (
     COLUMNS,
@@ -140,7 +141,7 @@ def gradients(
         T.sync_threads(TILES, consumers)
 
     @T.macro
-    def load(q, k, do, dv, factors, norms, U, S, dS, m, bars, place):
+    def load(q, k, do, dv, factors, norms, given, U, S, dS, m, bars, place):
         batch, at, slot, kh = place[BATCH], place[AT], place[SLOT], place[KEY_HEAD]
         for g in T.serial(group):
             head, r = kh * group + g, place[HEADS] + g
@@ -153,6 +154,7 @@ def gradients(
                 (U[slot, head, :, :], m.U[b, :, :]),
                 (factors[slot, head, :, :], m.factors[b, 0:2, :]),
                 (norms[slot, kh, :, :], m.factors[b, 2:4, :]),
+                (given[slot, head, :, :], m.factors[b, 4 : 4 + V // ROWS, :]),
             ):
                 T.tma_copy(source, target, barrier=bars.tokens[b], leader_scope_threads=32)
             T.barrier_arrive(bars.tokens[b])
@@ -180,12 +182,12 @@ def gradients(
             T.barrier_arrive(bars.used[r % 2])
 
     @T.macro
-    def write_values(v, dv, m, bars, place, thread):
+    def mend(dv, m, bars, place, thread):
         for g in T.serial(group):
             r = place[HEADS] + g
             T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
-            store_values(
-                m, v, dv, r % 2, place[BATCH], place[AT], place[LIVE], place[KEY_HEAD] * group + g,
+            mend_weak(
+                m, dv, r % 2, place[BATCH], place[AT], place[LIVE], place[KEY_HEAD] * group + g,
                 thread,
             )  # fmt: skip
             T.barrier_arrive(bars.told[r % 2])
@@ -194,10 +196,11 @@ def gradients(
     @T.prim_func
     def gradients_kernel(
         q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        v: T.Tensor((B, L, HV, V), dtype), g: T.Tensor((B, L, HV), gates),
+        g: T.Tensor((B, L, HV), gates),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV,), "float32"),
         do: T.Tensor((B, L, HV, V), dtype), factors: T.Tensor((slots, HV, 2, C), "float32"),
         norms: T.Tensor((slots, H, 2, C), "float32"),
+        given: T.Tensor((slots, HV, V // ROWS, C), "float32"),
         U: T.Tensor((slots, HV, V, C), dtype), S: T.Tensor((slots, HV, V, K), dtype),
         dS: T.Tensor((slots, HV, V, K), dtype), spans: T.Tensor((rows, 2), "int32"),
         dq: T.Tensor((B, L, H, K), dtype), dk: T.Tensor((B, L, H, K), dtype),
@@ -224,12 +227,12 @@ def gradients(
             else:
                 T.set_max_nreg(registers[2], 0)
                 if tx < 32:
-                    read = (q, k, do, dv, factors, norms, U, S, dS)
+                    read = (q, k, do, dv, factors, norms, given, U, S, dS)
                     each_chunk(*mine, load, *read, m, bars, place)
                 elif tx < 64:
                     gated = (g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias)
                     each_chunk(*mine, finish, *gated, m, bars, place, scale, tx - 32)
                 else:
-                    each_chunk(*mine, write_values, v, dv, m, bars, place, tx - 64)
+                    each_chunk(*mine, mend, dv, m, bars, place, tx - 64)
 
     return gradients_kernel

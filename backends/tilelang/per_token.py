@@ -1,13 +1,14 @@
-"""The gradients of v, beta and the gates in a chunk of one value head, from the other warpgroups'
-sums.
+"""The gradients of beta and the gates in a chunk of one value head, from the other warpgroups'
+sums; and that of v where beta is weak.
 
     dv = beta * R
-    dbeta = rowsum(R * U) / beta = rowsum(R * V) - rowsum(e^G * K * (R S^T)) - rowsum(N * (R U^T))
+    dbeta = rowsum(R * V) - rowsum(e^G * K * (R S^T)) - rowsum(N * (R U^T))
     dg_t = gradient times value, summed over the factors e^{G_i} with i >= t, e^{G_i - G_j} with
            i >= t > j, e^{gamma - G_j} with t > j, and e^gamma
 
-Then follow the gradients through the sigmoid and the gate, with one partial sum a chunk for the
-gate's parameters.
+The first term of dbeta is `reverse_scan.py`'s, which has R in float32. (It is also rowsum(R * U) /
+beta, but with an error that U has from before its solution.) Then follow the gradients through the
+sigmoid and the gate, with one partial sum a chunk for the gate's parameters.
 """
 
 from typing import Any
@@ -16,38 +17,28 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
-from .constants import LOG2_E
-from .feed import softplus
+from .constants import LOG2_E, ROWS
+from .feed import kept, left, softplus
 from .through_states import KNOWN, READ, WRITTEN, sum_over
-
-WEAK = 0.0625
-"""Where beta is not larger, dbeta is not found by dividing by it."""
 
 
 @T.macro
-def store_values(
-    m: Any, v: Any, dv: Any, b: Any, batch: Any, at: Any, live: Any, head: Any, thread: Any
+def mend_weak(
+    m: Any, dv: Any, b: Any, batch: Any, at: Any, live: Any, head: Any, thread: Any
 ) -> None:
-    """By 64 threads: dv, over R in global memory; and rowsum(R * V) where beta is weak."""
-    V = int(m.R.shape[2])
+    """By 64 threads: dv of tokens whose beta is weak, over R in memory."""
+    lanes = int(m.R.shape[2]) // 8
     some = T.alloc_local((8,), m.R.dtype)
-    total = T.alloc_local((1,), "float32")
-    for step in T.serial(V // 8):
-        i, j = step * (C * 8 // V) + thread // (V // 8), thread % (V // 8) * 8
-        if i < live:
-            for e in T.vectorized(8):
-                some[e] = m.R[b, i, j + e]
-            for e in T.unroll(8):
-                some[e] = m.factors[b, 1, i] * some[e]
-            for e in T.vectorized(8):
-                dv[batch, at + i, head, j + e] = some[e]
-    if thread < live and m.factors[b, 1, thread] <= WEAK:
-        total[0] = 0.0
-        for j in T.serial(V):
-            total[0] += T.cast(m.R[b, thread, j], "float32") * T.cast(
-                v[batch, at + thread, head, j], "float32"
-            )
-        m.weak[b, thread] = total[0]
+    for step in T.serial(C * lanes // 64):
+        i, j = step * (64 // lanes) + thread // lanes, thread % lanes * 8
+        strength = left(m.factors[b, 1, i])
+        if i < live and strength != 1.0:
+            for x in T.vectorized(8):
+                some[x] = m.R[b, i, j + x]
+            for x in T.unroll(8):
+                some[x] = strength * some[x]
+            for x in T.vectorized(8):
+                dv[batch, at + i, head, j + x] = some[x]
 
 
 @T.macro
@@ -67,9 +58,10 @@ def store_gates(
         i = lane * 2 + e
         grown = T.exp2(m.factors[b, 0, i] * LOG2_E)
         beta, rk = m.factors[b, 1, i], m.factors[b, 3, i]
+        strength = left(beta)
         known = rk * grown * sum_over(m, b, KNOWN, i)
-        dG[e] = scale * m.factors[b, 2, i] * grown * sum_over(m, b, READ, i) - beta * known
-        dG[e] += m.rows[b, 1, i] - beta * m.rows[b, 0, i]
+        dG[e] = scale * m.factors[b, 2, i] * grown * sum_over(m, b, READ, i) - strength * known
+        dG[e] += m.rows[b, 1, i] - strength * m.rows[b, 0, i]
         for warp in T.unroll(4):
             dG[e] += m.columns[b, 0, warp, i] - m.columns[b, 1, warp, i]
         written[e] = (
@@ -77,10 +69,10 @@ def store_gates(
             * sum_over(m, b, WRITTEN, i)
             * T.exp2((m.factors[b, 0, C - 1] - m.factors[b, 0, i]) * LOG2_E)
         )
-        if beta > WEAK:
-            d_beta[e] = m.along[b, i] / beta
-        else:
-            d_beta[e] = m.weak[b, i] - known - m.rows[b, 0, i]
+        d_beta[e] = 0.0
+        for block in T.unroll(int(m.R.shape[2]) // ROWS):
+            d_beta[e] += m.factors[b, 4 + block, i]
+        d_beta[e] -= (known + m.rows[b, 0, i]) / kept(beta)
         if sigmoid:
             d_beta[e] *= beta * (1.0 - (0.5 if double else 1.0) * beta)
         if i < live:

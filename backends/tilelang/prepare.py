@@ -2,8 +2,7 @@
 (`couple.py`).
 
 Reads q, k, g and beta; writes `matrices` [slots, HV, 2, C, C], P and A_v, and `walk` [slots, HV, 4,
-C] in float32, the factors of every token; for backward (SAVE) also `factors`, G and beta, `norms`,
-once a q/k head, and A.
+C] in float32, the factors of every token; for backward (SAVE) also `norms`, once a q/k head, and A.
 
 A program takes several, one after another, and loads the next as soon as this one's place is free:
 k after its two products, q once P, which takes its place, is on its way to memory. Value heads of a
@@ -112,7 +111,6 @@ def prepare(
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV,), "float32"),
         cu_seqlens: T.Tensor((N + 1,), offsets), matrices: T.Tensor((slots, HV, 2, C, C), dtype),
         walk: T.Tensor((slots, HV, 4, C), "float32"),
-        factors: T.Tensor((slots, HV, 2, C), "float32"),
         norms: T.Tensor((slots, H, 2, C), "float32"),
         inverses: T.Tensor((slots, HV, C, C), dtype), sequences: T.int32, number: T.int32,
         first: T.int32, span: T.int32, programs: T.int32, taken: T.int32, scale: T.float32,
@@ -166,7 +164,7 @@ def prepare(
                 if lane < 16:
                     if fresh:
                         norm_keys(m, norms, slot, kh, warp * 16 + lane, l2, save)
-                    factor_keys(m, b, walk, factors, slot, head, warp * 16 + lane, l2, save)
+                    factor_keys(m, b, walk, slot, head, warp * 16 + lane, l2)
                 T.sync_threads(1, 128)
                 if warp == 2 and more:  # not before a product, which would wait for it
                     load_next_gates(g, beta, A_log, dt_bias, there, raw, lane)

@@ -1,4 +1,4 @@
-"""The second stage of backward, a program a sequence, value head and 64 columns of V: the gradient
+"""The third stage of backward, a program a sequence, value head and 64 columns of V: the gradient
 of the state, chunk by chunk from the last to the first. Where forward walked pieces at the same
 time, so does this, twice: for what each piece hands back of its own, and then, after `carry.py`,
 from the gradients that they really end with.
@@ -8,9 +8,9 @@ from the gradients that they really end with.
     dS <- e^gamma dS + Q^T (scale e^G rq * dO) - K^T (beta e^G rk * R)
 
 One warpgroup holds dS^T [64, K] in registers, as in `states.py`; another finds P and the tokens'
-factors a chunk ahead of it; one warp loads. Reads q, k, dO, `factors`, `norms` and `inverse`;
-writes the gradient of the state after every chunk, in the call's dtype, R in dv's place, and that
-of the initial state.
+factors a chunk ahead of it; one warp loads. Reads q, k, v, dO, `factors`, `norms` and `inverse`;
+writes the gradient of the state after every chunk, in the call's dtype, `kept` R in dv's place,
+rowsum(R * V), a block of V apart from the other, and the gradient of the initial state.
 """
 
 from typing import Any
@@ -21,10 +21,13 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from gdn.problem import CHUNK as C
 
 from .constants import LOG2_E, ROWS
-from .feed import clear_rows, span
+from .feed import clear_rows, kept, span
 from .launch import kernel
+from .sums import PRELUDE as SUMS
+from .sums import sum_columns
 from .transposed import PRELUDE, load_transposed, store_transposed
 
+BOTH = PRELUDE + SUMS
 STAGES = 3
 CARRY, COUPLE = 1, 2
 """Named barriers of the warpgroups."""
@@ -37,7 +40,7 @@ class Memory:
 
     def __init__(self, K: int, dtype: str) -> None:
         self.q, self.k = (T.alloc_shared((STAGES, C, K), dtype) for _ in range(2))
-        self.do = T.alloc_shared((STAGES, C, ROWS), dtype)
+        self.do, self.v = (T.alloc_shared((STAGES, C, ROWS), dtype) for _ in range(2))
         self.A = T.alloc_shared((STAGES, C, C), dtype)
         self.factors = T.alloc_shared((STAGES, 4, C), "float32")
         self.G2 = T.alloc_shared((STAGES, C), "float32")  # G log2(e)
@@ -48,6 +51,7 @@ class Memory:
         self.P = T.alloc_shared((C, C), dtype)
         self.dS = T.alloc_shared((ROWS, K), dtype)
         self.R = T.alloc_shared((1, C, ROWS), dtype)
+        self.given = T.alloc_shared((4, C), "float32")  # each warp's part of rowsum(R * V)
 
 
 class Tile:
@@ -56,8 +60,8 @@ class Tile:
     def __init__(self, K: int, dtype: str) -> None:
         self.dS = T.alloc_fragment((ROWS, K), "float32")
         self.after = T.alloc_fragment((ROWS, K), dtype)
-        self.grad_o, self.read, self.dU_half, self.R_half = (
-            T.alloc_fragment((ROWS, C), dtype) for _ in range(4)
+        self.grad_o, self.read, self.dU_half, self.R_half, self.values = (
+            T.alloc_fragment((ROWS, C), dtype) for _ in range(5)
         )
         self.dU, self.taken, self.R = (T.alloc_fragment((ROWS, C), "float32") for _ in range(3))
         self.decay = T.alloc_local((1,), "float32")
@@ -65,8 +69,8 @@ class Tile:
 
 @T.macro
 def load(
-    q: Any, k: Any, do: Any, factors: Any, norms: Any, inverse: Any, m: Any, full: Any,
-    batch: Any, at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any,
+    q: Any, k: Any, v: Any, do: Any, factors: Any, norms: Any, inverse: Any, m: Any, full: Any,
+    batch: Any, at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any, keep: bool,
 ) -> None:  # fmt: skip
     """A chunk to stage s, by one warp."""
     for source, target in (
@@ -78,6 +82,11 @@ def load(
         (norms[slot, kh, :, :], m.factors[s, 2:4, :]),
     ):
         T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
+    if keep:
+        T.tma_copy(
+            v[batch, at : at + C, head, first : first + ROWS], m.v[s, :, :], barrier=full[s],
+            leader_scope_threads=32,
+        )  # fmt: skip
     T.barrier_arrive(full[s])
 
 
@@ -119,7 +128,8 @@ def couple(m: Any, P: Any, half: Any, s: Any, live: Any, scale: Any, free: Any, 
 
 @T.macro
 def go_back(m: Any, t: Any, s: Any, free: Any, thread: Any, keep: bool) -> None:
-    """The gradient of the state before the chunk in stage s; and, to be stored, dS and R."""
+    """The gradient of the state before the chunk in stage s; and, to be stored, dS, R and
+    rowsum(R * V)."""
     t.decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
     T.copy(t.dS, t.after)
     for i, j in T.Parallel(*t.dS.shape):
@@ -145,8 +155,13 @@ def go_back(m: Any, t: Any, s: Any, free: Any, thread: Any, keep: bool) -> None:
         t.R_half[i, j] = m.through[s, j] * t.R[i, j]
     T.wgmma_gemm(t.R_half, m.k[s, :, :], t.dS)
     if keep:
-        T.copy(t.R, t.dU_half)
+        for i, j in T.Parallel(ROWS, C):
+            t.dU_half[i, j] = kept(m.factors[s, 1, j]) * t.R[i, j]
         store_transposed(t.dU_half, m.R, 0, thread, 0)
+        load_transposed(m.v, s, t.values, thread)
+        for i, j in T.Parallel(ROWS, C):
+            t.R[i, j] *= t.values[i, j]
+        sum_columns(t.R, T.address_of(m.given[thread // 32, 0]))
     T.wait_wgmma(0)
 
 
@@ -157,7 +172,7 @@ def reverse_scan(
 ) -> Any:  # fmt: skip
     """See the module. group: HV / H; final: whether the final state has a gradient, `end`; initial:
     whether that of the initial state is wanted, `begin`. Neither is touched otherwise. cut: into
-    pieces; keep: whether the gradients of all states, and R, are."""
+    pieces; keep: whether the gradients of all states, R and rowsum(R * V) are."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots, bounds, M = (T.dynamic(name) for name in ("slots", "bounds", "M"))
     state = (V, K) if v_first else (K, V)
@@ -165,14 +180,17 @@ def reverse_scan(
     @T.prim_func
     def reverse_scan_kernel(
         q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        do: T.Tensor((B, L, HV, V), dtype), factors: T.Tensor((slots, HV, 2, C), "float32"),
+        v: T.Tensor((B, L, HV, V), dtype), do: T.Tensor((B, L, HV, V), dtype),
+        factors: T.Tensor((slots, HV, 2, C), "float32"),
         norms: T.Tensor((slots, H, 2, C), "float32"),
         inverse: T.Tensor((slots, HV, C, C), dtype), end: T.Tensor((N, HV, *state), "float32"),
         cu_seqlens: T.Tensor((bounds,), offsets), dS_out: T.Tensor((slots, HV, V, K), dtype),
-        R_out: T.Tensor((B, L, HV, V), dtype), begin: T.Tensor((M, HV, *state), "float32"),
+        R_out: T.Tensor((B, L, HV, V), dtype),
+        given: T.Tensor((slots, HV, V // ROWS, C), "float32"),
+        begin: T.Tensor((M, HV, *state), "float32"),
         scale: T.float32, sequences: T.int32, pieces: T.int32, length: T.int32,
     ):  # fmt: skip
-        with T.Kernel(pieces, HV, V // ROWS, threads=384, prelude=PRELUDE) as (n, head, block):
+        with T.Kernel(pieces, HV, V // ROWS, threads=384, prelude=BOTH) as (n, head, block):
             first, kh = block * ROWS, head // group
             place = T.alloc_local((4,), "int32")
             span(n, cu_seqlens, sequences, L, length, place, varlen, cut)
@@ -181,7 +199,7 @@ def reverse_scan(
             chunks = T.ceildiv(T.max(stop - start, 0), C)
 
             m = Memory(K, dtype)
-            T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (m.do, m.R)})
+            T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (m.do, m.v, m.R)})
             full = T.alloc_barrier([32] * STAGES)
             used = T.alloc_barrier([128] * STAGES)
             coupled, free = T.alloc_barrier(128), T.alloc_barrier(128)
@@ -190,6 +208,7 @@ def reverse_scan(
             if tx < 128:
                 T.set_max_nreg(REGISTERS[0], 1)
                 t = Tile(K, dtype)
+                total = T.alloc_local((1,), "float32")
                 if final:
                     for i, j in T.Parallel(ROWS, K):
                         t.dS[i, j] = (
@@ -217,6 +236,12 @@ def reverse_scan(
                                 m.R[0, :, :], R_out[batch, at : at + C, head, first : first + ROWS],
                                 leader_scope_threads=32,
                             )  # fmt: skip
+                    if keep and tx >= 128 - C:
+                        token = tx - (128 - C)
+                        T.clear(total)
+                        for warp in T.unroll(4):
+                            total[0] += m.given[warp, token]
+                        given[slot + chunk, head, block, token] = total[0]
                     if keep and at + C > stop:
                         for i, j in T.Parallel(C, ROWS):
                             if at + i < stop:
@@ -249,9 +274,9 @@ def reverse_scan(
                         s = step % STAGES
                         T.barrier_wait(used[s], step // STAGES % 2 ^ 1)
                         load(
-                            q, k, do, factors, norms, inverse, m, full,
+                            q, k, v, do, factors, norms, inverse, m, full,
                             batch, start + (chunks - 1 - step) * C, slot + chunks - 1 - step,
-                            head, kh, first, s,
+                            head, kh, first, s, keep,
                         )  # fmt: skip
 
     return reverse_scan_kernel

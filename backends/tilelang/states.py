@@ -1,4 +1,4 @@
-"""The first stage of backward, a program a sequence (or piece, where forward walked pieces at the
+"""The second stage of backward, a program a sequence (or piece, where forward walked pieces at the
 same time), value head and 64 columns of V: forward's states again, chunk by chunk.
 
     U = A (beta * (V - e^G rk * (K S)))
@@ -6,9 +6,7 @@ same time), value head and 64 columns of V: forward's states again, chunk by chu
 
 One warpgroup holds S^T [64, K] in registers, where S^T and U^T are the left operands of their
 products; of another, one warp loads, and two find the tokens' factors, ahead of it. Reads k, v,
-`factors`, `norms` and `inverse`; writes U^T and, in the call's dtype, S^T before every chunk; of
-packed sequences also each slot's first token and how many tokens follow it in its sequence, for
-stages that run a program a slot.
+`factors`, `norms` and `inverse`; writes U^T and, in the call's dtype, S^T before every chunk.
 """
 
 from typing import Any
@@ -77,7 +75,7 @@ def states(
     """See the module. group: HV / H; initial: whether `begin` holds states, else it is not read;
     cut: into pieces."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
-    slots, bounds, rows = (T.dynamic(name) for name in ("slots", "bounds", "rows"))
+    slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
     state = (N, HV, V, K) if v_first else (N, HV, K, V)
 
     @T.prim_func
@@ -88,8 +86,7 @@ def states(
         inverse: T.Tensor((slots, HV, C, C), dtype),
         begin: T.Tensor(state, "float32"), cu_seqlens: T.Tensor((bounds,), offsets),
         S_out: T.Tensor((slots, HV, V, K), dtype), U_out: T.Tensor((slots, HV, V, C), dtype),
-        spans: T.Tensor((rows, 2), "int32"), sequences: T.int32, pieces: T.int32,
-        length: T.int32,
+        sequences: T.int32, pieces: T.int32, length: T.int32,
     ):  # fmt: skip
         with T.Kernel(pieces, HV, V // ROWS, threads=256, prelude=PRELUDE) as (n, head, block):
             T.annotate_min_blocks_per_sm(2)
@@ -184,9 +181,6 @@ def states(
                             k, v, factors, norms, inverse, m, full, batch, start + chunk * C,
                             slot + chunk, head, kh, first, s,
                         )  # fmt: skip
-                        if varlen and tx == 128 and block == 0 and head == 0:
-                            spans[slot + chunk, 0] = start + chunk * C
-                            spans[slot + chunk, 1] = stop - (start + chunk * C)
                 elif tx >= 128 + C:
                     for chunk in T.serial(chunks):
                         s = chunk % STAGES

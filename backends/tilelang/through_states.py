@@ -18,6 +18,7 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from .constants import LOG2_E
+from .feed import left
 from .sums import sum_rows
 
 COLUMNS = 64
@@ -62,7 +63,7 @@ def fold_queries(m: Any, c: Any, b: Any, h: Any, scale: Any, thread: Any) -> Non
 def fold_known(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
     """c.one = R S^T, into dK."""
     for i, j in T.Parallel(C, COLUMNS):
-        c.dk[i, j] -= m.factors[b, 1, i] * T.exp2(m.factors[b, 0, i] * LOG2_E) * c.one[i, j]
+        c.dk[i, j] -= left(m.factors[b, 1, i]) * T.exp2(m.factors[b, 0, i] * LOG2_E) * c.one[i, j]
     multiply_rows(m.k, m, c, b, KNOWN, h, thread)
 
 

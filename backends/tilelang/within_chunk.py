@@ -14,6 +14,7 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from .constants import LOG2_E
+from .feed import left
 from .sums import multiply, put_aside, sum_columns, sum_rows
 
 
@@ -71,14 +72,11 @@ def couple_writes(m: Any, p: Any, b: Any, thread: Any) -> None:
     """R U^T: what every update of the chunk owes to the earlier ones."""
     T.wgmma_gemm(m.R[b, :, :], m.U[b, :, :], p.one, clear_accum=True)
     T.wait_wgmma(0)
-    for i, j in T.Parallel(C, C):
-        if i == j:
-            m.along[b, i] = p.one[i, j]
     decay(m, p, b)
     for i, j in T.Parallel(C, C):
         p.one[i, j] = T.if_then_else(i > j, p.one[i, j], 0.0)
     for i in T.Parallel(C):
-        p.row[i] = m.factors[b, 1, i]
+        p.row[i] = left(m.factors[b, 1, i])
     for i, j in T.Parallel(C, C):
         p.D[i, j] -= p.row[i] * p.one[i, j]
     multiply(p.one, m.kk)
