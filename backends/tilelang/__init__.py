@@ -39,8 +39,9 @@ class TileLangBackend(Backend):
     )
     priority = 400
 
-    def __init__(self, plan: Any = None, back: Any = None) -> None:
-        self.plan, self.back = plan, back
+    def __init__(self, plan: Any = None) -> None:
+        self.plan = plan
+        self.back: Any = None
 
     def unavailable(self) -> str | None:
         """Also where there is no nvcc, which compiles the kernels."""
@@ -54,10 +55,17 @@ class TileLangBackend(Backend):
             from .decode import StepPlan
 
             return TileLangBackend(StepPlan(call))
-        from .backward import Backward
         from .forward import Plan
 
-        return TileLangBackend(Plan(call), Backward(call))
+        return TileLangBackend(Plan(call))
+
+    def _backward(self, call: Call) -> Any:
+        """What backward calls have in common; its kernels are not read before they are needed."""
+        if self.back is None:
+            from .backward import Backward
+
+            self.back = Backward(call)
+        return self.back
 
     def warm(self, call: Call | Step, backward: bool) -> None:
         if isinstance(call, Step):
@@ -66,7 +74,7 @@ class TileLangBackend(Backend):
         self.plan.kernels(save=backward)
         if backward:
             for final in {False, call.output_final_state}:
-                self.back.kernels(call.initial_state is not None, final)
+                self._backward(call).kernels(call.initial_state is not None, final)
 
     def saved_like(self, call: Call) -> list[Tensor]:
         from .forward import saved_shapes
@@ -80,7 +88,8 @@ class TileLangBackend(Backend):
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
-        found: Gradients = self.back.backward(call, saved, grad_o, grad_final_state)
+        back = self._backward(call)
+        found: Gradients = back.backward(call, saved, grad_o, grad_final_state)
         return found
 
     def decode(self, step: Step) -> Tensor:

@@ -23,7 +23,7 @@ def shares(call: Call) -> tuple[int, int]:
     tokens, and pieces that are walked at the same time are taken together."""
     N, (HV, V), K = call.sequences, call.v.shape[2:], call.q.shape[3]
     if call.cu_seqlens is not None or parallel_length(call, ROWS) is not None:
-        return N, 1
+        return max(N, 1), 1
     size = call.q.element_size() * N * -(-call.q.shape[1] // CHUNK) * HV * V * (2 * K + CHUNK)
     rounds = max(1, min(size // LEAST, MOST))
     # a walk forward and one back, each of half the multiprocessors at least
