@@ -25,9 +25,9 @@ tilelang = pytest.importorskip("tilelang")
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
 
-from gdn.backends.tilelang import launch, rounds  # noqa: E402
+from gdn.backends.tilelang import forward, launch, rounds  # noqa: E402
 from gdn.backends.tilelang.backward import Backward  # noqa: E402
-from gdn.backends.tilelang.forward import Plan, saved_shapes  # noqa: E402
+from gdn.backends.tilelang.forward import Plan, cut, saved_shapes  # noqa: E402
 from gdn.backends.tilelang.prepare import PROGRAMS  # noqa: E402
 from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH  # noqa: E402
 
@@ -39,12 +39,13 @@ PLANS = {
         replace(SMALL, name="many", B=20, fused=True, gates="model"),
         Case("packed", lengths=(3, 100), K=64, V=64, dtype=torch.float16, state_v_first=True),
         replace(SMALL, name="cut", B=1, T=2048, initial_state=False),
+        replace(SMALL, name="halved", B=1, T=32768, H=4, HV=16),
     )
 }
 
 
-def plan_of(case: Case) -> tuple[Plan, Call]:
-    call = Call(**{"scale": 0.125} | make_inputs(case))
+def plan_of(case: Case, device: str = "meta") -> tuple[Plan, Call]:
+    call = Call(**{"scale": 0.125} | make_inputs(case, device))
     return Plan(call), call
 
 
@@ -129,16 +130,25 @@ def test_kernels_are_read_in_turn_and_compiled_side_by_side(
 
 def test_pieces_and_warpgroups_follow_from_shapes_alone() -> None:
     chosen = {name: plan_of(case)[0] for name, case in PLANS.items()}
-    assert {name: plan.length for name, plan in chosen.items()} == {
-        "dense": None, "many": None, "packed": None, "cut": 512,
+    assert {name: plan.cuts[True][0] for name, plan in chosen.items()} == {
+        "dense": None, "many": None, "packed": None, "cut": 512, "halved": 8192,
     }  # fmt: skip
     several = {name: plan.walks[False][-1][1]["warpgroups"] for name, plan in chosen.items()}
-    assert several == {"dense": 1, "many": 2, "packed": 1, "cut": 1}
+    assert several == {"dense": 1, "many": 2, "packed": 1, "cut": 1, "halved": 2}
     long = replace(SMALL, T=2048, B=20)  # 1280 blocks of two value heads for 528 programs
     shares = {name: plan.shares for name, plan in (chosen | {"long": plan_of(long)[0]}).items()}
     assert shares == {
-        "dense": (8, 1), "many": (80, 1), "packed": (6, 1), "cut": (128, 1), "long": (528, 2),
+        "dense": (8, 1), "many": (80, 1), "packed": (6, 1), "cut": (128, 1), "halved": (528, 4),
+        "long": (528, 2),
     }  # fmt: skip
+
+
+def test_long_pieces_are_halved_where_no_backward_is_to_come() -> None:
+    for shape, length in (((4, 16, 1, 32768), 8192), ((2, 8, 1, 32768), 4096)):
+        assert [cut(call_of(*shape), save) for save in (False, True)] == [
+            (length // 2, 2), (length, 1),
+        ]  # fmt: skip
+    assert cut(call_of(4, 16, 1, 8192), False) == (2048, 1)
 
 
 def test_little_is_saved_for_backward() -> None:
@@ -180,7 +190,7 @@ def test_rounds_bound_the_memory_of_backward() -> None:
 @pytest.mark.parametrize("name", ["dense", "packed", "cut"])
 def test_calls_bind_their_arguments(name: str) -> None:
     """Shapes, strides and dtypes are accepted, down to the device."""
-    plan, call = plan_of(PLANS[name])
+    plan, call = plan_of(PLANS[name], "cpu")
     with pytest.raises(Exception, match="device"):
         plan.forward(call, save=False)
 
@@ -198,9 +208,16 @@ def test_calls_bind_their_arguments(name: str) -> None:
     ],
     ids=lambda case: case.name,
 )  # fmt: skip
-def test_pieces_walked_at_the_same_time(case: Case) -> None:
-    inputs = with_gradients(make_inputs(case, "cuda"))
-    assert Plan(Call(**{"scale": 1.0} | inputs)).length is not None
+@pytest.mark.parametrize("halved", [False, True], ids=["whole", "halved"])
+def test_pieces_walked_at_the_same_time(
+    monkeypatch: pytest.MonkeyPatch, case: Case, halved: bool
+) -> None:
+    inputs = make_inputs(case, "cuda")
+    if halved:
+        monkeypatch.setattr(forward, "HALF", 1)
+    else:
+        inputs = with_gradients(inputs)
+    assert Plan(Call(**{"scale": 1.0} | inputs)).cuts[not halved][0] is not None
     expected = truth(case)
     for name, value in run("tilelang", case, inputs, "cuda").items():
         # not element by element: where little decays they are not of order 1

@@ -140,6 +140,17 @@ def test_pieces_walked_at_the_same_time(world: Callable[..., None], late: bool) 
     check(CUT, with_gradients(make_inputs(CUT)))
 
 
+@WORLDS
+def test_long_pieces_are_halved(
+    world: Callable[..., None], monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    world(late)
+    monkeypatch.setattr(forward, "HALF", 1)
+    inputs = make_inputs(CUT)
+    assert forward.cut(Call(**{"scale": 1.0} | inputs), False) == (256, 2)
+    check(CUT, inputs)
+
+
 @pytest.mark.parametrize(
     ("B", "T", "initial", "shares"),
     [(1, 250, True, (1, 4)), (2, 190, False, (1, 2)), (5, 70, True, (2, 1))],

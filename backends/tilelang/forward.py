@@ -20,6 +20,8 @@ from .scan import scan
 
 SEGMENT, SEGMENTS = 32, 4
 """Chunks of a segment at least, and segments at most."""
+HALF = 32
+"""Chunks of half a piece, at least, where pieces are halved."""
 
 
 def warpgroups(V: int, walks: int) -> int:
@@ -63,14 +65,25 @@ def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
         ((number, H, 2, CHUNK), torch.float32),
         ((number, HV, CHUNK, CHUNK), call.q.dtype),
         *states,
-        *walked_shapes(call),
+        *walked_shapes(call, True),
     ]
 
 
-def walked_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
+def cut(call: Call, save: bool) -> tuple[int | None, int]:
+    """Tokens of a piece if pieces are walked at the same time, and warpgroups of a program of their
+    last walk. Long ones are halved: twice as many programs of twice the columns load q, k and the
+    matrices half as often. Backward, whose programs have 64 columns, wants them whole."""
+    length = parallel_length(call, ROWS)
+    half = -(-(length or 0) // (2 * CHUNK)) * CHUNK
+    if save or call.v.shape[3] == ROWS or half < HALF * CHUNK:
+        return length, 1
+    return half, 2
+
+
+def walked_shapes(call: Call, save: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """If pieces are walked at the same time, what each does to a state, and the state that it
     begins with (`carry.py`)."""
-    length = parallel_length(call, ROWS)
+    length, _ = cut(call, save)
     if length is None:
         return []
     number, (HV, V), K = pieces(call, length), call.v.shape[2:], call.q.shape[3]
@@ -102,7 +115,8 @@ class Plan:
 
     def __init__(self, call: Call) -> None:
         K, (HV, V) = call.q.shape[3], call.v.shape[2:]
-        self.sequences, self.length = call.sequences, parallel_length(call, ROWS)
+        self.sequences = call.sequences
+        self.cuts = {save: cut(call, save) for save in (False, True)}
         exact = (call.initial_state, call.A_log, call.dt_bias)
         self.casts = any(x is not None and x.dtype != torch.float32 for x in exact)
         self.slots, low, device = pieces(call, CHUNK), call.q.dtype, call.q.device
@@ -112,8 +126,8 @@ class Plan:
         self.new_matrices = allocator((self.slots, HV, 2, CHUNK, CHUNK), low, device)
         self.new_walk = allocator((self.slots, HV, 4, CHUNK), torch.float32, device)
         self.new_saved = {
-            save: [allocator(*kind, device) for kind in shapes(call)]
-            for save, shapes in ((False, walked_shapes), (True, saved_shapes))
+            save: [allocator(*kind, device) for kind in kinds]
+            for save, kinds in ((False, walked_shapes(call, False)), (True, saved_shapes(call)))
         }
         shared = {
             "dtype": dtype_name(call.q),
@@ -131,7 +145,7 @@ class Plan:
         common = {"dtype": shared["dtype"], "transfer": False}
         self.segments: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
         self.walks: dict[bool, list[tuple[Any, dict[str, Any]]]] = {}
-        if self.length is None:
+        if self.cuts[True][0] is None:
             several = warpgroups(V, self.sequences * HV)
             common |= {"warpgroups": several, "cut": False}
             for save, found in self.segments.items():
@@ -145,13 +159,12 @@ class Plan:
                 if found and call.initial_state is None:
                     self.walks[save] += [(scan, walk | own | {"initial": True})]
         else:
-            self.pieces = pieces(call, self.length)
             common |= {"warpgroups": 1, "cut": True}
             transfer = walk | common | {"final": True, "transfer": True}
             across = (carry, walk | {"final": False, "reverse": False})
-            for save in self.segments:
-                again = (scan, walk | common | {"initial": True})
-                self.walks[save] = [(scan, transfer), across, again]
+            for save, (_, several) in self.cuts.items():
+                again = walk | common | {"initial": True, "warpgroups": several}
+                self.walks[save] = [(scan, transfer), across, (scan, again)]
         self.runs: dict[bool, list[Any]] = {}
 
     def kernels(self, save: bool) -> list[Any]:
@@ -191,11 +204,13 @@ class Plan:
             rejoin(q.device)
             return Forward(o, end, saved if save else [])
         prepare_chunks(*coupled, self.slots, 0, self.slots, *self.shares, call.scale)
-        if self.length is None:
+        length, _ = self.cuts[save]
+        if length is None:
             walks[0](*tensors, begin, cu_seqlens, o, end, N, N, q.shape[1], 0, 0)
         else:
-            many, (walked, begins) = (N, self.pieces, self.length), saved[-2:]
+            walked, begins = saved[-2:]
+            many = (N, walked.shape[0], length)
             walks[0](*tensors, begin, cu_seqlens, o, walked, *many, int(save), 0)
-            walks[1](walked, None, begins, begin, None, cu_seqlens, N, q.shape[1], self.length)
+            walks[1](walked, None, begins, begin, None, cu_seqlens, N, q.shape[1], length)
             walks[2](*tensors, begins, cu_seqlens, o, end, *many, 0, 0)
         return Forward(o, end, saved if save else [])

@@ -10,7 +10,7 @@ rows of a unit matrix, which says what it does to any state; then, after `carry.
 the states they really begin with. The first piece of a sequence starts from the real state at once;
 the last one, and what the first does to other states, only backward asks for.
 
-Two programs of a cut sequence share a multiprocessor. (The first walk is written as if it computed
+Two programs of one warpgroup share a multiprocessor. (The first walk is written as if it computed
 an o as well, of whatever is in k's and A_v's place: without, ptxas makes every product wait for the
 one before. It leaves out the products that nobody reads.)
 """
@@ -93,13 +93,13 @@ def scan(
     *, dtype: str, offsets: str, K: int, V: int, warpgroups: int, varlen: bool, initial: bool,
     final: bool, v_first: bool, cut: bool, transfer: bool,
 ) -> Any:  # fmt: skip
-    """See the module. warpgroups: how many carry a state, 1 or 2; cut wants 1, transfer cut and
+    """See the module. warpgroups: how many carry a state, 1 or 2; transfer wants 1, cut and
     final."""
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
     width, carriers, output = ROWS * warpgroups, 128 * warpgroups, not transfer
     registers = (240, 24) if warpgroups == 2 else (224, 32)
-    stages = 2 if cut and output else 3
+    stages = 2 if cut and output and warpgroups == 1 else 3
     rows = V if output else V + K
     blocks = rows // width
     begin_first, end_first = v_first or (cut and output), v_first or transfer
