@@ -176,7 +176,7 @@ def test_backward_in_rounds(
 @pytest.mark.parametrize("slow", [0, 5, 8, 12, 13, 14])
 def test_a_warp_may_be_slow(world: Callable[..., None], slow: int) -> None:
     """One of each role: in `gradients`, of either half of the columns, of the pairs, the one that
-    loads, the one that finishes, one that writes dv; in the other kernels, of what they have."""
+    loads, the one that finishes, one for weak beta; in the other kernels, of what they have."""
     world(late=True, slow=slow)
     check(GROUPED, with_gradients(make_inputs(GROUPED)))
 
