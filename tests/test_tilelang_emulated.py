@@ -173,7 +173,7 @@ def test_backward_in_rounds(
     check(case, inputs)
 
 
-@pytest.mark.parametrize("slow", [0, 5, 8, 12, 13, 14])
+@pytest.mark.parametrize("slow", [0, 5, 8, 9, 10, 12, 13, 14])
 def test_a_warp_may_be_slow(world: Callable[..., None], slow: int) -> None:
     """One of each role: in `gradients`, of either half of the columns, of the pairs, the one that
     loads, the one that finishes, one for weak beta; in the other kernels, of what they have."""

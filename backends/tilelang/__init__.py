@@ -4,8 +4,9 @@
 and reads them; `carry.py` lets the pieces of a sequence be walked at the same time.
 `couple.py`, `inverse.py`, `squares.py`, `feed.py` and `advance.py` are what their warps do,
 `forward.py` is their order.
-`states.py`, `reverse_scan.py` and `gradients.py` go back (with `through_states.py`,
-`within_chunk.py`, `per_token.py`, `sums.py` and `transposed.py`), in the order of `backward.py`.
+`states.py`, `reverse_scan.py` and `gradients.py` go back (with `reverse_memory.py`,
+`gradient_memory.py`, `through_states.py`, `within_chunk.py`, `per_token.py`, `sums.py` and
+`transposed.py`), in the order of `backward.py`.
 `decode.py` and `part.py` are the serving step. `launch.py` is how a kernel is compiled.
 """
 

@@ -82,10 +82,8 @@ def solve(t: Any, m: Any, s: Any) -> None:
 
 
 @T.macro
-def advance(
-    t: Any, m: Any, s: Any, full: Any, last: int, parity: Any, output: bool
-) -> None:  # fmt: skip
-    """The other half: t.S after the chunk, and t.O (output); full[last] says that P is there."""
+def advance(t: Any, m: Any, s: Any, scored: Any, p: Any, parity: Any, output: bool) -> None:
+    """The other half: t.S after the chunk, and t.O (output); scored[p] says that P is there."""
     T.wait_wgmma(1)
     for i, j in T.Parallel(ROWS, C):
         t.written[i, j] = t.U[i, j] * m.walk[s, ONTO, j]
@@ -95,8 +93,8 @@ def advance(
     for i, j in T.Parallel(ROWS, C):
         t.O[i, j] *= m.walk[s, READ, j]
     if output:
-        T.barrier_wait(full[last], parity)
-    T.wgmma_gemm(t.half, m.P[0, :, :], t.O, transpose_B=True)
+        T.barrier_wait(scored[p], parity)
+    T.wgmma_gemm(t.half, m.P[p, :, :], t.O, transpose_B=True)
     T.wait_wgmma(1)
     T.copy(t.S, t.before)
     T.wait_wgmma(0)

@@ -8,50 +8,28 @@ from the gradients that they really end with.
     dS <- e^gamma dS + Q^T (scale e^G rq * dO) - K^T (beta e^G rk * R)
 
 One warpgroup holds dS^T [64, K] in registers, as in `states.py`; another finds P and the tokens'
-factors a chunk ahead of it; one warp loads. Reads q, k, v, dO, `factors`, `norms` and `inverse`;
-writes the gradient of the state after every chunk, in the call's dtype, `kept` R in dv's place,
-rowsum(R * V), a block of V apart from the other, and the gradient of the initial state.
+factors a chunk ahead of it; of a third, one warp loads, one stores, and two sum R * V. Reads q, k,
+v, dO, `factors`, `norms` and `inverse`; writes the gradient of the state after every chunk, in the
+call's dtype, `kept` R in dv's place, rowsum(R * V), a block of V apart from the other, and the
+gradient of the initial state.
 """
 
 from typing import Any
 
 import tilelang.language as T
-from tilelang.layout import make_full_bank_swizzled_layout
 
 from gdn.problem import CHUNK as C
 
 from .constants import LOG2_E, ROWS
 from .feed import clear_rows, kept, span
 from .launch import kernel
-from .sums import PRELUDE as SUMS
-from .sums import sum_columns
-from .transposed import PRELUDE, load_transposed, store_transposed
+from .reverse_memory import STAGES, Memory, load, store_chunk, sum_values
+from .transposed import PRELUDE, load_transposed, store, store_transposed
 
-BOTH = PRELUDE + SUMS
-STAGES = 3
-CARRY, COUPLE = 1, 2
-"""Named barriers of the warpgroups."""
-REGISTERS = (248, 216, 40)
-"""Registers a thread of those who carry, who couple and who load."""
-
-
-class Memory:
-    """Shared memory: what is loaded, STAGES chunks of it; factors of tokens; what is stored."""
-
-    def __init__(self, K: int, dtype: str) -> None:
-        self.q, self.k = (T.alloc_shared((STAGES, C, K), dtype) for _ in range(2))
-        self.do, self.v = (T.alloc_shared((STAGES, C, ROWS), dtype) for _ in range(2))
-        self.A = T.alloc_shared((STAGES, C, C), dtype)
-        self.factors = T.alloc_shared((STAGES, 4, C), "float32")
-        self.G2 = T.alloc_shared((STAGES, C), "float32")  # G log2(e)
-        self.rows = T.alloc_shared((STAGES, C), "float32")  # scale rq
-        self.onto = T.alloc_shared((STAGES, C), "float32")  # e^{gamma - G} rk
-        self.read = T.alloc_shared((STAGES, C), "float32")  # scale e^G rq
-        self.through = T.alloc_shared((STAGES, C), "float32")  # -beta e^G rk
-        self.P = T.alloc_shared((C, C), dtype)
-        self.dS = T.alloc_shared((ROWS, K), dtype)
-        self.R = T.alloc_shared((1, C, ROWS), dtype)
-        self.given = T.alloc_shared((4, C), "float32")  # each warp's part of rowsum(R * V)
+COUPLE = 1
+"""Named barrier of the warpgroup that couples."""
+REGISTERS = (240, 200, 64)
+"""Registers a thread of those who carry, who couple, and who load, store and sum."""
 
 
 class Tile:
@@ -60,34 +38,11 @@ class Tile:
     def __init__(self, K: int, dtype: str) -> None:
         self.dS = T.alloc_fragment((ROWS, K), "float32")
         self.after = T.alloc_fragment((ROWS, K), dtype)
-        self.grad_o, self.read, self.dU_half, self.R_half, self.values = (
-            T.alloc_fragment((ROWS, C), dtype) for _ in range(5)
+        self.grad_o, self.read, self.dU_half, self.R_half = (
+            T.alloc_fragment((ROWS, C), dtype) for _ in range(4)
         )
         self.dU, self.taken, self.R = (T.alloc_fragment((ROWS, C), "float32") for _ in range(3))
         self.decay = T.alloc_local((1,), "float32")
-
-
-@T.macro
-def load(
-    q: Any, k: Any, v: Any, do: Any, factors: Any, norms: Any, inverse: Any, m: Any, full: Any,
-    batch: Any, at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any, keep: bool,
-) -> None:  # fmt: skip
-    """A chunk to stage s, by one warp."""
-    for source, target in (
-        (q[batch, at : at + C, kh, :], m.q[s, :, :]),
-        (k[batch, at : at + C, kh, :], m.k[s, :, :]),
-        (do[batch, at : at + C, head, first : first + ROWS], m.do[s, :, :]),
-        (inverse[slot, head, :, :], m.A[s, :, :]),
-        (factors[slot, head, :, :], m.factors[s, 0:2, :]),
-        (norms[slot, kh, :, :], m.factors[s, 2:4, :]),
-    ):
-        T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
-    if keep:
-        T.tma_copy(
-            v[batch, at : at + C, head, first : first + ROWS], m.v[s, :, :], barrier=full[s],
-            leader_scope_threads=32,
-        )  # fmt: skip
-    T.barrier_arrive(full[s])
 
 
 @T.macro
@@ -100,6 +55,7 @@ def find_factors(m: Any, s: Any, token: Any, scale: Any) -> None:
     m.onto[s, token] = rk * T.exp2(m.factors[s, 0, C - 1] * LOG2_E - m.G2[s, token])
     m.read[s, token] = m.rows[s, token] * grown
     m.through[s, token] = -m.factors[s, 1, token] * rk * grown
+    m.kept[s, token] = kept(m.factors[s, 1, token])
 
 
 @T.macro
@@ -127,9 +83,11 @@ def couple(m: Any, P: Any, half: Any, s: Any, live: Any, scale: Any, free: Any, 
 
 
 @T.macro
-def go_back(m: Any, t: Any, s: Any, free: Any, thread: Any, keep: bool) -> None:
-    """The gradient of the state before the chunk in stage s; and, to be stored, dS, R and
-    rowsum(R * V)."""
+def go_back(
+    m: Any, t: Any, s: Any, free: Any, left: Any, parity: Any, thread: Any, keep: bool
+) -> None:
+    """The gradient of the state before the chunk in stage s; and, to be stored, dS and, once that
+    of the chunk after has `left`, R, and what rounding took from it, in do's place."""
     t.decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
     T.copy(t.dS, t.after)
     for i, j in T.Parallel(*t.dS.shape):
@@ -141,10 +99,7 @@ def go_back(m: Any, t: Any, s: Any, free: Any, thread: Any, keep: bool) -> None:
     T.wgmma_gemm(t.grad_o, m.P, t.dU, clear_accum=True)
     T.wgmma_gemm(t.read, m.q[s, :, :], t.dS)
     if keep:
-        if thread < 32:
-            T.tma_store_wait(0)  # dS and R of the chunk after have left
-        T.sync_threads(CARRY, 128)
-        T.copy(t.after, m.dS)
+        store(t.after, m.dS, parity, thread)
     T.wait_wgmma(1)
     T.barrier_arrive(free)
     for i, j in T.Parallel(ROWS, C):
@@ -156,12 +111,13 @@ def go_back(m: Any, t: Any, s: Any, free: Any, thread: Any, keep: bool) -> None:
     T.wgmma_gemm(t.R_half, m.k[s, :, :], t.dS)
     if keep:
         for i, j in T.Parallel(ROWS, C):
-            t.dU_half[i, j] = kept(m.factors[s, 1, j]) * t.R[i, j]
-        store_transposed(t.dU_half, m.R, 0, thread, 0)
-        load_transposed(m.v, s, t.values, thread)
+            t.R[i, j] *= m.kept[s, j]
+        T.copy(t.R, t.dU_half)
         for i, j in T.Parallel(ROWS, C):
-            t.R[i, j] *= t.values[i, j]
-        sum_columns(t.R, T.address_of(m.given[thread // 32, 0]))
+            t.grad_o[i, j] = t.R[i, j] - t.dU_half[i, j]
+        T.barrier_wait(left, parity ^ 1)
+        store_transposed(t.dU_half, m.R, 0, thread, 0)
+        store_transposed(t.grad_o, m.do, s, thread, 0)
     T.wait_wgmma(0)
 
 
@@ -190,7 +146,7 @@ def reverse_scan(
         begin: T.Tensor((M, HV, *state), "float32"),
         scale: T.float32, sequences: T.int32, pieces: T.int32, length: T.int32,
     ):  # fmt: skip
-        with T.Kernel(pieces, HV, V // ROWS, threads=384, prelude=BOTH) as (n, head, block):
+        with T.Kernel(pieces, HV, V // ROWS, threads=384, prelude=PRELUDE) as (n, head, block):
             first, kh = block * ROWS, head // group
             place = T.alloc_local((4,), "int32")
             span(n, cu_seqlens, sequences, L, length, place, varlen, cut)
@@ -199,16 +155,15 @@ def reverse_scan(
             chunks = T.ceildiv(T.max(stop - start, 0), C)
 
             m = Memory(K, dtype)
-            T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (m.do, m.v, m.R)})
             full = T.alloc_barrier([32] * STAGES)
-            used = T.alloc_barrier([128] * STAGES)
+            used = T.alloc_barrier([128 + (C if keep else 0)] * STAGES)
             coupled, free = T.alloc_barrier(128), T.alloc_barrier(128)
+            staged, left = T.alloc_barrier(128), T.alloc_barrier(32 + C)
             tx = T.get_thread_binding()
 
             if tx < 128:
                 T.set_max_nreg(REGISTERS[0], 1)
                 t = Tile(K, dtype)
-                total = T.alloc_local((1,), "float32")
                 if final:
                     for i, j in T.Parallel(ROWS, K):
                         t.dS[i, j] = (
@@ -217,37 +172,14 @@ def reverse_scan(
                 else:
                     T.clear(t.dS)
                 for step in T.serial(chunks):
-                    s, chunk = step % STAGES, chunks - 1 - step
-                    at = start + chunk * C
+                    s = step % STAGES
                     T.barrier_wait(full[s], step // STAGES % 2)
                     T.barrier_wait(coupled, step % 2)
-                    go_back(m, t, s, free, tx, keep)
+                    go_back(m, t, s, free, left, step % 2, tx, keep)
                     T.fence_proxy_async()
+                    if keep:
+                        T.barrier_arrive(staged)
                     T.barrier_arrive(used[s])
-                    T.sync_threads(CARRY, 128)
-                    if tx < 32:
-                        if keep:
-                            T.tma_copy(
-                                m.dS, dS_out[slot + chunk, head, first : first + ROWS, :],
-                                leader_scope_threads=32,
-                            )  # fmt: skip
-                        if keep and at + C <= stop:
-                            T.tma_copy(
-                                m.R[0, :, :], R_out[batch, at : at + C, head, first : first + ROWS],
-                                leader_scope_threads=32,
-                            )  # fmt: skip
-                    if keep and tx >= 128 - C:
-                        token = tx - (128 - C)
-                        T.clear(total)
-                        for warp in T.unroll(4):
-                            total[0] += m.given[warp, token]
-                        given[slot + chunk, head, block, token] = total[0]
-                    if keep and at + C > stop:
-                        for i, j in T.Parallel(C, ROWS):
-                            if at + i < stop:
-                                R_out[batch, at + i, head, first + j] = m.R[0, i, j]
-                if tx < 32:
-                    T.tma_store_wait(0)
                 if initial:
                     for i, j in T.Parallel(ROWS, K):
                         if v_first:
@@ -278,5 +210,23 @@ def reverse_scan(
                             batch, start + (chunks - 1 - step) * C, slot + chunks - 1 - step,
                             head, kh, first, s, keep,
                         )  # fmt: skip
+                elif keep and tx < 256 + 64:
+                    for step in T.serial(chunks):
+                        chunk = chunks - 1 - step
+                        T.barrier_wait(staged, step % 2)
+                        store_chunk(
+                            m, step % 2, dS_out, R_out, batch, start + chunk * C,
+                            stop - start - chunk * C, slot + chunk, head, first, tx - 256 - 32,
+                        )  # fmt: skip
+                        T.barrier_arrive(left)
+                elif keep:
+                    total = T.alloc_local((1,), "float32")
+                    for step in T.serial(chunks):
+                        s, token = step % STAGES, tx - 256 - 64
+                        T.barrier_wait(staged, step % 2)
+                        sum_values(m, s, token, total)
+                        T.barrier_arrive(left)
+                        T.barrier_arrive(used[s])
+                        given[slot + chunks - 1 - step, head, block, token] = total[0]
 
     return reverse_scan_kernel

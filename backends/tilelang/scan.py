@@ -1,8 +1,8 @@
 """Stage 2 of forward, a program a piece, value head and block of V: the state, chunk by chunk.
 
 One or two warpgroups carry 64 rows of the transposed state each (`advance.py`); one warp loads
-ahead, by TMA. Reads q, k, v, `matrices` and `walk` (see `prepare.py`) and the state that a piece
-begins with; writes o and the state that it ends with.
+ahead and one stores, by TMA. Reads q, k, v, `matrices` and `walk` (see `prepare.py`) and the state
+that a piece begins with; writes o and the state that it ends with.
 
 A piece is a sequence; or, where sequences are few, they are cut into pieces that are walked at the
 same time, twice: first (TRANSFER) for what each leaves of a zero state, and, with v = 0, of the
@@ -39,9 +39,11 @@ from .transposed import PRELUDE
 
 
 class Memory:
-    """Shared memory of the chunks on their way, of P only the next; o takes v's place there."""
+    """Shared memory of the chunks on their way, of P fewer; o takes v's place there."""
 
-    def __init__(self, K: int, stages: int, warpgroups: int, dtype: str, output: bool) -> None:
+    def __init__(
+        self, K: int, stages: int, ahead: int, warpgroups: int, dtype: str, output: bool
+    ) -> None:
         self.k = T.alloc_shared((stages, C, K), dtype)
         self.v = T.alloc_shared((stages * warpgroups, C, ROWS), dtype)
         self.A_v = T.alloc_shared((stages, C, C), dtype)
@@ -49,7 +51,7 @@ class Memory:
         self.q, self.P = self.k, self.A_v
         if output:
             self.q = T.alloc_shared((stages, C, K), dtype)
-            self.P = T.alloc_shared((1, C, C), dtype)
+            self.P = T.alloc_shared((ahead, C, C), dtype)
         T.annotate_layout({self.v: make_full_bank_swizzled_layout(self.v)})
 
 
@@ -80,12 +82,12 @@ def load_chunk(
 
 
 @T.macro
-def load_scores(matrices: Any, m: Any, full: Any, slot: Any, head: Any, last: int) -> None:
-    """A chunk's P, by one warp."""
+def load_scores(matrices: Any, m: Any, scored: Any, slot: Any, head: Any, p: Any) -> None:
+    """A chunk's P to place p, by one warp."""
     T.tma_copy(
-        matrices[slot, head, 0, :, :], m.P[0, :, :], barrier=full[last], leader_scope_threads=32
+        matrices[slot, head, 0, :, :], m.P[p, :, :], barrier=scored[p], leader_scope_threads=32
     )
-    T.barrier_arrive(full[last])
+    T.barrier_arrive(scored[p])
 
 
 @kernel(own_barriers=True)
@@ -98,8 +100,9 @@ def scan(
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
     width, carriers, output = ROWS * warpgroups, 128 * warpgroups, not transfer
-    registers = (240, 24) if warpgroups == 2 else (224, 32)
+    registers = (232, 40) if warpgroups == 2 else (224, 32)
     stages = 2 if cut and output and warpgroups == 1 else 3
+    ahead = 1 if cut or warpgroups > 1 else 2  # chunks whose P is in shared memory
     rows = V if output else V + K
     blocks = rows // width
     begin_first, end_first = v_first or (cut and output), v_first or transfer
@@ -107,9 +110,8 @@ def scan(
     end_shape = (rows, K) if end_first else (K, rows)
 
     @T.macro
-    def carry(begin, o, end, m, full, free, place, row, chunks, wg, thread):
+    def carry(begin, end, m, full, scored, done, place, row, chunks, wg, thread):
         sequence, start, stop, piece, head = place[0], place[1], place[2], place[4], place[5]
-        batch = 0 if varlen else sequence
         t = Tile(K, dtype)
         if transfer:
             unit_state(t, row - V)
@@ -136,33 +138,41 @@ def scan(
                 T.sync_threads(1 + wg, 128)
             recall(t, m, s, values, thread)
             solve(t, m, s)
-            if chunk > 0 and thread < 32:
-                T.tma_store_wait(0)
-                T.barrier_arrive(free[(chunk + stages - 1) % stages])
-            advance(t, m, s, full, stages, chunk % 2, output)
+            advance(t, m, s, scored, chunk % ahead, chunk // ahead % 2, output)
             if output:
                 stage_output(t, m.v, values, thread)
                 T.fence_proxy_async()
-            T.sync_threads(1 + wg, 128)
-            if output and thread < 32:
-                T.barrier_arrive(free[stages])
-                if at + C <= stop:
-                    T.tma_copy(
-                        m.v[values, :, :],
-                        o[batch, at : at + C, head, row : row + ROWS],
-                        leader_scope_threads=32,
-                    )
-            if output and at + C > stop:
-                for i, j in T.Parallel(C, ROWS):
-                    if at + i < stop:
-                        o[batch, at + i, head, row + j] = m.v[values, i, j]
-        if thread < 32:
-            T.tma_store_wait(0)
+            T.barrier_arrive(done[s])
         if final and not (cut and output):
             store_state(t, end, piece, head, row, end_first)
         elif final:  # noqa: SIM102
             if place[7] == place[8]:
                 store_state(t, end, sequence, head, row, end_first)
+
+    @T.macro
+    def store(o, m, done, free, place, row, chunks, lane):
+        batch, start, stop, head = 0 if varlen else place[0], place[1], place[2], place[5]
+        for chunk in T.serial(chunks):
+            s, at = chunk % stages, start + chunk * C
+            T.barrier_wait(done[s], chunk // stages % 2)
+            if output:
+                if at + C <= stop:
+                    for wg in T.unroll(warpgroups):
+                        first = row + wg * ROWS
+                        T.tma_copy(
+                            m.v[s * warpgroups + wg, :, :],
+                            o[batch, at : at + C, head, first : first + ROWS],
+                            leader_scope_threads=32,
+                        )
+                else:
+                    for i in T.serial(stop - at):
+                        for wg in T.unroll(warpgroups):
+                            for j in T.vectorized(2):
+                                o[batch, at + i, head, row + wg * ROWS + lane * 2 + j] = m.v[
+                                    s * warpgroups + wg, i, lane * 2 + j
+                                ]
+                T.tma_store_wait(0)
+            T.barrier_arrive(free[s])
 
     @T.prim_func
     def scan_kernel(
@@ -200,17 +210,17 @@ def scan(
                 )
                 place[9] = T.if_then_else(wanted, place[9], 0)
             chunks = place[9]
-            m = Memory(K, stages, warpgroups, dtype, output)
-            full = T.alloc_barrier([32] * (stages + 1))  # the last is P's
-            free = T.alloc_barrier([32 * warpgroups] * (stages + 1))
+            m = Memory(K, stages, ahead, warpgroups, dtype, output)
+            full, scored = (T.alloc_barrier([32] * n) for n in (stages, ahead))
+            done, free = (T.alloc_barrier([n] * stages) for n in (carriers, 32))
             tx = T.get_thread_binding()
 
             if tx < 128:
                 T.set_max_nreg(registers[0], 1)
-                carry(begin, o, end, m, full, free, place, first, chunks, 0, tx)
+                carry(begin, end, m, full, scored, done, place, first, chunks, 0, tx)
             elif tx < carriers:
                 T.set_max_nreg(registers[0], 1)
-                carry(begin, o, end, m, full, free, place, first + ROWS, chunks, 1, tx - 128)
+                carry(begin, end, m, full, scored, done, place, first + ROWS, chunks, 1, tx - 128)
             else:
                 T.set_max_nreg(registers[1], 0)
                 if tx < carriers + 32:
@@ -223,7 +233,12 @@ def scan(
                             first < V, output,
                         )  # fmt: skip
                         if output:
-                            T.barrier_wait(free[stages], chunk % 2 ^ 1)
-                            load_scores(matrices, m, full, place[3] + chunk, place[5], stages)
+                            last = chunk + stages - ahead  # `stages` after the one P has served
+                            T.barrier_wait(done[last % stages], last // stages % 2 ^ 1)
+                            load_scores(
+                                matrices, m, scored, place[3] + chunk, place[5], chunk % ahead
+                            )
+                elif tx < carriers + 64:
+                    store(o, m, done, free, place, first, chunks, tx - carriers - 32)
 
     return scan_kernel

@@ -5,8 +5,9 @@ same time), value head and 64 columns of V: forward's states again, chunk by chu
     S <- e^gamma S + K^T (e^{gamma - G} rk * U)
 
 One warpgroup holds S^T [64, K] in registers, where S^T and U^T are the left operands of their
-products; of another, one warp loads, and two find the tokens' factors, ahead of it. Reads k, v,
-`factors`, `norms` and `inverse`; writes U^T and, in the call's dtype, S^T before every chunk.
+products; of another, one warp loads, two find the tokens' factors, ahead of it, and one stores.
+Reads k, v, `factors`, `norms` and `inverse`; writes U^T and, in the call's dtype, S^T before every
+chunk.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ from gdn.problem import CHUNK as C
 from .constants import LOG2_E, ROWS
 from .feed import clear_rows, span
 from .launch import kernel
-from .transposed import PRELUDE, load_transposed
+from .transposed import PRELUDE, load_transposed, store
 
 STAGES = 2
 CARRY = 1
@@ -38,8 +39,8 @@ class Memory:
         self.factors = T.alloc_shared((STAGES, 4, C), "float32")
         self.through = T.alloc_shared((STAGES, C), "float32")  # -e^G rk
         self.onto = T.alloc_shared((STAGES, C), "float32")  # e^{gamma - G} rk
-        self.S = T.alloc_shared((ROWS, K), dtype)
-        self.U = T.alloc_shared((ROWS, C), dtype)
+        self.S = T.alloc_shared((2, ROWS, K), dtype)  # of even and odd chunks
+        self.U = T.alloc_shared((1, ROWS, C), dtype)
 
 
 @T.macro
@@ -102,6 +103,7 @@ def states(
             full = T.alloc_barrier([32] * STAGES)
             used = T.alloc_barrier([128] * STAGES)
             factored = T.alloc_barrier([C] * STAGES)
+            staged, left = T.alloc_barrier(128), T.alloc_barrier(32)
             tx = T.get_thread_binding()
 
             if tx < 128:
@@ -140,10 +142,7 @@ def states(
                         S[i, j] *= decay[0]
                     T.wgmma_gemm(before, m.k[s, :, :], known, transpose_B=True, clear_accum=True)
                     load_transposed(m.v, s, values, tx)
-                    if tx < 32:
-                        T.tma_store_wait(0)  # S and U of the chunk before have left
-                    T.sync_threads(CARRY, 128)
-                    T.copy(before, m.S)
+                    store(before, m.S, chunk % 2, tx)
                     T.wait_wgmma(0)
                     for i, j in T.Parallel(ROWS, C):
                         error[i, j] = m.factors[s, 1, j] * (
@@ -152,25 +151,15 @@ def states(
                     T.wgmma_gemm(error, m.A[s, :, :], U, transpose_B=True, clear_accum=True)
                     T.wait_wgmma(0)
                     T.copy(U, U_half)
-                    T.copy(U_half, m.U)
+                    T.barrier_wait(left, chunk % 2 ^ 1)
+                    store(U_half, m.U, 0, tx)
                     for i, j in T.Parallel(ROWS, C):
                         U_half[i, j] = m.onto[s, j] * U[i, j]
                     T.wgmma_gemm(U_half, m.k[s, :, :], S)
                     T.wait_wgmma(0)
                     T.fence_proxy_async()
+                    T.barrier_arrive(staged)
                     T.barrier_arrive(used[s])
-                    T.sync_threads(CARRY, 128)
-                    if tx < 32:
-                        T.tma_copy(
-                            m.S, S_out[slot + chunk, head, first : first + ROWS, :],
-                            leader_scope_threads=32,
-                        )  # fmt: skip
-                        T.tma_copy(
-                            m.U, U_out[slot + chunk, head, first : first + ROWS, :],
-                            leader_scope_threads=32,
-                        )  # fmt: skip
-                if tx < 32:
-                    T.tma_store_wait(0)
             else:
                 T.set_max_nreg(REGISTERS[1], 0)
                 if tx < 128 + 32:
@@ -181,7 +170,15 @@ def states(
                             k, v, factors, norms, inverse, m, full, batch, start + chunk * C,
                             slot + chunk, head, kh, first, s,
                         )  # fmt: skip
-                elif tx >= 128 + C:
+                elif tx < 128 + 64:
+                    for chunk in T.serial(chunks):
+                        T.barrier_wait(staged, chunk % 2)
+                        to = slot + chunk, head, slice(first, first + ROWS)
+                        T.tma_copy(m.S[chunk % 2, :, :], S_out[*to, :], leader_scope_threads=32)
+                        T.tma_copy(m.U[0, :, :], U_out[*to, :], leader_scope_threads=32)
+                        T.tma_store_wait(0)
+                        T.barrier_arrive(left)
+                else:
                     for chunk in T.serial(chunks):
                         s = chunk % STAGES
                         T.barrier_wait(used[s], chunk // STAGES % 2 ^ 1)

@@ -68,9 +68,9 @@ def store_transposed(fragment: Any, rows: Any, s: Any, thread: Any, first: Any) 
 
 @T.macro
 def store(fragment: Any, tile: Any, s: Any, thread: Any) -> None:
-    """A fragment [C, C] to tile[s], [C, C] in shared memory, as it is."""
+    """A fragment [64, N] to tile[s], [64, N] in shared memory, as it is."""
     warp, lane = thread // 32, thread % 32
-    for pair in T.unroll(C // 16):
+    for pair in T.unroll(fragment.shape[1] // 16):
         T.call_extern(
             "handle",
             "gdn_store",

@@ -1,0 +1,95 @@
+"""Shared memory of `reverse_scan.py`, and the warps that fill and empty it."""
+
+from typing import Any
+
+import tilelang.language as T
+from tilelang.layout import make_full_bank_swizzled_layout
+
+from gdn.problem import CHUNK as C
+
+from .constants import ROWS
+
+STAGES = 3
+
+
+class Memory:
+    """Shared memory: what is loaded, STAGES chunks of it; factors of tokens; what is stored."""
+
+    def __init__(self, K: int, dtype: str) -> None:
+        self.q, self.k = (T.alloc_shared((STAGES, C, K), dtype) for _ in range(2))
+        self.do, self.v = (T.alloc_shared((STAGES, C, ROWS), dtype) for _ in range(2))
+        self.A = T.alloc_shared((STAGES, C, C), dtype)
+        self.factors = T.alloc_shared((STAGES, 4, C), "float32")
+        self.G2 = T.alloc_shared((STAGES, C), "float32")  # G log2(e)
+        self.rows = T.alloc_shared((STAGES, C), "float32")  # scale rq
+        self.onto = T.alloc_shared((STAGES, C), "float32")  # e^{gamma - G} rk
+        self.read = T.alloc_shared((STAGES, C), "float32")  # scale e^G rq
+        self.through = T.alloc_shared((STAGES, C), "float32")  # -beta e^G rk
+        self.kept = T.alloc_shared((STAGES, C), "float32")  # what R is multiplied by
+        self.P = T.alloc_shared((C, C), dtype)
+        self.dS = T.alloc_shared((2, ROWS, K), dtype)  # after chunks in even and odd steps
+        self.R = T.alloc_shared((1, C, ROWS), dtype)  # what rounding took from it is in do's place
+        T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (self.do, self.v, self.R)})
+
+
+@T.macro
+def load(
+    q: Any, k: Any, v: Any, do: Any, factors: Any, norms: Any, inverse: Any, m: Any, full: Any,
+    batch: Any, at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any, keep: bool,
+) -> None:  # fmt: skip
+    """A chunk to stage s, by one warp."""
+    for source, target in (
+        (q[batch, at : at + C, kh, :], m.q[s, :, :]),
+        (k[batch, at : at + C, kh, :], m.k[s, :, :]),
+        (do[batch, at : at + C, head, first : first + ROWS], m.do[s, :, :]),
+        (inverse[slot, head, :, :], m.A[s, :, :]),
+        (factors[slot, head, :, :], m.factors[s, 0:2, :]),
+        (norms[slot, kh, :, :], m.factors[s, 2:4, :]),
+    ):
+        T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
+    if keep:
+        T.tma_copy(
+            v[batch, at : at + C, head, first : first + ROWS], m.v[s, :, :], barrier=full[s],
+            leader_scope_threads=32,
+        )  # fmt: skip
+    T.barrier_arrive(full[s])
+
+
+@T.macro
+def store_chunk(
+    m: Any, parity: Any, dS_out: Any, R_out: Any, batch: Any, at: Any, live: Any, slot: Any,
+    head: Any, first: Any, lane: Any,
+) -> None:  # fmt: skip
+    """What is staged of a chunk, to where it belongs, by one warp; of R the live rows."""
+    T.tma_copy(
+        m.dS[parity, :, :], dS_out[slot, head, first : first + ROWS, :], leader_scope_threads=32
+    )
+    if live >= C:
+        T.tma_copy(
+            m.R[0, :, :], R_out[batch, at : at + C, head, first : first + ROWS],
+            leader_scope_threads=32,
+        )  # fmt: skip
+    else:
+        for i in T.serial(live):
+            for j in T.vectorized(2):
+                R_out[batch, at + i, head, first + lane * 2 + j] = m.R[0, i, lane * 2 + j]
+    T.tma_store_wait(0)
+
+
+@T.macro
+def sum_values(m: Any, s: Any, token: Any, total: Any) -> None:
+    """total = the sum over the row of R * V of one token of the chunk in stage s."""
+    R, rest, v = (T.alloc_local((8,), m.R.dtype) for _ in range(3))
+    T.clear(total)
+    for part in T.unroll(ROWS // 8):
+        for j in T.vectorized(8):
+            R[j] = m.R[0, token, part * 8 + j]
+        for j in T.vectorized(8):
+            rest[j] = m.do[s, token, part * 8 + j]
+        for j in T.vectorized(8):
+            v[j] = m.v[s, token, part * 8 + j]
+        for j in T.unroll(8):
+            total[0] += (T.cast(R[j], "float32") + T.cast(rest[j], "float32")) * T.cast(
+                v[j], "float32"
+            )
+    total[0] /= m.kept[s, token]
