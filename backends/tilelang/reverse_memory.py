@@ -27,17 +27,17 @@ class Memory:
         self.through = T.alloc_shared((STAGES, C), "float32")  # -beta e^G rk
         self.kept = T.alloc_shared((STAGES, C), "float32")  # what R is multiplied by
         self.P = T.alloc_shared((C, C), dtype)
-        self.dS = T.alloc_shared((2, ROWS, K), dtype)  # after chunks in even and odd steps
-        self.R = T.alloc_shared((1, C, ROWS), dtype)  # what rounding took from it is in do's place
+        self.dS = T.alloc_shared((1, ROWS, K), dtype)
+        self.R = T.alloc_shared((2, C, ROWS), dtype)  # rounded, and what rounding has left of it
         T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (self.do, self.v, self.R)})
 
 
 @T.macro
 def load(
-    q: Any, k: Any, v: Any, do: Any, factors: Any, norms: Any, inverse: Any, m: Any, full: Any,
-    batch: Any, at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any, keep: bool,
+    q: Any, k: Any, do: Any, factors: Any, norms: Any, inverse: Any, m: Any, full: Any, batch: Any,
+    at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any,
 ) -> None:  # fmt: skip
-    """A chunk to stage s, by one warp."""
+    """A chunk to stage s, but for v, by one warp."""
     for source, target in (
         (q[batch, at : at + C, kh, :], m.q[s, :, :]),
         (k[batch, at : at + C, kh, :], m.k[s, :, :]),
@@ -47,23 +47,28 @@ def load(
         (norms[slot, kh, :, :], m.factors[s, 2:4, :]),
     ):
         T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
-    if keep:
-        T.tma_copy(
-            v[batch, at : at + C, head, first : first + ROWS], m.v[s, :, :], barrier=full[s],
-            leader_scope_threads=32,
-        )  # fmt: skip
     T.barrier_arrive(full[s])
 
 
 @T.macro
+def load_values(
+    v: Any, m: Any, valued: Any, batch: Any, at: Any, head: Any, first: Any, s: Any
+) -> None:
+    """A chunk's v to stage s, by one warp."""
+    T.tma_copy(
+        v[batch, at : at + C, head, first : first + ROWS], m.v[s, :, :], barrier=valued[s],
+        leader_scope_threads=32,
+    )  # fmt: skip
+    T.barrier_arrive(valued[s])
+
+
+@T.macro
 def store_chunk(
-    m: Any, parity: Any, dS_out: Any, R_out: Any, batch: Any, at: Any, live: Any, slot: Any,
-    head: Any, first: Any, lane: Any,
+    m: Any, dS_out: Any, R_out: Any, batch: Any, at: Any, live: Any, slot: Any, head: Any,
+    first: Any, lane: Any,
 ) -> None:  # fmt: skip
     """What is staged of a chunk, to where it belongs, by one warp; of R the live rows."""
-    T.tma_copy(
-        m.dS[parity, :, :], dS_out[slot, head, first : first + ROWS, :], leader_scope_threads=32
-    )
+    T.tma_copy(m.dS[0, :, :], dS_out[slot, head, first : first + ROWS, :], leader_scope_threads=32)
     if live >= C:
         T.tma_copy(
             m.R[0, :, :], R_out[batch, at : at + C, head, first : first + ROWS],
@@ -85,11 +90,10 @@ def sum_values(m: Any, s: Any, token: Any, total: Any) -> None:
         for j in T.vectorized(8):
             R[j] = m.R[0, token, part * 8 + j]
         for j in T.vectorized(8):
-            rest[j] = m.do[s, token, part * 8 + j]
+            rest[j] = m.R[1, token, part * 8 + j]
         for j in T.vectorized(8):
             v[j] = m.v[s, token, part * 8 + j]
         for j in T.unroll(8):
             total[0] += (T.cast(R[j], "float32") + T.cast(rest[j], "float32")) * T.cast(
                 v[j], "float32"
             )
-    total[0] /= m.kept[s, token]

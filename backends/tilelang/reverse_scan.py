@@ -10,7 +10,7 @@ from the gradients that they really end with.
 One warpgroup holds dS^T [64, K] in registers, as in `states.py`; another finds P and the tokens'
 factors a chunk ahead of it; of a third, one warp loads, one stores, and two sum R * V. Reads q, k,
 v, dO, `factors`, `norms` and `inverse`; writes the gradient of the state after every chunk, in the
-call's dtype, `kept` R in dv's place, rowsum(R * V), a block of V apart from the other, and the
+call's dtype, R, `kept`, in dv's place, rowsum(R * V), a block of V apart from the other, and the
 gradient of the initial state.
 """
 
@@ -23,7 +23,7 @@ from gdn.problem import CHUNK as C
 from .constants import LOG2_E, ROWS
 from .feed import clear_rows, kept, span
 from .launch import kernel
-from .reverse_memory import STAGES, Memory, load, store_chunk, sum_values
+from .reverse_memory import STAGES, Memory, load, load_values, store_chunk, sum_values
 from .transposed import PRELUDE, load_transposed, store, store_transposed
 
 COUPLE = 1
@@ -84,10 +84,10 @@ def couple(m: Any, P: Any, half: Any, s: Any, live: Any, scale: Any, free: Any, 
 
 @T.macro
 def go_back(
-    m: Any, t: Any, s: Any, free: Any, left: Any, parity: Any, thread: Any, keep: bool
-) -> None:
-    """The gradient of the state before the chunk in stage s; and, to be stored, dS and, once that
-    of the chunk after has `left`, R, and what rounding took from it, in do's place."""
+    m: Any, t: Any, s: Any, free: Any, left: Any, summed: Any, parity: Any, thread: Any, keep: bool
+) -> None:  # fmt: skip
+    """The gradient of the state before the chunk in stage s; and, to be stored, dS, once that of
+    the chunk after has `left`, and R, once the products of that one are `summed` too."""
     t.decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
     T.copy(t.dS, t.after)
     for i, j in T.Parallel(*t.dS.shape):
@@ -99,7 +99,8 @@ def go_back(
     T.wgmma_gemm(t.grad_o, m.P, t.dU, clear_accum=True)
     T.wgmma_gemm(t.read, m.q[s, :, :], t.dS)
     if keep:
-        store(t.after, m.dS, parity, thread)
+        T.barrier_wait(left, parity)
+        store(t.after, m.dS, 0, thread)
     T.wait_wgmma(1)
     T.barrier_arrive(free)
     for i, j in T.Parallel(ROWS, C):
@@ -115,9 +116,9 @@ def go_back(
         T.copy(t.R, t.dU_half)
         for i, j in T.Parallel(ROWS, C):
             t.grad_o[i, j] = t.R[i, j] - t.dU_half[i, j]
-        T.barrier_wait(left, parity ^ 1)
+        T.barrier_wait(summed, parity)
         store_transposed(t.dU_half, m.R, 0, thread, 0)
-        store_transposed(t.grad_o, m.do, s, thread, 0)
+        store_transposed(t.grad_o, m.R, 1, thread, 0)
     T.wait_wgmma(0)
 
 
@@ -156,9 +157,10 @@ def reverse_scan(
 
             m = Memory(K, dtype)
             full = T.alloc_barrier([32] * STAGES)
-            used = T.alloc_barrier([128 + (C if keep else 0)] * STAGES)
+            used = T.alloc_barrier([128] * STAGES)
+            valued, spent = (T.alloc_barrier([n] * STAGES) for n in (32, C))
             coupled, free = T.alloc_barrier(128), T.alloc_barrier(128)
-            staged, left = T.alloc_barrier(128), T.alloc_barrier(32 + C)
+            staged, left, summed = (T.alloc_barrier(n) for n in (128, 32, C))
             tx = T.get_thread_binding()
 
             if tx < 128:
@@ -175,7 +177,7 @@ def reverse_scan(
                     s = step % STAGES
                     T.barrier_wait(full[s], step // STAGES % 2)
                     T.barrier_wait(coupled, step % 2)
-                    go_back(m, t, s, free, left, step % 2, tx, keep)
+                    go_back(m, t, s, free, left, summed, step % 2 ^ 1, tx, keep)
                     T.fence_proxy_async()
                     if keep:
                         T.barrier_arrive(staged)
@@ -206,16 +208,21 @@ def reverse_scan(
                         s = step % STAGES
                         T.barrier_wait(used[s], step // STAGES % 2 ^ 1)
                         load(
-                            q, k, v, do, factors, norms, inverse, m, full,
-                            batch, start + (chunks - 1 - step) * C, slot + chunks - 1 - step,
-                            head, kh, first, s, keep,
+                            q, k, do, factors, norms, inverse, m, full, batch,
+                            start + (chunks - 1 - step) * C, slot + chunks - 1 - step,
+                            head, kh, first, s,
                         )  # fmt: skip
+                        if keep:
+                            T.barrier_wait(spent[s], step // STAGES % 2 ^ 1)
+                            load_values(
+                                v, m, valued, batch, start + (chunks - 1 - step) * C, head, first, s
+                            )
                 elif keep and tx < 256 + 64:
                     for step in T.serial(chunks):
                         chunk = chunks - 1 - step
                         T.barrier_wait(staged, step % 2)
                         store_chunk(
-                            m, step % 2, dS_out, R_out, batch, start + chunk * C,
+                            m, dS_out, R_out, batch, start + chunk * C,
                             stop - start - chunk * C, slot + chunk, head, first, tx - 256 - 32,
                         )  # fmt: skip
                         T.barrier_arrive(left)
@@ -223,10 +230,11 @@ def reverse_scan(
                     total = T.alloc_local((1,), "float32")
                     for step in T.serial(chunks):
                         s, token = step % STAGES, tx - 256 - 64
+                        T.barrier_wait(valued[s], step // STAGES % 2)
                         T.barrier_wait(staged, step % 2)
                         sum_values(m, s, token, total)
-                        T.barrier_arrive(left)
-                        T.barrier_arrive(used[s])
+                        T.barrier_arrive(summed)
+                        T.barrier_arrive(spent[s])
                         given[slot + chunks - 1 - step, head, block, token] = total[0]
 
     return reverse_scan_kernel
