@@ -6,7 +6,7 @@ One or two warpgroups take 64 columns of K each (`through_states.py`), one the p
 heads of the q/k head in registers, in order, so that runs are bit-equal. A program stays on its
 multiprocessor and takes every so many chunks: while it finishes one, the next is on its way.
 
-Reads q, k, g, dO, `factors`, `norms`, U^T, S^T, dS^T, R, `kept`, in dv's place, and rowsum(R * V);
+Reads q, k, g, dO, `factors`, `norms`, rowsum(R * V), U^T, S^T, dS^T and, in dv's place, `kept` R;
 writes dq, dk, dg, dbeta, dv where beta is weak and the partial sums for A_log and dt_bias.
 """
 

@@ -72,7 +72,7 @@ def store_gates(
         d_beta[e] = 0.0
         for block in T.unroll(int(m.R.shape[2]) // ROWS):
             d_beta[e] += m.factors[b, 4 + block, i]
-        d_beta[e] = (d_beta[e] - known - m.rows[b, 0, i]) / kept(beta)
+        d_beta[e] -= (known + m.rows[b, 0, i]) / kept(beta)
         if sigmoid:
             d_beta[e] *= beta * (1.0 - (0.5 if double else 1.0) * beta)
         if i < live:

@@ -28,16 +28,18 @@ class Memory:
         self.kept = T.alloc_shared((STAGES, C), "float32")  # what R is multiplied by
         self.P = T.alloc_shared((C, C), dtype)
         self.dS = T.alloc_shared((1, ROWS, K), dtype)
-        self.R = T.alloc_shared((2, C, ROWS), dtype)  # rounded, and what rounding has left of it
+        self.R = T.alloc_shared((1, C, ROWS), dtype)
+        # R^T * V^T, pairs of rows summed; rows eight banks apart
+        self.given = T.alloc_shared((ROWS // 2, C + 8), "float32")
         T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (self.do, self.v, self.R)})
 
 
 @T.macro
 def load(
-    q: Any, k: Any, do: Any, factors: Any, norms: Any, inverse: Any, m: Any, full: Any, batch: Any,
-    at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any,
+    q: Any, k: Any, v: Any, do: Any, factors: Any, norms: Any, inverse: Any, m: Any, full: Any,
+    batch: Any, at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any, keep: bool,
 ) -> None:  # fmt: skip
-    """A chunk to stage s, but for v, by one warp."""
+    """A chunk to stage s, by one warp."""
     for source, target in (
         (q[batch, at : at + C, kh, :], m.q[s, :, :]),
         (k[batch, at : at + C, kh, :], m.k[s, :, :]),
@@ -47,27 +49,21 @@ def load(
         (norms[slot, kh, :, :], m.factors[s, 2:4, :]),
     ):
         T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
+    if keep:
+        T.tma_copy(
+            v[batch, at : at + C, head, first : first + ROWS], m.v[s, :, :], barrier=full[s],
+            leader_scope_threads=32,
+        )  # fmt: skip
     T.barrier_arrive(full[s])
 
 
 @T.macro
-def load_values(
-    v: Any, m: Any, valued: Any, batch: Any, at: Any, head: Any, first: Any, s: Any
-) -> None:
-    """A chunk's v to stage s, by one warp."""
-    T.tma_copy(
-        v[batch, at : at + C, head, first : first + ROWS], m.v[s, :, :], barrier=valued[s],
-        leader_scope_threads=32,
-    )  # fmt: skip
-    T.barrier_arrive(valued[s])
-
-
-@T.macro
 def store_chunk(
-    m: Any, dS_out: Any, R_out: Any, batch: Any, at: Any, live: Any, slot: Any, head: Any,
-    first: Any, lane: Any,
+    m: Any, dS_out: Any, R_out: Any, given: Any, batch: Any, at: Any, live: Any, slot: Any,
+    head: Any, block: Any, lane: Any,
 ) -> None:  # fmt: skip
     """What is staged of a chunk, to where it belongs, by one warp; of R the live rows."""
+    first = block * ROWS
     T.tma_copy(m.dS[0, :, :], dS_out[slot, head, first : first + ROWS, :], leader_scope_threads=32)
     if live >= C:
         T.tma_copy(
@@ -78,22 +74,11 @@ def store_chunk(
         for i in T.serial(live):
             for j in T.vectorized(2):
                 R_out[batch, at + i, head, first + lane * 2 + j] = m.R[0, i, lane * 2 + j]
-    T.tma_store_wait(0)
-
-
-@T.macro
-def sum_values(m: Any, s: Any, token: Any, total: Any) -> None:
-    """total = the sum over the row of R * V of one token of the chunk in stage s."""
-    R, rest, v = (T.alloc_local((8,), m.R.dtype) for _ in range(3))
+    total = T.alloc_local((2,), "float32")
     T.clear(total)
-    for part in T.unroll(ROWS // 8):
-        for j in T.vectorized(8):
-            R[j] = m.R[0, token, part * 8 + j]
-        for j in T.vectorized(8):
-            rest[j] = m.R[1, token, part * 8 + j]
-        for j in T.vectorized(8):
-            v[j] = m.v[s, token, part * 8 + j]
-        for j in T.unroll(8):
-            total[0] += (T.cast(R[j], "float32") + T.cast(rest[j], "float32")) * T.cast(
-                v[j], "float32"
-            )
+    for row in T.unroll(ROWS // 2):
+        for e in T.vectorized(2):
+            total[e] += m.given[row, lane * 2 + e]
+    for e in T.vectorized(2):
+        given[slot, head, block, lane * 2 + e] = total[e]
+    T.tma_store_wait(0)

@@ -8,10 +8,10 @@ from the gradients that they really end with.
     dS <- e^gamma dS + Q^T (scale e^G rq * dO) - K^T (beta e^G rk * R)
 
 One warpgroup holds dS^T [64, K] in registers, as in `states.py`; another finds P and the tokens'
-factors a chunk ahead of it; of a third, one warp loads, one stores, and two sum R * V. Reads q, k,
-v, dO, `factors`, `norms` and `inverse`; writes the gradient of the state after every chunk, in the
-call's dtype, R, `kept`, in dv's place, rowsum(R * V), a block of V apart from the other, and the
-gradient of the initial state.
+factors a chunk ahead of it; one warp loads and one stores. Reads q, k, v, dO, `factors`, `norms`
+and `inverse`; writes the gradient of the state after every chunk, in the call's dtype, R, `kept`,
+in dv's place, rowsum(R * V), a block of V apart from the other, and the gradient of the initial
+state.
 """
 
 from typing import Any
@@ -23,13 +23,16 @@ from gdn.problem import CHUNK as C
 from .constants import LOG2_E, ROWS
 from .feed import clear_rows, kept, span
 from .launch import kernel
-from .reverse_memory import STAGES, Memory, load, load_values, store_chunk, sum_values
+from .reverse_memory import STAGES, Memory, load, store_chunk
+from .sums import PRELUDE as SUMS
+from .sums import put_row
 from .transposed import PRELUDE, load_transposed, store, store_transposed
 
+BOTH = PRELUDE + SUMS
 COUPLE = 1
 """Named barrier of the warpgroup that couples."""
-REGISTERS = (240, 200, 64)
-"""Registers a thread of those who carry, who couple, and who load, store and sum."""
+REGISTERS = (248, 216, 40)
+"""Registers a thread of those who carry, who couple, and who load and store."""
 
 
 class Tile:
@@ -38,8 +41,8 @@ class Tile:
     def __init__(self, K: int, dtype: str) -> None:
         self.dS = T.alloc_fragment((ROWS, K), "float32")
         self.after = T.alloc_fragment((ROWS, K), dtype)
-        self.grad_o, self.read, self.dU_half, self.R_half = (
-            T.alloc_fragment((ROWS, C), dtype) for _ in range(4)
+        self.grad_o, self.read, self.dU_half, self.R_half, self.values = (
+            T.alloc_fragment((ROWS, C), dtype) for _ in range(5)
         )
         self.dU, self.taken, self.R = (T.alloc_fragment((ROWS, C), "float32") for _ in range(3))
         self.decay = T.alloc_local((1,), "float32")
@@ -84,10 +87,10 @@ def couple(m: Any, P: Any, half: Any, s: Any, live: Any, scale: Any, free: Any, 
 
 @T.macro
 def go_back(
-    m: Any, t: Any, s: Any, free: Any, left: Any, summed: Any, parity: Any, thread: Any, keep: bool
-) -> None:  # fmt: skip
-    """The gradient of the state before the chunk in stage s; and, to be stored, dS, once that of
-    the chunk after has `left`, and R, once the products of that one are `summed` too."""
+    m: Any, t: Any, s: Any, free: Any, left: Any, parity: Any, thread: Any, keep: bool
+) -> None:
+    """The gradient of the state before the chunk in stage s; and, once what was to be stored of the
+    chunk after has `left`, of this one dS, R and R * V."""
     t.decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
     T.copy(t.dS, t.after)
     for i, j in T.Parallel(*t.dS.shape):
@@ -106,19 +109,19 @@ def go_back(
     for i, j in T.Parallel(ROWS, C):
         t.dU_half[i, j] = t.dU[i, j] + m.onto[s, j] * t.taken[i, j]
     T.wgmma_gemm(t.dU_half, m.A[s, :, :], t.R, clear_accum=True)
+    if keep:
+        load_transposed(m.v, s, t.values, thread)
     T.wait_wgmma(0)
     for i, j in T.Parallel(ROWS, C):
         t.R_half[i, j] = m.through[s, j] * t.R[i, j]
     T.wgmma_gemm(t.R_half, m.k[s, :, :], t.dS)
     if keep:
         for i, j in T.Parallel(ROWS, C):
-            t.R[i, j] *= m.kept[s, j]
-        T.copy(t.R, t.dU_half)
-        for i, j in T.Parallel(ROWS, C):
-            t.grad_o[i, j] = t.R[i, j] - t.dU_half[i, j]
-        T.barrier_wait(summed, parity)
+            t.dU_half[i, j] = m.kept[s, j] * t.R[i, j]
         store_transposed(t.dU_half, m.R, 0, thread, 0)
-        store_transposed(t.grad_o, m.R, 1, thread, 0)
+        for i, j in T.Parallel(ROWS, C):
+            t.R[i, j] *= t.values[i, j]
+        put_row(t.R, T.address_of(m.given[thread // 4, thread % 4 * 2]))
     T.wait_wgmma(0)
 
 
@@ -147,7 +150,7 @@ def reverse_scan(
         begin: T.Tensor((M, HV, *state), "float32"),
         scale: T.float32, sequences: T.int32, pieces: T.int32, length: T.int32,
     ):  # fmt: skip
-        with T.Kernel(pieces, HV, V // ROWS, threads=384, prelude=PRELUDE) as (n, head, block):
+        with T.Kernel(pieces, HV, V // ROWS, threads=384, prelude=BOTH) as (n, head, block):
             first, kh = block * ROWS, head // group
             place = T.alloc_local((4,), "int32")
             span(n, cu_seqlens, sequences, L, length, place, varlen, cut)
@@ -158,9 +161,8 @@ def reverse_scan(
             m = Memory(K, dtype)
             full = T.alloc_barrier([32] * STAGES)
             used = T.alloc_barrier([128] * STAGES)
-            valued, spent = (T.alloc_barrier([n] * STAGES) for n in (32, C))
             coupled, free = T.alloc_barrier(128), T.alloc_barrier(128)
-            staged, left, summed = (T.alloc_barrier(n) for n in (128, 32, C))
+            staged, left = T.alloc_barrier(128), T.alloc_barrier(32)
             tx = T.get_thread_binding()
 
             if tx < 128:
@@ -177,7 +179,7 @@ def reverse_scan(
                     s = step % STAGES
                     T.barrier_wait(full[s], step // STAGES % 2)
                     T.barrier_wait(coupled, step % 2)
-                    go_back(m, t, s, free, left, summed, step % 2 ^ 1, tx, keep)
+                    go_back(m, t, s, free, left, step % 2 ^ 1, tx, keep)
                     T.fence_proxy_async()
                     if keep:
                         T.barrier_arrive(staged)
@@ -208,33 +210,18 @@ def reverse_scan(
                         s = step % STAGES
                         T.barrier_wait(used[s], step // STAGES % 2 ^ 1)
                         load(
-                            q, k, do, factors, norms, inverse, m, full, batch,
-                            start + (chunks - 1 - step) * C, slot + chunks - 1 - step,
-                            head, kh, first, s,
+                            q, k, v, do, factors, norms, inverse, m, full,
+                            batch, start + (chunks - 1 - step) * C, slot + chunks - 1 - step,
+                            head, kh, first, s, keep,
                         )  # fmt: skip
-                        if keep:
-                            T.barrier_wait(spent[s], step // STAGES % 2 ^ 1)
-                            load_values(
-                                v, m, valued, batch, start + (chunks - 1 - step) * C, head, first, s
-                            )
                 elif keep and tx < 256 + 64:
                     for step in T.serial(chunks):
                         chunk = chunks - 1 - step
                         T.barrier_wait(staged, step % 2)
                         store_chunk(
-                            m, dS_out, R_out, batch, start + chunk * C,
-                            stop - start - chunk * C, slot + chunk, head, first, tx - 256 - 32,
+                            m, dS_out, R_out, given, batch, start + chunk * C,
+                            stop - start - chunk * C, slot + chunk, head, block, tx - 256 - 32,
                         )  # fmt: skip
                         T.barrier_arrive(left)
-                elif keep:
-                    total = T.alloc_local((1,), "float32")
-                    for step in T.serial(chunks):
-                        s, token = step % STAGES, tx - 256 - 64
-                        T.barrier_wait(valued[s], step // STAGES % 2)
-                        T.barrier_wait(staged, step % 2)
-                        sum_values(m, s, token, total)
-                        T.barrier_arrive(summed)
-                        T.barrier_arrive(spent[s])
-                        given[slot + chunks - 1 - step, head, block, token] = total[0]
 
     return reverse_scan_kernel

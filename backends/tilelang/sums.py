@@ -49,6 +49,12 @@ template <int N> __device__ __forceinline__ void gdn_sum_columns(const float *x,
 #pragma unroll
   for (int n = 0; n < N / 32; ++n) static_cast<float *>(into)[first + n] = sums[n];
 }
+template <int N> __device__ __forceinline__ void gdn_put_row(const float *x, void *into) {
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n)
+    static_cast<float2 *>(into)[4 * n] =
+        make_float2(x[4 * n] + x[4 * n + 2], x[4 * n + 1] + x[4 * n + 3]);
+}
 template <class T> struct alignas(4 * sizeof(T)) GdnFour { T x[4]; };
 template <class T, int N>
 __device__ __forceinline__ void gdn_put_aside(const float *x, void *into) {
@@ -96,3 +102,10 @@ def sum_rows(x: Any, to: Any) -> None:
 def sum_columns(x: Any, to: Any) -> None:
     """The sums of the columns of x over the rows that a warp holds, to the address `to`."""
     T.call_extern("handle", f"gdn_sum_columns<{x.shape[1]}>", x.data, to)
+
+
+@T.macro
+def put_row(x: Any, to: Any) -> None:
+    """The sum of the two rows of x that a thread holds, of its columns, to where they are in a row
+    that starts at the address `to` with the first of them."""
+    T.call_extern("handle", f"gdn_put_row<{x.shape[1]}>", x.data, to)
