@@ -31,7 +31,7 @@ from .transposed import PRELUDE, load_transposed, store, store_transposed
 BOTH = PRELUDE + SUMS
 COUPLE = 1
 """Named barrier of the warpgroup that couples."""
-REGISTERS = (248, 216, 40)
+REGISTERS = (248, 208, 48)
 """Registers a thread of those who carry, who couple, and who load and store."""
 
 
