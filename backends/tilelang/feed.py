@@ -95,6 +95,17 @@ def clear_rows(xs: Any, s: Any, live: Any) -> None:
                 x[s, i, j] = 0
 
 
+@T.macro
+def store_live(
+    x: Any, s: Any, to: Any, batch: Any, at: Any, live: Any, head: Any, first: Any, lane: Any
+) -> None:
+    """The live rows of x[s], [C, 64] in shared memory, to the tokens from `at` of to [B, L, HV, V],
+    by one warp: what copies a whole chunk would write on."""
+    for i in T.serial(live):
+        for j in T.vectorized(2):
+            to[batch, at + i, head, first + lane * 2 + j] = x[s, i, lane * 2 + j]
+
+
 def kept(beta: Any) -> Any:
     """What backward's R is multiplied by before it goes through memory: beta, which makes it dv,
     unless that is too weak to be divided by again."""

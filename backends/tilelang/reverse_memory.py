@@ -8,6 +8,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from gdn.problem import CHUNK as C
 
 from .constants import ROWS
+from .feed import store_live
 
 STAGES = 3
 
@@ -71,9 +72,7 @@ def store_chunk(
             leader_scope_threads=32,
         )  # fmt: skip
     else:
-        for i in T.serial(live):
-            for j in T.vectorized(2):
-                R_out[batch, at + i, head, first + lane * 2 + j] = m.R[0, i, lane * 2 + j]
+        store_live(m.R, 0, R_out, batch, at, live, head, first, lane)
     total = T.alloc_local((2,), "float32")
     T.clear(total)
     for row in T.unroll(ROWS // 2):

@@ -33,7 +33,7 @@ from .advance import (
     unit_state,
 )
 from .constants import ROWS
-from .feed import clear_rows, number_within, span
+from .feed import clear_rows, number_within, span, store_live
 from .launch import kernel
 from .transposed import PRELUDE
 
@@ -165,12 +165,9 @@ def scan(
                             leader_scope_threads=32,
                         )
                 else:
-                    for i in T.serial(stop - at):
-                        for wg in T.unroll(warpgroups):
-                            for j in T.vectorized(2):
-                                o[batch, at + i, head, row + wg * ROWS + lane * 2 + j] = m.v[
-                                    s * warpgroups + wg, i, lane * 2 + j
-                                ]
+                    for wg in T.unroll(warpgroups):
+                        first, values = row + wg * ROWS, s * warpgroups + wg
+                        store_live(m.v, values, o, batch, at, stop - at, head, first, lane)
                 T.tma_store_wait(0)
             T.barrier_arrive(free[s])
 
@@ -233,7 +230,7 @@ def scan(
                             first < V, output,
                         )  # fmt: skip
                         if output:
-                            last = chunk + stages - ahead  # `stages` after the one P has served
+                            last = chunk + stages - ahead  # the one that had P's place, + stages
                             T.barrier_wait(done[last % stages], last // stages % 2 ^ 1)
                             load_scores(
                                 matrices, m, scored, place[3] + chunk, place[5], chunk % ahead

@@ -38,10 +38,13 @@ __device__ __forceinline__ void gdn_halve(float *sums, int &first) {
   }
   first += upper ? HALF * 4 : 0;
 }
-template <int N> __device__ __forceinline__ void gdn_sum_columns(const float *x, void *into) {
-  float sums[N / 4];
+template <int N> __device__ __forceinline__ void gdn_add_rows(const float *x, float *sums) {
 #pragma unroll
   for (int n = 0; n < N / 4; ++n) sums[n] = x[n / 2 * 4 + n % 2] + x[n / 2 * 4 + n % 2 + 2];
+}
+template <int N> __device__ __forceinline__ void gdn_sum_columns(const float *x, void *into) {
+  float sums[N / 4];
+  gdn_add_rows<N>(x, sums);
   int first = threadIdx.x % 4 * 2;
   gdn_halve<N / 8, 4>(sums, first);
   gdn_halve<N / 16, 8>(sums, first);
@@ -50,10 +53,11 @@ template <int N> __device__ __forceinline__ void gdn_sum_columns(const float *x,
   for (int n = 0; n < N / 32; ++n) static_cast<float *>(into)[first + n] = sums[n];
 }
 template <int N> __device__ __forceinline__ void gdn_put_row(const float *x, void *into) {
+  float sums[N / 4];
+  gdn_add_rows<N>(x, sums);
 #pragma unroll
   for (int n = 0; n < N / 8; ++n)
-    static_cast<float2 *>(into)[4 * n] =
-        make_float2(x[4 * n] + x[4 * n + 2], x[4 * n + 1] + x[4 * n + 3]);
+    static_cast<float2 *>(into)[4 * n] = make_float2(sums[2 * n], sums[2 * n + 1]);
 }
 template <class T> struct alignas(4 * sizeof(T)) GdnFour { T x[4]; };
 template <class T, int N>
