@@ -60,8 +60,8 @@ def load(
 
 @T.macro
 def store_chunk(
-    m: Any, dS_out: Any, R_out: Any, given: Any, batch: Any, at: Any, live: Any, slot: Any,
-    head: Any, block: Any, lane: Any,
+    m: Any, left: Any, dS_out: Any, R_out: Any, given: Any, batch: Any, at: Any, live: Any,
+    slot: Any, head: Any, block: Any, lane: Any,
 ) -> None:  # fmt: skip
     """What is staged of a chunk, to where it belongs, by one warp; of R the live rows."""
     first = block * ROWS
@@ -73,6 +73,8 @@ def store_chunk(
         )  # fmt: skip
     else:
         store_live(m.R, 0, R_out, batch, at, live, head, first, lane)
+    T.tma_store_wait(0)
+    T.barrier_arrive(left)
     total = T.alloc_local((2,), "float32")
     T.clear(total)
     for row in T.unroll(ROWS // 2):
@@ -80,4 +82,3 @@ def store_chunk(
             total[e] += m.given[row, lane * 2 + e]
     for e in T.vectorized(2):
         given[slot, head, block, lane * 2 + e] = total[e]
-    T.tma_store_wait(0)

@@ -87,10 +87,10 @@ def couple(m: Any, P: Any, half: Any, s: Any, live: Any, scale: Any, free: Any, 
 
 @T.macro
 def go_back(
-    m: Any, t: Any, s: Any, free: Any, left: Any, parity: Any, thread: Any, keep: bool
-) -> None:
-    """The gradient of the state before the chunk in stage s; and, once what was to be stored of the
-    chunk after has `left`, of this one dS, R and R * V."""
+    m: Any, t: Any, s: Any, free: Any, left: Any, summed: Any, parity: Any, thread: Any, keep: bool
+) -> None:  # fmt: skip
+    """The gradient of the state before the chunk in stage s; and, to be stored, dS and R once those
+    of the chunk after have `left`, and R * V once that one's is `summed`."""
     t.decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
     T.copy(t.dS, t.after)
     for i, j in T.Parallel(*t.dS.shape):
@@ -121,6 +121,7 @@ def go_back(
         store_transposed(t.dU_half, m.R, 0, thread, 0)
         for i, j in T.Parallel(ROWS, C):
             t.R[i, j] *= t.values[i, j]
+        T.barrier_wait(summed, parity)
         put_row(t.R, T.address_of(m.given[thread // 4, thread % 4 * 2]))
     T.wait_wgmma(0)
 
@@ -162,7 +163,7 @@ def reverse_scan(
             full = T.alloc_barrier([32] * STAGES)
             used = T.alloc_barrier([128] * STAGES)
             coupled, free = T.alloc_barrier(128), T.alloc_barrier(128)
-            staged, left = T.alloc_barrier(128), T.alloc_barrier(32)
+            staged, left, summed = (T.alloc_barrier(n) for n in (128, 32, 32))
             tx = T.get_thread_binding()
 
             if tx < 128:
@@ -179,7 +180,7 @@ def reverse_scan(
                     s = step % STAGES
                     T.barrier_wait(full[s], step // STAGES % 2)
                     T.barrier_wait(coupled, step % 2)
-                    go_back(m, t, s, free, left, step % 2 ^ 1, tx, keep)
+                    go_back(m, t, s, free, left, summed, step % 2 ^ 1, tx, keep)
                     T.fence_proxy_async()
                     if keep:
                         T.barrier_arrive(staged)
@@ -219,9 +220,9 @@ def reverse_scan(
                         chunk = chunks - 1 - step
                         T.barrier_wait(staged, step % 2)
                         store_chunk(
-                            m, dS_out, R_out, given, batch, start + chunk * C,
+                            m, left, dS_out, R_out, given, batch, start + chunk * C,
                             stop - start - chunk * C, slot + chunk, head, block, tx - 256 - 32,
                         )  # fmt: skip
-                        T.barrier_arrive(left)
+                        T.barrier_arrive(summed)
 
     return reverse_scan_kernel
