@@ -21,14 +21,16 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from .constants import LOG2_E, ROWS
-from .feed import clear_rows, kept, span
+from .feed import Pace, clear_rows, keep_pace, kept, span
+from .fences import PRELUDE as FENCES
+from .fences import fence
 from .launch import kernel
 from .reverse_memory import STAGES, Memory, load, store_chunk
 from .sums import PRELUDE as SUMS
 from .sums import put_row
 from .transposed import PRELUDE, load_transposed, store, store_transposed
 
-BOTH = PRELUDE + SUMS
+BOTH = FENCES + PRELUDE + SUMS
 COUPLE = 1
 """Named barrier of the warpgroup that couples."""
 REGISTERS = (248, 208, 48)
@@ -68,7 +70,7 @@ def couple(m: Any, P: Any, half: Any, s: Any, live: Any, scale: Any, free: Any, 
     if live < C:
         clear_rows((m.q, m.k), s, live)
         clear_rows((m.do,), s, live)
-        T.fence_proxy_async()
+        fence()
     if thread < C:
         find_factors(m, s, thread, scale)
     T.sync_threads(COUPLE, 128)
@@ -82,23 +84,24 @@ def couple(m: Any, P: Any, half: Any, s: Any, live: Any, scale: Any, free: Any, 
         half[i, j] = m.rows[s, i] * P[i, j]
     T.barrier_wait(free, parity)
     T.copy(half, m.P)
-    T.fence_proxy_async()
+    fence()
 
 
 @T.macro
 def go_back(
-    m: Any, t: Any, s: Any, free: Any, left: Any, summed: Any, parity: Any, thread: Any, keep: bool
+    m: Any, t: Any, s: Any, free: Any, left: Any, summed: Any, staged: Any, parity: Any,
+    thread: Any, keep: bool,
 ) -> None:  # fmt: skip
     """The gradient of the state before the chunk in stage s; and, to be stored, dS and R once those
     of the chunk after have `left`, and R * V once that one's is `summed`."""
-    t.decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
     T.copy(t.dS, t.after)
+    T.wgmma_gemm(t.after, m.k[s, :, :], t.taken, transpose_B=True, clear_accum=True)
+    load_transposed(m.do, s, t.grad_o, thread)
+    t.decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
     for i, j in T.Parallel(*t.dS.shape):
         t.dS[i, j] *= t.decay[0]
-    load_transposed(m.do, s, t.grad_o, thread)
     for i, j in T.Parallel(ROWS, C):
         t.read[i, j] = m.read[s, j] * t.grad_o[i, j]
-    T.wgmma_gemm(t.after, m.k[s, :, :], t.taken, transpose_B=True, clear_accum=True)
     T.wgmma_gemm(t.grad_o, m.P, t.dU, clear_accum=True)
     T.wgmma_gemm(t.read, m.q[s, :, :], t.dS)
     if keep:
@@ -123,6 +126,8 @@ def go_back(
             t.R[i, j] *= t.values[i, j]
         T.barrier_wait(summed, parity)
         put_row(t.R, T.address_of(m.given[thread // 4, thread % 4 * 2]))
+        fence()
+        T.barrier_arrive(staged)
     T.wait_wgmma(0)
 
 
@@ -136,7 +141,7 @@ def reverse_scan(
     pieces; keep: whether the gradients of all states, R and rowsum(R * V) are."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots, bounds, M = (T.dynamic(name) for name in ("slots", "bounds", "M"))
-    state = (V, K) if v_first else (K, V)
+    state, blocks = (V, K) if v_first else (K, V), V // ROWS
 
     @T.prim_func
     def reverse_scan_kernel(
@@ -147,11 +152,13 @@ def reverse_scan(
         inverse: T.Tensor((slots, HV, C, C), dtype), end: T.Tensor((N, HV, *state), "float32"),
         cu_seqlens: T.Tensor((bounds,), offsets), dS_out: T.Tensor((slots, HV, V, K), dtype),
         R_out: T.Tensor((B, L, HV, V), dtype),
-        given: T.Tensor((slots, HV, V // ROWS, C), "float32"),
+        given: T.Tensor((slots, HV, blocks, C), "float32"),
         begin: T.Tensor((M, HV, *state), "float32"),
         scale: T.float32, sequences: T.int32, pieces: T.int32, length: T.int32,
     ):  # fmt: skip
-        with T.Kernel(pieces, HV, V // ROWS, threads=384, prelude=BOTH) as (n, head, block):
+        with T.Kernel(
+            pieces, HV, blocks, threads=384, cluster_dims=(1, 1, blocks), prelude=BOTH
+        ) as (n, head, block):
             first, kh = block * ROWS, head // group
             place = T.alloc_local((4,), "int32")
             span(n, cu_seqlens, sequences, L, length, place, varlen, cut)
@@ -164,6 +171,7 @@ def reverse_scan(
             used = T.alloc_barrier([128] * STAGES)
             coupled, free = T.alloc_barrier(128), T.alloc_barrier(128)
             staged, left, summed = (T.alloc_barrier(n) for n in (128, 32, 32))
+            pace = Pace(blocks)
             tx = T.get_thread_binding()
 
             if tx < 128:
@@ -178,12 +186,8 @@ def reverse_scan(
                     T.clear(t.dS)
                 for step in T.serial(chunks):
                     s = step % STAGES
-                    T.barrier_wait(full[s], step // STAGES % 2)
                     T.barrier_wait(coupled, step % 2)
-                    go_back(m, t, s, free, left, summed, step % 2 ^ 1, tx, keep)
-                    T.fence_proxy_async()
-                    if keep:
-                        T.barrier_arrive(staged)
+                    go_back(m, t, s, free, left, summed, staged, step % 2 ^ 1, tx, keep)
                     T.barrier_arrive(used[s])
                 if initial:
                     for i, j in T.Parallel(ROWS, K):
@@ -210,6 +214,7 @@ def reverse_scan(
                     for step in T.serial(chunks):
                         s = step % STAGES
                         T.barrier_wait(used[s], step // STAGES % 2 ^ 1)
+                        keep_pace(pace, step, tx == 256)
                         load(
                             q, k, v, do, factors, norms, inverse, m, full,
                             batch, start + (chunks - 1 - step) * C, slot + chunks - 1 - step,

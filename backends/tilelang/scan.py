@@ -34,6 +34,8 @@ from .advance import (
 )
 from .constants import ROWS
 from .feed import clear_rows, number_within, span, store_live
+from .fences import PRELUDE as FENCES
+from .fences import fence
 from .launch import kernel
 from .transposed import PRELUDE
 
@@ -134,14 +136,14 @@ def scan(
             if at + C > stop:  # what follows the sequence may be anything
                 clear_rows((m.k,), s, stop - at)
                 clear_rows((m.v,), values, stop - at)
-                T.fence_proxy_async()
+                fence()
                 T.sync_threads(1 + wg, 128)
             recall(t, m, s, values, thread)
             solve(t, m, s)
             advance(t, m, s, scored, chunk % ahead, chunk // ahead % 2, output)
             if output:
                 stage_output(t, m.v, values, thread)
-                T.fence_proxy_async()
+                fence()
             T.barrier_arrive(done[s])
         if final and not (cut and output):
             store_state(t, end, piece, head, row, end_first)
@@ -184,7 +186,9 @@ def scan(
         """length: tokens of a piece; sequences, pieces: how many; backward: whether what the first
         and the last piece do to a state is wanted too. Not cut: length tokens of each sequence,
         after the skipped ones."""
-        with T.Kernel(pieces * HV * blocks, threads=carriers + 128, prelude=PRELUDE) as program:
+        with T.Kernel(
+            pieces * HV * blocks, threads=carriers + 128, prelude=FENCES + PRELUDE
+        ) as program:
             T.annotate_min_blocks_per_sm(3 - warpgroups)
             place = T.alloc_local((10,), "int32")  # kept, so that no access divides again
             place[4] = program // (HV * blocks)

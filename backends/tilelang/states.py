@@ -18,7 +18,9 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from gdn.problem import CHUNK as C
 
 from .constants import LOG2_E, ROWS
-from .feed import clear_rows, span
+from .feed import Pace, clear_rows, keep_pace, span
+from .fences import PRELUDE as FENCES
+from .fences import fence
 from .launch import kernel
 from .transposed import PRELUDE, load_transposed, store
 
@@ -77,7 +79,7 @@ def states(
     cut: into pieces."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
-    state = (N, HV, V, K) if v_first else (N, HV, K, V)
+    state, blocks = (N, HV, V, K) if v_first else (N, HV, K, V), V // ROWS
 
     @T.prim_func
     def states_kernel(
@@ -89,7 +91,9 @@ def states(
         S_out: T.Tensor((slots, HV, V, K), dtype), U_out: T.Tensor((slots, HV, V, C), dtype),
         sequences: T.int32, pieces: T.int32, length: T.int32,
     ):  # fmt: skip
-        with T.Kernel(pieces, HV, V // ROWS, threads=256, prelude=PRELUDE) as (n, head, block):
+        with T.Kernel(
+            pieces, HV, blocks, threads=256, cluster_dims=(1, 1, blocks), prelude=FENCES + PRELUDE
+        ) as (n, head, block):
             T.annotate_min_blocks_per_sm(2)
             first, kh = block * ROWS, head // group
             place = T.alloc_local((4,), "int32")
@@ -104,6 +108,7 @@ def states(
             used = T.alloc_barrier([128] * STAGES)
             factored = T.alloc_barrier([C] * STAGES)
             staged, left = T.alloc_barrier(128), T.alloc_barrier(32)
+            pace = Pace(blocks)
             tx = T.get_thread_binding()
 
             if tx < 128:
@@ -128,12 +133,11 @@ def states(
                 for chunk in T.serial(chunks):
                     s = chunk % STAGES
                     at = start + chunk * C
-                    T.barrier_wait(full[s], chunk // STAGES % 2)
                     T.barrier_wait(factored[s], chunk // STAGES % 2)
                     if at + C > stop:
                         clear_rows((m.k,), s, stop - at)
                         clear_rows((m.v,), s, stop - at)
-                        T.fence_proxy_async()
+                        fence()
                         T.sync_threads(CARRY, 128)
                     decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
 
@@ -156,9 +160,9 @@ def states(
                     for i, j in T.Parallel(ROWS, C):
                         U_half[i, j] = m.onto[s, j] * U[i, j]
                     T.wgmma_gemm(U_half, m.k[s, :, :], S)
-                    T.wait_wgmma(0)
-                    T.fence_proxy_async()
+                    fence()
                     T.barrier_arrive(staged)
+                    T.wait_wgmma(0)
                     T.barrier_arrive(used[s])
             else:
                 T.set_max_nreg(REGISTERS[1], 0)
@@ -166,6 +170,7 @@ def states(
                     for chunk in T.serial(chunks):
                         s = chunk % STAGES
                         T.barrier_wait(used[s], chunk // STAGES % 2 ^ 1)
+                        keep_pace(pace, chunk, tx == 128)
                         load(
                             k, v, factors, norms, inverse, m, full, batch, start + chunk * C,
                             slot + chunk, head, kh, first, s,

@@ -23,6 +23,7 @@ struct Barrier {
     if (--state().pending < 0) fail("more arrivals than a barrier was made for");
     state().turn(), ++block->moved;
   }
+  void arrive(int) { arrive(); } // programs of a cluster do the same: one stands for all
   void expect_transaction(int bytes) { state().bytes += bytes; }
   void arrive_and_expect_tx(int bytes) { expect_transaction(bytes), arrive(); }
   void wait(int parity) {
@@ -64,6 +65,7 @@ template <int N> bool tl_shuffle_elect() { return N ? threadIdx.x % N == 0 : thr
 inline void prefetch_tma_descriptor(const CUtensorMap &) {}
 inline void fence_barrier_init() {}
 inline void fence_proxy_async() {}
+inline void cluster_sync() { __syncthreads(); }
 inline void warpgroup_fence_operand(const void *, int) {}
 template <class T> void warpgroup_fence_operand(T &) {}
 template <int> void warpgroup_reg_alloc() {}

@@ -13,13 +13,15 @@ template <class T> T argument(const TVMFFIAny &x) {
 }
 static bool late;
 static int slow;
-// The kernel's own arguments, then blocks in one to three dimensions, threads in three, and bytes.
+// The kernel's own arguments, then a cluster in three dimensions, if it has one, blocks in one to
+// three, threads in three, and bytes.
 template <class... P, size_t... I>
 void launch(void (*kernel)(P...), const TVMFFIAny *a, int number, std::index_sequence<I...>) {
-  constexpr int own = sizeof...(P);
-  int after = number - 3 - DYNAMIC, blocks[3] = {1, 1, 1}, width = int(a[after].v_int64);
+  int after = number - 3 - DYNAMIC, first = sizeof...(P), blocks[3] = {1, 1, 1};
+  if (after - first > 3) first += 3;
+  int width = int(a[after].v_int64);
   int threads = width * int(a[after + 1].v_int64);
-  for (int i = own; i < after; ++i) blocks[i - own] = int(a[i].v_int64);
+  for (int i = first; i < after; ++i) blocks[i - first] = int(a[i].v_int64);
   if (DYNAMIC && a[number - 1].v_int64 > long(sizeof shared_memory)) return fail("too much shared memory");
   std::function<void()> body = [&] { kernel(argument<P>(a[I])...); };
   for (int z = 0; z < blocks[2]; ++z)
