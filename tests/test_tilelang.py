@@ -49,14 +49,14 @@ def plan_of(case: Case, device: str = "meta") -> tuple[Plan, Call]:
     return Plan(call), call
 
 
-def verdict(kernel: Any, folder: Path) -> str:
-    """What ptxas says of a kernel."""
+def verdict(kernel: Any, folder: Path, to: str = "-cubin") -> str:
+    """What ptxas says of a kernel, compiled to kernel.out."""
     source = folder / "kernel.cu"
     source.write_text(kernel.get_kernel_source())
-    command = ["nvcc", "-std=c++17", "-O3", "--use_fast_math", "-DENABLE_BF16", "-cubin"]
+    command = ["nvcc", "-std=c++17", "-O3", "--use_fast_math", "-DENABLE_BF16", to]
     command += ["-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-w"]
     command += [f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}", str(source)]
-    command += ["-o", str(folder / "kernel.cubin")]
+    command += ["-o", str(folder / "kernel.out")]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
@@ -106,6 +106,20 @@ def test_backward_neither_spills_nor_serialises(name: str, tmp_path: Path) -> No
         # addresses, in the warps for weak beta, and a value or two beside the pairs of tokens
         assert spilled <= (40 if kernel is gradients else 0), said
         assert "serialized" not in said, said
+
+
+def test_walks_have_the_fences_that_they_place_and_no_other(tmp_path: Path) -> None:
+    """TileLang's are in the CUDA, and nothing to the compiler (`fences.py`)."""
+    plan, call = plan_of(SMALL)
+    _, scan = plan.kernels(save=False)
+    _, states, reverse_scan, _ = Backward(call).kernels(initial=True, final=True)
+    for kernel in (scan, states, reverse_scan):
+        source = kernel.get_kernel_source()
+        placed = source.count("    gdn_fence();")
+        assert placed > 0
+        assert source.count("tl::fence_proxy_async();") > 1  # beside the one in `gdn_fence`
+        verdict(kernel, tmp_path, "-ptx")
+        assert (tmp_path / "kernel.out").read_text().count("fence.proxy.async") == placed
 
 
 def test_kernels_are_read_in_turn_and_compiled_side_by_side(

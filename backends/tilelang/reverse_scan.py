@@ -30,7 +30,7 @@ from .sums import PRELUDE as SUMS
 from .sums import put_row
 from .transposed import PRELUDE, load_transposed, store, store_transposed
 
-BOTH = FENCES + PRELUDE + SUMS
+CUDA = FENCES + PRELUDE + SUMS
 COUPLE = 1
 """Named barrier of the warpgroup that couples."""
 REGISTERS = (248, 208, 48)
@@ -92,8 +92,8 @@ def go_back(
     m: Any, t: Any, s: Any, free: Any, left: Any, summed: Any, staged: Any, parity: Any,
     thread: Any, keep: bool,
 ) -> None:  # fmt: skip
-    """The gradient of the state before the chunk in stage s; and, to be stored, dS and R once those
-    of the chunk after have `left`, and R * V once that one's is `summed`."""
+    """The gradient of the state before the chunk in stage s; and, `staged` to be stored, dS and R
+    once those of the chunk after have `left`, and R * V once that one's is `summed`."""
     T.copy(t.dS, t.after)
     T.wgmma_gemm(t.after, m.k[s, :, :], t.taken, transpose_B=True, clear_accum=True)
     load_transposed(m.do, s, t.grad_o, thread)
@@ -157,7 +157,7 @@ def reverse_scan(
         scale: T.float32, sequences: T.int32, pieces: T.int32, length: T.int32,
     ):  # fmt: skip
         with T.Kernel(
-            pieces, HV, blocks, threads=384, cluster_dims=(1, 1, blocks), prelude=BOTH
+            pieces, HV, blocks, threads=384, cluster_dims=(1, 1, blocks), prelude=CUDA
         ) as (n, head, block):
             first, kh = block * ROWS, head // group
             place = T.alloc_local((4,), "int32")
@@ -186,7 +186,7 @@ def reverse_scan(
                     T.clear(t.dS)
                 for step in T.serial(chunks):
                     s = step % STAGES
-                    T.barrier_wait(coupled, step % 2)
+                    T.barrier_wait(coupled, step % 2)  # and so loaded
                     go_back(m, t, s, free, left, summed, staged, step % 2 ^ 1, tx, keep)
                     T.barrier_arrive(used[s])
                 if initial:

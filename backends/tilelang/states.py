@@ -133,7 +133,7 @@ def states(
                 for chunk in T.serial(chunks):
                     s = chunk % STAGES
                     at = start + chunk * C
-                    T.barrier_wait(factored[s], chunk // STAGES % 2)
+                    T.barrier_wait(factored[s], chunk // STAGES % 2)  # and so loaded
                     if at + C > stop:
                         clear_rows((m.k,), s, stop - at)
                         clear_rows((m.v,), s, stop - at)
