@@ -50,7 +50,7 @@ def plan_of(case: Case, device: str = "meta") -> tuple[Plan, Call]:
 
 
 def verdict(kernel: Any, folder: Path, to: str = "-cubin") -> str:
-    """What ptxas says of a kernel, compiled to kernel.out."""
+    """What nvcc says while it compiles a kernel to kernel.out; of a cubin, what ptxas finds."""
     source = folder / "kernel.cu"
     source.write_text(kernel.get_kernel_source())
     command = ["nvcc", "-std=c++17", "-O3", "--use_fast_math", "-DENABLE_BF16", to]

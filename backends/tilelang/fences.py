@@ -1,7 +1,7 @@
 """Fences between what threads write to shared memory and what products and copies read there.
 
 TileLang puts one before every product that follows any other access to shared memory, a load too.
-Each lets a warp wait until all its stores are done, 50 cycles of a walk's chunk. The walks do
+Each makes a warp wait until all its stores are done, 50 cycles of a walk's chunk. The walks do
 without those and say where they need one.
 """
 

@@ -35,9 +35,20 @@ class Memory:
         T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (self.do, self.v, self.R)})
 
 
+class Barriers:
+    """Of what is loaded, stage by stage, and may be again; of P; and of what is stored."""
+
+    def __init__(self) -> None:
+        self.full = T.alloc_barrier([32] * STAGES)
+        self.used = T.alloc_barrier([128] * STAGES)
+        self.coupled, self.free = T.alloc_barrier(128), T.alloc_barrier(128)
+        # dS, R and R * V are there; dS and R have been copied, R * V has been summed
+        self.staged, self.left, self.summed = (T.alloc_barrier(n) for n in (128, 32, 32))
+
+
 @T.macro
 def load(
-    q: Any, k: Any, v: Any, do: Any, factors: Any, norms: Any, inverse: Any, m: Any, full: Any,
+    q: Any, k: Any, v: Any, do: Any, factors: Any, norms: Any, inverse: Any, m: Any, bars: Any,
     batch: Any, at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any, keep: bool,
 ) -> None:  # fmt: skip
     """A chunk to stage s, by one warp."""
@@ -49,21 +60,21 @@ def load(
         (factors[slot, head, :, :], m.factors[s, 0:2, :]),
         (norms[slot, kh, :, :], m.factors[s, 2:4, :]),
     ):
-        T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
+        T.tma_copy(source, target, barrier=bars.full[s], leader_scope_threads=32)
     if keep:
         T.tma_copy(
-            v[batch, at : at + C, head, first : first + ROWS], m.v[s, :, :], barrier=full[s],
+            v[batch, at : at + C, head, first : first + ROWS], m.v[s, :, :], barrier=bars.full[s],
             leader_scope_threads=32,
         )  # fmt: skip
-    T.barrier_arrive(full[s])
+    T.barrier_arrive(bars.full[s])
 
 
 @T.macro
 def store_chunk(
-    m: Any, left: Any, dS_out: Any, R_out: Any, given: Any, batch: Any, at: Any, live: Any,
+    m: Any, bars: Any, dS_out: Any, R_out: Any, given: Any, batch: Any, at: Any, live: Any,
     slot: Any, head: Any, block: Any, lane: Any,
 ) -> None:  # fmt: skip
-    """What is staged of a chunk, to where it belongs, by one warp; of R the live rows."""
+    """What is staged of a chunk, to where it belongs, by one warp; of R the live rows. Says so."""
     first = block * ROWS
     T.tma_copy(m.dS[0, :, :], dS_out[slot, head, first : first + ROWS, :], leader_scope_threads=32)
     if live >= C:
@@ -74,7 +85,7 @@ def store_chunk(
     else:
         store_live(m.R, 0, R_out, batch, at, live, head, first, lane)
     T.tma_store_wait(0)
-    T.barrier_arrive(left)
+    T.barrier_arrive(bars.left)
     total = T.alloc_local((2,), "float32")
     T.clear(total)
     for row in T.unroll(ROWS // 2):
@@ -82,3 +93,4 @@ def store_chunk(
             total[e] += m.given[row, lane * 2 + e]
     for e in T.vectorized(2):
         given[slot, head, block, lane * 2 + e] = total[e]
+    T.barrier_arrive(bars.summed)

@@ -25,7 +25,7 @@ from .feed import Pace, clear_rows, keep_pace, kept, span
 from .fences import PRELUDE as FENCES
 from .fences import fence
 from .launch import kernel
-from .reverse_memory import STAGES, Memory, load, store_chunk
+from .reverse_memory import STAGES, Barriers, Memory, load, store_chunk
 from .sums import PRELUDE as SUMS
 from .sums import put_row
 from .transposed import PRELUDE, load_transposed, store, store_transposed
@@ -64,8 +64,9 @@ def find_factors(m: Any, s: Any, token: Any, scale: Any) -> None:
 
 
 @T.macro
-def couple(m: Any, P: Any, half: Any, s: Any, live: Any, scale: Any, free: Any, parity: Any,
-           thread: Any) -> None:  # fmt: skip
+def couple(
+    m: Any, P: Any, half: Any, bars: Any, s: Any, live: Any, scale: Any, parity: Any, thread: Any
+) -> None:
     """P and the factors of the chunk in stage s, by the warpgroup that works ahead."""
     if live < C:
         clear_rows((m.q, m.k), s, live)
@@ -82,18 +83,15 @@ def couple(m: Any, P: Any, half: Any, s: Any, live: Any, scale: Any, free: Any, 
         )
     for i, j in T.Parallel(C, C):
         half[i, j] = m.rows[s, i] * P[i, j]
-    T.barrier_wait(free, parity)
+    T.barrier_wait(bars.free, parity)
     T.copy(half, m.P)
     fence()
 
 
 @T.macro
-def go_back(
-    m: Any, t: Any, s: Any, free: Any, left: Any, summed: Any, staged: Any, parity: Any,
-    thread: Any, keep: bool,
-) -> None:  # fmt: skip
-    """The gradient of the state before the chunk in stage s; and, `staged` to be stored, dS and R
-    once those of the chunk after have `left`, and R * V once that one's is `summed`."""
+def go_back(m: Any, t: Any, bars: Any, s: Any, parity: Any, thread: Any, keep: bool) -> None:
+    """The gradient of the state before the chunk in stage s; and, staged to be stored, dS and R
+    once those of the chunk after have left, and R * V once that one's is summed."""
     T.copy(t.dS, t.after)
     T.wgmma_gemm(t.after, m.k[s, :, :], t.taken, transpose_B=True, clear_accum=True)
     load_transposed(m.do, s, t.grad_o, thread)
@@ -105,10 +103,10 @@ def go_back(
     T.wgmma_gemm(t.grad_o, m.P, t.dU, clear_accum=True)
     T.wgmma_gemm(t.read, m.q[s, :, :], t.dS)
     if keep:
-        T.barrier_wait(left, parity)
+        T.barrier_wait(bars.left, parity)
         store(t.after, m.dS, 0, thread)
     T.wait_wgmma(1)
-    T.barrier_arrive(free)
+    T.barrier_arrive(bars.free)
     for i, j in T.Parallel(ROWS, C):
         t.dU_half[i, j] = t.dU[i, j] + m.onto[s, j] * t.taken[i, j]
     T.wgmma_gemm(t.dU_half, m.A[s, :, :], t.R, clear_accum=True)
@@ -124,10 +122,10 @@ def go_back(
         store_transposed(t.dU_half, m.R, 0, thread, 0)
         for i, j in T.Parallel(ROWS, C):
             t.R[i, j] *= t.values[i, j]
-        T.barrier_wait(summed, parity)
+        T.barrier_wait(bars.summed, parity)
         put_row(t.R, T.address_of(m.given[thread // 4, thread % 4 * 2]))
         fence()
-        T.barrier_arrive(staged)
+        T.barrier_arrive(bars.staged)
     T.wait_wgmma(0)
 
 
@@ -167,10 +165,7 @@ def reverse_scan(
             chunks = T.ceildiv(T.max(stop - start, 0), C)
 
             m = Memory(K, dtype)
-            full = T.alloc_barrier([32] * STAGES)
-            used = T.alloc_barrier([128] * STAGES)
-            coupled, free = T.alloc_barrier(128), T.alloc_barrier(128)
-            staged, left, summed = (T.alloc_barrier(n) for n in (128, 32, 32))
+            bars = Barriers()
             pace = Pace(blocks)
             tx = T.get_thread_binding()
 
@@ -186,9 +181,9 @@ def reverse_scan(
                     T.clear(t.dS)
                 for step in T.serial(chunks):
                     s = step % STAGES
-                    T.barrier_wait(coupled, step % 2)  # and so loaded
-                    go_back(m, t, s, free, left, summed, staged, step % 2 ^ 1, tx, keep)
-                    T.barrier_arrive(used[s])
+                    T.barrier_wait(bars.coupled, step % 2)  # and so loaded
+                    go_back(m, t, bars, s, step % 2 ^ 1, tx, keep)
+                    T.barrier_arrive(bars.used[s])
                 if initial:
                     for i, j in T.Parallel(ROWS, K):
                         if v_first:
@@ -201,33 +196,32 @@ def reverse_scan(
                 half = T.alloc_fragment((C, C), dtype)
                 for step in T.serial(chunks):
                     s = step % STAGES
-                    T.barrier_wait(used[s], step // STAGES % 2 ^ 1)
-                    T.barrier_wait(full[s], step // STAGES % 2)
+                    T.barrier_wait(bars.used[s], step // STAGES % 2 ^ 1)
+                    T.barrier_wait(bars.full[s], step // STAGES % 2)
                     couple(
-                        m, P, half, s, stop - (start + (chunks - 1 - step) * C), scale,
-                        free, step % 2 ^ 1, tx - 128,
+                        m, P, half, bars, s, stop - (start + (chunks - 1 - step) * C), scale,
+                        step % 2 ^ 1, tx - 128,
                     )  # fmt: skip
-                    T.barrier_arrive(coupled)
+                    T.barrier_arrive(bars.coupled)
             else:
                 T.set_max_nreg(REGISTERS[2], 0)
                 if tx < 256 + 32:
                     for step in T.serial(chunks):
                         s = step % STAGES
-                        T.barrier_wait(used[s], step // STAGES % 2 ^ 1)
+                        T.barrier_wait(bars.used[s], step // STAGES % 2 ^ 1)
                         keep_pace(pace, step, tx == 256)
                         load(
-                            q, k, v, do, factors, norms, inverse, m, full,
+                            q, k, v, do, factors, norms, inverse, m, bars,
                             batch, start + (chunks - 1 - step) * C, slot + chunks - 1 - step,
                             head, kh, first, s, keep,
                         )  # fmt: skip
                 elif keep and tx < 256 + 64:
                     for step in T.serial(chunks):
                         chunk = chunks - 1 - step
-                        T.barrier_wait(staged, step % 2)
+                        T.barrier_wait(bars.staged, step % 2)
                         store_chunk(
-                            m, left, dS_out, R_out, given, batch, start + chunk * C,
+                            m, bars, dS_out, R_out, given, batch, start + chunk * C,
                             stop - start - chunk * C, slot + chunk, head, block, tx - 256 - 32,
                         )  # fmt: skip
-                        T.barrier_arrive(summed)
 
     return reverse_scan_kernel
