@@ -129,6 +129,20 @@ def go_back(m: Any, t: Any, bars: Any, s: Any, parity: Any, thread: Any, keep: b
     T.wait_wgmma(0)
 
 
+@T.macro
+def give_back(m: Any, t: Any, s: Any, thread: Any) -> None:
+    """What rounding took of `read` in stage s, of the last step: where the first token decays
+    strongly, the gradient of the first state is little else than this product."""
+    load_transposed(m.do, s, t.grad_o, thread)
+    for i, j in T.Parallel(ROWS, C):
+        t.taken[i, j] = m.read[s, j] * t.grad_o[i, j]
+    T.copy(t.taken, t.read)
+    for i, j in T.Parallel(ROWS, C):
+        t.read[i, j] = t.taken[i, j] - t.read[i, j]
+    T.wgmma_gemm(t.read, m.q[s, :, :], t.dS)
+    T.wait_wgmma(0)
+
+
 @kernel(own_barriers=True)
 def reverse_scan(
     *, dtype: str, offsets: str, K: int, V: int, group: int,
@@ -185,6 +199,8 @@ def reverse_scan(
                     go_back(m, t, bars, s, step % 2 ^ 1, tx, keep)
                     T.barrier_arrive(bars.used[s])
                 if initial:
+                    if chunks > 0:
+                        give_back(m, t, (chunks - 1) % STAGES, tx)
                     for i, j in T.Parallel(ROWS, K):
                         if v_first:
                             begin[n, head, first + i, j] = t.dS[i, j]
