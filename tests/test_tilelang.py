@@ -103,7 +103,7 @@ def test_backward_neither_spills_nor_serialises(name: str, tmp_path: Path) -> No
         said = verdict(kernel, tmp_path)
         assert_registers_suffice(kernel.get_kernel_source(), said)
         spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))
-        # addresses, in the warps for weak beta, and a value or two beside the pairs of tokens
+        # addresses, of those who take columns
         assert spilled <= (40 if kernel is gradients else 0), said
         assert "serialized" not in said, said
 

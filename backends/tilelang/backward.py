@@ -26,7 +26,7 @@ from .reverse_scan import reverse_scan
 from .rounds import Round, parts, rounds
 from .states import states
 
-TAKEN = 4
+TAKEN = 10
 """Chunks that a program of `gradients` takes at most."""
 
 

@@ -20,6 +20,11 @@ WEAK = 0.0625
 """Where beta is not larger, nothing is divided by it."""
 
 
+def rolled(count: Any) -> Any:
+    """A loop that stays one in machine code, of which multiprocessors keep little at hand."""
+    return T.unroll(count, annotations={"pragma_unroll_factor": 1})
+
+
 class Pace:
     """What keeps the programs of neighbouring columns of V, a cluster, a chunk apart at most: their
     halves of a token's row then come from memory together."""

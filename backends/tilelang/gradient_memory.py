@@ -24,10 +24,8 @@ class Memory:
         self.do, self.R = (T.alloc_shared((2, C, V), dtype) for _ in range(2))
         self.U = T.alloc_shared((2, V, C), dtype)
         self.S, self.dS = (T.alloc_shared((blocks, V, COLUMNS), dtype) for _ in range(2))
-        # what pairs of tokens owe each other takes the states' place when nobody needs them, and
-        # then dq and dk do, on their way out
-        fits = blocks * V == 4 * C
-        self.tiles = self.S if fits else T.alloc_shared((2, 2 * C, C), dtype)
+        # what pairs of tokens owe each other takes the state's place when nobody needs it
+        self.tiles = self.S if blocks * V == 4 * C else T.alloc_shared((2, 2 * C, C), dtype)
         self.F_q, self.F_k = self.tiles[0, 0:C, :], self.tiles[0, C : 2 * C, :]
         self.D, self.D_turned = self.tiles[1, 0:C, :], self.tiles[1, C : 2 * C, :]
         self.kk, self.qk = (T.alloc_shared((C * C,), dtype) for _ in range(2))
@@ -37,6 +35,15 @@ class Memory:
         self.rows = T.alloc_shared((2, 2, C), "float32")
         self.columns = T.alloc_shared((2, 2, 4, C), "float32")
         self.carried = T.alloc_shared((2, 4 * blocks), "float32")
+        self.apart = V >= K  # dq and dk, once they are staged, are in nobody's way
+
+    def out(self, which: int, b: Any, h: Any) -> tuple[Any, Any, Any, Any]:
+        """Where [C, 64] of dq (which = 0) or dk wait for their way out, as a buffer and the indices
+        of their first element: in the place of U or dO of the chunk's last value head, b, or, where
+        those are too small, of what pairs of tokens owed each other."""
+        if not self.apart:
+            return self.tiles, which, h * C, 0
+        return (self.do, b, 0, h * COLUMNS) if which else (self.U, b, h * C, 0)
 
 
 class Barriers:
@@ -44,7 +51,8 @@ class Barriers:
 
     def __init__(self, columns: int) -> None:
         self.keys, self.before, self.after = (T.alloc_barrier(32) for _ in range(3))
-        self.keys_free, self.stored = (T.alloc_barrier(columns) for _ in range(2))
+        self.keys_free, self.staged = (T.alloc_barrier(columns) for _ in range(2))
+        self.stored = T.alloc_barrier(32)
         # once a chunk; who waited for every group-th phase of before_free would take an earlier one
         # of the same parity for it
         self.tiles_free = T.alloc_barrier(columns)
@@ -79,9 +87,9 @@ def load_state(x: Any, into: Any, full: Any, slot: Any, head: Any) -> None:
 @T.macro
 def find_chunk(number: Any, spans: Any, L: Any, H: Any, place: Any, varlen: bool) -> None:
     """The chunk and q/k head with this number."""
-    place[SLOT] = number // H
-    place[KEY_HEAD] = number % H
-    slot = place[SLOT]
-    place[BATCH] = 0 if varlen else slot // T.ceildiv(L, C)
-    place[AT] = spans[slot, 0] if varlen else slot % T.ceildiv(L, C) * C
-    place[LIVE] = spans[slot, 1] if varlen else L - place[AT]
+    slot, each = T.truncdiv(number, H), T.ceildiv(L, C)
+    place[SLOT] = slot
+    place[KEY_HEAD] = number - place[SLOT] * H
+    place[BATCH] = 0 if varlen else T.truncdiv(place[SLOT], each)
+    place[AT] = spans[place[SLOT], 0] if varlen else (place[SLOT] - place[BATCH] * each) * C
+    place[LIVE] = spans[place[SLOT], 1] if varlen else L - place[AT]

@@ -2,9 +2,11 @@
 
 One or two warpgroups take 64 columns of K each (`through_states.py`), one the pairs of tokens
 (`within_chunk.py`); of the last one's warps one loads, one finishes what is a token's own
-(`per_token.py`), and two see to tokens whose beta is weak. dq and dk are summed over the value
-heads of the q/k head in registers, in order, so that runs are bit-equal. A program stays on its
-multiprocessor and takes every so many chunks: while it finishes one, the next is on its way.
+(`per_token.py`) and stores dq and dk, and two see to tokens whose beta is weak. dq and dk are
+summed over the value heads of the q/k head in registers, in order, so that runs are bit-equal. A
+program stays on its multiprocessor and takes every so many chunks: while it finishes one, the next
+is on its way. It is the columns' chain of work that takes the time: nothing that others can do, or
+that has to be waited for, belongs in it.
 
 Reads q, k, g, dO, `factors`, `norms`, rowsum(R * V), U^T, S^T, dS^T and, in dv's place, `kept` R;
 writes dq, dk, dg, dbeta, dv where beta is weak and the partial sums for A_log and dt_bias.
@@ -17,7 +19,7 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from .constants import ROWS
-from .feed import clear_dead, clear_rows
+from .feed import clear_dead, clear_rows, rolled
 from .gradient_memory import (
     AT,
     BATCH,
@@ -37,11 +39,10 @@ from .per_token import mend_weak, store_gates
 from .sums import PRELUDE
 from .through_states import (
     COLUMNS,
-    SQUARE_K,
-    SQUARE_Q,
     Columns,
+    stage_columns,
     store_columns,
-    through_norm,
+    through_norms,
     through_states,
     within_chunk,
 )
@@ -85,65 +86,62 @@ def gradients(
                 place[HEADS] += group
 
     @T.macro
-    def take_columns(c, dq, dk, m, bars, h, place, scale, thread):
+    def take_columns(c, m, bars, h, place, scale, thread):
         T.clear(c.dq)
         T.clear(c.dk)
-        T.barrier_wait(bars.keys, place[DONE] % 2)
-        for g in T.serial(group):
+        for g in rolled(group):
             r = place[HEADS] + g
             T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
             if place[LIVE] < C:
                 T.sync_threads(DEAD, consumers)
-            through_states(m, c, bars, h, r, g == group - 1, scale, thread)
+            through_states(m, c, bars, h, r, g, group, place[DONE] % 2, scale, thread)
             T.barrier_arrive(bars.told[r % 2])
             T.barrier_arrive(bars.free[r % 2])
         T.sync_threads(TILES, consumers)
         within_chunk(m, c, h)
+        T.barrier_arrive(bars.before_free)  # of the last value head: the tiles had S's place
         if l2:
-            even = place[DONE] % 2
-            through_norm(m.q, c.dq, c, m, even, 0, SQUARE_Q, h, thread, COLUMNS_ALL)
-            through_norm(m.k, c.dk, c, m, even, 1, SQUARE_K, h, thread, COLUMNS_ALL)
-        T.barrier_arrive(bars.keys_free)
-        store_columns(
-            c, m, dq, dk, h, place[BATCH], place[AT], place[LIVE], place[KEY_HEAD], thread,
-            COLUMNS_ALL,
-        )  # fmt: skip
-        T.barrier_arrive(bars.stored)
+            through_norms(m, c, place[DONE] % 2, h, bars.keys_free, COLUMNS_ALL, thread)
+        else:
+            T.barrier_arrive(bars.keys_free)
+        stage_columns(m, c, (place[HEADS] + group - 1) % 2, h, COLUMNS_ALL)
+        T.barrier_arrive(bars.staged)
 
     @T.macro
     def take_pairs(p, m, bars, place, scale, thread):
-        live = place[LIVE]
-        T.clear(p.F)
-        T.clear(p.D)
-        T.barrier_wait(bars.keys, place[DONE] % 2)
+        live, even, before = place[LIVE], place[DONE] % 2, place[HEADS]
+        T.barrier_wait(bars.keys, even)
+        T.barrier_wait(bars.tokens[before % 2], before // 2 % 2)
         if live < C:
             clear_dead(m.q, live)
             clear_dead(m.k, live)
-        for g in T.serial(group):
-            r = place[HEADS] + g
+            T.fence_proxy_async()
+        keep_norms(m, before % 2, even, thread)
+        T.sync_threads(PAIRS, 128)
+        multiply_keys(m, p, even, scale)
+        T.clear(p.F)
+        T.clear(p.D)
+        for g in rolled(group):
+            r = before + g
             b = r % 2
             T.barrier_wait(bars.tokens[b], r // 2 % 2)
             if live < C:
                 clear_rows((m.do, m.R), b, live)
                 T.fence_proxy_async()
                 T.sync_threads(DEAD, consumers)
-            if g == 0:
-                keep_norms(m, b, place[DONE] % 2, thread)
-                T.sync_threads(PAIRS, 128)
-                multiply_keys(m, p, place[DONE] % 2, scale)
             couple_writes(m, p, b, thread)
             couple_reads(m, p, b, thread)
             T.barrier_arrive(bars.told[b])
             T.barrier_arrive(bars.free[b])
-        T.barrier_wait(bars.tiles_free, place[DONE] % 2)
-        T.barrier_wait(bars.stored, place[DONE] % 2 ^ 1)
-        hand_over(m, p, place[DONE] % 2, scale)
+        T.barrier_wait(bars.tiles_free, even)
+        T.barrier_wait(bars.stored, even ^ 1)
+        hand_over(m, p, even, scale)
         T.sync_threads(TILES, consumers)
 
     @T.macro
     def load(q, k, do, dv, factors, norms, given, U, S, dS, m, bars, place):
         batch, at, slot, kh = place[BATCH], place[AT], place[SLOT], place[KEY_HEAD]
-        for g in T.serial(group):
+        for g in rolled(group):
             head, r = kh * group + g, place[HEADS] + g
             b = r % 2
             T.barrier_wait(bars.free[b], r // 2 % 2 ^ 1)
@@ -165,13 +163,12 @@ def gradients(
                 load_rows(q, m.q, bars.keys, batch, at, kh)
                 load_rows(k, m.k, bars.keys, batch, at, kh)
                 T.barrier_arrive(bars.keys)
-                T.barrier_wait(bars.stored, place[DONE] % 2 ^ 1)
             T.barrier_wait(bars.before_free, r % 2 ^ 1)
             load_state(S, m.S, bars.before, slot, head)
 
     @T.macro
-    def finish(g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, m, bars, place, scale, lane):
-        for number in T.serial(group):
+    def finish(dq, dk, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, m, bars, place, scale, lane):
+        for number in rolled(group):
             r = place[HEADS] + number
             T.barrier_wait(bars.told[r % 2], r // 2 % 2)
             store_gates(
@@ -179,11 +176,17 @@ def gradients(
                 place[LIVE], place[SLOT], place[KEY_HEAD] * group + number, scale, lane, gate, bias,
                 sigmoid, double,
             )  # fmt: skip
-            T.barrier_arrive(bars.used[r % 2])
+            if number < group - 1:
+                T.barrier_arrive(bars.used[r % 2])
+        last = (place[HEADS] + group - 1) % 2
+        T.barrier_wait(bars.staged, place[DONE] % 2)
+        store_columns(m, dq, dk, last, place[BATCH], place[AT], place[LIVE], place[KEY_HEAD], lane)
+        T.barrier_arrive(bars.stored)
+        T.barrier_arrive(bars.used[last])
 
     @T.macro
     def mend(dv, m, bars, place, thread):
-        for g in T.serial(group):
+        for g in rolled(group):
             r = place[HEADS] + g
             T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
             mend_weak(
@@ -219,7 +222,7 @@ def gradients(
             if role < blocks:
                 T.set_max_nreg(registers[0], 1)
                 c = Columns(dtype)
-                each_chunk(*mine, take_columns, c, dq, dk, m, bars, role, place, scale, tx)
+                each_chunk(*mine, take_columns, c, m, bars, role, place, scale, tx)
             elif role == blocks:
                 T.set_max_nreg(registers[1], 1)
                 p = Pairs(dtype)
@@ -230,7 +233,7 @@ def gradients(
                     read = (q, k, do, dv, factors, norms, given, U, S, dS)
                     each_chunk(*mine, load, *read, m, bars, place)
                 elif tx < 64:
-                    gated = (g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias)
+                    gated = (dq, dk, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias)
                     each_chunk(*mine, finish, *gated, m, bars, place, scale, tx - 32)
                 else:
                     each_chunk(*mine, mend, dv, m, bars, place, tx - 64)

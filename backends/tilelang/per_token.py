@@ -18,7 +18,7 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from .constants import LOG2_E, ROWS
-from .feed import kept, left, softplus
+from .feed import kept, left, rolled, softplus
 from .through_states import KNOWN, READ, WRITTEN, sum_over
 
 
@@ -29,7 +29,7 @@ def mend_weak(
     """By 64 threads: dv of tokens whose beta is weak, over R in memory."""
     lanes = int(m.R.shape[2]) // 8
     some = T.alloc_local((8,), m.R.dtype)
-    for step in T.serial(C * lanes // 64):
+    for step in rolled(C * lanes // 64):
         i, j = step * (64 // lanes) + thread // lanes, thread % lanes * 8
         strength = left(m.factors[b, 1, i])
         if i < live and strength != 1.0:

@@ -18,7 +18,7 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from .constants import LOG2_E
-from .feed import left
+from .feed import left, rolled
 from .sums import sum_rows
 
 COLUMNS = 64
@@ -37,15 +37,14 @@ class Columns:
 
     def __init__(self, dtype: str) -> None:
         self.dq, self.dk, self.one = (T.alloc_fragment((C, COLUMNS), "float32") for _ in range(3))
-        self.half = T.alloc_fragment((C, COLUMNS), dtype)
+        self.half, self.other = (T.alloc_fragment((C, COLUMNS), dtype) for _ in range(2))
         self.carried = T.alloc_local((1,), "float32")
         self.before, self.after = (T.alloc_local((8,), dtype) for _ in range(2))
 
 
 @T.macro
-def multiply_rows(x: Any, m: Any, c: Any, b: Any, which: int, h: Any, thread: Any) -> None:
-    """m.dots[b, which, h]: the rows of c.one, which is used up, times those of x."""
-    T.copy(x[h, :, :], c.half)
+def multiply_rows(m: Any, c: Any, b: Any, which: int, h: Any, thread: Any) -> None:
+    """m.dots[b, which, h]: the rows of c.one, which is used up, times those of c.half."""
     for i, j in T.Parallel(C, COLUMNS):
         c.one[i, j] *= c.half[i, j]
     sum_rows(c.one, T.address_of(m.dots[b, which, h, thread // 32 * 16]))
@@ -53,26 +52,26 @@ def multiply_rows(x: Any, m: Any, c: Any, b: Any, which: int, h: Any, thread: An
 
 @T.macro
 def fold_queries(m: Any, c: Any, b: Any, h: Any, scale: Any, thread: Any) -> None:
-    """c.one = dO S^T, into dQ."""
+    """c.one = dO S^T, into dQ; c.half = q."""
     for i, j in T.Parallel(C, COLUMNS):
         c.dq[i, j] += scale * T.exp2(m.factors[b, 0, i] * LOG2_E) * c.one[i, j]
-    multiply_rows(m.q, m, c, b, READ, h, thread)
+    multiply_rows(m, c, b, READ, h, thread)
 
 
 @T.macro
 def fold_known(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
-    """c.one = R S^T, into dK."""
+    """c.one = R S^T, into dK; c.half = k."""
     for i, j in T.Parallel(C, COLUMNS):
         c.dk[i, j] -= left(m.factors[b, 1, i]) * T.exp2(m.factors[b, 0, i] * LOG2_E) * c.one[i, j]
-    multiply_rows(m.k, m, c, b, KNOWN, h, thread)
+    multiply_rows(m, c, b, KNOWN, h, thread)
 
 
 @T.macro
 def fold_written(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
-    """c.one = U dS^T, into dK."""
+    """c.one = U dS^T, into dK; c.half = k."""
     for i, j in T.Parallel(C, COLUMNS):
         c.dk[i, j] += T.exp2((m.factors[b, 0, C - 1] - m.factors[b, 0, i]) * LOG2_E) * c.one[i, j]
-    multiply_rows(m.k, m, c, b, WRITTEN, h, thread)
+    multiply_rows(m, c, b, WRITTEN, h, thread)
 
 
 @T.macro
@@ -94,41 +93,33 @@ def multiply_states(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
 
 @T.macro
 def through_states(
-    m: Any, c: Any, bars: Any, h: Any, r: Any, last: Any, scale: Any, thread: Any
-) -> None:
-    """One value head, the program's number r; last: of the chunk."""
+    m: Any, c: Any, bars: Any, h: Any, r: Any, g: Any, group: int, even: Any, scale: Any,
+    thread: Any,
+) -> None:  # fmt: skip
+    """Value head g of its q/k head, the program's number r."""
     b = r % 2
     T.barrier_wait(bars.after, r % 2)
     T.wgmma_gemm(m.U[b, :, :], m.dS[h, :, :], c.one, transpose_A=True, clear_accum=True)
+    if g == 0:
+        T.barrier_wait(bars.keys, even)
+    T.copy(m.k[h, :, :], c.half)
     T.wait_wgmma(0)
     fold_written(m, c, b, h, thread)
     T.barrier_wait(bars.before, r % 2)
     T.wgmma_gemm(m.do[b, :, :], m.S[h, :, :], c.one, clear_accum=True)
     multiply_states(m, c, b, h, thread)
+    T.copy(m.q[h, :, :], c.half)
     T.wait_wgmma(0)
     T.barrier_arrive(bars.after_free)
     fold_queries(m, c, b, h, scale, thread)
     T.wgmma_gemm(m.R[b, :, :], m.S[h, :, :], c.one, clear_accum=True)
     T.wait_wgmma(0)
-    T.barrier_arrive(bars.before_free)
-    if last:
+    T.copy(m.k[h, :, :], c.half)
+    if g < group - 1:
+        T.barrier_arrive(bars.before_free)
+    else:
         T.barrier_arrive(bars.tiles_free)
     fold_known(m, c, b, h, thread)
-
-
-@T.macro
-def through_norm(
-    x: Any, dx: Any, c: Any, m: Any, b: Any, norm: int, which: int, h: Any, thread: Any, sync: Any
-) -> None:
-    """dx, the gradient of r x, to that of x; r = 1 / sqrt(sum x^2 + eps) is m.norms[b, norm]."""
-    T.copy(x[h, :, :], c.half)
-    for i, j in T.Parallel(C, COLUMNS):
-        c.one[i, j] = dx[i, j] * c.half[i, j]
-    sum_rows(c.one, T.address_of(m.dots[0, which, h, thread // 32 * 16]))
-    T.sync_threads(sync, m.q.shape[0] * 128)
-    for i, j in T.Parallel(C, COLUMNS):
-        r = m.norms[b, norm, i]
-        dx[i, j] = r * (dx[i, j] - r * r * sum_over(m, 0, which, i) * c.half[i, j])
 
 
 @T.macro
@@ -142,33 +133,67 @@ def within_chunk(m: Any, c: Any, h: Any) -> None:
 
 
 @T.macro
-def store_columns(
-    c: Any, m: Any, dq: Any, dk: Any, h: Any, batch: Any, at: Any, live: Any, kh: Any,
-    thread: Any, sync: Any,
-) -> None:  # fmt: skip
-    """64 columns of dq and dk, by way of m.tiles, which nobody needs any more."""
+def norm_rows(x: Any, dx: Any, c: Any, m: Any, which: int, h: Any, thread: Any) -> None:
+    """m.dots[0, which, h]: the rows of dx times those of x, in registers."""
+    for i, j in T.Parallel(C, COLUMNS):
+        c.one[i, j] = dx[i, j] * x[i, j]
+    sum_rows(c.one, T.address_of(m.dots[0, which, h, thread // 32 * 16]))
+
+
+@T.macro
+def through_norm(x: Any, dx: Any, m: Any, even: Any, norm: int, which: int) -> None:
+    """dx, the gradient of r x, to that of x; r = 1 / sqrt(sum x^2 + eps) is m.norms[even, norm]."""
+    for i, j in T.Parallel(C, COLUMNS):
+        r = m.norms[even, norm, i]
+        dx[i, j] = r * (dx[i, j] - r * r * sum_over(m, 0, which, i) * x[i, j])
+
+
+@T.macro
+def through_norms(m: Any, c: Any, even: Any, h: Any, free: Any, sync: int, thread: Any) -> None:
+    """dq and dk through the L2 norm; `free` learns when q and k are no longer needed."""
+    T.copy(m.q[h, :, :], c.half)
+    T.copy(m.k[h, :, :], c.other)
+    T.barrier_arrive(free)
+    norm_rows(c.half, c.dq, c, m, SQUARE_Q, h, thread)
+    norm_rows(c.other, c.dk, c, m, SQUARE_K, h, thread)
     T.sync_threads(sync, m.q.shape[0] * 128)
-    T.copy(c.dq, c.half)
-    T.copy(c.half, m.tiles[0, h * C : h * C + C, :])
-    T.copy(c.dk, c.half)
-    T.copy(c.half, m.tiles[1, h * C : h * C + C, :])
+    through_norm(c.half, c.dq, m, even, 0, SQUARE_Q)
+    through_norm(c.other, c.dk, m, even, 1, SQUARE_K)
+
+
+@T.macro
+def stage_columns(m: Any, c: Any, b: Any, h: Any, sync: int) -> None:
+    """64 columns of dq and dk to where there is room for them, b: place of the last value head."""
+    if not m.apart:
+        T.sync_threads(sync, m.q.shape[0] * 128)  # nobody multiplies by the tiles any more
+    for which, dx in enumerate((c.dq, c.dk)):
+        T.copy(dx, c.half)
+        to, place, row, column = m.out(which, b, h)
+        T.copy(c.half, to[place, row : row + C, column : column + COLUMNS])
     T.fence_proxy_async()
-    T.sync_threads(sync, m.q.shape[0] * 128)
+
+
+@T.macro
+def store_columns(
+    m: Any, dq: Any, dk: Any, b: Any, batch: Any, at: Any, live: Any, kh: Any, lane: Any
+) -> None:
+    """What is staged of dq and dk to memory, by one warp."""
+    staged = [
+        (to, h * COLUMNS, *m.out(which, b, h))
+        for which, to in enumerate((dq, dk))
+        for h in range(int(m.q.shape[0]))
+    ]
     if live >= C:
-        if thread < 32:
+        for to, first, x, place, row, column in staged:
             T.tma_copy(
-                m.tiles[0, h * C : h * C + C, :],
-                dq[batch, at : at + C, kh, h * COLUMNS : h * COLUMNS + COLUMNS],
-                leader_scope_threads=32,
-            )
-            T.tma_copy(
-                m.tiles[1, h * C : h * C + C, :],
-                dk[batch, at : at + C, kh, h * COLUMNS : h * COLUMNS + COLUMNS],
-                leader_scope_threads=32,
-            )
-            T.tma_store_wait(0)
+                x[place, row : row + C, column : column + COLUMNS],
+                to[batch, at : at + C, kh, first : first + COLUMNS], leader_scope_threads=32,
+            )  # fmt: skip
+        T.tma_store_wait(0)
     else:
-        for i, j in T.Parallel(C, COLUMNS):
-            if i < live:
-                dq[batch, at + i, kh, h * COLUMNS + j] = m.tiles[0, h * C + i, j]
-                dk[batch, at + i, kh, h * COLUMNS + j] = m.tiles[1, h * C + i, j]
+        for i in rolled(live):
+            for to, first, x, place, row, column in staged:
+                for j in T.vectorized(2):
+                    to[batch, at + i, kh, first + lane * 2 + j] = x[
+                        place, row + i, column + lane * 2 + j
+                    ]
