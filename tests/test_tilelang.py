@@ -186,7 +186,7 @@ def test_little_is_saved_for_backward() -> None:
 def test_rounds_of_backward(H: int, HV: int, B: int, T: int, shares: tuple[int, int]) -> None:
     call = call_of(H, HV, B, T)
     found = rounds.rounds(call)
-    assert rounds.shares(call) == shares
+    assert rounds.split(call) == shares
     chunks = [(n, c) for r in found for n in range(r.first, r.last) for c in range(r.start, r.stop)]
     assert sorted(chunks) == [(n, c) for n in range(B) for c in range(T // 64)]
     assert [r.part for r in found if r.first == 0] == list(reversed(range(shares[1])))
@@ -252,7 +252,7 @@ def test_backward_in_rounds(
         gates="model",
     )  # fmt: skip
     inputs = with_gradients(make_inputs(case, "cuda"))
-    assert rounds.shares(Call(**{"scale": 1.0} | inputs)) == shares
+    assert rounds.split(Call(**{"scale": 1.0} | inputs)) == shares
     expected = truth(case)
     for name, value in run("tilelang", case, inputs, "cuda").items():
         assert_close(name, value, expected[name], case.dtype)

@@ -169,7 +169,7 @@ def test_backward_in_rounds(
     monkeypatch.setattr(rounds, "processors", lambda device: 3)
     case = replace(GROUPED, B=B, T=T, initial_state=initial)
     inputs = with_gradients(make_inputs(case))
-    assert rounds.shares(Call(**{"scale": 1.0} | inputs)) == shares
+    assert rounds.split(Call(**{"scale": 1.0} | inputs)) == shares
     check(case, inputs)
 
 

@@ -15,7 +15,7 @@ from .carry import carry
 from .constants import ROWS
 from .launch import beside, dtype_name, entries, rejoin, together
 from .prepare import PROGRAMS, prepare
-from .rounds import parts
+from .rounds import parts, sequence_chunks
 from .scan import scan
 
 SEGMENT, SEGMENTS = 32, 4
@@ -36,7 +36,7 @@ def segments(call: Call, walks: int, save: bool) -> list[tuple[int, int]]:
     multiprocessors idle; none where they do not, or the sequences are short."""
     if save and len(parts(call)) > 1:
         return parts(call)
-    chunks = -(-call.q.shape[1] // CHUNK)
+    chunks = sequence_chunks(call)
     span = max(SEGMENT, -(-chunks // SEGMENTS))
     packed = call.cu_seqlens is not None
     if packed or span >= chunks or 4 * walks > 3 * processors(call.q.device):

@@ -18,7 +18,7 @@ class Memory:
     """Shared memory: operands in blocks of 64 columns of K; and, for even and odd value heads, what
     is there of tokens and what warpgroups tell each other."""
 
-    def __init__(self, K: int, V: int, dtype: str) -> None:
+    def __init__(self, K: int, V: int, dtype: str, l2: bool) -> None:
         blocks = K // COLUMNS
         self.q, self.k = (T.alloc_shared((blocks, C, COLUMNS), dtype) for _ in range(2))
         self.do, self.R = (T.alloc_shared((2, C, V), dtype) for _ in range(2))
@@ -28,7 +28,9 @@ class Memory:
         self.tiles = self.S if blocks * V == 4 * C else T.alloc_shared((2, 2 * C, C), dtype)
         self.F_q, self.F_k = self.tiles[0, 0:C, :], self.tiles[0, C : 2 * C, :]
         self.D, self.D_turned = self.tiles[1, 0:C, :], self.tiles[1, C : 2 * C, :]
-        self.kk, self.qk = (T.alloc_shared((C * C,), dtype) for _ in range(2))
+        # products of normalised rows are not above 1, which float16 has with fewer errors
+        products = "float16" if l2 else dtype
+        self.kk, self.qk = (T.alloc_shared((C * C,), products) for _ in range(2))
         self.factors = T.alloc_shared((2, 4 + V // ROWS, C), "float32")
         self.norms = T.alloc_shared((2, 2, C), "float32")  # rq and rk, for even and odd chunks
         self.dots = T.alloc_shared((2, 5, blocks, C), "float32")

@@ -215,7 +215,7 @@ def gradients(
             place = T.alloc_local((7,), "int32")  # kept, so that no access divides again
             place[DONE] = 0
             place[HEADS] = 0
-            m = Memory(K, V, dtype)
+            m = Memory(K, V, dtype, l2)
             bars = Barriers(columns)
             tx, role = T.get_thread_binding(0), T.get_thread_binding(1)
             mine = (spans, place, first, programs)

@@ -18,13 +18,18 @@ LEAST, MOST = 400 << 20, 4
 """Bytes of a round, at least; and rounds, at most."""
 
 
-def shares(call: Call) -> tuple[int, int]:
+def sequence_chunks(call: Call) -> int:
+    """Chunks of each sequence of a dense batch; of all tokens, where they are packed."""
+    return -(-call.q.shape[1] // CHUNK)
+
+
+def split(call: Call) -> tuple[int, int]:
     """Sequences of a round, and parts of a sequence. Packed ones, of which one may have nearly all
     tokens, and pieces that are walked at the same time are taken together."""
     N, (HV, V), K = call.sequences, call.v.shape[2:], call.q.shape[3]
     if call.cu_seqlens is not None or parallel_length(call, ROWS) is not None:
         return max(N, 1), 1
-    size = call.q.element_size() * N * -(-call.q.shape[1] // CHUNK) * HV * V * (2 * K + CHUNK)
+    size = call.q.element_size() * N * sequence_chunks(call) * HV * V * (2 * K + CHUNK)
     rounds = max(1, min(size // LEAST, MOST))
     # a walk forward and one back, each of half the multiprocessors at least
     fills = processors(call.q.device) // (2 * HV * V // ROWS)
@@ -34,8 +39,8 @@ def shares(call: Call) -> tuple[int, int]:
 
 def parts(call: Call) -> list[tuple[int, int]]:
     """First chunk, and chunks, of the parts of a sequence, at least one."""
-    chunks = -(-call.q.shape[1] // CHUNK)
-    each = max(-(-chunks // shares(call)[1]), 1)
+    chunks = sequence_chunks(call)
+    each = max(-(-chunks // split(call)[1]), 1)
     return [(first, min(each, chunks - first)) for first in range(0, max(chunks, 1), each)]
 
 
@@ -77,13 +82,13 @@ class Round(NamedTuple):
 
 def rounds(call: Call) -> list[Round]:
     """In the order in which backward takes them: the parts of a sequence from the last."""
-    together, each = shares(call)[0], list(enumerate(parts(call)))
+    together, each = split(call)[0], list(enumerate(parts(call)))
     found = [
         (first, min(first + together, call.sequences), part, start, start + number)
         for first in range(0, max(call.sequences, 1), together)
         for part, (start, number) in reversed(each)
     ]
-    chunks = -(-call.q.shape[1] // CHUNK)
+    chunks = sequence_chunks(call)
     if len(found) == 1:
         return [Round(*found[0], chunks, pieces(call, CHUNK), True)]
     return [Round(*r, chunks, (r[1] - r[0]) * (r[4] - r[3]), False) for r in found]
