@@ -21,7 +21,7 @@ WEAK = 0.0625
 
 
 def rolled(count: Any) -> Any:
-    """A loop that stays one in machine code, of which multiprocessors keep little at hand."""
+    """A loop that nvcc does not unroll: multiprocessors keep little code at hand."""
     return T.unroll(count, annotations={"pragma_unroll_factor": 1})
 
 
