@@ -122,14 +122,23 @@ def clear_rows(xs: Any, s: Any, live: Any) -> None:
 
 
 @T.macro
+def store_row(
+    x: Any, s: Any, i: Any, column: Any, to: Any, batch: Any, at: Any, head: Any, first: Any,
+    lane: Any,
+) -> None:  # fmt: skip
+    """64 columns of x[s, i] in shared memory to those from `first` of token `at`, by one warp."""
+    for j in T.vectorized(2):
+        to[batch, at, head, first + lane * 2 + j] = x[s, i, column + lane * 2 + j]
+
+
+@T.macro
 def store_live(
     x: Any, s: Any, to: Any, batch: Any, at: Any, live: Any, head: Any, first: Any, lane: Any
 ) -> None:
     """The live rows of x[s], [C, 64] in shared memory, to the tokens from `at` of to [B, L, HV, V],
     by one warp: what copies a whole chunk would write on."""
     for i in T.serial(live):
-        for j in T.vectorized(2):
-            to[batch, at + i, head, first + lane * 2 + j] = x[s, i, lane * 2 + j]
+        store_row(x, s, i, 0, to, batch, at + i, head, first, lane)
 
 
 def kept(beta: Any) -> Any:

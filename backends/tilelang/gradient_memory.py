@@ -89,9 +89,9 @@ def load_state(x: Any, into: Any, full: Any, slot: Any, head: Any) -> None:
 @T.macro
 def find_chunk(number: Any, spans: Any, L: Any, H: Any, place: Any, varlen: bool) -> None:
     """The chunk and q/k head with this number."""
-    slot, each = T.truncdiv(number, H), T.ceildiv(L, C)
-    place[SLOT] = slot
-    place[KEY_HEAD] = number - place[SLOT] * H
-    place[BATCH] = 0 if varlen else T.truncdiv(place[SLOT], each)
-    place[AT] = spans[place[SLOT], 0] if varlen else (place[SLOT] - place[BATCH] * each) * C
-    place[LIVE] = spans[place[SLOT], 1] if varlen else L - place[AT]
+    place[SLOT] = T.truncdiv(number, H)
+    slot, each = place[SLOT], T.ceildiv(L, C)
+    place[KEY_HEAD] = number - slot * H
+    place[BATCH] = 0 if varlen else T.truncdiv(slot, each)
+    place[AT] = spans[slot, 0] if varlen else (slot - place[BATCH] * each) * C
+    place[LIVE] = spans[slot, 1] if varlen else L - place[AT]

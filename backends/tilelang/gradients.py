@@ -111,7 +111,7 @@ def gradients(
     def take_pairs(p, m, bars, place, scale, thread):
         live, even, before = place[LIVE], place[DONE] % 2, place[HEADS]
         T.barrier_wait(bars.keys, even)
-        T.barrier_wait(bars.tokens[before % 2], before // 2 % 2)
+        T.barrier_wait(bars.tokens[before % 2], before // 2 % 2)  # the norms come with them
         if live < C:
             clear_dead(m.q, live)
             clear_dead(m.k, live)

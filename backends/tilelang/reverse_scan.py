@@ -132,7 +132,8 @@ def go_back(m: Any, t: Any, bars: Any, s: Any, parity: Any, thread: Any, keep: b
 @T.macro
 def give_back(m: Any, t: Any, s: Any, thread: Any) -> None:
     """What rounding took of `read` in stage s, of the last step: where the first token decays
-    strongly, the gradient of the first state is little else than this product."""
+    strongly, the gradient of the first state is little else than this product. (dO and `read` are
+    found again: kept beyond the products of the loop, they would take 32 registers there.)"""
     load_transposed(m.do, s, t.grad_o, thread)
     for i, j in T.Parallel(ROWS, C):
         t.taken[i, j] = m.read[s, j] * t.grad_o[i, j]

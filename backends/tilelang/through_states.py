@@ -18,7 +18,7 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from .constants import LOG2_E
-from .feed import left, rolled
+from .feed import left, rolled, store_row
 from .sums import sum_rows
 
 COLUMNS = 64
@@ -43,10 +43,10 @@ class Columns:
 
 
 @T.macro
-def multiply_rows(m: Any, c: Any, b: Any, which: int, h: Any, thread: Any) -> None:
-    """m.dots[b, which, h]: the rows of c.one, which is used up, times those of c.half."""
+def multiply_rows(x: Any, y: Any, m: Any, c: Any, b: Any, which: int, h: Any, thread: Any) -> None:
+    """m.dots[b, which, h]: the rows of x times those of y, both in registers; c.one is used up."""
     for i, j in T.Parallel(C, COLUMNS):
-        c.one[i, j] *= c.half[i, j]
+        c.one[i, j] = x[i, j] * y[i, j]
     sum_rows(c.one, T.address_of(m.dots[b, which, h, thread // 32 * 16]))
 
 
@@ -55,7 +55,7 @@ def fold_queries(m: Any, c: Any, b: Any, h: Any, scale: Any, thread: Any) -> Non
     """c.one = dO S^T, into dQ; c.half = q."""
     for i, j in T.Parallel(C, COLUMNS):
         c.dq[i, j] += scale * T.exp2(m.factors[b, 0, i] * LOG2_E) * c.one[i, j]
-    multiply_rows(m, c, b, READ, h, thread)
+    multiply_rows(c.one, c.half, m, c, b, READ, h, thread)
 
 
 @T.macro
@@ -63,7 +63,7 @@ def fold_known(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
     """c.one = R S^T, into dK; c.half = k."""
     for i, j in T.Parallel(C, COLUMNS):
         c.dk[i, j] -= left(m.factors[b, 1, i]) * T.exp2(m.factors[b, 0, i] * LOG2_E) * c.one[i, j]
-    multiply_rows(m, c, b, KNOWN, h, thread)
+    multiply_rows(c.one, c.half, m, c, b, KNOWN, h, thread)
 
 
 @T.macro
@@ -71,7 +71,7 @@ def fold_written(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
     """c.one = U dS^T, into dK; c.half = k."""
     for i, j in T.Parallel(C, COLUMNS):
         c.dk[i, j] += T.exp2((m.factors[b, 0, C - 1] - m.factors[b, 0, i]) * LOG2_E) * c.one[i, j]
-    multiply_rows(m, c, b, WRITTEN, h, thread)
+    multiply_rows(c.one, c.half, m, c, b, WRITTEN, h, thread)
 
 
 @T.macro
@@ -133,14 +133,6 @@ def within_chunk(m: Any, c: Any, h: Any) -> None:
 
 
 @T.macro
-def norm_rows(x: Any, dx: Any, c: Any, m: Any, which: int, h: Any, thread: Any) -> None:
-    """m.dots[0, which, h]: the rows of dx times those of x, in registers."""
-    for i, j in T.Parallel(C, COLUMNS):
-        c.one[i, j] = dx[i, j] * x[i, j]
-    sum_rows(c.one, T.address_of(m.dots[0, which, h, thread // 32 * 16]))
-
-
-@T.macro
 def through_norm(x: Any, dx: Any, m: Any, even: Any, norm: int, which: int) -> None:
     """dx, the gradient of r x, to that of x; r = 1 / sqrt(sum x^2 + eps) is m.norms[even, norm]."""
     for i, j in T.Parallel(C, COLUMNS):
@@ -154,8 +146,8 @@ def through_norms(m: Any, c: Any, even: Any, h: Any, free: Any, sync: int, threa
     T.copy(m.q[h, :, :], c.half)
     T.copy(m.k[h, :, :], c.other)
     T.barrier_arrive(free)
-    norm_rows(c.half, c.dq, c, m, SQUARE_Q, h, thread)
-    norm_rows(c.other, c.dk, c, m, SQUARE_K, h, thread)
+    multiply_rows(c.dq, c.half, m, c, 0, SQUARE_Q, h, thread)
+    multiply_rows(c.dk, c.other, m, c, 0, SQUARE_K, h, thread)
     T.sync_threads(sync, m.q.shape[0] * 128)
     through_norm(c.half, c.dq, m, even, 0, SQUARE_Q)
     through_norm(c.other, c.dk, m, even, 1, SQUARE_K)
@@ -193,7 +185,4 @@ def store_columns(
     else:
         for i in rolled(live):
             for to, first, x, place, row, column in staged:
-                for j in T.vectorized(2):
-                    to[batch, at + i, kh, first + lane * 2 + j] = x[
-                        place, row + i, column + lane * 2 + j
-                    ]
+                store_row(x, place, row + i, column, to, batch, at + i, kh, first, lane)
