@@ -103,7 +103,10 @@ def scan(
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
     width, carriers, output = ROWS * warpgroups, 128 * warpgroups, not transfer
     registers = (232, 40) if warpgroups == 2 else (224, 32)
-    stages = 2 if cut and output and warpgroups == 1 else 3
+    if cut:
+        stages = 2 if output and warpgroups == 1 else 3
+    else:  # with four, `prepare` finds no place beside a walk, which would be the slower for it
+        stages = 4 if warpgroups == 1 else 3
     ahead = 1 if cut or warpgroups > 1 else 2  # chunks whose P is in shared memory
     rows = V if output else V + K
     blocks = rows // width
