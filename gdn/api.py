@@ -55,8 +55,9 @@ def gated_delta_net(
         q, k: queries and keys [B, T, H, K]. q, k and v share one dtype: float16, bfloat16, float32
             or float64.
         v: values [B, T, HV, V]; HV is a multiple of H, value head h reads q/k head h // (HV / H).
-        g: natural log of the decay [B, T, HV], <= 0 in practice, any floating dtype; with
-            use_gate_in_kernel the raw gate.
+        g: natural log of the decay [B, T, HV], <= 0 in practice, finite, any floating dtype; with
+            use_gate_in_kernel the raw gate. It is summed over 64 tokens in float32: one below -1e3
+            costs the tokens around it digits, one of -1e9 all of them.
         beta: write strength [B, T, HV], any floating dtype; with use_beta_sigmoid_in_kernel its
             logit.
         scale: factor on q; None stands for K^-0.5.
@@ -71,8 +72,8 @@ def gated_delta_net(
         state_v_first: states are [N, HV, V, K], in and out.
         cu_seqlens: cumulative lengths [N + 1], int32 or int64, of N sequences packed along T, with
             B = 1.
-        cu_seqlens_cpu: the same on the CPU; spares backends that need lengths on the host a device
-            sync.
+        cu_seqlens_cpu: the same values on the CPU; spares backends that need lengths on the host a
+            device sync.
         chunk_indices: fla's precomputed (sequence, chunk) table [chunks, 2]; read by the fla
             backend alone.
         transpose_state_layout: fla's former name of state_v_first (DeprecationWarning).
@@ -87,12 +88,15 @@ def gated_delta_net(
         ValueError: an argument is malformed: its name, the requirement, what it got and a remedy.
         BackendUnsupportedError: no backend of the request can run this call; every reason is named.
         UnknownBackendError: the request names no registered backend (a ValueError).
+        TypeError: q, k, v, g or beta is no tensor.
         RuntimeError: on double backward.
 
     cu_seqlens' values are checked at once on the CPU, and by an asynchronous device assertion on a
-    GPU, once for a tensor until it changes. Under autocast q, k and v are cast to its dtype, as for
-    scaled_dot_product_attention. torch.func.vmap is not supported. Under torch.compile the request
-    in force when the call is traced is the one that holds.
+    GPU, once for a tensor until it changes (made in inference mode: once). Under autocast q, k and
+    v are cast to its dtype, as for scaled_dot_product_attention. torch.func's transforms and
+    forward-mode derivatives are not supported. Under torch.compile the request in force when the
+    call is traced is the one that holds; `use_backend` goes around the compiled call, inside it
+    pass backend=.
     """
     q, k, v, scale = _make_common(q, k, v, g, beta, scale)
     if transpose_state_layout is not None:
@@ -261,11 +265,12 @@ def _under_former_name(transposed: bool, state_v_first: bool, stacklevel: int = 
             "state_v_first must come without transpose_state_layout, got both; "
             "drop the latter, which is its former name"
         )
-    warnings.warn(
-        "transpose_state_layout is fla's former name of state_v_first; pass that instead",
-        DeprecationWarning,
-        stacklevel=stacklevel,
-    )
+    if not torch.compiler.is_compiling():  # which cannot trace a warning
+        warnings.warn(
+            "transpose_state_layout is fla's former name of state_v_first; pass that instead",
+            DeprecationWarning,
+            stacklevel=stacklevel,
+        )
     return transposed
 
 

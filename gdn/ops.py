@@ -209,8 +209,9 @@ def _differentiate_forward(
 
 def _refuse_double_backward(ctx: Any, *grads: object) -> NoReturn:
     raise RuntimeError(
-        "gdn.gated_delta_net has no double backward; use gdn.definition.gated_delta_rule, which is "
-        "differentiable any number of times, or take gradients without create_graph=True"
+        "gdn.gated_delta_net has no double backward; use gdn.definition.gated_delta_rule("
+        "gdn.problem.Call(q, k, v, g, beta, scale=K**-0.5)), which is differentiable any number of "
+        "times, or take gradients without create_graph=True"
     )
 
 

@@ -18,13 +18,15 @@ def check_cu_seqlens(call: Call | Step) -> None:
 
     On the CPU (or given cu_seqlens_cpu) at every call, with a ValueError. On a GPU without a device
     sync: an asynchronous device-side assertion, queued once for a tensor that has not changed since
-    (layers of one model share theirs), so that the error surfaces at the next synchronisation.
+    (layers of one model share theirs; one made in inference mode does not say when it changes), so
+    that the error surfaces at the next synchronisation.
     """
     cu_seqlens = call.cu_seqlens
     if cu_seqlens is None or cu_seqlens.is_meta:
         return
     T = call.q.shape[1]
-    host = cu_seqlens if cu_seqlens.is_cpu else getattr(call, "cu_seqlens_cpu", None)
+    given = getattr(call, "cu_seqlens_cpu", None)
+    host = cu_seqlens if cu_seqlens.is_cpu else given
     if host is not None:
         bounds = host.tolist()
         name = "cu_seqlens" if host is cu_seqlens else "cu_seqlens_cpu"
@@ -42,6 +44,11 @@ def check_cu_seqlens(call: Call | Step) -> None:
             raise ValueError(
                 f"{name} must end at T = {T}, got {bounds[-1]}; "
                 "drop the padding tokens or count them in"
+            )
+        if given is not None and given is not host and given.tolist() != bounds:
+            raise ValueError(
+                f"cu_seqlens_cpu must hold what cu_seqlens does, {bounds}, got {given.tolist()}; "
+                "leave it out, or pass cu_seqlens.cpu()"
             )
         return
     key = id(cu_seqlens)

@@ -71,6 +71,9 @@ BAD = {
     "lengths-fall": (PACKED, {"cu_seqlens": torch.tensor([0, 6, 5])}, "not descend", "6 then 5"),
     "lengths-end": (PACKED, {"cu_seqlens": torch.tensor([0, 2, 4])}, "end at T = 5", "got 4"),
     "host-lengths-alone": (DENSE, {"cu_seqlens_cpu": torch.tensor([0, 5])}, "come with cu_seqlens"),
+    "host-lengths-other": (
+        PACKED, {"cu_seqlens_cpu": torch.tensor([0, 1, 5])}, "hold what cu_seqlens", "[0, 1, 5]",
+    ),
     "host-lengths-shape": (PACKED, {"cu_seqlens_cpu": torch.tensor([0, 5])}, "= (3,)"),
     "indices-alone": (DENSE, {"chunk_indices": torch.zeros(1, 2, dtype=torch.int32)}, "dense"),
     "indices-shape": (PACKED, {"chunk_indices": torch.zeros(2, dtype=torch.int32)}, "[chunks, 2]"),

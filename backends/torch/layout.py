@@ -103,5 +103,5 @@ def make_layout(call: Call) -> Layout:
 def max_rows(call: Call) -> int:
     """An upper bound, from shapes alone, on the chunks of all sequences together."""
     if call.cu_seqlens is None:
-        return int(call.q.shape[0] * -(-call.q.shape[1] // CHUNK))
-    return int(call.q.shape[1] // CHUNK + call.sequences)
+        return call.q.shape[0] * -(-call.q.shape[1] // CHUNK)
+    return call.q.shape[1] // CHUNK + call.sequences
