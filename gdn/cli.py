@@ -21,7 +21,9 @@ from rich.table import Table
 
 import gdn
 from gdn import ahead, compare, dispatch, measure, readme, report, results, tables
+from gdn.backend import Backend
 from gdn.problem import Call, Problem, compute_capability, describe
+from gdn.registry import find_backend
 from gdn.testing import Case, make_inputs
 from gdn.validation import validate
 
@@ -47,6 +49,13 @@ def _lengths(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdigit() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"must be like 100,2000,31, got {text!r}")
     return tuple(int(part) for part in text.split(","))
+
+
+def _device(text: str) -> str:
+    try:
+        return str(torch.device(text))
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be like cuda:1 or cpu, got {text!r}") from None
 
 
 def _default_device() -> str:
@@ -139,13 +148,16 @@ def explain(args: argparse.Namespace) -> int:
 
 def run_warmup(args: argparse.Namespace) -> int:
     """Compile what calls of the given shape need, here for any GPU: before a deployment, say."""
-    args.device = "cuda"  # whether there is one or not
+    sm = args.sm or compute_capability(torch.device(_default_device())) or 90  # TileLang's
     call, request = _call(_make_case(args)), dispatch.request_in_force(args.backend)[0]
     with _progress(1) as step:
         step("forward and backward" if args.gradients else "forward")
         start = time.perf_counter()
-        name = ahead.warm(request, call, _describe(call, "cuda", args.gradients, args.sm))
-    print(f"{name} is ready after {time.perf_counter() - start:.1f} s")
+        name = ahead.warm(request, call, _describe(call, "cuda", args.gradients, sm))
+    if type(find_backend(name)).warm is Backend.warm:
+        print(f"{name} compiles at its first call, nothing ahead of it")
+    else:
+        print(f"{name} is ready after {time.perf_counter() - start:.1f} s")
     return 0
 
 
@@ -175,6 +187,8 @@ def run_compare(args: argparse.Namespace) -> int:
     if args.plot is not None:
         _need_matplotlib("--plot")
     case, device = _make_case(args), torch.device(args.device)
+    if not case.B * case.tokens:
+        raise ValueError("--shape and --lengths must leave a token to compare")
     names = dispatch.parse_request(args.backends) if args.backends else None
     total = compare.steps(len(names or gdn.list_backends()))
     with _progress(total) as step:
@@ -230,7 +244,6 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     problem.add_argument("--lengths", type=_lengths, metavar="N,N,...", help="packed sequences")
     problem.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
-    problem.add_argument("--device", default=_default_device())
     problem.add_argument("--state-v-first", action="store_true", help="states [N, HV, V, K]")
     problem.add_argument(
         "--raw", action=argparse.BooleanOptionalAction, default=True,
@@ -241,20 +254,21 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--markdown", action="store_true", help="the capability table for README")
     command.set_defaults(run=info)
 
-    command = commands.add_parser("explain", help=explain.__doc__, parents=[problem])
-    command.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
+    here = argparse.ArgumentParser(add_help=False)
+    here.add_argument("--device", type=_device, default=_default_device())
+    request = argparse.ArgumentParser(add_help=False)
+    request.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
+    request.add_argument("--backend", help="a name, a list, or auto")
+    request.add_argument("--sm", type=int, help="compute capability times ten, if not this GPU's")
+
+    command = commands.add_parser("explain", help=explain.__doc__, parents=[problem, here, request])
     command.add_argument("--decode", action="store_true", help="a step, from float32 states")
-    command.add_argument("--backend", help="a name, a list, or auto")
-    command.add_argument("--sm", type=int, help="compute capability times ten, if not this GPU's")
     command.set_defaults(run=explain)
 
-    command = commands.add_parser("warmup", help=run_warmup.__doc__, parents=[problem])
-    command.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
-    command.add_argument("--backend", help="a name, a list, or auto")
-    command.add_argument("--sm", type=int, default=90, help="compute capability times ten (90)")
-    command.set_defaults(run=run_warmup)
+    command = commands.add_parser("warmup", help=run_warmup.__doc__, parents=[problem, request])
+    command.set_defaults(run=run_warmup, device="cuda")  # whether there is one or not
 
-    command = commands.add_parser("compare", help=run_compare.__doc__, parents=[problem])
+    command = commands.add_parser("compare", help=run_compare.__doc__, parents=[problem, here])
     command.add_argument("--backends", help="a list, such as tilelang,fla; all by default")
     command.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
@@ -280,8 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options."""
     args = make_parser().parse_args(argv)
     try:
-        status: int = args.run(args)
-    except ValueError as error:  # malformed shapes, unknown backends: the message says all
-        print(f"gdn: {error}", file=sys.stderr)
-        return 2
-    return status
+        return int(args.run(args))
+    except (ValueError, OSError, dispatch.BackendUnsupportedError) as error:
+        print(f"gdn: {error}", file=sys.stderr)  # the message says all
+        return 1 if isinstance(error, RuntimeError) else 2

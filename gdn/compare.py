@@ -84,8 +84,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every backend that ran agrees."""
-        return not any(row.failures for row in self.rows)
+        """Whether any backend ran, and all that did agree."""
+        return any(row.paths for row in self.rows) and not any(row.failures for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
         """The whole report in types that JSON has."""

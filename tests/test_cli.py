@@ -70,7 +70,10 @@ def test_explain_gives_reasons_and_needs_no_gpu(capsys: pytest.CaptureFixture[st
         (["explain", "--shape", "HV=5"], "HV must be a multiple of H"),
         (["explain", "--lengths", "3;4"], "must be like 100,2000"),
         (["explain", "--backend", "troch"], "did you mean 'torch'"),
+        (["explain", "--device", "gpu"], "must be like cuda:1"),
         (["compare", "--backends", "troch"], "did you mean 'torch'"),
+        (["compare", "--lengths", "0,0"], "leave a token"),
+        (["report", "nothing.json"], "No such file"),
         ([], "COMMAND"),
     ],
 )
@@ -111,6 +114,18 @@ def test_compare_checks_times_writes_and_draws(
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert cli.main(["compare", *quick, "--markdown", "--lengths", "3,0,70"]) == 0
     assert "| torch | fwd+bwd | torch |" in capsys.readouterr().out
+
+
+def test_what_no_backend_can_run_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["warmup", "--backend", "tilelang", "--shape", "K=96"]) == 1
+    assert "K must be one of 64, 128, got 96" in capsys.readouterr().err
+    assert cli.main(["compare", *SMALL, "--backends", "fla"]) == 1
+    assert "fla: not run: " in capsys.readouterr().out
+
+
+def test_warmup_says_where_nothing_is_compiled_ahead(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["warmup", "--backend", "torch"]) == 0
+    assert capsys.readouterr().out == "torch compiles at its first call, nothing ahead of it\n"
 
 
 @pytest.mark.usefixtures("clean_registry")
