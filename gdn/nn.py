@@ -144,10 +144,12 @@ class GatedDeltaNet(nn.Module):
         if cu_seqlens is not None:
             return F.silu(_packed_convolution(x, weight, cu_seqlens))
         x = x.mT
+        if not x.shape[-1]:
+            return x.mT
         if cache is not None:
             x = torch.cat([cache.conv.to(x.dtype), x], -1)
             cache.conv.copy_(x[..., x.shape[-1] - before :].detach())
-        elif fast := _causal_conv1d(x.device):
+        elif fast := _causal_conv1d(x, self.conv_size):
             out: Tensor = fast(x, weight, activation="silu")
             return out.mT
         else:
@@ -168,8 +170,10 @@ class GatedDeltaNet(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _causal_conv1d(device: torch.device) -> Callable[..., Tensor] | None:
-    if device.type != "cuda" or importlib.util.find_spec("causal_conv1d") is None:
+def _causal_conv1d(x: Tensor, taps: int) -> Callable[..., Tensor] | None:
+    """causal-conv1d's kernel, where it is installed and takes x [B, channels, T]."""
+    takes = 2 <= taps <= 4 and x.shape[1] % 8 == 0 and x.dtype != torch.float64
+    if not (takes and x.is_cuda) or importlib.util.find_spec("causal_conv1d") is None:
         return None
     from causal_conv1d import causal_conv1d_fn
 

@@ -69,7 +69,7 @@ def test_the_convolution_by_causal_conv1d(
     """Where it is installed it gets [B, channels, T] and [channels, taps], and no cache."""
     x = torch.randn(2, 70, 32, device=device)
     expected = layer(x).detach()
-    assert gdn.nn._causal_conv1d(torch.device("cpu")) is None
+    assert gdn.nn._causal_conv1d(x.mT, 4) is None
     calls = []
 
     def causal_conv1d_fn(x: Tensor, weight: Tensor, *, activation: str) -> Tensor:
@@ -77,10 +77,18 @@ def test_the_convolution_by_causal_conv1d(
         padded = F.pad(x, (weight.shape[1] - 1, 0))
         return F.silu(F.conv1d(padded, weight[:, None], groups=x.shape[1]))
 
-    monkeypatch.setattr(gdn.nn, "_causal_conv1d", lambda device: causal_conv1d_fn)
+    monkeypatch.setattr(gdn.nn, "_causal_conv1d", lambda x, taps: causal_conv1d_fn)
     assert relative_error(layer(x).detach(), expected) <= TIGHT
     layer(x, cache=layer.make_cache(2))
     assert calls == ["silu"]
+
+
+def test_no_tokens(layer: GatedDeltaNet, device: str) -> None:
+    x, cache = torch.randn(2, 0, 32, device=device), layer.make_cache(2)
+    assert layer(x).shape == x.shape
+    before = cache.conv.normal_().clone()
+    assert layer(x, cache=cache).shape == x.shape
+    assert torch.equal(cache.conv, before)
 
 
 def test_every_parameter_learns(layer: GatedDeltaNet, device: str) -> None:
