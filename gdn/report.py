@@ -44,7 +44,8 @@ def provenance(found: Results) -> dict[str, str]:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     driver = f", driver {about['driver_version']}" if "driver_version" in about else ""
     cuda = f", CUDA {about['cuda']}" if about["cuda"] else ""
-    clocks = sorted({row["clocks"].get("clocks.sm", "") for row in found.rows if "clocks" in row})
+    seen = {row["clocks"].get("clocks.sm", "") for row in found.rows if "clocks" in row}
+    clocks = sorted((c for c in seen if c[:1].isdigit()), key=lambda clock: float(clock.split()[0]))
     facts = {
         "device": f"{about['device']}{driver}{cuda}",
         "versions": f"Python {about['python']}, {versions}",
@@ -54,7 +55,7 @@ def provenance(found: Results) -> dict[str, str]:
         "ceilings": f"{limits['flops'] / 1e12:.3g} TFLOPS in a product, "
         f"{limits['bytes'] / 1e9:.0f} GB/s in a copy",
     }
-    return facts | ({"clocks": f"{clocks[0]} to {clocks[-1]}"} if any(clocks) else {})
+    return facts | ({"clocks": f"{clocks[0]} to {clocks[-1]}"} if clocks else {})
 
 
 def standings(rows: Sequence[Row]) -> list[str]:

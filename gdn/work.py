@@ -30,7 +30,8 @@ def least_work(case: Case, which: str) -> Work:
     Operations, per chunk of C tokens and value head: K S, Q S and K^T U take 2 C K V each, K K^T
     and Q K^T 2 C^2 K, applying the inverse and P U 2 C^2 V, the inverse C^3 / 2; backward thrice
     that. Bytes: every input is read once and every output written once; backward reads q, k, v, g,
-    beta and the gradients of o and of the final state, and writes a gradient for each input.
+    beta, the initial state and the gradients of o and of the final one, and writes a gradient for
+    each input.
     """
     lengths = case.lengths if case.lengths is not None else (case.T,) * case.B
     chunks = sum(-(-length // CHUNK) for length in lengths)
@@ -38,14 +39,14 @@ def least_work(case: Case, which: str) -> Work:
     forward = chunks * case.HV * (6 * C * K * V + 4 * C * C * (K + V) + C**3 / 2)
     tokens, size = sum(lengths), case.dtype.itemsize
     qk, vo, gates = 2 * case.H * K * size, case.HV * V * size, 2 * case.HV * 4
-    states = len(lengths) * case.HV * K * V * 4 * (1 + case.initial_state)
+    state = len(lengths) * case.HV * K * V * 4
     flops, moved = 0.0, 0
     if which != "bwd":
         flops += forward
-        moved += tokens * (qk + 2 * vo + gates) + states
+        moved += tokens * (qk + 2 * vo + gates) + state * (1 + case.initial_state)
     if which != "fwd":
         flops += 3 * forward
-        moved += tokens * (2 * qk + 3 * vo + 2 * gates) + 2 * states
+        moved += tokens * (2 * qk + 3 * vo + 2 * gates) + state * (1 + 2 * case.initial_state)
     return Work(flops, float(moved))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,8 +36,11 @@ def test_work_counts_packed_chunks_and_states() -> None:
     dense = Case("dense", T=64, initial_state=False)
     assert least_work(packed, "fwd").flops == 4 * least_work(dense, "fwd").flops
     kept = Case("state", lengths=(1, 64, 65, 0))
-    more = least_work(kept, "fwd").bytes - least_work(packed, "fwd").bytes
-    assert more == 4 * 2 * 64 * 64 * 4
+    state = 4 * 2 * 64 * 64 * 4  # backward reads the first one and writes its gradient
+    more = [least_work(kept, w).bytes - least_work(packed, w).bytes for w in ("fwd", "bwd")]
+    assert more == [state, 2 * state]
+    empty = replace(kept, lengths=(0, 0, 0, 0))
+    assert [least_work(empty, which).bytes for which in ("fwd", "bwd")] == [2 * state, 3 * state]
 
 
 def test_work_of_a_step_is_mostly_states() -> None:
