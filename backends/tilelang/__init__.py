@@ -1,12 +1,13 @@
-"""Our TileLang kernels for Hopper: two forward (four for few heads), three backward, one to decode.
+"""Our TileLang kernels for Hopper: two forward and four backward, of which few heads launch two
+again and `carry`, and one to decode.
 
 `prepare.py` couples the tokens of every chunk, by itself; `scan.py` then carries the states along
 and reads them; `carry.py` lets the pieces of a sequence be walked at the same time.
 `couple.py`, `inverse.py`, `squares.py`, `feed.py` and `advance.py` are what their warps do,
 `forward.py` is their order.
-`states.py`, `reverse_scan.py` and `gradients.py` go back (with `reverse_memory.py`,
+`gates.py`, `states.py`, `reverse_scan.py` and `gradients.py` go back (with `reverse_memory.py`,
 `gradient_memory.py`, `through_states.py`, `within_chunk.py`, `per_token.py`, `sums.py` and
-`transposed.py`), in the order of `backward.py`.
+`transposed.py`), in the order of `backward.py` and the rounds of `rounds.py`.
 `decode.py` and `part.py` are the serving step. `launch.py` is how a kernel is compiled.
 """
 

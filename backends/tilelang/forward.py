@@ -24,10 +24,10 @@ HALF = 32
 """Chunks of half a piece, at least, where pieces are halved."""
 
 
-def warpgroups(V: int, walks: int) -> int:
+def warpgroups(V: int, walks: int, device: torch.device) -> int:
     """How many warpgroups a program of the scan gets: one where that leaves fewer multiprocessors
     idle."""
-    return 2 if V == 128 and walks > 66 else 1
+    return 2 if V == 128 and 2 * walks > processors(device) else 1
 
 
 def segments(call: Call, walks: int, save: bool) -> list[tuple[int, int]]:
@@ -146,7 +146,7 @@ class Plan:
         self.segments: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
         self.walks: dict[bool, list[tuple[Any, dict[str, Any]]]] = {}
         if self.cuts[True][0] is None:
-            several = warpgroups(V, self.sequences * HV)
+            several = warpgroups(V, self.sequences * HV, device)
             common |= {"warpgroups": several, "cut": False}
             for save, found in self.segments.items():
                 number = self.sequences * HV * V // (ROWS * several)

@@ -42,7 +42,9 @@ def _aside(device: torch.device) -> torch.cuda.Stream:
 @contextmanager
 def beside(device: torch.device) -> Iterator[None]:
     """What is launched in this context follows what has been launched and runs beside what will be,
-    up to `rejoin`; it comes first where both want a multiprocessor."""
+    up to `rejoin`; it comes first where both want a multiprocessor. There is one other stream a
+    device: calls on several streams wait for each other in it, and while one is captured in a CUDA
+    graph no other thread may call there."""
     aside = _aside(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):

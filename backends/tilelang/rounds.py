@@ -15,7 +15,8 @@ from gdn.problem import CHUNK, Call
 from .constants import ROWS
 
 LEAST, MOST = 400 << 20, 4
-"""Bytes of a round, at least; and rounds, at most."""
+"""Bytes of a round, at least; and rounds, at most. Sequences that are taken one by one, all in as
+many parts, may need more rounds, of fewer bytes."""
 
 
 def sequence_chunks(call: Call) -> int:

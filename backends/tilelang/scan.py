@@ -10,9 +10,9 @@ rows of a unit matrix, which says what it does to any state; then, after `carry.
 the states they really begin with. The first piece of a sequence starts from the real state at once;
 the last one, and what the first does to other states, only backward asks for.
 
-Two programs of one warpgroup share a multiprocessor. (The first walk is written as if it computed
-an o as well, of whatever is in k's and A_v's place: without, ptxas makes every product wait for the
-one before. It leaves out the products that nobody reads.)
+Two programs of one warpgroup share a multiprocessor where there are pieces. (The first walk is
+written as if it computed an o as well, of whatever is in k's and A_v's place: without, ptxas makes
+every product wait for the one before. It leaves out the products that nobody reads.)
 """
 
 from typing import Any
@@ -103,10 +103,11 @@ def scan(
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
     width, carriers, output = ROWS * warpgroups, 128 * warpgroups, not transfer
     registers = (232, 40) if warpgroups == 2 else (224, 32)
-    if cut:
-        stages = 2 if output and warpgroups == 1 else 3
-    else:  # with four, `prepare` finds no place beside a walk, which would be the slower for it
-        stages = 4 if warpgroups == 1 else 3
+    stages = 3
+    if warpgroups == 1 and not cut:
+        stages = 4  # K = 128: `prepare` then finds no place beside a walk, which it would slow down
+    elif warpgroups == 1 and output:
+        stages = 2
     ahead = 1 if cut or warpgroups > 1 else 2  # chunks whose P is in shared memory
     rows = V if output else V + K
     blocks = rows // width
