@@ -88,8 +88,8 @@ def gated_delta_net(
         ValueError: an argument is malformed: its name, the requirement, what it got and a remedy.
         BackendUnsupportedError: no backend of the request can run this call; every reason is named.
         UnknownBackendError: the request names no registered backend (a ValueError).
-        TypeError: q, k, v, g or beta is no tensor.
-        RuntimeError: on double backward.
+        TypeError: what must be a tensor, or a backend's name, is something else.
+        RuntimeError: on double backward, or where an input has a tangent.
 
     cu_seqlens' values are checked at once on the CPU, and by an asynchronous device assertion on a
     GPU, once for a tensor until it changes (made in inference mode: once). Under autocast q, k and
@@ -154,7 +154,7 @@ def gated_delta_net_decode(
         o [B, T, HV, V] in v's dtype. Slots that state_indices does not name keep their bits.
 
     Raises:
-        ValueError, BackendUnsupportedError, UnknownBackendError: as `gated_delta_net`.
+        ValueError, TypeError, BackendUnsupportedError, UnknownBackendError: as `gated_delta_net`.
         RuntimeError: an input requires grad while gradients are on.
 
     The values of state_indices and num_accepted_tokens are checked on the CPU; on a GPU a slot
@@ -170,7 +170,7 @@ def gated_delta_net_decode(
     if torch.is_grad_enabled():
         tensors: tuple[Tensor | None, ...] = step[:STEP_TENSORS]  # type: ignore[assignment]
         for name, x in zip(Step._fields, tensors, strict=False):
-            if x is not None and x.requires_grad:
+            if x is not None and getattr(x, "requires_grad", False):
                 raise RuntimeError(
                     f"gdn.gated_delta_net_decode is not differentiable, and {name} requires grad; "
                     "call it under torch.no_grad(), or use gdn.gated_delta_net"
@@ -275,10 +275,14 @@ def _under_former_name(transposed: bool, state_v_first: bool, stacklevel: int = 
 
 
 def _needs_grad(call: Call) -> bool:
-    if torch.is_grad_enabled():
-        for x in call.differentiable:
-            if x is not None and x.requires_grad:
-                return True
+    try:
+        if torch.is_grad_enabled():
+            for x in call.differentiable:
+                if x is not None and x.requires_grad:
+                    return True
+    except AttributeError:
+        ops.check_types(call)
+        raise
     return False
 
 

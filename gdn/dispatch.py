@@ -100,6 +100,10 @@ def parse_request(request: str) -> list[str]:
 def request_in_force(backend: str | None = None) -> tuple[str, str]:
     """The request that a call with this backend= argument makes, and where it comes from."""
     if backend is not None:
+        if not isinstance(backend, str):
+            raise TypeError(
+                f"backend must be a str, got {type(backend).__name__}; a list is 'tilelang,triton'"
+            )
         return backend, "backend= argument"
     from_context = _context.get()
     if from_context is not None:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gdn import dispatch
 from gdn.backend import Forward, Gradients
@@ -59,6 +60,8 @@ torch.library.define(
 def run_forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor | None]:
     """Call the op: o, and the final state if call.output_final_state. `save` keeps what backward
     needs."""
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(call)
     if save or torch.compiler.is_compiling() or _must_be_seen(call):
         o, final_state, _ = torch.ops.gdn.forward(*call, request, save)
     else:
@@ -79,13 +82,15 @@ def _must_be_seen(call: Call | Step) -> bool:
     """Whether anyone may have to see the op itself: a mode, a transform, a tracer, a profiler or a
     subclass of Tensor. Where nobody does, PyTorch's dispatcher is passed by: it takes a quarter of
     what a call costs on the host, mostly to turn arguments into its own types and back."""
+    if not _are_plain(type(call), *map(type, call)):  # type: ignore[arg-type]
+        check_types(call)
+        return True
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_tracing()
         or torch._C._autograd._profiler_enabled()
-        or not _are_plain(type(call), *map(type, call))  # type: ignore[arg-type]
     )
 
 
@@ -94,6 +99,25 @@ def _are_plain(kind: type[Any], *types: type[Any]) -> bool:
     """Whether the fields of a Call or Step have the types that the schema names."""
     first = _FIRST_OPTION[kind]
     return _PLAIN.issuperset(types[:first]) and types[first:] == _OPTIONS[kind]
+
+
+def check_types(call: Call | Step) -> None:
+    """TypeError if what must be a tensor is none; of all else the schema says it."""
+    for name, x in zip(call._fields[: _FIRST_OPTION[type(call)]], call, strict=False):
+        if not (x is None or isinstance(x, Tensor)):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(x).__name__}; see torch.as_tensor"
+            )
+
+
+def _refuse_tangents(call: Call) -> None:
+    for name, x in zip(call._fields, call.differentiable, strict=False):
+        if x is None or forward_ad.unpack_dual(x).tangent is None:  # type: ignore[no-untyped-call]
+            continue
+        raise RuntimeError(
+            f"gdn.gated_delta_net has no forward-mode derivative, and {name} has a tangent; use "
+            "backward, or gdn.definition.gated_delta_rule"
+        )
 
 
 def _surroundings(x: Tensor) -> AbstractContextManager[object]:

@@ -162,9 +162,21 @@ def test_any_lengths_are_taken_or_refused(bounds: list[int]) -> None:
         gdn.gated_delta_net(**inputs)
 
 
-def test_what_is_no_tensor_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match=r"v must be a torch.Tensor, got list"):
-        gdn.gated_delta_net(**make_inputs(DENSE) | {"v": [1.0]})
+@pytest.mark.parametrize("name", ["v", "initial_state", "A_log", "cu_seqlens"])
+def test_what_is_no_tensor_is_a_type_error(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name} must be a torch.Tensor, got list"):
+        gdn.gated_delta_net(**make_inputs(FUSED) | {name: [1.0]})
+
+
+@pytest.mark.parametrize("name", ["beta", "state", "state_indices", "dt_bias"])
+def test_what_is_no_tensor_in_a_step_is_one_too(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name} must be a torch.Tensor, got float"):
+        gdn.gated_delta_net_decode(**make_step(STEP) | {name: 1.0})
+
+
+def test_what_is_no_backend_s_name_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="backend must be a str, got list"):
+        gdn.gated_delta_net(**make_inputs(DENSE), backend=["torch"])
 
 
 def test_options_come_by_keyword() -> None:

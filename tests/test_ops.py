@@ -180,6 +180,21 @@ def test_vmap_is_refused(device: str) -> None:
         torch.func.vmap(lambda v: gdn.gated_delta_net(**inputs | {"v": v}, backend="torch").o)(v)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of torch.jit
+def test_forward_mode_is_refused(device: str) -> None:
+    inputs = make_inputs(CASES[0], device)
+
+    def function(v: torch.Tensor) -> torch.Tensor:
+        return gdn.gated_delta_net(**inputs | {"v": v}, backend="torch").o
+
+    with pytest.raises(RuntimeError, match="v has a tangent"):
+        torch.func.jvp(function, (inputs["v"],), (inputs["v"],))
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(function(inputs["v"]), function(inputs["v"]))
+        with pytest.raises(RuntimeError, match="v has a tangent"):
+            function(torch.autograd.forward_ad.make_dual(inputs["v"], inputs["v"]))
+
+
 class Seen(TorchDispatchMode):
     """The names of the ops that come by."""
 
