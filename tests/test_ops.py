@@ -98,7 +98,9 @@ def test_compiles_with_dynamic_shapes(device: str) -> None:
 
 def test_compiles_once_for_lengths_that_vary(device: str) -> None:
     """Forward and backward, whose buffers depend on the number of chunks."""
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(gdn.gated_delta_net, fullgraph=True, dynamic=True, backend=graphs)
     torch._dynamo.reset()
     for T in (70, 130, 200, 260, 330):
