@@ -1,0 +1,52 @@
+"""torch.compile: what is traced once serves calls like it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import gdn
+from gdn.testing import Case, make_inputs, with_gradients
+
+
+def test_compiles_with_dynamic_shapes(device: str) -> None:
+    def function(inputs: dict[str, Any]) -> torch.Tensor:
+        return gdn.gated_delta_net(**inputs, backend="torch").o
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (70, 130, 200):
+        inputs = make_inputs(Case("dynamic", T=T), device)
+        assert torch.equal(compiled(inputs), function(inputs))
+
+
+def test_compiles_once_for_lengths_that_vary(device: str) -> None:
+    """Forward and backward, whose buffers depend on the number of chunks."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(gdn.gated_delta_net, fullgraph=True, dynamic=True, backend=graphs)
+    torch._dynamo.reset()
+    for T in (70, 130, 200, 260, 330):
+        inputs = with_gradients(make_inputs(Case("dynamic", T=T), device))
+        compiled(**inputs, backend="torch").o.sum().backward()
+    assert graphs.frame_count <= 2  # the first one may be by itself
+
+
+def test_former_names_compile(device: str) -> None:
+    inputs = make_inputs(Case("former", T=5, initial_state=False), device)
+    compiled = torch.compile(gdn.gated_delta_net, fullgraph=True, backend="eager")
+    o = compiled(**inputs, backend="torch", transpose_state_layout=True).o
+    assert torch.equal(o, gdn.gated_delta_net(**inputs, backend="torch").o)
+
+
+def test_compiled_call_keeps_the_request_it_was_traced_under(device: str) -> None:
+    inputs = make_inputs(Case("request", T=5), device)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda: gdn.gated_delta_net(**inputs).o, fullgraph=True, backend="eager"
+    )
+    with gdn.use_backend("torch"):
+        expected = compiled()
+    assert torch.equal(compiled(), expected)
