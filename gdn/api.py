@@ -168,9 +168,8 @@ def gated_delta_net_decode(
         allow_neg_eigval, state_v_first,
     )  # fmt: skip
     if torch.is_grad_enabled():
-        tensors: tuple[Tensor | None, ...] = step[:STEP_TENSORS]  # type: ignore[assignment]
-        for name, x in zip(Step._fields, tensors, strict=False):
-            if x is not None and getattr(x, "requires_grad", False):
+        for name, x in zip(Step._fields, step[:STEP_TENSORS], strict=False):
+            if getattr(x, "requires_grad", False):  # `check_types` sees to what is no tensor
                 raise RuntimeError(
                     f"gdn.gated_delta_net_decode is not differentiable, and {name} requires grad; "
                     "call it under torch.no_grad(), or use gdn.gated_delta_net"
@@ -240,10 +239,7 @@ def _make_common(
     """q, k, v as autocast has them, and the scale."""
     for i, x in enumerate((q, k, v, g, beta)):
         if not isinstance(x, Tensor):
-            raise TypeError(
-                f"{Call._fields[i]} must be a torch.Tensor, got {type(x).__name__}; "
-                "see torch.as_tensor"
-            )
+            raise ops.no_tensor(Call._fields[i], x)
     if scale is None:
         K = q.shape[-1] if q.dim() else 0
         scale = K**-0.5 if K else 1.0

@@ -51,19 +51,19 @@ def _lengths(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def _device(text: str) -> str:
+def _device(text: str) -> torch.device:
     try:
-        return str(torch.device(text))
+        return torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"must be like cuda:1 or cpu, got {text!r}") from None
 
 
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _make_case(args: argparse.Namespace) -> Case:
-    on_gpu = args.device.startswith("cuda")
+    on_gpu = args.device.type == "cuda"
     sizes = QWEN | {"T": 8192 if on_gpu else 512} | args.shape
     if args.lengths is not None:
         sizes |= {"B": 1, "T": sum(args.lengths)}
@@ -98,7 +98,7 @@ def info(args: argparse.Namespace) -> int:
         print(tables.markdown(tables.CAPABILITIES, tables.capability_rows(backends)))
         return 0
     console = _console()
-    device = torch.device(_default_device())
+    device = _default_device()
     about, sm = measure.environment(device), compute_capability(device)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     console.print(f"device    {about['device']}" + (f" (sm_{sm})" if sm else ""))
@@ -135,9 +135,8 @@ def _describe(call: Call, device: str, needs_grad: bool, sm: int | None) -> Prob
 
 def explain(args: argparse.Namespace) -> int:
     """Why each backend would or would not run a call, or a decode step, of the given shape."""
-    device = torch.device(args.device)
-    sm = args.sm or (compute_capability(device) if torch.cuda.is_available() else None)
-    problem = _describe(_call(_make_case(args)), device.type, args.gradients, sm)
+    sm = args.sm or (compute_capability(args.device) if torch.cuda.is_available() else None)
+    problem = _describe(_call(_make_case(args)), args.device.type, args.gradients, sm)
     if args.decode:
         flags = problem.flags - {"output_final_state"}
         problem = replace(problem, needs_grad=False, flags=flags, pool=torch.float32)
@@ -148,7 +147,7 @@ def explain(args: argparse.Namespace) -> int:
 
 def run_warmup(args: argparse.Namespace) -> int:
     """Compile what calls of the given shape need, here for any GPU: before a deployment, say."""
-    sm = args.sm or compute_capability(torch.device(_default_device())) or 90  # TileLang's
+    sm = args.sm or compute_capability(_default_device()) or 90  # TileLang's
     call, request = _call(_make_case(args)), dispatch.request_in_force(args.backend)[0]
     with _progress(1) as step:
         step("forward and backward" if args.gradients else "forward")
@@ -186,13 +185,13 @@ def run_compare(args: argparse.Namespace) -> int:
     """The main job: agreement, then timings, of every backend available here."""
     if args.plot is not None:
         _need_matplotlib("--plot")
-    case, device = _make_case(args), torch.device(args.device)
+    case = _make_case(args)
     if not case.B * case.tokens:
         raise ValueError("--shape and --lengths must leave a token to compare")
     names = dispatch.parse_request(args.backends) if args.backends else None
     total = compare.steps(len(names or gdn.list_backends()))
     with _progress(total) as step:
-        report = compare.compare(case, device, names, step)
+        report = compare.compare(case, args.device, names, step)
     rows = tables.comparison_rows(report)
     title, notes = tables.comparison_title(report), tables.comparison_notes(report)
     if args.markdown:
@@ -266,7 +265,8 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=explain)
 
     command = commands.add_parser("warmup", help=run_warmup.__doc__, parents=[problem, request])
-    command.set_defaults(run=run_warmup, device="cuda")  # whether there is one or not
+    # whether there is one or not
+    command.set_defaults(run=run_warmup, device=torch.device("cuda"))
 
     command = commands.add_parser("compare", help=run_compare.__doc__, parents=[problem, here])
     command.add_argument("--backends", help="a list, such as tilelang,fla; all by default")

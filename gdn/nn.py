@@ -143,9 +143,9 @@ class GatedDeltaNet(nn.Module):
         weight, before = self.conv1d.weight[:, 0], self.conv_size - 1
         if cu_seqlens is not None:
             return F.silu(_packed_convolution(x, weight, cu_seqlens))
+        if not x.shape[1]:
+            return x
         x = x.mT
-        if not x.shape[-1]:
-            return x.mT
         if cache is not None:
             x = torch.cat([cache.conv.to(x.dtype), x], -1)
             cache.conv.copy_(x[..., x.shape[-1] - before :].detach())

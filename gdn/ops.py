@@ -39,6 +39,8 @@ _OPTIONS = {
     for kind, first in _FIRST_OPTION.items()
 }
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+_DEFINITION = "gdn.definition.gated_delta_rule(gdn.problem.Call(q, k, v, g, beta, scale=K**-0.5))"
+"""What to call where the op has no derivative; a Call's own scale is 1."""
 
 torch.library.define(
     "gdn::forward", f"({_INPUTS}, bool save) -> (Tensor o, Tensor final_state, Tensor[] saved)"
@@ -101,13 +103,16 @@ def _are_plain(kind: type[Any], *types: type[Any]) -> bool:
     return _PLAIN.issuperset(types[:first]) and types[first:] == _OPTIONS[kind]
 
 
+def no_tensor(name: str, x: object) -> TypeError:
+    """What is raised where the argument of this name must be a tensor, and x is none."""
+    return TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; see torch.as_tensor")
+
+
 def check_types(call: Call | Step) -> None:
     """TypeError if what must be a tensor is none; of all else the schema says it."""
     for name, x in zip(call._fields[: _FIRST_OPTION[type(call)]], call, strict=False):
         if not (x is None or isinstance(x, Tensor)):
-            raise TypeError(
-                f"{name} must be a torch.Tensor, got {type(x).__name__}; see torch.as_tensor"
-            )
+            raise no_tensor(name, x)
 
 
 def _refuse_tangents(call: Call) -> None:
@@ -116,7 +121,7 @@ def _refuse_tangents(call: Call) -> None:
             continue
         raise RuntimeError(
             f"gdn.gated_delta_net has no forward-mode derivative, and {name} has a tangent; use "
-            "backward, or gdn.definition.gated_delta_rule"
+            f"backward, or {_DEFINITION}"
         )
 
 
@@ -233,9 +238,8 @@ def _differentiate_forward(
 
 def _refuse_double_backward(ctx: Any, *grads: object) -> NoReturn:
     raise RuntimeError(
-        "gdn.gated_delta_net has no double backward; use gdn.definition.gated_delta_rule("
-        "gdn.problem.Call(q, k, v, g, beta, scale=K**-0.5)), which is differentiable any number of "
-        "times, or take gradients without create_graph=True"
+        f"gdn.gated_delta_net has no double backward; use {_DEFINITION}, which is differentiable "
+        "any number of times, or take gradients without create_graph=True"
     )
 
 
