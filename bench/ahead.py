@@ -17,7 +17,7 @@ import torch
 from shapes import make_case
 from suite import DEVICE, DTYPE  # registers the adapters
 
-from gdn import agreement
+from gdn.testing import agreement
 
 Job = tuple[str, str, str]
 """Arguments of a process: a backend, shapes of one head count, passes."""

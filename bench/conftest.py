@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ahead import compile_ahead, jobs
+from report import rows as results
 from suite import (
     DEVICE,
     DTYPE,
@@ -25,10 +26,12 @@ from suite import (
     selected_steps,
 )
 
-from gdn import measure, results, tables
-from gdn.compare import plain_case, rates
+from gdn.compare import tables
+from gdn.compare.comparison import plain_case, rates
+from gdn.compare.environment import gpu_state
+from gdn.compare.roofline import Work, ceilings
+from gdn.compare.timing import Timing, rounds
 from gdn.testing import Case
-from gdn.work import Work, ceilings
 
 NOT_TIMED = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -88,7 +91,7 @@ def record(benchmark: Any) -> Callable[..., None]:
 
     def time(
         run: Callable[[], object],
-        gpu: measure.Timing | None = None,
+        gpu: Timing | None = None,
         least: Work | None = None,
         budget: float = 0.5,
         **columns: object,
@@ -101,10 +104,10 @@ def record(benchmark: Any) -> Callable[..., None]:
         wait()
         start = clock()
         wait()
-        count = min(50, measure.rounds(1e3 * (clock() - start), budget))
+        count = min(50, rounds(1e3 * (clock() - start), budget))
         benchmark.pedantic(wait, rounds=count)
         stats = benchmark.stats.stats
-        wall = measure.Timing(1e3 * stats.median, 5e2 * stats.iqr, count, "wall")
+        wall = Timing(1e3 * stats.median, 5e2 * stats.iqr, count, "wall")
         timing = gpu or wall
         limits = ceilings(DEVICE, DTYPE)
         benchmark.extra_info |= columns | {
@@ -114,7 +117,7 @@ def record(benchmark: Any) -> Callable[..., None]:
             "repeats": timing.repeats,
             **(rates(least, timing.ms, limits) if least else {}),
             "ceilings": limits._asdict(),
-            "clocks": measure.gpu_state(DEVICE, "clocks.sm", "clocks.mem", "temperature.gpu"),
+            "clocks": gpu_state(DEVICE, "clocks.sm", "clocks.mem", "temperature.gpu"),
             "environment": about(),
         }
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from gdn.testing import Case, Gates
-from gdn.testing_decode import StepCase
+from gdn.testing.decode import StepCase
 
 SHAPE = re.compile(r"(\d+)/(\d+)(?:/(\d+))?:(?:(\d+)x(\d+)|(\d+(?:\+\d+)+))")
 RAGGED = "+".join(str(n) for n in (1, 4000, 37, 129, 2048, 64, 700, 1213))

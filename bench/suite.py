@@ -13,12 +13,13 @@ import torch
 from shapes import SELECTIONS, Selection, expand, make_step_case
 
 import gdn
-from gdn import measure
-from gdn.compare import Comparison
-from gdn.compare_step import DECODE, StepComparison
+from gdn.compare.comparison import Comparison
+from gdn.compare.decode import DECODE, StepComparison
+from gdn.compare.environment import environment
+from gdn.compare.roofline import PASSES
+from gdn.compare.timing import Timing, gpu_times
 from gdn.problem import Call
 from gdn.testing import Case, Gates
-from gdn.work import PASSES
 
 HERE = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()
@@ -94,15 +95,17 @@ def compared(case: Case, backends: tuple[str, ...], passes: tuple[str, ...]) -> 
 
 @functools.cache
 def about() -> dict[str, Any]:
-    return measure.environment(DEVICE)
+    return environment(DEVICE)
 
 
-def conversions(comparison: Any, backend: str, which: str) -> measure.Timing | None:
+def conversions(comparison: Any, backend: str, which: str) -> Timing | None:
     """GPU time of an adapter's conversions alone, before a forward and after it, if it has any."""
-    peer: Any = PEERS.get(backend)
-    if not hasattr(peer, "convert") or which != "fwd" or not ON_GPU:
+    if backend not in PEERS or which != "fwd" or not ON_GPU:
         return None
     call = Call(**{"scale": 1.0} | comparison.inputs.plain)
-    state = peer.convert(call)["initial_state"]
-    runs = {backend: lambda: (peer.convert(call), peer.restore(call, state))}
-    return measure.gpu_times(runs, {backend: True}, budget=0.2)[backend]
+    plan: Any = PEERS[backend].plan(call)
+    if not hasattr(plan, "convert"):
+        return None
+    state = plan.convert(call)["initial_state"]
+    runs = {backend: lambda: (plan.convert(call), plan.restore(call, state))}
+    return gpu_times(runs, {backend: True}, budget=0.2)[backend]

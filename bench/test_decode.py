@@ -7,8 +7,8 @@ from typing import Any
 from shapes import make_step_case
 from suite import DTYPE
 
-from gdn.compare_step import DECODE
-from gdn.work import least_step_work
+from gdn.compare.decode import DECODE
+from gdn.compare.roofline import least_step_work
 
 
 def test_decode(record_pass: Any, heads: str, batch: int, backend: str) -> None:

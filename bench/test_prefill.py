@@ -9,7 +9,7 @@ import pytest
 from shapes import make_case
 from suite import DTYPE, selected_passes
 
-from gdn.work import least_work
+from gdn.compare.roofline import least_work
 
 
 def test_prefill(

@@ -12,8 +12,7 @@ import pytest
 import torch
 from suite import size
 
-from gdn import agreement
-from gdn.testing import TOLERANCE, relative_error
+from gdn.testing import TOLERANCE, agreement, relative_error
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compares CPU implementations")
 CHECKED = 200

@@ -1,8 +1,7 @@
 """gdn: the gated delta rule (Gated DeltaNet, arXiv 2412.06464) as one op with many backends."""
 
-from gdn.ahead import warmup
-from gdn.api import GDNOutput, explain, gated_delta_net, gated_delta_net_decode
-from gdn.backend import Backend, Capabilities
+from gdn.api import GDNOutput, explain, gated_delta_net, gated_delta_net_decode, warmup
+from gdn.backend import Backend, Capabilities, Plan
 from gdn.dispatch import (
     BackendUnsupportedError,
     Explanation,
@@ -18,7 +17,7 @@ from gdn.registry import (
     unregister_backend,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Backend",
@@ -27,6 +26,7 @@ __all__ = [
     "Capabilities",
     "Explanation",
     "GDNOutput",
+    "Plan",
     "UnknownBackendError",
     "Verdict",
     "explain",

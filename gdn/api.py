@@ -1,18 +1,24 @@
-"""The public ops, `gated_delta_net` and `gated_delta_net_decode`, and `explain`, which says what
-they would do."""
+"""The public functions: `gated_delta_net` and `gated_delta_net_decode`; `explain`, which says what
+they would do; `warmup`, which compiles what they need."""
 
 from __future__ import annotations
 
-import warnings
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from gdn import dispatch, ops
-from gdn.problem import STEP_TENSORS, Call, Step, describe, describe_step
-from gdn.validation import validate, validate_step
-from gdn.values import check_cu_seqlens, check_slots
+from gdn import calls, dispatch, ops
+from gdn.calls import Options
+from gdn.problem import Call, Step, describe, describe_step
+from gdn.validation import (
+    check_cu_seqlens,
+    check_slots,
+    refuse_gradients,
+    validate,
+    validate_step,
+)
 
 
 class GDNOutput(NamedTuple):
@@ -98,15 +104,15 @@ def gated_delta_net(
     call is traced is the one that holds; `use_backend` goes around the compiled call, inside it
     pass backend=.
     """
-    q, k, v, scale = _make_common(q, k, v, g, beta, scale)
+    q, k, v, scale = calls.prepare(q, k, v, g, beta, scale)
     if transpose_state_layout is not None:
-        state_v_first = _under_former_name(transpose_state_layout, state_v_first)
+        state_v_first = calls.from_former_name(transpose_state_layout, state_v_first)
     call = Call(  # by position: a third of the time that keywords take
         q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, cu_seqlens_cpu, chunk_indices,
         scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
     )  # fmt: skip
-    return GDNOutput(*ops.run_forward(call, _request(backend), _needs_grad(call)))
+    return GDNOutput(*ops.run_forward(call, _request(backend), calls.needs_grad(call)))
 
 
 def gated_delta_net_decode(
@@ -160,126 +166,100 @@ def gated_delta_net_decode(
     The values of state_indices and num_accepted_tokens are checked on the CPU; on a GPU a slot
     outside the pool counts as null_index, and naming one slot twice is a race.
     """
-    _require_pool(state)
-    q, k, v, scale = _make_common(q, k, v, g, beta, scale)
-    step = Step(
-        q, k, v, g, beta, state, state_indices, num_accepted_tokens, A_log, dt_bias, cu_seqlens,
-        scale, null_index, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel,
-        allow_neg_eigval, state_v_first,
+    calls.require_pool(state)
+    q, k, v, scale = calls.prepare(q, k, v, g, beta, scale)
+    call = Call(
+        q, k, v, g, beta, None, A_log, dt_bias, cu_seqlens, None, None,
+        scale, False, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
     )  # fmt: skip
+    step = Step(call, state, state_indices, num_accepted_tokens, null_index)
     if torch.is_grad_enabled():
-        for name, x in zip(Step._fields, step[:STEP_TENSORS], strict=False):
-            if getattr(x, "requires_grad", False):  # `check_types` sees to what is no tensor
-                raise RuntimeError(
-                    f"gdn.gated_delta_net_decode is not differentiable, and {name} requires grad; "
-                    "call it under torch.no_grad(), or use gdn.gated_delta_net"
-                )
+        refuse_gradients(step)
     return ops.run_decode(step, _request(backend))
 
 
-def explain(*args: Any, backend: str | None = None, **options: Any) -> dispatch.Explanation:
-    """Why each backend would or would not run this call, and which would; arguments as
-    `gated_delta_net`'s, or with state= as `gated_delta_net_decode`'s.
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    backend: str | None = None,
+    **options: Unpack[Options],
+) -> dispatch.Explanation:
+    """Why each backend would or would not run this call, and which would.
 
-    Nothing is computed, and tensors on the meta device will do. Raises ValueError on malformed
-    arguments.
+    Args:
+        q, k, v, g, beta, **options, backend: as in `gated_delta_net`, or with state= as in
+            `gated_delta_net_decode`. Tensors on the meta device will do.
+
+    Returns:
+        Request and source, choice, and a verdict of every backend; `print` shows all of it. Nothing
+        is computed.
+
+    Raises:
+        ValueError, TypeError: the arguments are malformed, as in the call itself.
     """
     request, source = dispatch.request_in_force(backend)
-    if "state" in options:
-        step = _make_step(*args, **options)
-        validate_step(step)
-        check_cu_seqlens(step)
-        check_slots(step)
-        return dispatch.explain(request, source, describe_step(step))
-    call = _make_call(*args, **options)
+    call = calls.make(q, k, v, g, beta, dict(options))
+    if isinstance(call, Step):
+        validate_step(call)
+        check_cu_seqlens(call.call)
+        check_slots(call)
+        return dispatch.explain(request, source, describe_step(call))
     validate(call)
     check_cu_seqlens(call)
-    return dispatch.explain(request, source, describe(call, _needs_grad(call)))
+    return dispatch.explain(request, source, describe(call, calls.needs_grad(call)))
 
 
-def _make_call(
+def warmup(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     beta: Tensor,
     *,
-    scale: float | None = None,
-    transpose_state_layout: bool | None = None,
-    state_v_first: bool = False,
-    **options: Any,
-) -> Call:
-    """The Call that `gated_delta_net` makes of its arguments."""
-    q, k, v, scale = _make_common(q, k, v, g, beta, scale)
-    if transpose_state_layout is not None:
-        state_v_first = _under_former_name(transpose_state_layout, state_v_first, stacklevel=4)
-    return Call(q, k, v, g, beta, scale=scale, state_v_first=state_v_first, **options)
+    backward: bool | None = None,
+    sm: int | None = None,
+    backend: str | None = None,
+    **options: Unpack[Options],
+) -> str:
+    """Compile what a call like this one needs, kernels side by side; compute nothing.
+
+    Args:
+        q, k, v, g, beta, **options, backend: as in `gated_delta_net`, or with state= as in
+            `gated_delta_net_decode`.
+        backward: also what its gradients need. None: if an input requires grad.
+        sm: compute capability times ten of the GPU to compile for (90: Hopper). The tensors may
+            then be on the meta device, and there need be no GPU, if the backend can do without.
+
+    Returns:
+        The name of the backend that would run the call. One that compiles nothing ahead of its
+        first call does nothing here.
+
+    Raises:
+        ValueError, BackendUnsupportedError, UnknownBackendError: as the call would.
+    """
+    call = calls.make(q, k, v, g, beta, dict(options))
+    if isinstance(call, Step):
+        validate_step(call)
+        problem = describe_step(call)
+    else:
+        validate(call)
+        backward = calls.needs_grad(call) if backward is None else backward
+        problem = describe(call, backward)
+    if sm is not None:
+        problem = replace(problem, device="cuda", sm=sm)
+    return dispatch.precompile(dispatch.request_in_force(backend)[0], call, problem)[0]
 
 
-def _make_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    *,
-    state: Tensor,
-    scale: float | None = None,
-    **options: Any,
-) -> Step:
-    """The Step that `gated_delta_net_decode` makes of its arguments."""
-    _require_pool(state)
-    q, k, v, scale = _make_common(q, k, v, g, beta, scale)
-    return Step(q, k, v, g, beta, state, scale=scale, **options)
-
-
-def _make_common(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """q, k, v as autocast has them, and the scale."""
-    for i, x in enumerate((q, k, v, g, beta)):
-        if not isinstance(x, Tensor):
-            raise ops.no_tensor(Call._fields[i], x)
-    if scale is None:
-        K = q.shape[-1] if q.dim() else 0
-        scale = K**-0.5 if K else 1.0
-    if ops.autocasts(q):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-    return q, k, v, scale
-
-
-def _require_pool(state: Tensor) -> None:
-    if not isinstance(state, Tensor):
-        raise TypeError(f"state must be a torch.Tensor, got {type(state).__name__}; pass the pool")
-
-
-def _under_former_name(transposed: bool, state_v_first: bool, stacklevel: int = 3) -> bool:
-    """state_v_first, given as transpose_state_layout."""
-    if state_v_first:
-        raise ValueError(
-            "state_v_first must come without transpose_state_layout, got both; "
-            "drop the latter, which is its former name"
-        )
-    if not torch.compiler.is_compiling():  # which cannot trace a warning
-        warnings.warn(
-            "transpose_state_layout is fla's former name of state_v_first; pass that instead",
-            DeprecationWarning,
-            stacklevel=stacklevel,
-        )
-    return transposed
-
-
-def _needs_grad(call: Call) -> bool:
-    try:
-        if torch.is_grad_enabled():
-            for x in call.differentiable:
-                if x is not None and x.requires_grad:
-                    return True
-    except AttributeError:
-        ops.check_types(call)
-        raise
-    return False
+_function: Any
+for _function in (explain, warmup):  # what editors read off the annotations, help() reads off this
+    _function.__signature__ = calls.full_signature(
+        _function, gated_delta_net, gated_delta_net_decode
+    )
 
 
 def _request(backend: str | None) -> str:

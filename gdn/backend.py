@@ -1,29 +1,42 @@
 """What a backend is: its capabilities as data, the function that turns them into reasons, and the
-base class."""
+base classes `Backend` and `Plan`."""
 
 from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gdn.problem import FLAGS, Call, Problem, Step
+from gdn.problem import Call, Problem, Step
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a backend can run. Dispatch, error texts, test skips and the README table all read this.
+    """What a backend can run. Dispatch, error texts, test skips and the README table read this.
 
-    `packages` are the modules it imports; `devices` are torch device types (empty: any); `min_sm`
-    is the lowest compute capability times ten; `head_dims` lists the admissible K and V (empty: any
-    up to `max_k`, `max_v`); `cuda_graph` says that dense calls can be captured in a CUDA graph;
-    `flags` are the boolean options of `gdn.problem.Call` that it understands; `decode` lists the
-    dtypes of state pools that it decodes from (empty: no decode), `speculative` says that it can
-    keep the state after each token.
+    Every feature is off unless it is declared: a backend that declares only `dtypes` gets dense
+    calls without states, options and gradients, with HV = H, on any device and of any size.
+
+    Attributes:
+        dtypes: dtypes of q, k and v.
+        packages: modules that the backend imports.
+        devices: torch device types; empty for any.
+        min_sm, max_sm: lowest and highest compute capability times ten.
+        head_dims: admissible K and V; empty for any up to max_k and max_v.
+        gva: HV may be a multiple of H (grouped value heads).
+        varlen: cu_seqlens, sequences packed along T.
+        initial_state: a call may start from given states.
+        backward: gradients.
+        deterministic: two runs of the same call are bit-equal.
+        cuda_graph: dense calls can be captured in a CUDA graph.
+        resets: gates far below zero, -inf included, keep the digits of the tokens around them.
+        flags: the boolean options of `gdn.problem.Call` that the backend understands.
+        decode: dtypes of the state pools that it decodes from; empty for no decode.
+        speculative: decode keeps the state after each token (state_indices [N, 1 + T]).
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -34,15 +47,16 @@ class Capabilities:
     head_dims: tuple[int, ...] = ()
     max_k: int | None = None
     max_v: int | None = None
-    gva: bool = True
-    varlen: bool = True
-    initial_state: bool = True
-    backward: bool = True
-    deterministic: bool = True
-    cuda_graph: bool = True
-    flags: frozenset[str] = field(default=frozenset(FLAGS))
+    gva: bool = False
+    varlen: bool = False
+    initial_state: bool = False
+    backward: bool = False
+    deterministic: bool = False
+    cuda_graph: bool = False
+    resets: bool = False
+    flags: frozenset[str] = frozenset()
     decode: tuple[torch.dtype, ...] = ()
-    speculative: bool = True
+    speculative: bool = False
 
 
 def _names(*dtypes: torch.dtype) -> str:
@@ -89,7 +103,7 @@ def reasons_against(capabilities: Capabilities, problem: Problem) -> list[str]:
 
 
 class Forward(NamedTuple):
-    """What a backend's forward returns.
+    """What `Plan.forward` returns.
 
     o [B, T, HV, V] in v's dtype; final_state in `call.state_shape` and `call.state_dtype`, or None
     unless call.output_final_state; saved: fresh tensors for backward, shaped as
@@ -102,8 +116,8 @@ class Forward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a backend's backward returns: each in the shape and dtype of its input, None where the
-    input is None."""
+    """What `Plan.backward` returns: each in the shape and dtype of its input, None where the input
+    is None."""
 
     q: Tensor
     k: Tensor
@@ -115,14 +129,47 @@ class Gradients(NamedTuple):
     dt_bias: Tensor | None
 
 
+class Plan:
+    """How a backend runs all calls of one kind: same shapes, dtypes, devices and options (of a
+    decode step also strides).
+
+    A backend makes it once, from the first such call, and dispatch remembers it; it may keep
+    anything but the call's tensors. Its methods run below autograd, with autocast off and the
+    device of q current; B, T, H, HV, K, V >= 1 there. Inputs may be non-contiguous and must not be
+    written to. A plan of a `Step` needs `decode` alone.
+    """
+
+    def forward(self, call: Call, save: bool) -> Forward:
+        """Compute o and the final state; with save, also what backward needs (else saved is
+        empty)."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def backward(
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
+    ) -> Gradients:
+        """Gradients of the differentiable inputs, given those of o and (or None) of the final
+        state. The plan that ran a forward also runs its backward."""
+        raise NotImplementedError(f"{type(self).__name__} has no backward")
+
+    def decode(self, step: Step) -> Tensor:
+        """Take one decode step: o [B, T, HV, V] in v's dtype, and the new states in step.state.
+
+        Rows whose slot is step.null_index, or outside the pool, or picked by a
+        num_accepted_tokens outside the columns of state_indices, are zero in o and touch no slot.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no decode")
+
+    def precompile(self, call: Call | Step, backward: bool) -> bool:
+        """Compile what calls of this kind need, with backward also their gradients. False: nothing
+        is compiled ahead of the first call. The tensors of `call` may be on the meta device."""
+        return False
+
+
 class Backend(ABC):
     """One engine for the op. Subclass it, set the class variables, and hand an instance to
     `gdn.register_backend`.
 
-    `forward` and `backward` run below autograd, with autocast off and the
-    device of q current; B, T, H, HV, K, V >= 1 there. Inputs may be non-contiguous and must not be
-    written to. `priority` orders backends under "auto", highest first; None keeps a backend out of
-    "auto".
+    `priority` orders backends under "auto", highest first; None keeps a backend out of "auto".
     """
 
     name: ClassVar[str]
@@ -149,32 +196,6 @@ class Backend(ABC):
         fake tensors."""
         return []
 
-    def bind(self, call: Call | Step) -> Backend:
-        """What runs all calls like this one, in shapes, dtypes, devices and options (of a step also
-        strides): self, or a copy that has worked out once what they have in common. Dispatch
-        remembers it; nothing else of the call may be kept."""
-        return self
-
-    def warm(self, call: Call | Step, backward: bool) -> None:
-        """Compile what calls like this one need, with backward also their gradients. `call` is the
-        one that `bind` got; its tensors may be on the meta device."""
-        return
-
     @abstractmethod
-    def forward(self, call: Call, save: bool) -> Forward:
-        """Compute o and the final state; with save, also what backward needs (else saved is
-        empty)."""
-
-    def backward(
-        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
-    ) -> Gradients:
-        """Gradients of the differentiable inputs, given those of o and (or None) of the final
-        state."""
-        raise NotImplementedError(f"backend {self.name} has no backward")
-
-    def decode(self, step: Step) -> Tensor:
-        """Take one decode step: o [B, T, HV, V] in v's dtype, and the new states in step.state.
-
-        Rows whose slot is step.null_index, or outside the pool, are zero in o and touch no slot.
-        """
-        raise NotImplementedError(f"backend {self.name} has no decode")
+    def plan(self, call: Call | Step) -> Plan:
+        """The plan for calls like this one, which dispatch has found no reason against."""

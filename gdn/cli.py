@@ -1,4 +1,4 @@
-"""The command line: `gdn info`, `explain`, `warmup`, `compare` and `report`."""
+"""The command line: `gdn info`, `explain`, `warmup` and `compare`."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import gdn
-from gdn import ahead, compare, dispatch, measure, readme, report, results, tables
-from gdn.backend import Backend
+from gdn import dispatch
+from gdn.compare import comparison, console, tables
+from gdn.compare.environment import environment
 from gdn.problem import Call, Problem, compute_capability, describe
-from gdn.registry import find_backend
 from gdn.testing import Case, make_inputs
 from gdn.validation import validate
 
@@ -80,31 +75,19 @@ def _make_case(args: argparse.Namespace) -> Case:
     )
 
 
-def _print_table(console: Console, headers: Sequence[str], rows: list[list[str]]) -> None:
-    table = Table(*headers, box=SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=132)
-
-
 def info(args: argparse.Namespace) -> int:
     """Versions, device, and each backend: available or why not."""
     backends = gdn.list_backends()
     if args.markdown:
         print(tables.markdown(tables.CAPABILITIES, tables.capability_rows(backends)))
         return 0
-    console = _console()
     device = _default_device()
-    about, sm = measure.environment(device), compute_capability(device)
+    about, sm = environment(device), compute_capability(device)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    console.print(f"device    {about['device']}" + (f" (sm_{sm})" if sm else ""))
-    console.print(f"versions  python {about['python']}, {versions}", soft_wrap=True)
+    print(f"device    {about['device']}" + (f" (sm_{sm})" if sm else ""))
+    print(f"versions  python {about['python']}, {versions}")
     request, source = dispatch.request_in_force()
-    console.print(f"request   {request} ({source})")
+    print(f"request   {request} ({source})")
     rows = []
     for backend in backends:
         case = Case("info", T=8192, dtype=torch.bfloat16, **QWEN)
@@ -112,7 +95,7 @@ def info(args: argparse.Namespace) -> int:
         verdicts = [dispatch.verdict(backend.name, problem) for problem in problems]
         said = ["no: " + "; ".join(v.reasons) if v.reasons else f"yes: {v.path}" for v in verdicts]
         rows.append([backend.name, backend.summary, *said])
-    _print_table(console, ("backend", "what it is", "Qwen3.5 forward here", "and backward"), rows)
+    console.print_table(("backend", "what it is", "Qwen3.5 forward here", "and backward"), rows)
     return 0
 
 
@@ -149,29 +132,16 @@ def run_warmup(args: argparse.Namespace) -> int:
     """Compile what calls of the given shape need, here for any GPU: before a deployment, say."""
     sm = args.sm or compute_capability(_default_device()) or 90  # TileLang's
     call, request = _call(_make_case(args)), dispatch.request_in_force(args.backend)[0]
-    with _progress(1) as step:
+    with console.progress(1) as step:
         step("forward and backward" if args.gradients else "forward")
         start = time.perf_counter()
-        name = ahead.warm(request, call, _describe(call, "cuda", args.gradients, sm))
-    if type(find_backend(name)).warm is Backend.warm:
-        print(f"{name} compiles at its first call, nothing ahead of it")
-    else:
+        problem = _describe(call, "cuda", args.gradients, sm)
+        name, compiled = dispatch.precompile(request, call, problem)
+    if compiled:
         print(f"{name} is ready after {time.perf_counter() - start:.1f} s")
+    else:
+        print(f"{name} compiles at its first call, nothing ahead of it")
     return 0
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A function that moves a progress bar on stderr; without a terminal, one that prints lines."""
-    if not sys.stderr.isatty():
-        start = time.perf_counter()
-        yield lambda text: print(f"{time.perf_counter() - start:6.1f} s  {text}", file=sys.stderr)
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("inputs", total=total)
-        yield lambda text: progress.update(task, description=text, advance=1)
 
 
 def _need_matplotlib(what: str) -> None:
@@ -189,45 +159,22 @@ def run_compare(args: argparse.Namespace) -> int:
     if not case.B * case.tokens:
         raise ValueError("--shape and --lengths must leave a token to compare")
     names = dispatch.parse_request(args.backends) if args.backends else None
-    total = compare.steps(len(names or gdn.list_backends()))
-    with _progress(total) as step:
-        report = compare.compare(case, args.device, names, step)
+    total = comparison.steps(len(names or gdn.list_backends()))
+    with console.progress(total) as step:
+        report = comparison.compare(case, args.device, names, step)
     rows = tables.comparison_rows(report)
     title, notes = tables.comparison_title(report), tables.comparison_notes(report)
     if args.markdown:
         print(tables.markdown(tables.COMPARISON, rows), *notes, *title.splitlines(), sep="\n\n")
     else:
-        console = _console()
-        console.print(title, soft_wrap=True, highlight=False)
-        _print_table(console, tables.COMPARISON, rows)
-        for note in notes:
-            console.print(note, soft_wrap=True, highlight=False)
+        print(title)
+        console.print_table(tables.COMPARISON, rows)
+        print(*notes, sep="\n", end="\n" if notes else "")
     if args.json is not None:
         args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     if args.plot is not None:
         tables.plot(report, args.plot)
     return 0 if report.ok else 1
-
-
-def run_report(args: argparse.Namespace) -> int:
-    """A page and pictures from the results of `pytest bench`, or what has become slower since."""
-    if args.readme is not None:
-        _need_matplotlib("gdn report")
-        args.readme.write_text(readme.rewritten(args.readme))
-        for picture in readme.pictures(args.readme):
-            picture.write()
-        return 0
-    if args.results is None:
-        raise ValueError("give the file that pytest bench --benchmark-json wrote, or --readme")
-    found = results.load(args.results)
-    if args.against is not None:
-        slower = results.regressions(found, results.load(args.against))
-        print(*report.regression_lines(slower), sep="\n", end="\n" if slower else "")
-        print(f"{len(slower)} rows slower by more than {100 * results.SLOWER:.0f} %")
-        return 1 if slower else 0
-    _need_matplotlib("gdn report")
-    print(report.write(found, args.out or args.results.with_suffix("")))
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -275,17 +222,6 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     command.set_defaults(run=run_compare)
 
-    command = commands.add_parser("report", help=run_report.__doc__)
-    command.add_argument("results", type=Path, nargs="?", metavar="RESULTS.json")
-    command.add_argument("--out", type=Path, metavar="FOLDER", help="else named after the results")
-    command.add_argument(
-        "--against", type=Path, metavar="OLD.json", help="list rows slower than there, and fail"
-    )
-    command.add_argument(
-        "--readme", type=Path, nargs="?", const=Path("README.md"), metavar="README.md",
-        help="rewrite the marked sections of a document from the results that they name",
-    )  # fmt: skip
-    command.set_defaults(run=run_report)
     return parser
 
 

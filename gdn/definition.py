@@ -22,6 +22,8 @@ from gdn.problem import Call
 
 L2_EPS = 1e-6
 """Added to the sum of squares before the root in the fused L2 norm."""
+GATE_FLOOR = -104.0
+"""Its exponential is zero in float32."""
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -31,10 +33,26 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 def log_decay(g_raw: Tensor, A_log: Tensor, dt_bias: Tensor | None) -> Tensor:
     """The fused gate: g = -exp(A_log) softplus(g_raw + dt_bias), in g_raw's dtype; A_log, dt_bias
-    [HV]."""
+    [HV].
+
+    Computed as -exp(A_log + log softplus), since one factor may overflow where the other vanishes;
+    the exponent ends at 80, where nothing is left of exp(g).
+    """
     x = g_raw if dt_bias is None else g_raw + dt_bias.to(g_raw)
+    return -(A_log.to(g_raw) + log_softplus(x)).clamp(max=80.0).exp()
+
+
+def log_softplus(x: Tensor) -> Tensor:
+    """log(log(1 + e^x)), which is x where e^x is lost beside 1."""
     # threshold 80: the linear branch of F.softplus starts at 20, where float64 still sees exp(-20)
-    return -A_log.to(g_raw).exp() * F.softplus(x, threshold=80.0)
+    return torch.where(x < -40, x, F.softplus(x.clamp(min=-40), threshold=80.0).log())
+
+
+def gate_floor(dtype: torch.dtype) -> float:
+    """The log decay from which on its exponential is zero in the compute dtype (float64 or
+    float32). Whoever sums gates clamps them here first: sums then keep their digits, whatever
+    precedes or follows, and -inf is a reset. The gradient there is zero."""
+    return -746.0 if dtype == torch.float64 else GATE_FLOOR
 
 
 def write_strength(beta_raw: Tensor, allow_neg_eigval: bool) -> Tensor:

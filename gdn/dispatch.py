@@ -15,19 +15,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from gdn import registry
-from gdn.backend import Backend, reasons_against
-from gdn.problem import CALL_TENSORS, STEP_TENSORS, Call, Problem, Step, describe, describe_step
+from gdn.backend import Backend, Plan, reasons_against
+from gdn.problem import CALL_TENSORS, Call, Problem, Step, describe, describe_step
 from gdn.registry import UnknownBackendError, backend_names, find_backend
 from gdn.validation import validate, validate_step
 
 _default: str | None = None
 _context: ContextVar[str | None] = ContextVar("gdn_backend", default=None)
-_chosen: dict[tuple[object, ...], Backend] = {}
+_chosen: dict[tuple[object, ...], Chosen] = {}
 _CHOSEN_LIMIT = 4096
 # os.environ raises and catches an error for a missing name, and decodes one that is there: up to
 # half of all that choosing may cost; CPython's dict behind it answers at once
@@ -45,6 +45,13 @@ class BackendUnsupportedError(RuntimeError):
         self.request, self.problem, self.reasons = request, problem, reasons
         lines = [f"  {name}: {'; '.join(why)}" for name, why in reasons.items()]
         super().__init__(f"no backend in {request!r} can run {problem}\n" + "\n".join(lines))
+
+
+class Chosen(NamedTuple):
+    """The plan for calls of one kind, and the request that always leads to its backend again."""
+
+    plan: Plan
+    pinned: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +155,9 @@ def judge(name: str, problem: Problem) -> list[str]:
 
 def resolve(request: str, problem: Problem) -> Backend:
     """The first backend of the request that can run the problem, or BackendUnsupportedError with
-    every reason."""
+    every reason. A pinned request (`registry.pin`) was resolved before."""
+    if registry.is_pinned(request):
+        return find_backend(request)
     reasons: dict[str, list[str]] = {}
     for name in parse_request(request):
         why = judge(name, problem)
@@ -175,9 +184,9 @@ def _warn_slow(reasons: dict[str, list[str]]) -> None:
         )
 
 
-def choose(request: str, call: Call, needs_grad: bool) -> Backend:
-    """Validate a call and resolve the request for it; remembered, so that a repeated call costs a
-    look-up."""
+def choose(request: str, call: Call, needs_grad: bool) -> Chosen:
+    """Validate a call, resolve the request for it, and make the backend's plan; remembered, so that
+    a repeated call costs a look-up."""
     tensors: tuple[Tensor | None, ...] = call[:CALL_TENSORS]  # type: ignore[assignment]
     key = (
         registry.generation,
@@ -188,16 +197,17 @@ def choose(request: str, call: Call, needs_grad: bool) -> Backend:
         math.isfinite(call.scale),
         call[CALL_TENSORS + 1 :],
     )
-    backend = _chosen.get(key)
-    if backend is None:
+    chosen = _chosen.get(key)
+    if chosen is None:
         validate(call)
-        backend = _remember(key, resolve(request, describe(call, needs_grad)).bind(call))
-    return backend
+        chosen = _remember(key, resolve(request, describe(call, needs_grad)), call)
+    return chosen
 
 
-def choose_decode(request: str, step: Step) -> Backend:
+def choose_decode(request: str, step: Step) -> Chosen:
     """`choose` for a decode step."""
-    tensors: tuple[Tensor | None, ...] = step[:STEP_TENSORS]  # type: ignore[assignment]
+    call: Call = step[0]
+    tensors: tuple[Any, ...] = call[:CALL_TENSORS] + step[1:-1]
     key = (
         registry.generation,
         request,
@@ -205,21 +215,29 @@ def choose_decode(request: str, step: Step) -> Backend:
             None if x is None else (x.shape, x.is_contiguous() or x.stride(), x.dtype, x.device)
             for x in tensors
         ],
-        math.isfinite(step.scale),
-        step[STEP_TENSORS + 1 :],
+        math.isfinite(call.scale),
+        call[CALL_TENSORS + 1 :],
+        step.null_index,
     )
-    backend = _chosen.get(key)
-    if backend is None:
+    chosen = _chosen.get(key)
+    if chosen is None:
         validate_step(step)
-        backend = _remember(key, resolve(request, describe_step(step)).bind(step))
-    return backend
+        chosen = _remember(key, resolve(request, describe_step(step)), step)
+    return chosen
 
 
-def _remember(key: tuple[object, ...], backend: Backend) -> Backend:
+def _remember(key: tuple[object, ...], backend: Backend, call: Call | Step) -> Chosen:
     if len(_chosen) >= _CHOSEN_LIMIT:
         _chosen.clear()
-    _chosen[key] = backend
-    return backend
+    _chosen[key] = chosen = Chosen(backend.plan(call), registry.pin(backend))
+    return chosen
+
+
+def precompile(request: str, call: Call | Step, problem: Problem) -> tuple[str, bool]:
+    """Compile what a call like this one needs. Returns the backend's name, and whether it compiles
+    anything ahead of its first call."""
+    backend = resolve(request, problem)
+    return backend.name, backend.plan(call).precompile(call, problem.needs_grad)
 
 
 def verdict(name: str, problem: Problem) -> Verdict:

@@ -3,68 +3,69 @@ backend.
 
 torch.compile sees one node each way. Their `backend` argument is a request as in `gdn.dispatch`,
 fixed when the call is made or traced; the backend is resolved inside, from metadata, so that the
-fake and the real kernel agree.
+fake and the real kernel agree. Where gradients are wanted, autograd resolves it once and pins it:
+what runs forward runs backward.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gdn import dispatch
+from gdn import dispatch, registry
 from gdn.backend import Forward, Gradients
-from gdn.problem import CALL_TENSORS, STEP_TENSORS, Call, Step, describe, describe_step
-from gdn.validation import validate, validate_step
-from gdn.values import check_cu_seqlens, check_slots
+from gdn.calls import autocasts
+from gdn.problem import CALL_TENSORS, Call, Step, argument_types, describe, describe_step
+from gdn.validation import (
+    DEFINITION,
+    check_cu_seqlens,
+    check_slots,
+    check_types,
+    refuse_tangents,
+    validate,
+    validate_step,
+)
 
-_FLAGS = (
-    "bool use_qk_l2norm_in_kernel, bool use_gate_in_kernel, bool use_beta_sigmoid_in_kernel, "
-    "bool allow_neg_eigval, bool state_v_first, str backend"
-)
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? A_log, "
-    "Tensor? dt_bias, Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, Tensor? chunk_indices, "
-    f"float scale, bool output_final_state, {_FLAGS}"
-)
-_CALL = len(Call._fields)
-_FIRST_OPTION: dict[type[Any], int] = {Call: CALL_TENSORS, Step: STEP_TENSORS}
-_OPTIONS = {
-    kind: tuple(get_type_hints(kind)[name] for name in kind._fields[first:])
-    for kind, first in _FIRST_OPTION.items()
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool",
+}  # fmt: skip
+_TENSORS: dict[Any, set[type]] = {Tensor: {Tensor, torch.nn.Parameter}}
+_TENSORS[Tensor | None] = _TENSORS[Tensor] | {type(None)}
+_ALLOWED = {
+    kind: [_TENSORS.get(hint, {hint}) for hint in argument_types(kind).values()]
+    for kind in (Call, Step)
 }
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
-_DEFINITION = "gdn.definition.gated_delta_rule(gdn.problem.Call(q, k, v, g, beta, scale=K**-0.5))"
-"""What to call where the op has no derivative; a Call's own scale is 1."""
+_CALL = len(argument_types(Call))
 
+
+def _schema(kind: type[Call | Step], **mutated: str) -> str:
+    types = {name: _SCHEMA_TYPES[hint] for name, hint in argument_types(kind).items()} | mutated
+    return ", ".join([*(f"{type_} {name}" for name, type_ in types.items()), "str backend"])
+
+
+_GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
 torch.library.define(
-    "gdn::forward", f"({_INPUTS}, bool save) -> (Tensor o, Tensor final_state, Tensor[] saved)"
+    "gdn::forward",
+    f"({_schema(Call)}, bool save) -> (Tensor o, Tensor final_state, Tensor[] saved)",
 )
 torch.library.define(
     "gdn::backward",
-    f"({_INPUTS}, Tensor[] saved, Tensor grad_o, Tensor? grad_final_state) -> (Tensor grad_q, "
-    "Tensor grad_k, Tensor grad_v, Tensor grad_g, Tensor grad_beta, Tensor grad_initial_state, "
-    "Tensor grad_A_log, Tensor grad_dt_bias)",
+    f"({_schema(Call)}, Tensor[] saved, Tensor grad_o, Tensor? grad_final_state) -> ({_GRADIENTS})",
 )
-torch.library.define(
-    "gdn::decode",
-    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
-    "Tensor? state_indices, Tensor? num_accepted_tokens, Tensor? A_log, Tensor? dt_bias, "
-    f"Tensor? cu_seqlens, float scale, int null_index, {_FLAGS}) -> Tensor",
-)
+torch.library.define("gdn::decode", f"({_schema(Step, state='Tensor(a!)')}) -> Tensor")
 
 
 def run_forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor | None]:
     """Call the op: o, and the final state if call.output_final_state. `save` keeps what backward
     needs."""
     if forward_ad._current_level >= 0:
-        _refuse_tangents(call)
-    if save or torch.compiler.is_compiling() or _must_be_seen(call):
+        refuse_tangents(call)
+    if save or torch.compiler.is_compiling() or _needs_dispatcher(Call, call):
         o, final_state, _ = torch.ops.gdn.forward(*call, request, save)
     else:
         with torch._C._AutoDispatchBelowAutograd():
@@ -74,18 +75,26 @@ def run_forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor | 
 
 def run_decode(step: Step, request: str) -> Tensor:
     """Call the op: o, and the new states in step.state. Nothing is ever differentiated here."""
-    if torch.compiler.is_compiling() or _must_be_seen(step):
-        return torch.ops.gdn.decode(*step, request)  # type: ignore[no-any-return]
+    if forward_ad._current_level >= 0:
+        refuse_tangents(step)
+    arguments = (*step.call, *step[1:])
+    if torch.compiler.is_compiling() or _needs_dispatcher(Step, arguments):
+        return torch.ops.gdn.decode(*arguments, request)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         return _decode(step, request)
 
 
-def _must_be_seen(call: Call | Step) -> bool:
-    """Whether anyone may have to see the op itself: a mode, a transform, a tracer, a profiler or a
-    subclass of Tensor. Where nobody does, PyTorch's dispatcher is passed by: it takes a quarter of
-    what a call costs on the host, mostly to turn arguments into its own types and back."""
-    if not _are_plain(type(call), *map(type, call)):  # type: ignore[arg-type]
-        check_types(call)
+def _needs_dispatcher(kind: Any, arguments: tuple[Any, ...]) -> bool:
+    """Whether PyTorch's dispatcher has something to do before the op runs.
+
+    That is so where a mode, a transform, a tracer or a profiler wants to see the op, where an
+    argument is of a subclass of Tensor or not of the schema's type, and where a tensor's elements
+    are to be negated when they are read (`z.conj().imag`). Conjugated, sparse, nested and quantised
+    tensors are refused by their dtype or layout. Otherwise the dispatcher is passed by: it takes a
+    quarter of a call's time on the host, mostly to turn arguments into its own types and back.
+    """
+    if not _are_plain(kind, *map(type, arguments)):
+        check_types(Call(*arguments) if kind is Call else _step(*arguments))
         return True
     return bool(
         torch._C._len_torch_dispatch_stack()
@@ -93,36 +102,26 @@ def _must_be_seen(call: Call | Step) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_tracing()
         or torch._C._autograd._profiler_enabled()
+        or _any_negative(arguments[:CALL_TENSORS] + arguments[_CALL:-1])
     )
 
 
+def _any_negative(tensors: tuple[Tensor | None, ...]) -> bool:
+    for x in tensors:  # noqa: SIM110, which would take half as long again
+        if x is not None and x.is_neg():
+            return True
+    return False
+
+
 @functools.lru_cache(maxsize=256)
-def _are_plain(kind: type[Any], *types: type[Any]) -> bool:
-    """Whether the fields of a Call or Step have the types that the schema names."""
-    first = _FIRST_OPTION[kind]
-    return _PLAIN.issuperset(types[:first]) and types[first:] == _OPTIONS[kind]
+def _are_plain(kind: Any, *types: type[Any]) -> bool:
+    """Whether the arguments of an op have the types that the schema names."""
+    return all(found in allowed for found, allowed in zip(types, _ALLOWED[kind], strict=True))
 
 
-def no_tensor(name: str, x: object) -> TypeError:
-    """What is raised where the argument of this name must be a tensor, and x is none."""
-    return TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; see torch.as_tensor")
-
-
-def check_types(call: Call | Step) -> None:
-    """TypeError if what must be a tensor is none; of all else the schema says it."""
-    for name, x in zip(call._fields[: _FIRST_OPTION[type(call)]], call, strict=False):
-        if not (x is None or isinstance(x, Tensor)):
-            raise no_tensor(name, x)
-
-
-def _refuse_tangents(call: Call) -> None:
-    for name, x in zip(call._fields, call.differentiable, strict=False):
-        if x is None or forward_ad.unpack_dual(x).tangent is None:  # type: ignore[no-untyped-call]
-            continue
-        raise RuntimeError(
-            f"gdn.gated_delta_net has no forward-mode derivative, and {name} has a tangent; use "
-            f"backward, or {_DEFINITION}"
-        )
+def _step(*arguments: Any) -> Step:
+    """The Step of the arguments of `torch.ops.gdn.decode`."""
+    return Step(Call(*arguments[:_CALL]), *arguments[_CALL:])
 
 
 def _surroundings(x: Tensor) -> AbstractContextManager[object]:
@@ -139,29 +138,21 @@ def _surroundings(x: Tensor) -> AbstractContextManager[object]:
     return stack
 
 
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on, and for x's device; the meta device, for one, has none to ask for."""
-    if not torch._C._is_any_autocast_enabled():
-        return False
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _has_tokens(call: Call | Step) -> bool:
+def _has_tokens(call: Call) -> bool:
     return call.q.numel() > 0  # H and K are at least 1
 
 
 def _forward(call: Call, request: str, save: bool) -> Forward:
-    backend = dispatch.choose(request, call, save)
+    plan, pinned = dispatch.choose(request, call, save)
     check_cu_seqlens(call)
     with _surroundings(call.q):
         if _has_tokens(call):
-            return backend.forward(call, save)
-        o, saved = call.v.new_empty(call.v.shape), backend.saved_like(call) if save else []
+            return plan.forward(call, save)
+        saved = registry.find_backend(pinned).saved_like(call) if save else []
         final_state = call.q.new_zeros(call.state_shape, dtype=call.state_dtype)
         if call.initial_state is not None:
             final_state.copy_(call.initial_state)
-        return Forward(o, final_state, saved)
+        return Forward(call.v.new_empty(call.v.shape), final_state, saved)
 
 
 @torch.library.impl("gdn::forward", "CompositeExplicitAutograd")
@@ -184,6 +175,63 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     return call.v.new_empty(call.v.shape), call.q.new_empty(shape, dtype=dtype), saved
 
 
+def _pin(request: str, call: Call) -> str:
+    """The backend that the request means for this call and its gradients."""
+    if not _needs_dispatcher(Call, call):
+        return dispatch.choose(request, call, True).pinned
+    validate(call)  # traced: sizes may be symbols, which no plan is made of
+    return registry.pin(dispatch.resolve(request, describe(call, True)))
+
+
+class _Differentiable(torch.autograd.Function):
+    """`torch.ops.gdn.forward` with gradients: the options, the keys of the dispatcher below
+    autograd, then the tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, options: tuple[Any, ...], keys: Any, *tensors: Any) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            op = torch.ops.gdn.forward.default
+            o, final_state, saved = op.redispatch(keys, *tensors, *options, True)
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.options = options
+        ctx.mark_non_differentiable(*saved)
+        return o, final_state, *saved
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_o, grad_final_state, *_ = grads
+        tensors = ctx.saved_tensors  # once: checkpointing recomputes at every access
+        *options, pinned = ctx.options
+        call, saved = Call(*tensors[:CALL_TENSORS], *options), list(tensors[CALL_TENSORS:])
+        if grad_o is None:
+            grad_o = call.v.new_zeros(call.v.shape)
+        if not call.output_final_state:
+            grad_final_state = None
+        found = torch.ops.gdn.backward(*call, pinned, saved, grad_o, grad_final_state)
+        gradients = dict(zip(Gradients._fields, found, strict=True))
+        needed = zip(Call._fields, tensors[:CALL_TENSORS], ctx.needs_input_grad[2:], strict=False)
+        return (
+            None,
+            None,
+            *(gradients[name] if x is not None and need else None for name, x, need in needed),
+        )
+
+
+def _forward_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    below, (request, save) = keys & torch._C._after_autograd_keyset, args[_CALL:]
+    if not (save and torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:CALL_TENSORS])):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.gdn.forward.default.redispatch(below, *args)  # type: ignore[no-any-return]
+    options = (*args[CALL_TENSORS:_CALL], _pin(request, Call(*args[:_CALL])))
+    o, final_state, *saved = _Differentiable.apply(options, below, *args[:CALL_TENSORS])  # type: ignore[no-untyped-call]
+    return o, final_state, saved
+
+
+_LIBRARY: Any = torch.library.Library("gdn", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
+
+
 def _gradients_like(call: Call) -> list[Tensor]:
     """Uninitialised contiguous gradients, an empty tensor for each input that is None."""
     return [call.q.new_empty(0) if x is None else x.new_empty(x.shape) for x in call.differentiable]
@@ -192,10 +240,10 @@ def _gradients_like(call: Call) -> list[Tensor]:
 @torch.library.impl("gdn::backward", "CompositeExplicitAutograd")
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     call, (request, saved, grad_o, grad_final_state) = Call(*args[:_CALL]), args[_CALL:]
-    backend = dispatch.choose(request, call, True)
+    plan = dispatch.choose(request, call, True).plan
     with _surroundings(call.q):
         if _has_tokens(call):
-            gradients = backend.backward(call, saved, grad_o, grad_final_state)
+            gradients = plan.backward(call, saved, grad_o, grad_final_state)
             return tuple(call.q.new_empty(0) if x is None else x for x in gradients)
         zeros = Gradients(*(x.zero_() for x in _gradients_like(call)))
         if call.initial_state is not None and grad_final_state is not None:
@@ -208,44 +256,13 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return tuple(_gradients_like(Call(*args[:_CALL])))
 
 
-def _setup_forward(
-    ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, list[Tensor]]
-) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[: _FIRST_OPTION[Call]], *output[2])
-    ctx.options = tuple(inputs[_FIRST_OPTION[Call] : _CALL + 1])
-
-
-def _differentiate_forward(
-    ctx: Any, grad_o: Tensor | None, grad_final_state: Tensor | None, _: object
-) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors  # once: checkpointing recomputes at every access
-    first = _FIRST_OPTION[Call]
-    call, saved = Call(*tensors[:first], *ctx.options[:-1]), list(tensors[first:])
-    if grad_o is None:
-        grad_o = call.v.new_zeros(call.v.shape)
-    if not call.output_final_state:
-        grad_final_state = None
-    gradients = torch.ops.gdn.backward(*call, ctx.options[-1], saved, grad_o, grad_final_state)
-    needed = [
-        gradient if x is not None and need else None
-        for gradient, x, need in zip(
-            gradients, call.differentiable, ctx.needs_input_grad, strict=False
-        )
-    ]
-    return (*needed, *[None] * (_CALL + 2 - len(needed)))
-
-
 def _refuse_double_backward(ctx: Any, *grads: object) -> NoReturn:
     raise RuntimeError(
-        f"gdn.gated_delta_net has no double backward; use {_DEFINITION}, which is differentiable "
+        f"gdn.gated_delta_net has no double backward; use {DEFINITION}, which is differentiable "
         "any number of times, or take gradients without create_graph=True"
     )
 
 
-torch.library.register_autograd(
-    "gdn::forward", _differentiate_forward, setup_context=_setup_forward
-)
 torch.library.register_autograd("gdn::backward", _refuse_double_backward)
 
 
@@ -257,13 +274,14 @@ def _refuse_vmap(*args: object) -> NoReturn:
 
 
 def _decode(step: Step, request: str) -> Tensor:
-    backend = dispatch.choose_decode(request, step)
-    check_cu_seqlens(step)
+    plan = dispatch.choose_decode(request, step).plan
+    call = step.call
+    check_cu_seqlens(call)
     check_slots(step)
-    if not _has_tokens(step):
-        return step.v.new_empty(step.v.shape)
-    with _surroundings(step.q):
-        o = backend.decode(step)
+    if not _has_tokens(call):
+        return call.v.new_empty(call.v.shape)
+    with _surroundings(call.q):
+        o = plan.decode(step)
     if not step.state.is_inference():
         torch.autograd.graph.increment_version(step.state)
     return o
@@ -271,12 +289,12 @@ def _decode(step: Step, request: str) -> Tensor:
 
 @torch.library.impl("gdn::decode", "CompositeExplicitAutograd")
 def _decode_op(*args: Any) -> Tensor:
-    return _decode(Step(*args[:-1]), args[-1])
+    return _decode(_step(*args[:-1]), args[-1])
 
 
 @torch.library.register_fake("gdn::decode")
 def _decode_fake(*args: Any) -> Tensor:
-    step = Step(*args[:-1])
+    step = _step(*args[:-1])
     validate_step(step)
     dispatch.resolve(args[-1], describe_step(step))
-    return step.v.new_empty(step.v.shape)
+    return step.call.v.new_empty(step.call.v.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -14,11 +14,17 @@ CHUNK = 64
 """Tokens a chunk, in every chunked backend."""
 
 
+DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
+"""The fields of `Call` that may require grad, in the order of `gdn.backend.Gradients`."""
+
+
 class Call(NamedTuple):
     """The arguments of one `gdn.gated_delta_net` call, under their public names and with defaults
     filled in.
 
-    This is what a backend receives, and the order of the schema of `torch.ops.gdn.forward`.
+    This is what a backend receives. An option of the op is a field here: the schemas of
+    `torch.ops.gdn`, `FLAGS` and the key under which dispatch remembers a plan follow from the
+    fields, in their order (tensors first, then `scale`, then flags).
     Shapes: q, k [B, T, H, K]; v [B, T, HV, V]; g, beta [B, T, HV]; initial_state [N, HV, K, V]
     ([N, HV, V, K] if state_v_first); A_log, dt_bias [HV]; cu_seqlens [N + 1].
     """
@@ -44,8 +50,11 @@ class Call(NamedTuple):
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
-        """The eight inputs that may carry a gradient, in the order of `gdn.backend.Gradients`."""
-        return self[:8]
+        """The inputs named in `DIFFERENTIABLE`."""
+        return (
+            self.q, self.k, self.v, self.g, self.beta,
+            self.initial_state, self.A_log, self.dt_bias,
+        )  # fmt: skip
 
     @property
     def sequences(self) -> int:
@@ -67,37 +76,18 @@ class Call(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The arguments of one `gdn.gated_delta_net_decode` call, as `Call` is those of the other op;
-    the order of the schema of `torch.ops.gdn.decode`.
+    """The arguments of one `gdn.gated_delta_net_decode` call: the tokens and options as a `Call`
+    without an initial state, and the pool of states that they start from.
 
     state [slots, HV, K, V] ([slots, HV, V, K] if state_v_first), the last three dimensions
-    contiguous; state_indices [N], or [N, 1 + T] where the state after each token has its own slot;
-    num_accepted_tokens [N]. The rest is shaped as in `Call`.
+    contiguous; state_indices None, [N] or [N, 1 + T]; num_accepted_tokens [N].
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor
+    call: Call
     state: Tensor
     state_indices: Tensor | None = None
     num_accepted_tokens: Tensor | None = None
-    A_log: Tensor | None = None
-    dt_bias: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    scale: float = 1.0
     null_index: int = -1
-    use_qk_l2norm_in_kernel: bool = False
-    use_gate_in_kernel: bool = False
-    use_beta_sigmoid_in_kernel: bool = False
-    allow_neg_eigval: bool = False
-    state_v_first: bool = False
-
-    @property
-    def call(self) -> Call:
-        """The same tokens and options as a `Call`, from a zero state."""
-        return Call(**{name: getattr(self, name) for name in _SHARED})
 
     @property
     def speculative(self) -> bool:
@@ -105,9 +95,17 @@ class Step(NamedTuple):
         return self.state_indices is not None and self.state_indices.dim() == 2
 
 
-_SHARED = tuple(name for name in Step._fields if name in Call._fields)
-CALL_TENSORS, STEP_TENSORS = (kind._fields.index("scale") for kind in (Call, Step))
-"""How many fields of a `Call`, of a `Step`, are tensors: the first ones, before the options."""
+def argument_types(kind: type[Call | Step]) -> dict[str, Any]:
+    """The arguments of an op by name, in the order of its schema, with their types: the fields of
+    `Call`, and for `Step` its own after them."""
+    own = {name: hint for name, hint in get_type_hints(kind).items() if hint is not Call}
+    return own if kind is Call else argument_types(Call) | own
+
+
+CALL_TENSORS = sum(Tensor in (hint, *get_args(hint)) for hint in argument_types(Call).values())
+"""How many fields of a `Call` are tensors: the first ones."""
+FLAGS = tuple(name for name, hint in argument_types(Call).items() if hint is bool)
+"""The boolean options of `Call`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,16 +157,6 @@ def compute_capability(device: torch.device) -> int | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
-
-
-FLAGS = (
-    "output_final_state",
-    "use_qk_l2norm_in_kernel",
-    "use_gate_in_kernel",
-    "use_beta_sigmoid_in_kernel",
-    "allow_neg_eigval",
-    "state_v_first",
-)
 
 
 def describe(call: Call, needs_grad: bool) -> Problem:

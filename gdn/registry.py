@@ -21,6 +21,7 @@ generation = 0
 """Grows whenever a name may have come to mean another backend."""
 
 _backends: dict[str, Backend] = {}
+_pinned: dict[str, Backend] = {}
 
 
 class UnknownBackendError(ValueError):
@@ -65,6 +66,19 @@ def unregister_backend(name: str) -> None:
     generation += 1
 
 
+def pin(backend: Backend) -> str:
+    """A request that always means this very instance, whatever its name comes to mean: what ran
+    forward is asked for by it again in backward."""
+    request = f"{backend.name}#{id(backend):x}"
+    _pinned[request] = backend
+    return request
+
+
+def is_pinned(request: str) -> bool:
+    """Whether `pin` made this request."""
+    return request in _pinned
+
+
 @functools.cache
 def _load_entry_points() -> None:
     """Register what other packages offer; a broken one warns and is left out."""
@@ -90,7 +104,7 @@ def _load_entry_points() -> None:
 
 def find_backend(name: str) -> Backend:
     """The backend of that name. UnknownBackendError, with the near misses, if there is none."""
-    backend = _backends.get(name)
+    backend = _backends.get(name) or _pinned.get(name)
     if backend is not None:
         return backend
     if name in BUILTIN:

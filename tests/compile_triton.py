@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from gdn.backends.triton.carry import carry_kernel
+from gdn.backends.triton.combine_pieces import carry_kernel
 from gdn.backends.triton.decode import decode_kernel
 from gdn.backends.triton.key_gradients import key_gradients_kernel
 from gdn.backends.triton.launch import Configuration, Stage, configuration

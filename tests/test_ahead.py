@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from gdn.backends.torch import TorchBackend
 
 import gdn
+from gdn.backend import Plan
 from gdn.cli import main
 from gdn.problem import Call, Step
 from gdn.testing import Case, make_inputs, with_gradients
-from gdn.testing_decode import STEPS, make_step
+from gdn.testing.decode import STEPS, make_step
 
 CASE = Case("ahead", T=70, HV=4)
 
@@ -28,13 +28,19 @@ class Asked(TorchBackend):
         super().__init__()
         self.heard: list[tuple[type, bool]] = []
 
-    def warm(self, call: Call | Step, backward: bool) -> None:
+    def plan(self, call: Call | Step) -> Plan:
+        return AskedPlan(self.heard)
+
+
+class AskedPlan(Plan):
+    """Computes nothing: it has no forward."""
+
+    def __init__(self, heard: list[tuple[type, bool]]) -> None:
+        self.heard = heard
+
+    def precompile(self, call: Call | Step, backward: bool) -> bool:
         self.heard.append((type(call), backward))
-
-    def forward(self, call: Call, save: bool) -> Any:
-        raise AssertionError("computed something")
-
-    decode = forward  # type: ignore[assignment]
+        return True
 
 
 @pytest.fixture

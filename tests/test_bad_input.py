@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import gdn
 from gdn.testing import Case, make_inputs
-from gdn.testing_decode import StepCase, make_step
+from gdn.testing.decode import StepCase, make_step
 
 DENSE = Case("bad", T=5, B=2, HV=4, K=8, V=16)
 PACKED = Case("bad-packed", lengths=(2, 3), HV=4, K=8, V=16)
@@ -220,12 +220,12 @@ def test_a_wrong_call_is_refused_again_after_a_right_one() -> None:
 ON_GPU = """
 import torch, gdn
 from gdn.testing import Case, make_inputs
-from gdn.testing_decode import StepCase, make_step
+from gdn.testing.decode import StepCase, make_step
 inputs = make_inputs(Case("gpu", lengths=(2, 3)), "cuda")
 torch.cuda.set_sync_debug_mode("error")  # the check itself must not wait for the device
 inputs["cu_seqlens"].{change}
 from gdn.problem import Call
-from gdn.values import check_cu_seqlens
+from gdn.validation import check_cu_seqlens
 check_cu_seqlens(Call(**inputs))
 torch.cuda.set_sync_debug_mode("default")
 torch.cuda.synchronize()

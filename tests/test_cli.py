@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from gdn.backends.torch import TorchBackend
+from gdn.backends.torch import TorchBackend, TorchPlan
 
 import gdn
-from gdn import cli, compare
+from gdn import cli
 from gdn.backend import Forward
-from gdn.problem import Call
+from gdn.compare import comparison
+from gdn.problem import Call, Step
 
 SMALL = ["--shape", "T=70,H=1,HV=2,K=16,V=16", "--device", "cpu"]
 
@@ -22,6 +23,11 @@ class Wrong(TorchBackend):
 
     name = "wrong"
 
+    def plan(self, call: Call | Step) -> TorchPlan:
+        return WrongPlan(None)
+
+
+class WrongPlan(TorchPlan):
     def forward(self, call: Call, save: bool) -> Forward:
         right = super().forward(call, save)
         return right._replace(o=1.01 * right.o)
@@ -32,6 +38,11 @@ class Broken(TorchBackend):
 
     name = "broken"
 
+    def plan(self, call: Call | Step) -> TorchPlan:
+        return BrokenPlan(None)
+
+
+class BrokenPlan(TorchPlan):
     def forward(self, call: Call, save: bool) -> Forward:
         raise ZeroDivisionError("no luck")
 
@@ -73,7 +84,6 @@ def test_explain_gives_reasons_and_needs_no_gpu(capsys: pytest.CaptureFixture[st
         (["explain", "--device", "gpu"], "must be like cuda:1"),
         (["compare", "--backends", "troch"], "did you mean 'torch'"),
         (["compare", "--lengths", "0,0"], "leave a token"),
-        (["report", "nothing.json"], "No such file"),
         ([], "COMMAND"),
     ],
 )
@@ -139,7 +149,7 @@ def test_compare_fails_loudly_and_times_only_what_agrees(
     assert "wrong: FAILED, and was not timed: relative error above 0.0001: o 1.0e-02" in out
     assert "broken: FAILED, and was not timed: ZeroDivisionError: no luck" in out
     case = cli._make_case(cli.make_parser().parse_args(["compare", *SMALL]))
-    report = compare.compare(case, torch.device("cpu"), ["wrong", "torch"])
+    report = comparison.compare(case, torch.device("cpu"), ["wrong", "torch"])
     timed = {row.backend: bool(row.passes) for row in report.rows}
     assert timed == {"wrong": False, "torch": True}
     assert not report.ok

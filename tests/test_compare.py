@@ -7,18 +7,18 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from gdn.backends.torch import TorchBackend
+from gdn.backends.torch import TorchBackend, TorchPlan
 
 import gdn
-from gdn import agreement, measure
 from gdn.backend import Forward
-from gdn.compare import Comparison
-from gdn.compare_step import DECODE, StepComparison
-from gdn.measure import Run, Timing
-from gdn.problem import Call
-from gdn.testing import Case
-from gdn.testing_decode import StepCase
-from gdn.work import Ceilings
+from gdn.compare import comparison as comparing
+from gdn.compare.comparison import Comparison
+from gdn.compare.decode import DECODE, StepComparison
+from gdn.compare.roofline import Ceilings
+from gdn.compare.timing import Run, Timing
+from gdn.problem import Call, Step
+from gdn.testing import Case, agreement
+from gdn.testing.decode import StepCase
 
 CPU = torch.device("cpu")
 CASE = Case("small", T=300, K=16, V=16, l2norm=True, gates="model")
@@ -30,6 +30,11 @@ class WrongLater(TorchBackend):
 
     name = "wrong_later"
 
+    def plan(self, call: Call | Step) -> TorchPlan:
+        return WrongLaterPlan(None)
+
+
+class WrongLaterPlan(TorchPlan):
     def forward(self, call: Call, save: bool) -> Forward:
         right = super().forward(call, save)
         if call.q.shape[1] > 200:
@@ -81,7 +86,7 @@ def test_backward_that_no_graph_holds_is_a_difference(monkeypatch: pytest.Monkey
         asked.append(sorted(runs))
         return {name: Timing(2.0 + len(asked), 0.1, 5, "events") for name in runs}
 
-    monkeypatch.setattr(measure, "gpu_times", gpu_times)
+    monkeypatch.setattr(comparing, "gpu_times", gpu_times)
     comparison = Comparison(CASE, CPU, ["torch"])
     found = comparison.gpu_times("bwd", ["torch"])["torch"]
     assert found.clock == "difference"
@@ -91,11 +96,15 @@ def test_backward_that_no_graph_holds_is_a_difference(monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("clean_registry")
 def test_steps_are_checked_and_timed() -> None:
+    class WrongPlan(TorchPlan):
+        def decode(self, step: Step) -> torch.Tensor:
+            return 1.01 * super().decode(step)
+
     class WrongStep(TorchBackend):
         name = "wrong_step"
 
-        def decode(self, step: object) -> torch.Tensor:
-            return 1.01 * super().decode(step)  # type: ignore[arg-type]
+        def plan(self, call: Call | Step) -> TorchPlan:
+            return WrongPlan(None)
 
     gdn.register_backend(WrongStep())
     case = StepCase("step", B=4, HV=4, K=16, V=16, fused=True, full=True)

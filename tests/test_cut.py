@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gdn.backends.common.chunking import parallel_length, pieces
 from torch import Tensor
 
-from gdn.cut import parallel_length, pieces
 from gdn.problem import Call
 
 

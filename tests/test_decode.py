@@ -7,28 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_close
+from support import assert_close, capabilities_of, require
 
 import gdn
-from gdn.problem import Step
 from gdn.testing import Case, make_inputs
-from gdn.testing_decode import STEPS, StepCase, copy_pool, make_step, run_step_definition
+from gdn.testing.decode import STEPS, StepCase, as_step, copy_pool, make_step, run_step_definition
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = StepCase("short", B=4, T=2, HV=4, fused=True)
 INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float64: torch.int64}
-
-
-def able(backend: str, inputs: dict[str, Any]) -> bool:
-    """Whether the backend claims this step; if not, check that it refuses with its reasons and
-    leaves the pool alone."""
-    verdicts = {v.name: v for v in gdn.explain(**inputs, backend=backend).verdicts}
-    reasons = verdicts[backend].reasons
-    if reasons:
-        with pytest.raises(gdn.BackendUnsupportedError) as refusal:
-            gdn.gated_delta_net_decode(**inputs, backend=backend)
-        assert all(reason in str(refusal.value) for reason in reasons)
-    return not reasons
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -49,8 +36,7 @@ def test_agrees_with_the_definition(
     """o and every slot; slots that are not named, poisoned with NaN, keep their bits."""
     case = replace(case, dtype=dtype)
     inputs = make_step(case, device, poison=True)
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     before = inputs["state"].clone()
     expected_o, expected = run_step_definition(make_step(case, poison=True))
     o = gdn.gated_delta_net_decode(**inputs, backend=backend)
@@ -80,8 +66,8 @@ def test_step_by_step_equals_one_prefill(
     try:
         whole = gdn.gated_delta_net(**inputs, backend=backend)
     except gdn.BackendUnsupportedError:
-        assert not able(backend, make_step(replace(SHORT, dtype=dtype), device))
-        return
+        require(backend, make_step(replace(SHORT, dtype=dtype), device))
+        raise
     head = {n: x[:, :-T].contiguous() for n, x in cut.items()}
     state = gdn.gated_delta_net(**head, **options, backend=backend).final_state
     assert state is not None
@@ -103,8 +89,7 @@ def test_rejected_tokens_leave_no_trace(backend: str, device: str, short: StepCa
     that step."""
     case = replace(short, T=3, slots="each")
     inputs = make_step(case, device)
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     inputs.pop("num_accepted_tokens")
     table = inputs["state_indices"]
     pool = inputs.pop("state")
@@ -126,8 +111,7 @@ def test_rejected_tokens_leave_no_trace(backend: str, device: str, short: StepCa
 
 def test_slices_of_one_tensor_give_the_same(backend: str, device: str, short: StepCase) -> None:
     inputs, again = make_step(short, device), make_step(short, device)
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     B, T = inputs["q"].shape[:2]
     parts = [inputs[name].reshape(B, T, -1) for name in ("q", "k", "v")]
     mixed = torch.cat(parts, -1).split([x.shape[-1] for x in parts], -1)
@@ -147,24 +131,24 @@ def test_nothing_to_do(backend: str, device: str, short: StepCase, changes: Any)
     case = replace(short, **changes)
     inputs = make_step(case, device)
     before = inputs["state"].clone()
-    if able(backend, inputs):
-        o = gdn.gated_delta_net_decode(**inputs, backend=backend)
-        assert o.shape == inputs["v"].shape
-        assert torch.equal(inputs["state"], before)
+    require(backend, inputs)
+    o = gdn.gated_delta_net_decode(**inputs, backend=backend)
+    assert o.shape == inputs["v"].shape
+    assert torch.equal(inputs["state"], before)
 
 
 @pytest.mark.parametrize("case", [SHORT, replace(SHORT, slots="each")], ids=lambda c: c.slots)
 def test_opcheck(backend: str, device: str, dtype: torch.dtype, case: StepCase) -> None:
     inputs = make_step(replace(case, dtype=dtype), device)
-    if able(backend, inputs):
-        step = Step(**{"scale": 0.125} | inputs)
-        torch.library.opcheck(torch.ops.gdn.decode.default, (*step, backend))
+    require(backend, inputs)
+    step = as_step(inputs)
+    arguments = (*step.call, *step[1:], backend)
+    torch.library.opcheck(torch.ops.gdn.decode.default, arguments)
 
 
 def test_compiles_into_one_node(backend: str, device: str, short: StepCase) -> None:
     inputs = make_step(short, device)
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     again = inputs | {"state": copy_pool(inputs["state"])}
 
     def step(inputs: dict[str, Any]) -> torch.Tensor:
@@ -197,9 +181,9 @@ def test_gradients_are_refused(device: str) -> None:
 @pytest.mark.gpu
 def test_graph_replays_with_other_slots(backend: str, short: StepCase) -> None:
     inputs = make_step(short, "cuda")
-    capabilities = next(i.capabilities for i in gdn.list_backends() if i.name == backend)
-    if not capabilities.cuda_graph or not able(backend, inputs):
-        return
+    require(backend, inputs)
+    if not capabilities_of(backend).cuda_graph:
+        pytest.skip("does not claim CUDA graphs")
     gdn.gated_delta_net_decode(**inputs, backend=backend)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import gdn
 from gdn import dispatch, registry
-from gdn.backend import Backend, Capabilities, Forward, reasons_against
-from gdn.problem import FLAGS, Call, Problem
+from gdn.backend import Backend, Capabilities, Forward, Plan
+from gdn.problem import FLAGS, Call, Problem, Step
 from gdn.testing import Case, make_inputs
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
@@ -31,7 +29,16 @@ class Marker(Backend):
     def __init__(self, name: str = "marker", number: float = 1.0, **capabilities: Any) -> None:
         self.name = name  # type: ignore[misc]
         self.number = number
-        self.capabilities = Capabilities(**{"dtypes": (torch.float32,)} | capabilities)  # type: ignore[misc]
+        able = {"dtypes": (torch.float32,), "initial_state": True, "flags": frozenset(FLAGS)}
+        self.capabilities = Capabilities(**able | capabilities)  # type: ignore[misc]
+
+    def plan(self, call: Call | Step) -> Plan:
+        return MarkerPlan(self.number)
+
+
+class MarkerPlan(Plan):
+    def __init__(self, number: float) -> None:
+        self.number = number
 
     def forward(self, call: Call, save: bool) -> Forward:
         state = call.q.new_zeros(call.state_shape) if call.output_final_state else None
@@ -40,15 +47,6 @@ class Marker(Backend):
 
 def who(**kwargs: Any) -> float:
     return gdn.gated_delta_net(**INPUTS, **kwargs).o.flatten()[0].item()
-
-
-def problem(**changes: Any) -> Problem:
-    values = {
-        "B": 1, "T": 8, "H": 2, "HV": 2, "K": 64, "V": 64, "N": 1, "dtype": torch.float32,
-        "device": "cuda", "sm": 90, "varlen": False, "initial_state": False, "needs_grad": False,
-        "flags": frozenset(),
-    }  # fmt: skip
-    return Problem(**values | changes)
 
 
 @pytest.fixture
@@ -224,66 +222,3 @@ def test_explain_says_why_for_every_backend() -> None:
     assert gdn.explain(**meta).chosen == "torch"
     with pytest.raises(ValueError, match="beta must be"):
         gdn.explain(**INPUTS | {"beta": torch.zeros(1)})
-
-
-@pytest.mark.parametrize(
-    ("capability", "changes", "reason"),
-    [
-        ({"dtypes": (torch.float16,)}, {}, "dtype must be one of float16, got float32"),
-        ({"devices": ("cpu", "mps")}, {}, "tensors must be on cpu or mps, got cuda"),
-        ({"min_sm": 100}, {}, "needs sm_100 or newer, got sm_90"),
-        ({"max_sm": 80}, {}, "needs sm_80 or older, got sm_90"),
-        ({"min_sm": 80}, {"sm": None, "device": "cpu"}, "needs an NVIDIA GPU"),
-        ({"head_dims": (128, 256)}, {"V": 128}, "K must be one of 128, 256, got 64"),
-        ({"max_v": 32}, {}, "V must be at most 32, got 64"),
-        ({"gva": False}, {"HV": 4}, "no grouped value heads"),
-        ({"varlen": False}, {"varlen": True}, "cu_seqlens is not supported"),
-        ({"initial_state": False}, {"initial_state": True}, "initial_state is not supported"),
-        ({"backward": False}, {"needs_grad": True}, "backward is not supported"),
-        ({"flags": frozenset()}, {"flags": frozenset(["state_v_first"])}, "state_v_first is not"),
-    ],
-)
-def test_each_capability_is_a_reason(
-    capability: dict[str, Any], changes: dict[str, Any], reason: str
-) -> None:
-    every = {"dtypes": (torch.float32,)}
-    assert reasons_against(Capabilities(**every), problem(**changes)) == []
-    (found,) = reasons_against(Capabilities(**every | capability), problem(**changes))
-    assert reason in found
-
-
-@given(
-    st.builds(
-        Capabilities,
-        dtypes=st.sets(st.sampled_from([torch.float32, torch.bfloat16])).map(tuple),
-        gva=st.booleans(),
-        varlen=st.booleans(),
-        backward=st.booleans(),
-        max_k=st.none() | st.integers(1, 256),
-        min_sm=st.none() | st.sampled_from([80, 90, 100]),
-        flags=st.frozensets(st.sampled_from(FLAGS)),
-    ),
-    st.builds(
-        problem,
-        K=st.integers(1, 256),
-        HV=st.sampled_from([2, 4]),
-        varlen=st.booleans(),
-        needs_grad=st.booleans(),
-        sm=st.none() | st.sampled_from([80, 90]),
-        flags=st.frozensets(st.sampled_from(FLAGS)),
-    ),
-)
-def test_more_capable_never_means_more_reasons(capabilities: Capabilities, p: Problem) -> None:
-    everything = Capabilities(dtypes=(torch.float32,))
-    assert reasons_against(everything, p) == []
-    reasons = reasons_against(capabilities, p)
-    wrong = [
-        p.dtype not in capabilities.dtypes,
-        p.HV != p.H and not capabilities.gva,
-        p.varlen and not capabilities.varlen,
-        p.needs_grad and not capabilities.backward,
-        capabilities.max_k is not None and capabilities.max_k < p.K,
-        capabilities.min_sm is not None and (p.sm is None or p.sm < capabilities.min_sm),
-        *(flag not in capabilities.flags for flag in p.flags),
-    ]
-    assert len(reasons) == sum(wrong)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import able
+from support import require
 
 import gdn
 from gdn.testing import Case, gradients, make_inputs, make_output_gradients, with_gradients
@@ -29,8 +29,7 @@ def test_no_tokens_pass_the_state_through(
 ) -> None:
     case = replace(case, dtype=dtype)
     inputs = with_gradients(make_inputs(case, device))
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     o, state = gdn.gated_delta_net(**inputs, backend=backend)
     assert o.shape == (case.B, case.tokens, case.HV, case.V)
     initial = inputs.get("initial_state")
@@ -45,8 +44,7 @@ def test_no_tokens_pass_the_state_through(
 
 def test_final_state_only_when_asked_for(backend: str, device: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(Case("state", T=70, dtype=dtype), device)
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     assert gdn.gated_delta_net(**inputs, backend=backend).final_state is not None
     inputs["output_final_state"] = False
     o, state = gdn.gated_delta_net(**with_gradients(inputs), backend=backend)
@@ -59,8 +57,7 @@ def test_states_of_other_dtypes_come_back_in_float32(backend: str, device: str) 
     inputs["initial_state"] = inputs["initial_state"].bfloat16().requires_grad_()
     for name in ("g", "beta"):
         inputs[name] = inputs[name].bfloat16().requires_grad_()
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     o, state = gdn.gated_delta_net(**inputs, backend=backend)
     assert (o.dtype, state.dtype) == (torch.bfloat16, torch.float32)
     (o.sum() + state.sum()).backward()
@@ -70,8 +67,7 @@ def test_states_of_other_dtypes_come_back_in_float32(backend: str, device: str) 
 
 def test_scale_defaults_to_the_root_of_K(backend: str, device: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(Case("scale", T=70, K=32, dtype=dtype), device)
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     plain = gdn.gated_delta_net(**inputs, backend=backend).o
     given = gdn.gated_delta_net(**inputs, scale=32**-0.5, backend=backend).o
     doubled = gdn.gated_delta_net(**inputs, scale=2 * 32**-0.5, backend=backend).o
@@ -82,8 +78,7 @@ def test_scale_defaults_to_the_root_of_K(backend: str, device: str, dtype: torch
 
 def test_dt_bias_may_be_left_out(backend: str, device: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(Case("bias", T=70, fused=True, dtype=dtype), device)
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     zero = gdn.gated_delta_net(
         **inputs | {"dt_bias": torch.zeros_like(inputs["dt_bias"])}, backend=backend
     )

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gdn import measure
+from gdn.compare import timing
+from gdn.compare.environment import environment
+from gdn.compare.roofline import Ceilings, ceilings, least_step_work, least_work
 from gdn.testing import Case, relative_error
-from gdn.testing_decode import StepCase
-from gdn.work import Ceilings, ceilings, least_step_work, least_work
+from gdn.testing.decode import StepCase
 
 QWEN = Case("model", T=32768, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16, initial_state=False)
 
@@ -59,7 +60,7 @@ def test_relative_error() -> None:
 
 def test_wall_times_tell_slow_from_fast() -> None:
     runs = {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.002)}
-    found = measure.wall_times(runs, torch.device("cpu"), budget=0.2)
+    found = timing.wall_times(runs, torch.device("cpu"), budget=0.2)
     assert 20 <= found["slow"].ms < 200
     assert 2 <= found["fast"].ms < found["slow"].ms
     assert found["fast"].repeats > found["slow"].repeats >= 3
@@ -73,7 +74,7 @@ def test_gpu_times_agree_with_and_without_a_graph() -> None:
     x = torch.randn(2**26, device="cuda")
     y = torch.empty_like(x)
     runs = dict.fromkeys(("graph", "events"), lambda: torch.neg(x, out=y))
-    found = measure.gpu_times(runs, {"graph": True, "events": False}, budget=0.2)
+    found = timing.gpu_times(runs, {"graph": True, "events": False}, budget=0.2)
     assert found["graph"].clock == "graph"
     assert found["events"].clock == "events"
     assert 1 / 3 < found["graph"].ms / found["events"].ms < 3  # the GPU may be shared
@@ -83,17 +84,17 @@ def test_gpu_times_agree_with_and_without_a_graph() -> None:
 
 @pytest.mark.gpu
 def test_backward_alone_fits_in_a_graph() -> None:
-    stream = measure.capture_stream(torch.cuda.current_device())
+    stream = timing.capture_stream(torch.cuda.current_device())
     x = torch.randn(2**24, device="cuda", requires_grad=True)
     with torch.cuda.stream(stream):
         y = x.sin()
     torch.cuda.synchronize()
     runs = {"back": lambda: torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)}
-    assert measure.gpu_times(runs, {"back": True}, budget=0.1)["back"].clock == "graph"
+    assert timing.gpu_times(runs, {"back": True}, budget=0.1)["back"].clock == "graph"
 
 
 def test_the_command_is_written_down_without_places(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--shapes", "16/32:1x8192", "--benchmark-json=/some/where/a.json"]
     monkeypatch.setattr("sys.argv", ["/lib/pytest/__main__.py", *arguments])
-    command = measure.environment(torch.device("cpu"))["command"]
+    command = environment(torch.device("cpu"))["command"]
     assert command == "pytest --shapes 16/32:1x8192 --benchmark-json=a.json"

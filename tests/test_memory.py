@@ -1,11 +1,10 @@
-"""Tensors as `torch.empty` makes them, from `gdn.memory`."""
+"""Tensors as `torch.empty` makes them, from `gdn.backends.common.allocation`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-
-from gdn.memory import allocator
+from gdn.backends.common.allocation import allocator
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), torch.Size((4, 1)), (0, 3, 2), (0,)], ids=str)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from support import able, assert_close
+from support import assert_close, require
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gdn
 from gdn.problem import Call
 from gdn.testing import Case, make_inputs, with_gradients
-from gdn.testing_decode import STEPS, make_step
+from gdn.testing.decode import STEPS, make_step
 
 CASES = [
     Case("dense", T=70, HV=4),
@@ -41,8 +41,7 @@ def test_opcheck(
 ) -> None:
     inputs = make_inputs(replace(case, dtype=dtype), device)
     inputs = with_gradients(inputs) if needs_grad else inputs
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     call = as_call(inputs)
     torch.library.opcheck(torch.ops.gdn.forward.default, (*call, backend, needs_grad))
     with torch.no_grad():
@@ -60,8 +59,7 @@ def test_compiles_into_one_node_without_a_break(
     backend: str, device: str, dtype: torch.dtype, case: Case
 ) -> None:
     inputs = with_gradients(make_inputs(replace(case, dtype=dtype), device))
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     graphs: list[torch.fx.GraphModule] = []
 
     def record(graph: torch.fx.GraphModule, _: object) -> Any:
@@ -89,8 +87,7 @@ def test_autocast_casts_q_k_v_alone(backend: str, device: str) -> None:
     inputs = with_gradients(make_inputs(Case("autocast", T=70), device))
     low = dict(inputs)
     low |= {name: inputs[name].detach().bfloat16().requires_grad_() for name in ("q", "k", "v")}
-    if not able(backend, low):
-        return
+    require(backend, low)
     with torch.autocast(device, torch.bfloat16):
         o, state = gdn.gated_delta_net(**inputs, backend=backend)
         (o.float().sum() + state.sum()).backward()
@@ -103,8 +100,7 @@ def test_autocast_casts_q_k_v_alone(backend: str, device: str) -> None:
 
 def test_no_grad_keeps_nothing_for_backward(backend: str, device: str, dense: Case) -> None:
     inputs = with_gradients(make_inputs(dense, device))
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             assert not gdn.gated_delta_net(**inputs, backend=backend).o.requires_grad
@@ -114,8 +110,7 @@ def test_no_grad_keeps_nothing_for_backward(backend: str, device: str, dense: Ca
 def test_gradients_only_where_asked_for(backend: str, device: str, dense: Case) -> None:
     inputs = make_inputs(dense, device)
     inputs["k"].requires_grad_()
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     expected = with_gradients(make_inputs(dense, device))
     for kwargs in (inputs, expected):
         gdn.gated_delta_net(**kwargs, backend=backend).o.sum().backward()
@@ -125,8 +120,7 @@ def test_gradients_only_where_asked_for(backend: str, device: str, dense: Case) 
 
 def test_double_backward_is_refused_clearly(backend: str, device: str, dense: Case) -> None:
     inputs = with_gradients(make_inputs(dense, device))
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     o = gdn.gated_delta_net(**inputs, backend=backend).o
     (dq,) = torch.autograd.grad(o.square().sum(), inputs["q"], create_graph=True)
     with pytest.raises(RuntimeError, match="no double backward"):
@@ -214,8 +208,7 @@ def test_whoever_watches_sees_the_op(device: str) -> None:
 def test_a_plain_call_is_the_op(backend: str, device: str, dense: Case) -> None:
     """The same bits, whether or not PyTorch's dispatcher was passed by."""
     inputs = make_inputs(dense, device)
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     plain = gdn.gated_delta_net(**inputs, backend=backend)
     with Seen() as seen:
         watched = gdn.gated_delta_net(**inputs, backend=backend)
@@ -227,8 +220,7 @@ def test_checkpointing_gives_the_same_gradients(backend: str, device: str, dense
     from torch.utils.checkpoint import checkpoint
 
     inputs = with_gradients(make_inputs(dense, device))
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
 
     def function(v: torch.Tensor) -> torch.Tensor:
         return gdn.gated_delta_net(**inputs | {"v": v}, backend=backend).o.square().sum()
@@ -248,8 +240,7 @@ def test_is_captured_in_a_cuda_graph(backend: str) -> None:
         pytest.skip("does not claim CUDA graphs")
     case = Case("graph", T=200, HV=4, dtype=torch.bfloat16)
     inputs = with_gradients(make_inputs(case, "cuda"))
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     leaves = [inputs[name] for name in NAMES[:6]]
 
     def step() -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import able
+from support import require
 from torch import Tensor
 
 import gdn
@@ -40,8 +40,7 @@ def test_segments_chained_through_the_state_equal_the_whole(
     backend: str, device: str, case: Case, split: int
 ) -> None:
     inputs = make_inputs(case, device)
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     whole = gdn.gated_delta_net(**inputs, backend=backend)
     first = gdn.gated_delta_net(**cut(inputs, 0, split), backend=backend)
     rest = cut(inputs, split, T, initial_state=first.final_state)
@@ -53,8 +52,7 @@ def test_segments_chained_through_the_state_equal_the_whole(
 def test_packed_equals_one_by_one(backend: str, device: str, dtype: torch.dtype) -> None:
     case = Case("packed", lengths=(5, 64, 0, 100), HV=4, dtype=dtype)
     inputs = make_inputs(case, device)
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     packed = gdn.gated_delta_net(**inputs, backend=backend)
     bounds = inputs.pop("cu_seqlens").tolist()
     for n, (start, end) in enumerate(itertools.pairwise(bounds)):
@@ -66,8 +64,7 @@ def test_packed_equals_one_by_one(backend: str, device: str, dtype: torch.dtype)
 
 def test_a_batch_slot_depends_on_itself_alone(backend: str, device: str, case: Case) -> None:
     inputs = make_inputs(case, device)
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     before = gdn.gated_delta_net(**inputs, backend=backend)
     other = make_inputs(case, device, seed=9)
     for name in (*TOKENS, "initial_state"):
@@ -80,8 +77,7 @@ def test_a_batch_slot_depends_on_itself_alone(backend: str, device: str, case: C
 
 def test_nan_stays_in_its_sequence(backend: str, device: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(Case("nan", lengths=(70, 3, 130), dtype=dtype), device)
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     clean = gdn.gated_delta_net(**inputs, backend=backend)
     inputs["v"][:, 71] = torch.nan
     got = gdn.gated_delta_net(**inputs, backend=backend)
@@ -93,8 +89,7 @@ def test_nan_stays_in_its_sequence(backend: str, device: str, dtype: torch.dtype
 def test_without_writing_the_state_only_decays(backend: str, device: str, case: Case) -> None:
     inputs = make_inputs(case, device)
     inputs["beta"] = torch.zeros_like(inputs["beta"])
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     got = gdn.gated_delta_net(**inputs, backend=backend)
     decay = inputs["g"].double().cumsum(1).exp()
     state = inputs["initial_state"].double()
@@ -105,8 +100,7 @@ def test_without_writing_the_state_only_decays(backend: str, device: str, case: 
 
 def test_is_linear_in_v_from_a_zero_state(backend: str, device: str, case: Case) -> None:
     inputs = make_inputs(case, device) | {"initial_state": None}
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     other = make_inputs(case, device, seed=5)["v"]
 
     def out(v: Tensor) -> Tensor:
@@ -117,8 +111,7 @@ def test_is_linear_in_v_from_a_zero_state(backend: str, device: str, case: Case)
 
 def test_repeated_runs_are_bit_equal(backend: str, device: str, case: Case) -> None:
     inputs = with_gradients(make_inputs(case, device))
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     if not next(i for i in gdn.list_backends() if i.name == backend).capabilities.deterministic:
         pytest.skip("does not claim to be deterministic")
 
@@ -135,8 +128,7 @@ def test_repeated_runs_are_bit_equal(backend: str, device: str, case: Case) -> N
 
 def test_strided_and_expanded_inputs_give_the_same(backend: str, device: str, case: Case) -> None:
     inputs = make_inputs(case, device)
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     plain = gdn.gated_delta_net(**inputs, backend=backend)
     strided = dict(inputs)
     for name in ("q", "k", "v", "g", "beta", "initial_state"):
@@ -156,8 +148,7 @@ def test_strided_and_expanded_inputs_give_the_same(backend: str, device: str, ca
 def test_nothing_is_written_to_the_inputs(backend: str, device: str, dtype: torch.dtype) -> None:
     case = Case("packed", lengths=(70, 3), fused=True, dtype=dtype)
     inputs = with_gradients(make_inputs(case, device))
-    if not able(backend, inputs):
-        return
+    require(backend, inputs)
     copies = {n: x.detach().clone() for n, x in inputs.items() if isinstance(x, Tensor)}
     o, state = gdn.gated_delta_net(**inputs, backend=backend)
     (o.sum() + state.sum()).backward()

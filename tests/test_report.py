@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from gdn import cli, readme, report, results
+from report import __main__ as command_line
+from report import page as report
+from report import readme
+from report import rows as results
 
 ROOT = Path(__file__).resolve().parents[1]
 ABOUT = {
@@ -124,16 +126,16 @@ def test_regressions_list_slower_rows_and_fail(
     del worse["benchmarks"][2]
     new = file.with_name("new.json")
     new.write_text(json.dumps(worse))
-    assert cli.main(["report", str(new), "--against", str(file)]) == 1
+    assert command_line.main([str(new), "--against", str(file)]) == 1
     out = capsys.readouterr().out
     assert "prefill 2/4:1x64 model fwd mine: 0.167 -> 0.250 ms, 50 % slower" in out
     assert "1 rows slower" in out
-    assert cli.main(["report", str(file), "--against", str(file)]) == 0
+    assert command_line.main([str(file), "--against", str(file)]) == 0
 
 
 def test_the_page_is_one_file_and_shows_what_was_not_timed(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert cli.main(["report", str(file), "--out", str(tmp_path / "out")]) == 0
+    assert command_line.main([str(file), "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert "http" not in page
     assert "a &lt;GPU&gt;" in page
@@ -152,7 +154,7 @@ def test_sections_of_a_document_are_rewritten(file: Path, tmp_path: Path) -> Non
     names = ("speed", "standing", "cold start", "plot latency")
     marked = "".join(f"<!-- gdn report: run.json {name} -->\nstale\n{end}\n" for name in names)
     document.write_text(f"before\n{marked}{later}after\n")
-    assert cli.main(["report", "--readme", str(document)]) == 0
+    assert command_line.main(["--document", str(document)]) == 0
     text = document.read_text()
     assert text.count("stale") == 1
     assert text.endswith(f"{later}after\n")
@@ -162,21 +164,21 @@ def test_sections_of_a_document_are_rewritten(file: Path, tmp_path: Path) -> Non
     assert (tmp_path / "run-latency.png").read_bytes().startswith(b"\x89PNG")
     assert readme.rewritten(document) == text
     document.write_text(f"<!-- gdn report: run.json nothing -->\n{end}")
-    assert cli.main(["report", "--readme", str(document)]) == 2
+    assert command_line.main(["--document", str(document)]) == 2
 
 
 def test_what_is_no_result_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty.json"
     empty.write_text("{}")
-    assert cli.main(["report", str(empty)]) == 2
+    assert command_line.main([str(empty)]) == 2
     assert "holds no rows" in capsys.readouterr().err
-    assert cli.main(["report"]) == 2
+    assert command_line.main([]) == 2
 
 
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="not in a checkout")
 def test_the_numbers_of_the_readme_are_those_of_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text()
-    assert readme.rewritten(ROOT / "README.md") == text, "run gdn report --readme"
+    assert readme.rewritten(ROOT / "README.md") == text, "run python -m bench.report --document"
     for picture in readme.pictures(ROOT / "README.md"):
         assert picture.path.exists()
 

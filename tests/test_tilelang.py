@@ -25,10 +25,12 @@ tilelang = pytest.importorskip("tilelang")
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
 
-from gdn.backends.tilelang import forward, launch, rounds  # noqa: E402
-from gdn.backends.tilelang.backward import Backward  # noqa: E402
-from gdn.backends.tilelang.forward import Plan, cut, saved_shapes  # noqa: E402
-from gdn.backends.tilelang.prepare import PROGRAMS  # noqa: E402
+from gdn.backends.tilelang import arguments  # noqa: E402
+from gdn.backends.tilelang import memory_rounds as rounds  # noqa: E402
+from gdn.backends.tilelang.backward.plan import BackwardPass  # noqa: E402
+from gdn.backends.tilelang.forward import plan as forward_plan  # noqa: E402
+from gdn.backends.tilelang.forward.plan import ForwardPass, cut, saved_shapes  # noqa: E402
+from gdn.backends.tilelang.forward.prepare import PROGRAMS  # noqa: E402
 from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH  # noqa: E402
 
 SMALL = Case("dense", T=64, B=2, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16)
@@ -44,9 +46,9 @@ PLANS = {
 }
 
 
-def plan_of(case: Case, device: str = "meta") -> tuple[Plan, Call]:
+def plan_of(case: Case, device: str = "meta") -> tuple[ForwardPass, Call]:
     call = Call(**{"scale": 0.125} | make_inputs(case, device))
-    return Plan(call), call
+    return ForwardPass(call), call
 
 
 def verdict(kernel: Any, folder: Path, to: str = "-cubin") -> str:
@@ -91,14 +93,14 @@ def test_programs_of_prepare_fit_beside_each_other(name: str) -> None:
     plan, call = plan_of(PLANS[name])
     host = plan.kernels(save=True)[0].adapter.get_host_source()
     given = int(re.findall(r"v_int64\) = \(\(int64_t\)(\d+)\)", host)[-1])
-    together = PROGRAMS[launch.dtype_name(call.q)]
+    together = PROGRAMS[arguments.dtype_name(call.q)]
     assert together * (given + 2048) <= 228 * 1024  # a KB for its barriers, one for the driver
 
 
 @pytest.mark.parametrize("name", ["many", "packed", "cut"])
 def test_backward_neither_spills_nor_serialises(name: str, tmp_path: Path) -> None:
     _, call = plan_of(PLANS[name])
-    *walks, gradients = Backward(call).kernels(initial=True, final=True)
+    *walks, gradients = BackwardPass(call).kernels(initial=True, final=True)
     for kernel in (*walks, gradients):
         said = verdict(kernel, tmp_path)
         assert_registers_suffice(kernel.get_kernel_source(), said)
@@ -112,7 +114,7 @@ def test_walks_have_the_fences_that_they_place_and_no_other(tmp_path: Path) -> N
     """TileLang's are in the CUDA, and nothing to the compiler (`fences.py`)."""
     plan, call = plan_of(SMALL)
     _, scan = plan.kernels(save=False)
-    _, states, reverse_scan, _ = Backward(call).kernels(initial=True, final=True)
+    _, states, reverse_scan, _ = BackwardPass(call).kernels(initial=True, final=True)
     for kernel in (scan, states, reverse_scan):
         source = kernel.get_kernel_source()
         placed = source.count("    gdn_fence();")
@@ -138,8 +140,8 @@ def test_kernels_are_read_in_turn_and_compiled_side_by_side(
         return name
 
     monkeypatch.setattr(tilelang, "compile", compile_)
-    job = launch.kernel(builder)
-    assert launch.together(*((job, {"name": name}) for name in "abc")) == ["a", "b", "c"]
+    job = compiling.kernel(builder)
+    assert compiling.together(*((job, {"name": name}) for name in "abc")) == ["a", "b", "c"]
 
 
 def test_pieces_and_warpgroups_follow_from_shapes_alone() -> None:
@@ -228,10 +230,10 @@ def test_pieces_walked_at_the_same_time(
 ) -> None:
     inputs = make_inputs(case, "cuda")
     if halved:
-        monkeypatch.setattr(forward, "HALF", 1)
+        monkeypatch.setattr(forward_plan, "HALF", 1)
     else:
         inputs = with_gradients(inputs)
-    assert Plan(Call(**{"scale": 1.0} | inputs)).cuts[not halved][0] is not None
+    assert ForwardPass(Call(**{"scale": 1.0} | inputs)).cuts[not halved][0] is not None
     expected = truth(case)
     for name, value in run("tilelang", case, inputs, "cuda").items():
         # not element by element: where little decays they are not of order 1

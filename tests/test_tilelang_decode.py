@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from gdn.problem import Step
-from gdn.testing_decode import STEPS, StepCase, make_step
+from gdn.testing.decode import STEPS, StepCase, as_step, make_step
 
 tilelang = pytest.importorskip("tilelang")
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
 
-from gdn.backends.tilelang.decode import StepPlan, decode_kernel  # noqa: E402
-from gdn.backends.tilelang.launch import TARGET  # noqa: E402
+from gdn.backends.tilelang.compile import TARGET  # noqa: E402
+from gdn.backends.tilelang.decode.kernel import DecodePlan, decode_kernel  # noqa: E402
 
 NO_SPILLS = ["-Xptxas", "--warn-on-spills,--warning-as-error"]
 LAYERS = [
@@ -35,9 +35,9 @@ UNALIGNED = StepCase("unaligned", B=2, padding=3, dtype=torch.float16, state_v_f
 CASES = {case.name: case for case in (*LAYERS, DRAFTED, UNALIGNED)}
 
 
-def plan_of(case: StepCase) -> tuple[StepPlan, Step]:
-    step = Step(**{"scale": 0.125} | make_step(case))
-    return StepPlan(step), step
+def plan_of(case: StepCase) -> tuple[DecodePlan, Step]:
+    step = as_step(make_step(case))
+    return DecodePlan(step), step
 
 
 @pytest.mark.parametrize("name", CASES)

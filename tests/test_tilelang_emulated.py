@@ -21,13 +21,17 @@ from support import assert_close, run, truth
 
 import gdn
 from gdn.testing import CASES, Case, make_inputs, with_gradients
-from gdn.testing_decode import STEPS
+from gdn.testing.decode import STEPS
 
 pytest.importorskip("tilelang")
 if shutil.which("nvcc") is None or shutil.which("g++") is None:
     pytest.skip("no nvcc or no g++", allow_module_level=True)
 
-from gdn.backends.tilelang import TileLangBackend, backward, decode, forward, launch, rounds
+from gdn.backends.tilelang import TileLangBackend, streams
+from gdn.backends.tilelang import memory_rounds as rounds
+from gdn.backends.tilelang.backward import plan as backward
+from gdn.backends.tilelang.decode import kernel as decode
+from gdn.backends.tilelang.forward import plan as forward
 from test_agreement import same_dtype  # noqa: F401
 
 from gdn.problem import Call
@@ -81,7 +85,7 @@ def world(
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(launch, "_aside", lambda device: stream)
+    monkeypatch.setattr(streams, "_aside", lambda device: stream)
     monkeypatch.setattr(backward, "processors", lambda device: 3)  # a program takes many chunks
     monkeypatch.setattr(forward, "shares", three_programs)
 

@@ -17,7 +17,7 @@ from support import assert_close, run, truth
 import gdn
 from gdn import dispatch
 from gdn.testing import Case, make_inputs, run_definition, with_gradients
-from gdn.testing_decode import StepCase, make_step
+from gdn.testing.decode import StepCase, make_step
 
 pytest.importorskip("triton")
 
@@ -52,17 +52,17 @@ PARALLEL = (
 def test_pieces_walked_in_parallel(
     monkeypatch: pytest.MonkeyPatch, case: Case, dtype: torch.dtype, device: str
 ) -> None:
-    from gdn import cut
+    from gdn.backends.common import chunking
 
-    monkeypatch.setattr(cut, "LEAST", 1)
-    monkeypatch.setattr(cut, "processors", lambda device: 10**4)
+    monkeypatch.setattr(chunking, "LEAST", 1)
+    monkeypatch.setattr(chunking, "processors", lambda device: 10**4)
     monkeypatch.setattr(dispatch, "_chosen", {})
     case = replace(case, dtype=dtype)
     inputs = with_gradients(make_inputs(case, device))
     expected = truth(case)
     got = run("triton", case, inputs, device)
-    (backend,) = dispatch._chosen.values()
-    assert backend.plan.length == 64
+    plans = [chosen.plan for chosen in dispatch._chosen.values()]
+    assert {plan.length for plan in plans} == {64}
     for name, value in got.items():
         assert_close(name, value, expected[name], dtype)
 
@@ -72,9 +72,8 @@ def test_launches_without_triton_pass_every_argument_in_order(
 ) -> None:
     """A launch goes by position: pointers, scale, sizes, then the constants, in the kernel's
     order."""
+    from gdn.backends.common import chunking
     from gdn.backends.triton.launch import Stage
-
-    from gdn import cut
 
     seen, launch = set(), Stage.run
 
@@ -85,8 +84,8 @@ def test_launches_without_triton_pass_every_argument_in_order(
         seen.add(self.kernel.fn.__name__)
         return launch(self, *args)
 
-    monkeypatch.setattr(cut, "LEAST", 1)
-    monkeypatch.setattr(cut, "processors", lambda device: 10**4)
+    monkeypatch.setattr(chunking, "LEAST", 1)
+    monkeypatch.setattr(chunking, "processors", lambda device: 10**4)
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(Stage, "run", record)
     case = replace(PARALLEL[0], T=193, B=1, HV=1)

@@ -8,8 +8,8 @@ import os
 import torch
 from torch import Tensor
 
-from gdn.backend import Backend, Capabilities, Forward, Gradients
-from gdn.problem import Call, Problem, Step
+from gdn.backend import Backend, Capabilities, Plan
+from gdn.problem import FLAGS, Call, Problem, Step
 
 
 class FlaBackend(Backend):
@@ -34,8 +34,14 @@ class FlaBackend(Backend):
         devices=("cuda",),
         min_sm=80,
         max_k=256,
+        gva=True,
+        varlen=True,
+        initial_state=True,
+        backward=True,
+        deterministic=True,
+        cuda_graph=True,
+        flags=frozenset(FLAGS),
         decode=(torch.float32, torch.bfloat16),
-        speculative=False,
     )
     priority = 200
 
@@ -63,26 +69,14 @@ class FlaBackend(Backend):
         return "Triton + TileLang" if problem.needs_grad and _tilelang_part() else "Triton"
 
     def saved_like(self, call: Call) -> list[Tensor]:
-        from .autograd import saved_like
+        from .prefill import saved_like
 
         return saved_like(call)
 
-    def forward(self, call: Call, save: bool) -> Forward:
-        from .autograd import forward, forward_only
+    def plan(self, call: Call | Step) -> Plan:
+        from .plan import FlaPlan
 
-        return forward(call) if save else forward_only(call)
-
-    def backward(
-        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
-    ) -> Gradients:
-        from .autograd import backward
-
-        return backward(call, saved, grad_o, grad_final_state)
-
-    def decode(self, step: Step) -> Tensor:
-        from .decode import decode
-
-        return decode(step)
+        return FlaPlan()
 
 
 def _tilelang_part() -> bool:

@@ -14,16 +14,16 @@ from gdn.problem import Step
 
 def _live_tokens(step: Step, live: Tensor) -> Tensor:
     """[B, T, 1, 1]: whether each token's sequence is live."""
-    B, T = step.q.shape[:2]
-    if step.cu_seqlens is None:
+    B, T = step.call.q.shape[:2]
+    if step.call.cu_seqlens is None:
         return live.view(B, 1, 1, 1)
     tokens = torch.arange(T, device=live.device)
-    owner = torch.searchsorted(step.cu_seqlens[1:].contiguous(), tokens, right=True)
+    owner = torch.searchsorted(step.call.cu_seqlens[1:].contiguous(), tokens, right=True)
     return live[owner].view(1, T, 1, 1)
 
 
 def decode(step: Step) -> Tensor:
-    """See `gdn.backend.Backend.decode`."""
+    """See `gdn.backend.Plan.decode`."""
     call, pool, slots = step.call, step.state, step.state_indices
     options: dict[str, Any] = call._asdict()
     live = None

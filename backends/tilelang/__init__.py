@@ -16,13 +16,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdn.backend import Backend, Capabilities, Forward, Gradients
-from gdn.problem import Call, Problem, Step
+from gdn.backend import Backend, Capabilities, Plan
+from gdn.problem import FLAGS, Call, Problem, Step
 
 
 class TileLangBackend(Backend):
@@ -37,13 +36,18 @@ class TileLangBackend(Backend):
         min_sm=90,
         max_sm=90,
         head_dims=(64, 128),
+        gva=True,
+        varlen=True,
+        initial_state=True,
+        backward=True,
+        deterministic=True,
+        cuda_graph=True,
+        resets=True,
+        flags=frozenset(FLAGS),
         decode=(torch.float32, torch.bfloat16),
+        speculative=True,
     )
     priority = 400
-
-    def __init__(self, plan: Any = None) -> None:
-        self.plan = plan
-        self.back: Any = None
 
     def unavailable(self) -> str | None:
         """Also where there is no nvcc, which compiles the kernels."""
@@ -52,51 +56,19 @@ class TileLangBackend(Backend):
     def path(self, problem: Problem) -> str:
         return "TileLang"
 
-    def bind(self, call: Call | Step) -> TileLangBackend:
-        if isinstance(call, Step):
-            from .decode import StepPlan
-
-            return TileLangBackend(StepPlan(call))
-        from .forward import Plan
-
-        return TileLangBackend(Plan(call))
-
-    def _backward(self, call: Call) -> Any:
-        """What backward calls have in common; its kernels are not read before they are needed."""
-        if self.back is None:
-            from .backward import Backward
-
-            self.back = Backward(call)
-        return self.back
-
-    def warm(self, call: Call | Step, backward: bool) -> None:
-        if isinstance(call, Step):
-            self.plan.run(self.plan.wide)
-            return
-        self.plan.kernels(save=backward)
-        if backward:
-            for final in {False, call.output_final_state}:
-                self._backward(call).kernels(call.initial_state is not None, final)
-
     def saved_like(self, call: Call) -> list[Tensor]:
-        from .forward import saved_shapes
+        from .forward.plan import saved_shapes
 
         return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(call)]
 
-    def forward(self, call: Call, save: bool) -> Forward:
-        found: Forward = self.plan.forward(call, save)
-        return found
+    def plan(self, call: Call | Step) -> Plan:
+        if isinstance(call, Step):
+            from .decode.kernel import DecodePlan
 
-    def backward(
-        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
-    ) -> Gradients:
-        back = self._backward(call)
-        found: Gradients = back.backward(call, saved, grad_o, grad_final_state)
-        return found
+            return DecodePlan(call)
+        from .plan import PrefillPlan
 
-    def decode(self, step: Step) -> Tensor:
-        o: Tensor = self.plan.decode(step)
-        return o
+        return PrefillPlan(call)
 
 
 def _has_nvcc() -> bool:

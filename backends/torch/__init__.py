@@ -6,15 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gdn.backend import Backend, Capabilities, Forward, Gradients
-from gdn.problem import Call, Step
+from gdn.backend import Backend, Capabilities, Forward, Gradients, Plan
+from gdn.problem import FLAGS, Call, Step
 
-from .autograd import backward, forward, saved_like
+from .chunk_loop import backward, forward, saved_like
 from .decode import decode
 
 
 class TorchBackend(Backend):
-    """`autograd.py` walks over the chunks, `chunk.py` computes one, `layout.py` finds its tokens.
+    """`chunk_loop.py` goes over the chunks, `chunk.py` computes one, `layout.py` finds its tokens.
 
     `operands`, if given, is the dtype that matrix products round to, in place of the default: the
     call's dtype on a GPU, the compute dtype on a CPU.
@@ -24,8 +24,16 @@ class TorchBackend(Backend):
     summary = "chunked PyTorch, any device"
     capabilities = Capabilities(
         dtypes=(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-        decode=(torch.float32, torch.bfloat16, torch.float64),
+        gva=True,
+        varlen=True,
+        initial_state=True,
+        backward=True,
+        deterministic=True,
         cuda_graph=False,  # its triangular solve is not promised to be capturable
+        resets=True,
+        flags=frozenset(FLAGS),
+        decode=(torch.float32, torch.bfloat16, torch.float64),
+        speculative=True,
     )
     priority = 100
 
@@ -34,6 +42,16 @@ class TorchBackend(Backend):
 
     def saved_like(self, call: Call) -> list[Tensor]:
         return saved_like(call)
+
+    def plan(self, call: Call | Step) -> TorchPlan:
+        return TorchPlan(self.operands)
+
+
+class TorchPlan(Plan):
+    """The same for every call: nothing is worked out ahead."""
+
+    def __init__(self, operands: torch.dtype | None) -> None:
+        self.operands = operands
 
     def forward(self, call: Call, save: bool) -> Forward:
         return forward(call, save, self.operands)

@@ -2,7 +2,8 @@
 gdn.definition.activate).
 
 y = r x,  r = 1 / sqrt(sum x^2 + eps)            dx = r (dy - y (y . dy))
-g = -exp(A_log) softplus(x),  x = raw + dt_bias  dx = -exp(A_log) sigmoid(x) dg,  dA_log = sum g dg
+g = -exp(A_log) softplus(x),  x = raw + dt_bias  dx = g sigmoid(x) / softplus(x) dg
+                                                 dA_log = sum g dg
 beta = c sigmoid(x)                              dx = beta (1 - beta / c) dbeta
 """
 
@@ -11,9 +12,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gdn.definition import L2_EPS, log_decay, write_strength
+from gdn.definition import L2_EPS, gate_floor, log_decay, write_strength
 from gdn.problem import Call
 
 
@@ -40,14 +42,20 @@ def deactivate(call: Call, dq: Tensor, dk: Tensor, dg: Tensor, dbeta: Tensor) ->
     """From gradients of the activated q, k [m, C, H, K] and g, beta [m, C, HV] to those of the
     call's raw ones."""
     dA_log = ddt_bias = None
+    g = call.g.to(dg.dtype)
+    if call.A_log is not None:
+        g = log_decay(g, call.A_log, call.dt_bias)
+    dg = dg.masked_fill(g <= gate_floor(dg.dtype), 0)
     if call.use_qk_l2norm_in_kernel:
         dq, dk = _through_l2_norm(call.q, dq), _through_l2_norm(call.k, dk)
     if call.use_gate_in_kernel:
         assert call.A_log is not None  # validated
         raw = call.g.to(dg.dtype)
-        dA_log = (log_decay(raw, call.A_log, call.dt_bias) * dg).sum((0, 1))
         x = raw if call.dt_bias is None else raw + call.dt_bias.to(raw)
-        dg = -call.A_log.to(raw).exp() * torch.sigmoid(x) * dg
+        dlog = g * dg
+        dA_log = dlog.sum((0, 1))
+        ratio = torch.sigmoid(x) / F.softplus(x.clamp(min=-40.0))
+        dg = torch.where(x < -40.0, 1.0, ratio) * dlog
         ddt_bias = None if call.dt_bias is None else dg.sum((0, 1))
     if call.use_beta_sigmoid_in_kernel:
         beta = write_strength(call.beta.to(dbeta.dtype), call.allow_neg_eigval)

@@ -98,9 +98,11 @@ def _parts(chunk: Chunk, S: Tensor) -> _Parts:
     q, k, v, g, beta, scale, operands = chunk
     groups, C = g.shape[2:]
     above = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
-    G = g.cumsum(-1)
-    decay, to_end = G.exp()[..., None], (G[..., -1:] - G).exp()[..., None]
-    L = (G[..., :, None] - G[..., None, :]).masked_fill_(above, -torch.inf).exp_()
+    # nothing else rounds as much as G_i - G_j does if both are float32 sums of many gates
+    G = g.cumsum(-1, dtype=g.dtype if g.device.type == "mps" else torch.float64)
+    total, to_end = G[..., -1].exp().to(g), (G[..., -1:] - G).to(g).exp_()[..., None]
+    decay = G.exp().to(g)[..., None]
+    L = (G[..., :, None] - G[..., None, :]).to(g).masked_fill_(above, -torch.inf).exp_()
 
     kq = torch.cat([k, q], 2)
     kk, qk = product(kq, k.mT, operands)[:, :, None].chunk(2, -2)
@@ -111,7 +113,7 @@ def _parts(chunk: Chunk, S: Tensor) -> _Parts:
     P = L * (scale * qk)
     E = split_heads(v, groups) - KS
     U = solve(M, beta[..., None] * E)
-    return _Parts(kq, decay, to_end, G[..., -1].exp(), L, kk, M, P, KS, QS, E, U)
+    return _Parts(kq, decay, to_end, total, L, kk, M, P, KS, QS, E, U)
 
 
 def _decay_state(total: Tensor, S: Tensor) -> Tensor:

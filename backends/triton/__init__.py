@@ -9,13 +9,12 @@ are launched, `autograd.py` in what order. `decode.py` is the serving step.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdn.backend import Backend, Capabilities, Forward, Gradients
-from gdn.problem import Call, Problem, Step
+from gdn.backend import Backend, Capabilities, Plan
+from gdn.problem import FLAGS, Call, Problem, Step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -33,44 +32,35 @@ class TritonBackend(Backend):
         min_sm=None if INTERPRETED else 80,
         max_k=256,
         max_v=256,
+        gva=True,
+        varlen=True,
+        initial_state=True,
+        backward=True,
+        deterministic=True,
         cuda_graph=not INTERPRETED,
+        resets=True,
+        flags=frozenset(FLAGS),
         decode=(torch.float32, torch.bfloat16),
+        speculative=True,
     )
     priority = None if INTERPRETED else 300
 
     def path(self, problem: Problem) -> str:
         return "interpreter" if INTERPRETED else "Triton"
 
-    def __init__(self, plan: Any = None) -> None:
-        self.plan = plan
-
-    def bind(self, call: Call | Step) -> TritonBackend:
-        if isinstance(call, Step):
-            from .decode import StepPlan
-
-            return TritonBackend(StepPlan(call))
-        from .autograd import Plan
-
-        return TritonBackend(Plan(call))
-
     def saved_like(self, call: Call) -> list[Tensor]:
-        from .autograd import saved_shapes
+        from .plan import saved_shapes
 
         return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(call)]
 
-    def forward(self, call: Call, save: bool) -> Forward:
-        found: Forward = self.plan.forward(call, save)
-        return found
+    def plan(self, call: Call | Step) -> Plan:
+        if isinstance(call, Step):
+            from .decode import DecodePlan
 
-    def backward(
-        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
-    ) -> Gradients:
-        found: Gradients = self.plan.backward(call, saved, grad_o, grad_final_state)
-        return found
+            return DecodePlan(call)
+        from .plan import PrefillPlan
 
-    def decode(self, step: Step) -> Tensor:
-        o: Tensor = self.plan.decode(step)
-        return o
+        return PrefillPlan(call)
 
 
 BACKEND = TritonBackend()

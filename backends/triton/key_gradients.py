@@ -23,6 +23,7 @@ import triton.language as tl
 
 from .tiles import (
     FACTORS,
+    FLOOR,
     LOG_DECAY,
     NORM_K,
     NORM_Q,
@@ -37,6 +38,8 @@ from .tiles import (
     load_state,
     load_sums,
     locate,
+    log_decay,
+    log_decay_slope,
     narrow,
     store_rows,
     store_scalars,
@@ -127,16 +130,18 @@ def key_gradients_kernel(
         # the written ones summed under a mask: an inclusive sum less its last term would cancel
         dg_t += tl.sum(tl.where(row > column, written[None, :], 0.0), axis=1)
         dg_t += tl.exp(total) * carried
-        dg_t = tl.where(live, dg_t, 0.0)
+        raw = load_scalars(g, start, count, head, HV, C)
+        step = raw
         if GATE:
-            raw = load_scalars(g, start, count, head, HV, C)
             if BIAS:
                 raw += tl.load(dt_bias + head).to(tl.float32)
-            rate = tl.exp(tl.load(A_log + head).to(tl.float32))
-            earlier = factors + (block * FACTORS + LOG_DECAY) * C + tl.arange(0, C) - 1
-            steps = decay - tl.load(earlier, mask=tl.arange(0, C) > 0, other=0.0)
-            tl.store(dA_log + block, tl.sum(steps * dg_t))
-            dg_t *= -rate * tl.sigmoid(raw)
+            rate = tl.load(A_log + head).to(tl.float32)
+            step = log_decay(raw, rate)
+        reset = step <= FLOOR  # where prepare has clamped
+        dg_t = tl.where(live & ~reset, dg_t, 0.0)
+        if GATE:
+            tl.store(dA_log + block, tl.sum(tl.where(reset, 0.0, step * dg_t)))
+            dg_t = tl.where(reset, 0.0, dg_t * log_decay_slope(raw, rate))
             if BIAS:
                 tl.store(ddt_bias + block, tl.sum(dg_t))
         if SIGMOID:

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .cut import BLOCK
+from .piece_length import BLOCK
 from .tiles import INTERPRETED
 
 WALKS = ("scan_kernel", "reverse_scan_kernel", "carry_kernel", "decode_kernel")

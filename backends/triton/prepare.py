@@ -19,6 +19,7 @@ from .tiles import (
     A_V,
     EPS,
     FACTORS,
+    FLOOR,
     INVERSE,
     LOG_DECAY,
     MATRICES,
@@ -36,7 +37,7 @@ from .tiles import (
     load_rows,
     load_scalars,
     locate,
-    softplus,
+    log_decay,
     store_factor,
     store_matrix,
     strictly_lower,
@@ -76,7 +77,8 @@ def prepare_kernel(
     if GATE:
         if BIAS:
             step += tl.load(dt_bias + head).to(tl.float32)
-        step = -tl.exp(tl.load(A_log + head).to(tl.float32)) * softplus(step)
+        step = log_decay(step, tl.load(A_log + head).to(tl.float32))
+    step = tl.where(step < FLOOR, FLOOR, step)  # so that sums keep their digits; NaN stays
     step = tl.where(live, step, 0.0)  # so that G stays at its last value past the end
     # in float32 nothing else rounds as much as G_i - G_j does if both are sums of many gates
     wide: tl.constexpr = tl.float64 if dtype == tl.float32 else tl.float32

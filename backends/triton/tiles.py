@@ -19,9 +19,10 @@ import os
 import triton
 import triton.language as tl
 
-from gdn.definition import L2_EPS
+from gdn.definition import GATE_FLOOR, L2_EPS
 
 EPS = tl.constexpr(L2_EPS)
+FLOOR = tl.constexpr(GATE_FLOOR)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 PRECISION = tl.constexpr("ieee" if INTERPRETED.value else "bf16x6")
 FACTORS = tl.constexpr(7)
@@ -207,10 +208,19 @@ def load_state(
 
 
 @triton.jit
-def softplus(x):
-    """log(1 + e^x), exact for large and for very negative x."""
+def log_decay(x, A_log):
+    """-exp(A_log) softplus(x). With y = e^-|x|, softplus(x) is x + log(1 + y) or, below zero, e^x
+    times log(1 + y) / y; that e^x goes into the other exponential, since one factor may overflow
+    where the other vanishes."""
     y = tl.exp(-tl.abs(x))
-    return tl.maximum(x, 0.0) + tl.where(y < 1e-4, y - y * y / 2, tl.log(1 + y))
+    below = tl.where(y < 1e-4, 1 - y / 2, tl.log(1 + y) / y)
+    return -tl.exp(A_log + tl.minimum(x, 0.0)) * tl.where(x > 0, x + tl.log(1 + y), below)
+
+
+@triton.jit
+def log_decay_slope(x, A_log):
+    """Its derivative, -exp(A_log) sigmoid(x)."""
+    return -tl.exp(A_log + tl.minimum(x, 0.0)) / (1 + tl.exp(-tl.abs(x)))
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn.backend import Backend, Capabilities, Forward
+from gdn.backend import Backend, Capabilities, Forward, Plan
 from gdn.problem import Call, Problem, Step
 
 FUSED = {"use_gate_in_kernel", "use_beta_sigmoid_in_kernel"}
@@ -33,9 +33,11 @@ class FlashInfer(Backend):
         min_sm=90,
         max_sm=121,
         head_dims=(128,),
-        backward=False,
+        gva=True,
+        varlen=True,
+        initial_state=True,
+        cuda_graph=True,
         decode=(torch.float32,),
-        speculative=False,
         flags=frozenset({"output_final_state", "use_qk_l2norm_in_kernel", "state_v_first"} | FUSED),
     )
 
@@ -59,6 +61,13 @@ class FlashInfer(Backend):
             return "CuTe DSL, gates rounded to q's dtype"
         transposed = "" if "state_v_first" in problem.flags else ", states transposed"
         return f"CuTe DSL, decay exp(g){transposed}"
+
+    def plan(self, call: Call | Step) -> FlashInferPlan:
+        return FlashInferPlan()
+
+
+class FlashInferPlan(Plan):
+    """Nothing is worked out ahead."""
 
     def convert(self, call: Call) -> dict[str, Any]:
         """The call's tensors as FlashInfer takes them."""
@@ -93,19 +102,22 @@ class FlashInfer(Backend):
     def decode(self, step: Step) -> Tensor:
         from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose
 
-        slots = step.state_indices
+        call, slots = step.call, step.state_indices
         if slots is not None and step.null_index != -1:
             slots = torch.where(slots == step.null_index, -1, slots)
         pool = {"state": None, "initial_state": step.state, "initial_state_indices": slots}
-        dt_bias = torch.zeros_like(step.A_log) if step.dt_bias is None else step.dt_bias
+        A_log, dt_bias = call.A_log, call.dt_bias
+        assert A_log is not None  # the gate is fused
+        dt_bias = torch.zeros_like(A_log) if dt_bias is None else dt_bias
+        o: Tensor
         o, _ = gated_delta_rule_decode_pretranspose(
-            *(x.contiguous() for x in (step.q, step.k, step.v)),
+            *(x.contiguous() for x in (call.q, call.k, call.v)),
             **({"state": step.state} if slots is None else pool),
-            A_log=step.A_log.float(),
-            a=step.g.to(step.q.dtype),
+            A_log=A_log.float(),
+            a=call.g.to(call.q.dtype),
             dt_bias=dt_bias.float(),
-            b=step.beta.to(step.q.dtype),
-            scale=step.scale,
-            use_qk_l2norm=step.use_qk_l2norm_in_kernel,
+            b=call.beta.to(call.q.dtype),
+            scale=call.scale,
+            use_qk_l2norm=call.use_qk_l2norm_in_kernel,
         )
         return o

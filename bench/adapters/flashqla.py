@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn.backend import Backend, Capabilities, Forward, Gradients
-from gdn.problem import Call, Problem
+from gdn.backend import Backend, Capabilities, Forward, Gradients, Plan
+from gdn.problem import Call, Problem, Step
 
 ARCHITECTURES = (90, 100, 103, 120, 121)
 OPTIONS = ("q", "k", "v", "g", "beta", "scale", "initial_state", "cu_seqlens", "state_v_first")
@@ -37,6 +37,11 @@ class FlashQLA(Backend):
         min_sm=90,
         max_sm=121,
         head_dims=(128,),
+        gva=True,
+        varlen=True,
+        initial_state=True,
+        backward=True,
+        cuda_graph=True,
         flags=frozenset({"output_final_state", "use_qk_l2norm_in_kernel", "state_v_first"}),
     )
 
@@ -49,6 +54,13 @@ class FlashQLA(Backend):
     def path(self, problem: Problem) -> str:
         normed = "use_qk_l2norm_in_kernel" in problem.flags
         return "TileLang, L2 norm by torch.compile" if normed else "TileLang"
+
+    def plan(self, call: Call | Step) -> Plan:
+        return FlashQLAPlan()
+
+
+class FlashQLAPlan(Plan):
+    """Nothing is worked out ahead."""
 
     def forward(self, call: Call, save: bool) -> Forward:
         import flash_qla

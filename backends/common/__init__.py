@@ -1,0 +1,1 @@
+"""What kernel backends share: cutting sequences into chunks and pieces, allocating outputs."""

@@ -1,0 +1,1 @@
+"""Backward: states again, the reverse scan, and the gradients chunk by chunk."""

@@ -1,0 +1,1 @@
+"""Decode: the step of a server, from and into a pool of states."""

@@ -1,0 +1,1 @@
+"""Forward: what needs no state, the scan over the chunks, and their order."""

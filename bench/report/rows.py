@@ -1,0 +1,246 @@
+"""What `pytest bench --benchmark-json` wrote, as rows: read, tabulated, and compared with an older
+run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gdn.compare.tables import MARKS
+
+Row = dict[str, Any]
+IDENTITY = (
+    "kind", "shape", "gates", "pass", "source", "kernels", "implementation", "backend",
+)  # fmt: skip
+"""The fields that tell rows of one run apart; a row has those that its kind needs."""
+BASELINE = ("fla", "torch")
+"""What speed-ups are over: the first of these in a run."""
+PEERS = ("fla", "flashqla", "flashinfer")
+"""Who else has the op; every other backend of a run is ours."""
+SLOWER = 0.10
+"""Share of the latency by which a row may be slower before `regressions` lists it."""
+
+
+class Results(NamedTuple):
+    """The rows of one run, and what was not timed there: refusals and failures, each with why."""
+
+    rows: list[Row]
+    not_timed: list[Row]
+
+    def of(self, kind: str) -> list[Row]:
+        """The rows of one kind."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+    @property
+    def environment(self) -> Row:
+        """Where it ran: device, versions, commit, command (of several runs: of the first)."""
+        return next((row["environment"] for row in self.rows if "environment" in row), {})
+
+    def every(self, field: str) -> list[str]:
+        """What a field of the environment is, a run after the other."""
+        found = (row["environment"][field] for row in self.rows if "environment" in row)
+        return list(dict.fromkeys(str(value or "unknown") for value in found))
+
+    @property
+    def ceilings(self) -> Row:
+        """The measured rates of the device."""
+        return next((row["ceilings"] for row in self.rows if "ceilings" in row), {})
+
+
+def rows_of(document: dict[str, Any]) -> list[Row]:
+    """The rows of a pytest-benchmark document that say what kind they are, with their wall time."""
+    return [
+        row["extra_info"] | {"wall_ms": 1e3 * row["stats"]["median"]}
+        for row in document["benchmarks"]
+        if "kind" in row["extra_info"]
+    ]
+
+
+def load(path: Path) -> Results:
+    """Read a file, or all those of a folder together. ValueError if it holds no rows of this suite,
+    or one twice."""
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    documents = [json.loads(file.read_text()) for file in files]
+    rows = [row for found in documents if "benchmarks" in found for row in rows_of(found)]
+    if not rows:
+        raise ValueError(f"{path} holds no rows; write it by pytest bench --benchmark-json={path}")
+    seen = set[tuple[Any, ...]]()
+    for row in rows:
+        if identity(row) in seen:
+            raise ValueError(f"{path} holds {identity(row)} twice; keep one of the two runs")
+        seen.add(identity(row))
+    return Results(rows, [row for found in documents for row in found.get("not_timed", [])])
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """What the row measures, whatever it found."""
+    return tuple(row.get(name) for name in IDENTITY)
+
+
+def setting(row: Row) -> tuple[Any, ...]:
+    """The identity without the backend: rows that are compared with each other share it."""
+    return identity(row)[:-1]
+
+
+def by_setting(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """The rows that are compared with each other, by their setting."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(setting(row), []).append(row)
+    return found
+
+
+def baseline(rows: Iterable[Row]) -> str | None:
+    """The backend that speed-ups are over in these rows."""
+    present = {row.get("backend") for row in rows}
+    return next((name for name in BASELINE if name in present), None)
+
+
+def speed_ups(rows: Sequence[Row]) -> dict[tuple[Any, ...], float]:
+    """By identity: how many times faster than the baseline on the same setting."""
+    base = baseline(rows)
+    times = {setting(row): row["latency_ms"] for row in rows if row.get("backend") == base}
+    return {
+        identity(row): times[setting(row)] / row["latency_ms"]
+        for row in rows
+        if setting(row) in times
+    }
+
+
+def over_peers(rows: Iterable[Row]) -> float | None:
+    """How many times faster the fastest of ours is than the fastest of `PEERS`, in rows of one
+    setting; None where one side is missing."""
+    times: dict[bool, float] = {}
+    for row in rows:
+        peer = row["backend"] in PEERS
+        times[peer] = min(row["latency_ms"], times.get(peer, float("inf")))
+    return times[True] / times[False] if len(times) == 2 else None
+
+
+def over_each_peer(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[float]]:
+    """By pass, backend of ours and peer: how many times faster ours is, a setting after the other,
+    where both were timed."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for here in by_setting(rows).values():
+        for row, peer in itertools.product(here, here):
+            if row["backend"] not in PEERS and peer["backend"] in PEERS:
+                key = row["pass"], row["backend"], peer["backend"]
+                found.setdefault(key, []).append(peer["latency_ms"] / row["latency_ms"])
+    return found
+
+
+class Regression(NamedTuple):
+    """A row that became slower: its latency now over that before, less one."""
+
+    row: Row
+    before_ms: float
+    slower: float
+
+
+def regressions(new: Results, old: Results, limit: float = SLOWER) -> list[Regression]:
+    """Rows of both runs that are slower by more than `limit` now, the worst first."""
+    before = {identity(row): row["latency_ms"] for row in old.rows}
+    found = [
+        Regression(row, before[identity(row)], row["latency_ms"] / before[identity(row)] - 1)
+        for row in new.rows
+        if identity(row) in before
+    ]
+    return sorted((r for r in found if r.slower > limit), key=lambda r: -r.slower)
+
+
+def worst(row: Row, outputs: bool) -> float | None:
+    """The largest relative error among the outputs, or among the gradients."""
+    names = ("o", "final_state", "state")
+    found = [x for name, x in row.get("errors", {}).items() if (name in names) == outputs]
+    return max(found, default=None)
+
+
+def _number(field: str, digits: str, scale: float = 1.0) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        value = row.get(field)
+        return "-" if value is None else format(scale * value, digits)
+
+    return text
+
+
+def _rate(field: str) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        value = row.get(field)
+        return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+    return text
+
+
+def _word(field: str) -> Callable[[Row], str]:
+    return lambda row: str(row.get(field, "-"))
+
+
+def latency(row: Row) -> str:
+    """Milliseconds, marked where they are no graph replay's."""
+    return f"{row['latency_ms']:.3f}{MARKS.get(row['clock'], '')}"
+
+
+def _error(outputs: bool) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        value = worst(row, outputs)
+        return "-" if value is None else f"{value:.1e}"
+
+    return text
+
+
+_RATES: dict[str, Callable[[Row], str]] = {
+    "ms": latency,
+    "wall ms": _number("wall_ms", ".3f"),
+    "TFLOPS": _rate("tflops"),
+    "GB/s": _rate("gbytes"),
+    "roofline": _number("roofline", ".1%"),
+    "peak MB": _number("peak_mb", ".0f"),
+}
+COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
+    "prefill": {
+        "H/HV:sequences": _word("shape"),
+        "gates": _word("gates"),
+        "pass": _word("pass"),
+        "backend": _word("backend"),
+        "path": _word("path"),
+        **_RATES,
+        "error": _error(True),
+        "gradients' error": _error(False),
+        "conversions ms": _number("conversions_ms", ".3f"),
+        "first s": _number("first_call_s", ".2f"),
+    },
+    "decode": {
+        "H/HV:requests": _word("shape"),
+        "backend": _word("backend"),
+        "path": _word("path"),
+        **_RATES,
+        "error": _error(True),
+    },
+    "plain PyTorch": {
+        "T": _word("T"),
+        "pass": _word("pass"),
+        "implementation": _word("implementation"),
+        "ms": _number("latency_ms", ".3f"),
+        "peak MB": _number("peak_mb", ".0f"),
+    },
+    "choosing": {"request from": _word("source"), "us": _number("latency_ms", ".2f", 1e3)},
+    "issuing": {"backend": _word("backend"), "us": _number("latency_ms", ".1f", 1e3)},
+    "cold start": {
+        "backend": _word("backend"),
+        "kernels": _word("kernels"),
+        "first forward s": _number("latency_ms", ".2f", 1e-3),
+        "whole process s": _number("wall_ms", ".2f", 1e-3),
+    },
+}
+"""By kind of row: headers, and what stands under each. * marks plain launches, † a difference."""
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of text for rows of one kind; columns that say nothing are left out."""
+    columns = COLUMNS[rows[0]["kind"]]
+    texts = {header: [text(row) for row in rows] for header, text in columns.items()}
+    kept = {header: x for header, x in texts.items() if set(x) != {"-"}}
+    return list(kept), [list(line) for line in zip(*kept.values(), strict=True)]

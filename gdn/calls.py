@@ -1,0 +1,134 @@
+"""Making a `Call` or a `Step` of the arguments of the public functions."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from gdn.problem import Call, Step
+from gdn.validation import check_types, no_tensor
+
+_TOKENS = Call._fields[:5]
+
+
+class Options(TypedDict, total=False):
+    """Every keyword of `gdn.gated_delta_net` and `gdn.gated_delta_net_decode` but backend, for the
+    functions that take the arguments of either. state= says that it is a decode step."""
+
+    state: Tensor
+    state_indices: Tensor | None
+    null_index: int
+    num_accepted_tokens: Tensor | None
+    scale: float | None
+    initial_state: Tensor | None
+    output_final_state: bool
+    use_qk_l2norm_in_kernel: bool
+    use_gate_in_kernel: bool
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    use_beta_sigmoid_in_kernel: bool
+    allow_neg_eigval: bool
+    state_v_first: bool
+    cu_seqlens: Tensor | None
+    cu_seqlens_cpu: Tensor | None
+    chunk_indices: Tensor | None
+    transpose_state_layout: bool | None
+
+
+def make(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, options: dict[str, Any]
+) -> Call | Step:
+    """The Call that `gated_delta_net` makes of these arguments, or with state= the Step that
+    `gated_delta_net_decode` does."""
+    options = dict(options)
+    q, k, v, scale = prepare(q, k, v, g, beta, options.pop("scale", None))
+    transposed = options.pop("transpose_state_layout", None)
+    if transposed is not None:
+        given = options.get("state_v_first", False)
+        options["state_v_first"] = from_former_name(transposed, given, stacklevel=4)
+    if "state" not in options:
+        return Call(q, k, v, g, beta, scale=scale, **options)
+    own = {name: options.pop(name) for name in Step._fields if name in options}
+    require_pool(own["state"])
+    return Step(Call(q, k, v, g, beta, scale=scale, **options), **own)
+
+
+def full_signature(function: Any, *ops: Any) -> inspect.Signature:
+    """The signature of a function that takes `Options`, with every keyword written out as the ops
+    have it."""
+    own = inspect.signature(function).parameters.values()
+    keywords = [p for p in own if p.kind is not p.VAR_KEYWORD]
+    names = {p.name for p in keywords}
+    for op in ops:
+        for parameter in inspect.signature(op).parameters.values():
+            if parameter.name not in names:
+                names.add(parameter.name)
+                keywords.append(
+                    parameter.replace(
+                        default=None if parameter.name == "state" else parameter.default
+                    )
+                )
+    return inspect.signature(function).replace(parameters=keywords)
+
+
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """q, k, v as autocast has them, and the scale."""
+    for i, x in enumerate((q, k, v, g, beta)):
+        if not isinstance(x, Tensor):
+            raise no_tensor(_TOKENS[i], x)
+    if scale is None:
+        K = q.shape[-1] if q.dim() else 0
+        scale = K**-0.5 if K else 1.0
+    if autocasts(q):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    return q, k, v, scale
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on, and for x's device; the meta device, for one, has none to ask for."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def require_pool(state: object) -> None:
+    """TypeError unless the pool is a tensor."""
+    if not isinstance(state, Tensor):
+        raise no_tensor("state", state, "pass the pool")
+
+
+def from_former_name(transposed: bool, state_v_first: bool, stacklevel: int = 3) -> bool:
+    """state_v_first, given as transpose_state_layout."""
+    if state_v_first:
+        raise ValueError(
+            "state_v_first must come without transpose_state_layout, got both; "
+            "drop the latter, which is its former name"
+        )
+    if not torch.compiler.is_compiling():  # which cannot trace a warning
+        warnings.warn(
+            "transpose_state_layout is fla's former name of state_v_first; pass that instead",
+            DeprecationWarning,
+            stacklevel=stacklevel,
+        )
+    return transposed
+
+
+def needs_grad(call: Call) -> bool:
+    """Whether gradients are on and an input requires them."""
+    try:
+        if torch.is_grad_enabled():
+            for x in call.differentiable:
+                if x is not None and x.requires_grad:
+                    return True
+    except AttributeError:
+        check_types(call)
+        raise
+    return False

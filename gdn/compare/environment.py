@@ -1,0 +1,86 @@
+"""What a number depends on: device, versions, commit and command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output_of(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def commit() -> str | None:
+    """What GDN_COMMIT says, where it is set: a copy of a checkout cannot tell. Otherwise the commit
+    that gdn runs from, "-dirty" if changed since, or None outside a checkout."""
+    if given := os.environ.get("GDN_COMMIT"):
+        return given
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    return _output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.+)", about.read_text()) if about.exists() else []
+    processor = models[0] if models else platform.processor() or platform.machine()
+    return f"{processor}, {torch.get_num_threads()} threads"
+
+
+def gpu_state(device: torch.device, *fields: str) -> dict[str, str]:
+    """Fields of nvidia-smi, such as clocks.sm, as it writes them; empty where it does not answer
+    (and on a CPU)."""
+    if device.type != "cuda":
+        return {}
+    index = str(device.index or 0)
+    query = f"--query-gpu={','.join(fields)}"
+    line = _output_of("nvidia-smi", "-i", index, query, "--format=csv,noheader")
+    return dict(zip(fields, line.split(", "), strict=False)) if line else {}
+
+
+def _command() -> str:
+    """The command line, absolute paths cut down to their last part."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return " ".join([name, *(re.sub(r"(?<!\w)/\S*/", "", word) for word in sys.argv[1:])])
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a number depends on: versions, device, commit, command."""
+    packages = (
+        "gdn", "torch", "triton", "tilelang", "fla-core", "flash-qla", "flashinfer-python",
+        "transformers",
+    )  # fmt: skip
+    return {
+        "device": device_name(device),
+        **gpu_state(device, "driver_version"),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "versions": {name: version for name in packages if (version := _version(name))},
+        "commit": commit(),
+        "command": _command(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

@@ -1,0 +1,95 @@
+"""How much a call must do, and how fast the device could do it: the least work in a pass, measured
+ceilings, and the floor that the two set."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from gdn.problem import CHUNK
+from gdn.testing import Case
+from gdn.testing.decode import StepCase
+
+from .timing import Run, gpu_times, wall_times
+
+PASSES = ("fwd", "bwd", "fwd+bwd")
+"""Forward alone, backward alone, and both one after the other."""
+
+
+class Work(NamedTuple):
+    """The least that any implementation does: floating-point operations, bytes moved."""
+
+    flops: float
+    bytes: float
+
+
+def least_work(case: Case, which: str) -> Work:
+    """The work in one pass, by chunks.
+
+    Operations, per chunk of C tokens and value head: K S, Q S and K^T U take 2 C K V each, K K^T
+    and Q K^T 2 C^2 K, applying the inverse and P U 2 C^2 V, the inverse C^3 / 2; backward thrice
+    that. Bytes: every input is read once and every output written once; backward reads q, k, v, g,
+    beta, the initial state and the gradients of o and of the final one, and writes a gradient for
+    each input.
+    """
+    lengths = case.lengths if case.lengths is not None else (case.T,) * case.B
+    chunks = sum(-(-length // CHUNK) for length in lengths)
+    K, V, C = case.K, case.V, CHUNK
+    forward = chunks * case.HV * (6 * C * K * V + 4 * C * C * (K + V) + C**3 / 2)
+    tokens, size = sum(lengths), case.dtype.itemsize
+    qk, vo, gates = 2 * case.H * K * size, case.HV * V * size, 2 * case.HV * 4
+    state = len(lengths) * case.HV * K * V * 4
+    flops, moved = 0.0, 0
+    if which != "bwd":
+        flops += forward
+        moved += tokens * (qk + 2 * vo + gates) + state * (1 + case.initial_state)
+    if which != "fwd":
+        flops += 3 * forward
+        moved += tokens * (2 * qk + 3 * vo + 2 * gates) + state * (1 + 2 * case.initial_state)
+    return Work(flops, float(moved))
+
+
+def least_step_work(case: StepCase) -> Work:
+    """The work in one decode step from a full pool: per token and value head two products with the
+    state, one update and one decay; each state read once and written once."""
+    tokens, size = case.tokens, case.dtype.itemsize
+    state = case.HV * case.K * case.V
+    a_token = (2 * case.H * case.K + 2 * case.HV * case.V) * size + 2 * case.HV * 4
+    moved = 2 * case.sequences * state * case.pool.itemsize + tokens * a_token
+    return Work(7.0 * tokens * state, float(moved))
+
+
+class Ceilings(NamedTuple):
+    """Measured rates of a device: operations a second in a matrix product, bytes a second in a
+    copy."""
+
+    flops: float
+    bytes: float
+
+    def floor_ms(self, work: Work) -> float:
+        """The least time that the work can take."""
+        return 1e3 * max(work.flops / self.flops, work.bytes / self.bytes)
+
+
+@functools.cache
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Measure them, on random numbers: a product of `dtype` matrices, and the copy with a changed
+    sign of an array larger than any cache (a plain copy may go through a slower engine)."""
+    gpu = device.type == "cuda"
+    n, size = (8192, 2**28) if gpu else (1536, 2**25)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    source = torch.randn(size, device=device)
+    target = torch.empty_like(source)
+    runs: dict[str, Run] = {
+        "product": lambda: a @ b,
+        "copy": lambda: torch.neg(source, out=target),
+    }
+    if gpu:
+        with torch.cuda.device(device):
+            times = gpu_times(runs, dict.fromkeys(runs, True))
+    else:
+        times = wall_times(runs, device)
+    seconds = {name: timing.ms / 1e3 for name, timing in times.items()}
+    return Ceilings(2 * n**3 / seconds["product"], 2 * source.nbytes / seconds["copy"])

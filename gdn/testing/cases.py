@@ -1,0 +1,87 @@
+"""The shared cases: what the tests cross-validate, the benchmarks time and `gdn compare` runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Gates = Literal["mixed", "none", "weak", "strong", "model", "resets", "steep"]
+
+
+TOLERANCE = {
+    torch.float16: 1e-3,
+    torch.bfloat16: 1.6e-2,
+    torch.float32: 1e-4,
+    torch.float64: 1e-10,
+}
+"""Against the float64 definition, outputs and gradients: in relative error, and elementwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kind of call. `lengths` packs sequences along T (then B = 1 and T is their sum).
+
+    gates: "none" is g = 0, "weak" about -1e-3, "strong" about -20, "model" a freshly initialised
+        Qwen3.5 layer's, "mixed" a spread from 0 to -5, "resets" the same with some -inf, -1e9 and
+        -200, "steep" (fused alone) an A_log whose exponential overflows beside a vanishing
+        softplus. cosine is the mean cosine between keys.
+        l2norm turns the L2 norm on, fused also the gate and the beta sigmoid, with raw inputs to
+        match.
+    """
+
+    name: str
+    T: int = 0
+    B: int = 1
+    H: int = 2
+    HV: int = 2
+    K: int = 64
+    V: int = 64
+    lengths: tuple[int, ...] | None = None
+    dtype: torch.dtype = torch.float32
+    gates: Gates = "mixed"
+    cosine: float = 0.0
+    initial_state: bool = True
+    state_v_first: bool = False
+    l2norm: bool = False
+    fused: bool = False
+    allow_neg_eigval: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """T, or the sum of the packed lengths."""
+        return self.T if self.lengths is None else sum(self.lengths)
+
+    @property
+    def sequences(self) -> int:
+        """N: rows of the state."""
+        return self.B if self.lengths is None else len(self.lengths)
+
+
+CASES = (
+    Case("one-token", T=1),
+    Case("chunk-minus-one", T=63),
+    Case("chunk", T=64, initial_state=False),
+    Case("chunk-plus-one", T=65, B=2),
+    Case("grouped-heads", T=200, H=2, HV=4, B=2),
+    Case("grouped-heads-v-first", T=130, H=1, HV=3, state_v_first=True),
+    Case("head-dim-128", T=150, K=128, V=128, HV=4),
+    Case("wide-keys", T=100, K=128, V=64),
+    Case("narrow-keys-v-first", T=100, K=32, V=64, state_v_first=True),
+    Case("odd-head-dims", T=70, K=20, V=36),
+    Case("packed", lengths=(0, 70, 1, 64, 0, 129), HV=4),
+    Case("packed-v-first-fused", lengths=(33, 128, 5), state_v_first=True, fused=True),
+    Case("packed-nothing", lengths=(0, 0), H=1, HV=1),
+    Case("fused", T=130, HV=4, fused=True),
+    Case("fused-negative-eigenvalues", T=100, fused=True, allow_neg_eigval=True),
+    Case("model-gates", T=200, fused=True, gates="model"),
+    Case("no-decay", T=130, gates="none"),
+    Case("weak-decay", T=130, gates="weak"),
+    Case("strong-decay", T=130, gates="strong"),
+    Case("resets", T=200, HV=4, gates="resets"),
+    Case("resets-packed", lengths=(70, 3, 129), gates="resets"),
+    Case("steep-gates", T=130, HV=4, fused=True, gates="steep"),
+    Case("correlated-keys", T=130, gates="weak", cosine=0.9),
+)
+"""The suite's cases, small enough for an interpreter."""

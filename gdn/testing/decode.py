@@ -1,0 +1,144 @@
+"""The shared decode steps: cases, inputs with a pool of states, and the truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gdn.definition import activate, recurrence
+from gdn.problem import Call, Step
+
+from .cases import Case
+from .inputs import make_inputs
+
+
+@dataclass(frozen=True, slots=True)
+class StepCase(Case):
+    """One kind of decode step: a `Case` of few tokens, and a pool.
+
+    slots: "own" for no state_indices, "one" for one slot a sequence, in a pool three times as large
+        where every third sequence is skipped unless `full`, "each" for one slot a token, likewise,
+        starting from different columns. padding: elements between slots.
+    """
+
+    T: int = 1
+    slots: Literal["own", "one", "each"] = "one"
+    pool: torch.dtype = torch.float32
+    padding: int = 0
+    null_index: int = -1
+    full: bool = False
+
+
+STEPS = (
+    StepCase("one-token", B=5, HV=4),
+    StepCase("one-token-v-first", B=4, HV=4, state_v_first=True, fused=True),
+    StepCase("own-slots", B=3, HV=4, slots="own"),
+    StepCase("three-tokens", B=4, T=3, H=1, HV=3, fused=True, allow_neg_eigval=True),
+    StepCase("packed", lengths=(2, 0, 1, 4), HV=4, fused=True, state_v_first=True),
+    StepCase("head-dim-128", B=4, K=128, V=128, HV=4, padding=64, fused=True),
+    StepCase("odd-head-dims", B=4, K=20, V=36, padding=3, null_index=0),
+    StepCase("bfloat16-pool", B=4, T=2, HV=4, pool=torch.bfloat16, fused=True),
+    StepCase("speculative", B=4, T=3, HV=4, slots="each", fused=True),
+    StepCase("speculative-packed", lengths=(2, 0, 3, 1), HV=4, slots="each", state_v_first=True),
+    StepCase("speculative-bfloat16", B=4, T=2, HV=4, slots="each", pool=torch.bfloat16),
+)
+"""Steps that reach every option of `gdn.gated_delta_net_decode`."""
+
+
+def make_step(
+    case: StepCase,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    poison: bool = False,
+    draw: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Keyword arguments of `gdn.gated_delta_net_decode` for a case, drawn as in `make_inputs`.
+    `poison` fills the slots that the step must not read with NaN."""
+    inputs = make_inputs(case, draw, seed, draw)
+    for name in ("initial_state", "output_final_state"):
+        inputs.pop(name, None)
+    generator = torch.Generator().manual_seed(seed + 1)
+    N, shape = case.sequences, (case.HV, case.K, case.V)
+    columns = 1 if case.slots != "each" else 1 + max(case.lengths or (case.T,))
+    slots = N if case.slots == "own" else 3 * N * columns
+    if case.state_v_first:
+        shape = (case.HV, case.V, case.K)
+    size = case.HV * case.K * case.V
+    exact = torch.float64 if case.dtype == torch.float64 else case.pool
+    pool_generator = torch.Generator(draw).manual_seed(seed + 2)
+    pool = torch.randn(slots, size + case.padding, generator=pool_generator, device=draw)
+    read = torch.arange(N)
+    if case.slots != "own":
+        order = torch.randperm(slots, generator=generator).tolist()
+        free = [slot for slot in order if slot != case.null_index][: N * columns]
+        table = torch.tensor(free, dtype=torch.int32).view(N, columns)
+        if not case.full:
+            table[2::3] = case.null_index
+        read = table[:, 0]
+        inputs |= {"state_indices": table if case.slots == "each" else read}
+        inputs["null_index"] = case.null_index
+        if case.slots == "each":
+            accepted = torch.arange(N, dtype=torch.int32) % columns
+            inputs["num_accepted_tokens"] = accepted
+            read = table.gather(1, accepted.long()[:, None])[:, 0]
+    if poison:
+        named = set(read.tolist()) - {case.null_index}
+        pool[[slot for slot in range(slots) if slot not in named]] = float("nan")
+    tensors = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in inputs.items()}
+    pool = pool.to(device, exact)  # padding belongs to it, so that strides survive
+    return tensors | {"state": pool[:, :size].view(slots, *shape)}
+
+
+def copy_pool(state: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """A copy with the same strides, on the same device or another."""
+    device = state.device if device is None else device
+    copy = torch.empty_strided(state.shape, state.stride(), dtype=state.dtype, device=device)
+    return copy.copy_(state)
+
+
+def as_step(inputs: dict[str, Any]) -> Step:
+    """The Step of keyword arguments of `gdn.gated_delta_net_decode`."""
+    own = {name: x for name, x in inputs.items() if name in Step._fields}
+    rest = {name: x for name, x in inputs.items() if name not in own}
+    return Step(Call(**{"scale": inputs["q"].shape[-1] ** -0.5} | rest), **own)
+
+
+def named(slot: int, null_index: int, slots: int) -> bool:
+    """Whether a slot is one of the pool's."""
+    return slot != null_index and 0 <= slot < slots
+
+
+def run_step_definition(
+    inputs: dict[str, Any], dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """o and the pool after the step by the definition, in `dtype`, from the keyword arguments of
+    `gdn.gated_delta_net_decode`, which stay as they are."""
+    step = as_step(inputs)
+    call = step.call
+    q, k, g, beta = activate(call, dtype)
+    group = call.v.shape[2] // q.shape[2]
+    q, k = (x.repeat_interleave(group, dim=2) for x in (call.scale * q, k))
+    v, pool = call.v.to(dtype), step.state.to(dtype)
+    states, o = (pool.mT if call.state_v_first else pool), torch.zeros_like(v)
+    T, N = q.shape[1], call.sequences
+    bounds = [n * T for n in range(N + 1)] if call.cu_seqlens is None else call.cu_seqlens.tolist()
+    table = torch.arange(N) if step.state_indices is None else step.state_indices
+    rows = table.view(N, -1).tolist()
+    first = [0] * N if step.num_accepted_tokens is None else step.num_accepted_tokens.tolist()
+    flat = [x.flatten(0, 1) for x in (q, k, v, g, beta)]
+    for n, row in enumerate(rows):
+        column, end = first[n], len(pool)
+        if not 0 <= column < len(row) or not named(row[column], step.null_index, end):
+            continue
+        S = states[row[column]][None].clone()
+        for t in range(bounds[n + 1] - bounds[n]):
+            at = bounds[n] + t
+            out, S = recurrence(*(x[None, at : at + 1] for x in flat), S)  # type: ignore[call-arg]
+            o.flatten(0, 1)[at] = out[0, 0]
+            to = row[0] if not step.speculative else row[t + 1] if t + 1 < len(row) else None
+            if to is not None and named(to, step.null_index, end):
+                states[to] = S[0]
+    return o, pool

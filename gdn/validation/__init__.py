@@ -1,0 +1,17 @@
+"""What a well-formed call is, and the words when it is not."""
+
+from .metadata import validate, validate_step
+from .types import DEFINITION, check_types, no_tensor, refuse_gradients, refuse_tangents
+from .values import check_cu_seqlens, check_slots
+
+__all__ = [
+    "DEFINITION",
+    "check_cu_seqlens",
+    "check_slots",
+    "check_types",
+    "no_tensor",
+    "refuse_gradients",
+    "refuse_tangents",
+    "validate",
+    "validate_step",
+]

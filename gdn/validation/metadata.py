@@ -1,0 +1,221 @@
+"""What a call must look like: every argument checked from metadata, each error with its remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gdn.problem import DIFFERENTIABLE, Call, Step
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _require(ok: bool, message: Callable[[], str]) -> None:
+    if not ok:
+        raise ValueError(message())
+
+
+def _require_shape(name: str, x: Tensor, form: str, shape: tuple[int, ...], hint: str = "") -> None:
+    if _shape(x) != shape:
+        raise ValueError(f"{name} must be {form} = {shape}, got {_shape(x)}{hint}")
+
+
+def validate(call: Call) -> None:
+    """Raise ValueError unless the call is well-formed; from metadata alone, without a device sync.
+
+    What index tensors hold is checked by `gdn.validation.values`.
+    """
+    q, k, v = call.q, call.k, call.v
+    for name, x, form in (
+        ("q", q, "[B, T, H, K]"),
+        ("k", k, "[B, T, H, K]"),
+        ("v", v, "[B, T, HV, V]"),
+    ):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must be {form} (4 dimensions), got {_shape(x)}; tokens come before heads"
+            )
+        if x.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; "
+                "cast it with .to(torch.bfloat16)"
+            )
+    B, T, H, K = _shape(q)
+    HV, V = _shape(v)[2:]
+    _require_shape("k", k, "[B, T, H, K]", (B, T, H, K), " (q's shape)")
+    _require_shape("v", v, "[B, T, HV, V]", (B, T, HV, V), "; B and T are q's")
+    if not (q.dtype == k.dtype == v.dtype):
+        raise ValueError(
+            f"q, k and v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them"
+        )
+    if min(H, K, HV, V) < 1 or HV % H:
+        raise ValueError(
+            f"HV must be a multiple of H, and H, K, V at least 1, got H = {H}, HV = {HV}, "
+            f"K = {K}, V = {V}; "
+            "q and k hold the fewer heads under grouped value attention"
+        )
+    _require_shape("g", call.g, "[B, T, HV]", (B, T, HV))
+    _require_shape("beta", call.beta, "[B, T, HV]", (B, T, HV))
+    _validate_options(call)
+    _validate_cu_seqlens(call)
+    if call.initial_state is not None:
+        _require_state(
+            "initial_state", call.initial_state, "N", call.state_shape, call.state_v_first
+        )
+    for name, tensor in zip(DIFFERENTIABLE, call.differentiable, strict=True):
+        if tensor is not None and not tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} must be a floating-point tensor, got {tensor.dtype}; cast it with .float()"
+            )
+    for name in (
+        "k",
+        "v",
+        "g",
+        "beta",
+        "initial_state",
+        "A_log",
+        "dt_bias",
+        "cu_seqlens",
+        "chunk_indices",
+    ):
+        x = getattr(call, name)
+        if x is not None and x.device != q.device:
+            raise ValueError(
+                f"{name} must be on q's device {q.device}, got {x.device}; use .to(q.device)"
+            )
+
+
+def _validate_options(call: Call) -> None:
+    _require(
+        math.isfinite(call.scale),
+        lambda: f"scale must be finite, got {call.scale}; leave it out for K^-0.5",
+    )
+    HV = call.v.shape[2]
+    for name, x in (("A_log", call.A_log), ("dt_bias", call.dt_bias)):
+        if x is None:
+            continue
+        _require(
+            call.use_gate_in_kernel,
+            lambda name=name: (
+                f"{name} must come with use_gate_in_kernel=True, got False; "  # type: ignore[misc]
+                "g is taken as the finished log decay otherwise"
+            ),
+        )
+        _require_shape(name, x, "[HV]", (HV,))
+    _require(
+        not call.use_gate_in_kernel or call.A_log is not None,
+        lambda: "A_log must be given with use_gate_in_kernel=True, got None; pass the layer's",
+    )
+    _require(
+        not call.allow_neg_eigval or call.use_beta_sigmoid_in_kernel,
+        lambda: (
+            "allow_neg_eigval must come with use_beta_sigmoid_in_kernel=True, got False; "
+            "for a finished beta, multiply it by 2 yourself"
+        ),
+    )
+
+
+def _validate_cu_seqlens(call: Call) -> None:
+    B = call.q.shape[0]
+    for name, x in (("cu_seqlens", call.cu_seqlens), ("cu_seqlens_cpu", call.cu_seqlens_cpu)):
+        if x is None:
+            continue
+        if x.dim() != 1 or x.shape[0] < 1 or x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"{name} must be int32 or int64 [N + 1], got {x.dtype} {_shape(x)}; "
+                "prefix the cumulative lengths with 0"
+            )
+    if call.cu_seqlens is not None and B != 1:
+        raise ValueError(
+            f"q must have B = 1 with cu_seqlens, got B = {B}; pack the sequences along T, "
+            "for example with x.flatten(0, 1).unsqueeze(0)"
+        )
+    if call.cu_seqlens_cpu is not None:
+        if call.cu_seqlens is None:
+            raise ValueError("cu_seqlens_cpu must come with cu_seqlens, got None; pass both")
+        if call.cu_seqlens_cpu.device.type != "cpu" and call.q.device.type != "meta":
+            raise ValueError(
+                f"cu_seqlens_cpu must be on the CPU, got {call.cu_seqlens_cpu.device}; "
+                "it is cu_seqlens.cpu()"
+            )
+        _require_shape(
+            "cu_seqlens_cpu", call.cu_seqlens_cpu, "cu_seqlens' shape", _shape(call.cu_seqlens)
+        )
+    indices = call.chunk_indices
+    if indices is not None:
+        if call.cu_seqlens is None:
+            raise ValueError(
+                "chunk_indices must come with cu_seqlens, got None; leave it out for dense input"
+            )
+        if (
+            indices.dim() != 2
+            or indices.shape[1] != 2
+            or indices.dtype not in (torch.int32, torch.int64)
+        ):
+            raise ValueError(
+                f"chunk_indices must be int32 or int64 [chunks, 2], got {indices.dtype} "
+                f"{_shape(indices)}; "
+                "leave it out to have it computed"
+            )
+
+
+def _require_state(
+    name: str, state: Tensor, rows: str, shape: tuple[int, ...], v_first: bool
+) -> None:
+    got, hint = _shape(state), ""
+    if got != shape and got == (*shape[:2], shape[3], shape[2]):
+        hint = f"; that is the other layout, pass state_v_first={not v_first}"
+    form = f"[{rows}, HV, V, K]" if v_first else f"[{rows}, HV, K, V]"
+    _require_shape(name, state, form, shape, hint)
+
+
+def validate_step(step: Step) -> None:
+    """The same for a decode step."""
+    call, state, indices = step.call, step.state, step.state_indices
+    validate(call)
+    N, T = call.sequences, call.q.shape[1]
+    dtypes = (torch.float64,) if call.q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
+    if state.dtype not in dtypes:
+        raise ValueError(
+            f"state must be {' or '.join(map(str, dtypes))} with q in {call.q.dtype}, "
+            f"got {state.dtype}; keep the pool in float32"
+        )
+    slots = state.shape[0] if state.dim() == 4 else 0
+    _require_state("state", state, "slots", (slots, *call.state_shape[1:]), call.state_v_first)
+    inner = state.shape[1] * state.shape[2] * state.shape[3]
+    if not state[:1].is_contiguous() or (slots > 1 and state.stride(0) < inner):
+        raise ValueError(
+            "state must have contiguous slots that do not overlap (slots may be padded), "
+            f"got strides {state.stride()}; it is updated in place, and a copy would be lost"
+        )
+    for name, x in (("state_indices", indices), ("num_accepted_tokens", step.num_accepted_tokens)):
+        if x is not None and x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 or int64, got {x.dtype}; cast it with .int()")
+    for name in ("state", "state_indices", "num_accepted_tokens"):
+        x = getattr(step, name)
+        if x is not None and x.device != call.q.device:
+            raise ValueError(
+                f"{name} must be on q's device {call.q.device}, got {x.device}; use .to(q.device)"
+            )
+    if indices is None:
+        _require_shape("state", state, "[N, ...]", (N, *state.shape[1:]), "; or give state_indices")
+    elif indices.dim() != 2:
+        _require_shape("state_indices", indices, "[N] or [N, 1 + T]", (N,))
+    elif call.cu_seqlens is None or indices.shape[0] != N:
+        _require_shape("state_indices", indices, "[N, 1 + T]", (N, 1 + T))
+    if step.num_accepted_tokens is not None:
+        _require_shape("num_accepted_tokens", step.num_accepted_tokens, "[N]", (N,))
+        _require(
+            step.speculative,
+            lambda: (
+                "num_accepted_tokens must come with state_indices [N, 1 + T], got "
+                f"{None if indices is None else _shape(indices)}; each token needs its own slot"
+            ),
+        )

@@ -1,0 +1,92 @@
+"""What index tensors must hold: checked at once on the CPU; on a GPU without a device sync."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+import torch
+from torch import Tensor
+
+from gdn.problem import Call, Step
+
+_checked: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+
+
+def check_cu_seqlens(call: Call) -> None:
+    """Check that cu_seqlens starts at 0, never descends and ends at T.
+
+    On the CPU (or given cu_seqlens_cpu) at every call, with a ValueError. On a GPU without a device
+    sync: an asynchronous device-side assertion, queued once for a tensor that has not changed since
+    (layers of one model share theirs; one made in inference mode does not say when it changes), so
+    that the error surfaces at the next synchronisation.
+    """
+    cu_seqlens = call.cu_seqlens
+    if cu_seqlens is None or cu_seqlens.is_meta:
+        return
+    T = call.q.shape[1]
+    given = call.cu_seqlens_cpu
+    host = cu_seqlens if cu_seqlens.is_cpu else given
+    if host is not None:
+        bounds = host.tolist()
+        name = "cu_seqlens" if host is cu_seqlens else "cu_seqlens_cpu"
+        if bounds[0] != 0:
+            raise ValueError(
+                f"{name} must start at 0, got {bounds[0]}; prefix the cumulative lengths with 0"
+            )
+        for n, (start, end) in enumerate(itertools.pairwise(bounds)):
+            if end < start:
+                raise ValueError(
+                    f"{name} must not descend, got {start} then {end} at {n} and {n + 1}; "
+                    "it holds cumulative lengths, cumsum the lengths first"
+                )
+        if bounds[-1] != T:
+            raise ValueError(
+                f"{name} must end at T = {T}, got {bounds[-1]}; "
+                "drop the padding tokens or count them in"
+            )
+        if given is not None and given is not host and given.tolist() != bounds:
+            raise ValueError(
+                f"cu_seqlens_cpu must hold what cu_seqlens does, {bounds}, got {given.tolist()}; "
+                "leave it out, or pass cu_seqlens.cpu()"
+            )
+        return
+    key = id(cu_seqlens)
+    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+    seen = _checked.get(key)
+    if seen is not None and seen[0]() is cu_seqlens and seen[1:] == (version, T):
+        return
+    ok = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() >= 0).all()
+    torch._assert_async(ok, f"cu_seqlens must start at 0, never descend and end at T = {T}")
+    _checked[key] = (weakref.ref(cu_seqlens, lambda _: _checked.pop(key, None)), version, T)
+
+
+def check_slots(step: Step) -> None:
+    """Check that state_indices and num_accepted_tokens point to slots, each to its own, or nowhere.
+
+    On the CPU alone. On a GPU the indices change with every step, and even an assertion would cost
+    more than the step; what lies outside the pool is treated as null_index there.
+    """
+    indices, accepted = step.state_indices, step.num_accepted_tokens
+    if indices is None or not indices.is_cpu:
+        return
+    slots = step.state.shape[0]
+    used = indices[indices != step.null_index].tolist()
+    for slot in used:
+        if not 0 <= slot < slots:
+            raise ValueError(
+                f"state_indices must lie in 0..{slots - 1}, or be null_index = {step.null_index}, "
+                f"got {slot}; the pool has {slots} slots"
+            )
+    if len(set(used)) < len(used):
+        slot = next(slot for slot in used if used.count(slot) > 1)
+        raise ValueError(
+            f"state_indices must name each slot once, got {slot} twice; "
+            "two sequences would write to one state"
+        )
+    for count in [] if accepted is None else accepted.tolist():
+        if not 0 <= count < indices.shape[1]:
+            raise ValueError(
+                f"num_accepted_tokens must lie in 0..T = {indices.shape[1] - 1}, got {count}; "
+                "it picks a column of state_indices"
+            )
