@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gdn.backends.common.chunking import parallel_length, pieces
+from gdn.backends.common.chunking import piece_length, piece_slots
 from torch import Tensor
 
 from gdn.problem import Call
@@ -40,11 +40,11 @@ def call(B: int, T: int, HV: int, sequences: int | None) -> Call:
 def test_sequences_are_cut_where_the_gpu_would_be_idle(
     B: int, T: int, HV: int, sequences: int | None, length: int | None
 ) -> None:
-    assert parallel_length(call(B, T, HV, sequences), 64) == length
+    assert piece_length(call(B, T, HV, sequences), 64) == length
 
 
 def test_every_piece_has_a_number() -> None:
-    assert pieces(call(3, 130, 2, None), 64) == 9
+    assert piece_slots(call(3, 130, 2, None), 64) == 9
     bounds = [0, 1, 1, 130, 200]
     numbers = [
         bounds[n] // 64 + n + i
@@ -52,4 +52,4 @@ def test_every_piece_has_a_number() -> None:
         for i in range(-(-(bounds[n + 1] - bounds[n]) // 64))
     ]
     assert len(set(numbers)) == len(numbers)
-    assert max(numbers) < pieces(call(1, 200, 2, 4), 64)
+    assert max(numbers) < piece_slots(call(1, 200, 2, 4), 64)

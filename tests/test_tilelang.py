@@ -187,7 +187,7 @@ def test_little_is_saved_for_backward() -> None:
 )
 def test_rounds_of_backward(H: int, HV: int, B: int, T: int, shares: tuple[int, int]) -> None:
     call = call_of(H, HV, B, T)
-    found = rounds.rounds(call)
+    found = rounds.memory_rounds(call)
     assert rounds.split(call) == shares
     chunks = [(n, c) for r in found for n in range(r.first, r.last) for c in range(r.start, r.stop)]
     assert sorted(chunks) == [(n, c) for n in range(B) for c in range(T // 64)]
@@ -199,7 +199,7 @@ def test_rounds_bound_the_memory_of_backward() -> None:
     call = call_of(16, 32, 1, 32768)
     outputs = (call.v, call.q, call.k, call.v, call.g, call.beta)  # o, and gradients
     kept = [math.prod(shape) * dtype.itemsize for shape, dtype in saved_shapes(call)]
-    between = max(r.slots for r in rounds.rounds(call)) * 32 * 128 * 2 * (2 * 128 + 64)
+    between = max(r.slots for r in rounds.memory_rounds(call)) * 32 * 128 * 2 * (2 * 128 + 64)
     assert sum(x.nbytes for x in outputs) + sum(kept) + between <= 1.58e9
 
 

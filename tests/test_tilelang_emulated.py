@@ -86,7 +86,7 @@ def world(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(streams, "_aside", lambda device: stream)
-    monkeypatch.setattr(backward, "processors", lambda device: 3)  # a program takes many chunks
+    monkeypatch.setattr(backward, "sm_count", lambda device: 3)  # a program takes many chunks
     monkeypatch.setattr(forward, "shares", three_programs)
 
     def enter(late: bool, edit: Callable[[str], str] = str, slow: int = -1) -> None:
@@ -94,7 +94,7 @@ def world(
             return [emulate(kernel, folder, late, edit, slow) for kernel in kernels]
 
         for module in (forward, backward, decode):
-            monkeypatch.setattr(module, "entries", entries)
+            monkeypatch.setattr(module, "launchers", entries)
         gdn.register_backend(Emulated(), replace=True)
 
     return enter
@@ -170,7 +170,7 @@ def test_backward_in_rounds(
 ) -> None:
     world(late=False)
     monkeypatch.setattr(rounds, "LEAST", 1)
-    monkeypatch.setattr(rounds, "processors", lambda device: 3)
+    monkeypatch.setattr(rounds, "sm_count", lambda device: 3)
     case = replace(GROUPED, B=B, T=T, initial_state=initial)
     inputs = with_gradients(make_inputs(case))
     assert rounds.split(Call(**{"scale": 1.0} | inputs)) == shares

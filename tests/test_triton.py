@@ -55,7 +55,7 @@ def test_pieces_walked_in_parallel(
     from gdn.backends.common import chunking
 
     monkeypatch.setattr(chunking, "LEAST", 1)
-    monkeypatch.setattr(chunking, "processors", lambda device: 10**4)
+    monkeypatch.setattr(chunking, "sm_count", lambda device: 10**4)
     monkeypatch.setattr(dispatch, "_chosen", {})
     case = replace(case, dtype=dtype)
     inputs = with_gradients(make_inputs(case, device))
@@ -85,7 +85,7 @@ def test_launches_without_triton_pass_every_argument_in_order(
         return launch(self, *args)
 
     monkeypatch.setattr(chunking, "LEAST", 1)
-    monkeypatch.setattr(chunking, "processors", lambda device: 10**4)
+    monkeypatch.setattr(chunking, "sm_count", lambda device: 10**4)
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(Stage, "run", record)
     case = replace(PARALLEL[0], T=193, B=1, HV=1)

@@ -17,21 +17,21 @@ LEAST = 8
 """Chunks of a piece, at least, where the pieces of a sequence are walked at the same time."""
 
 
-def pieces(call: Call, length: int) -> int:
+def piece_slots(call: Call, length: int) -> int:
     """How many numbers the pieces of `length` tokens take."""
     B, T = call.q.shape[:2]
     return T // length + call.sequences if call.cu_seqlens is not None else B * -(-T // length)
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
+def sm_count(device: torch.device) -> int:
     """Multiprocessors of a GPU; of an H200 where there is none."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def parallel_length(call: Call, rows: int) -> int | None:
+def piece_length(call: Call, rows: int) -> int | None:
     """Tokens of a piece if walking the pieces of each sequence at the same time pays, else None.
 
     Each is walked twice, once for what it does to the state; so it pays where less than a third of
@@ -40,7 +40,7 @@ def parallel_length(call: Call, rows: int) -> int | None:
     """
     T, (HV, V) = call.q.shape[1], call.v.shape[2:]
     heads, packed = HV * (V // rows), call.cu_seqlens is not None
-    walks, available = call.sequences * heads, processors(call.q.device)
+    walks, available = call.sequences * heads, sm_count(call.q.device)
     if not walks or (packed and 2 * walks > available):
         return None
     each = available // (heads if packed else walks)

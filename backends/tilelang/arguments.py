@@ -28,7 +28,7 @@ def gate_options(call: Call) -> dict[str, Any]:
     }
 
 
-def ready(x: Any) -> Any:
+def tma_ready(x: Any) -> Any:
     """x, a tensor or None, or a copy as TMA wants it: contiguous, aligned to 16 bytes."""
     if x is None or (x.is_contiguous() and not x.data_ptr() % 16):
         return x

@@ -27,7 +27,7 @@ OWN = COLUMNS // PARTS
 
 
 @kernel(own_barriers=True)
-def carry(
+def combine_pieces(
     *, offsets: str, K: int, V: int, varlen: bool, initial: bool, final: bool, v_first: bool,
     reverse: bool,
 ) -> Any:  # fmt: skip

@@ -31,13 +31,13 @@ _OWN_BARRIERS = _FAST | {
 }
 
 
-def together(*jobs: tuple[Any, dict[str, Any]]) -> list[Any]:
+def compile_together(*jobs: tuple[Any, dict[str, Any]]) -> list[Any]:
     """The kernels of several builders, each with its static options, compiled side by side."""
     with ThreadPoolExecutor(len(jobs)) as pool:
         return list(pool.map(lambda job: job[0](**job[1]), jobs))
 
 
-def entries(kernels: list[Any]) -> list[Callable[..., None]]:
+def launchers(kernels: list[Any]) -> list[Callable[..., None]]:
     """What launches compiled kernels: TVM's own function objects, without the 4 us of work on the
     host that TileLang adds for outputs that it would allocate."""
     return [kernel.adapter.get_exportable_executable()["main"] for kernel in kernels]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gdn.problem import CHUNK, Call
 
-from ..common.chunking import parallel_length, pieces, processors
+from ..common.chunking import piece_length, piece_slots, sm_count
 from .tile.layout import ROWS
 
 LEAST, MOST = 400 << 20, 4
@@ -28,24 +28,24 @@ def split(call: Call) -> tuple[int, int]:
     """Sequences of a round, and parts of a sequence. Packed ones, of which one may have nearly all
     tokens, and pieces that are walked at the same time are taken together."""
     N, (HV, V), K = call.sequences, call.v.shape[2:], call.q.shape[3]
-    if call.cu_seqlens is not None or parallel_length(call, ROWS) is not None:
+    if call.cu_seqlens is not None or piece_length(call, ROWS) is not None:
         return max(N, 1), 1
     size = call.q.element_size() * N * sequence_chunks(call) * HV * V * (2 * K + CHUNK)
     rounds = max(1, min(size // LEAST, MOST))
     # a walk forward and one back, each of half the multiprocessors at least
-    fills = processors(call.q.device) // (2 * HV * V // ROWS)
+    fills = sm_count(call.q.device) // (2 * HV * V // ROWS)
     together = max(min(max(-(-N // rounds), fills), N), 1)
     return together, -(-rounds // max(N, 1)) if together == 1 else 1
 
 
-def parts(call: Call) -> list[tuple[int, int]]:
+def sequence_parts(call: Call) -> list[tuple[int, int]]:
     """First chunk, and chunks, of the parts of a sequence, at least one."""
     chunks = sequence_chunks(call)
     each = max(-(-chunks // split(call)[1]), 1)
     return [(first, min(each, chunks - first)) for first in range(0, max(chunks, 1), each)]
 
 
-class Round(NamedTuple):
+class MemoryRound(NamedTuple):
     """Sequences `first` to `last`, and of each the part with this number: chunks `start` to `stop`
     of so many; `slots` in all. Or all there is."""
 
@@ -81,9 +81,9 @@ class Round(NamedTuple):
         return x if self.all else x[: self.slots]
 
 
-def rounds(call: Call) -> list[Round]:
+def memory_rounds(call: Call) -> list[MemoryRound]:
     """In the order in which backward takes them: the parts of a sequence from the last."""
-    together, each = split(call)[0], list(enumerate(parts(call)))
+    together, each = split(call)[0], list(enumerate(sequence_parts(call)))
     found = [
         (first, min(first + together, call.sequences), part, start, start + number)
         for first in range(0, max(call.sequences, 1), together)
@@ -91,5 +91,5 @@ def rounds(call: Call) -> list[Round]:
     ]
     chunks = sequence_chunks(call)
     if len(found) == 1:
-        return [Round(*found[0], chunks, pieces(call, CHUNK), True)]
-    return [Round(*r, chunks, (r[1] - r[0]) * (r[4] - r[3]), False) for r in found]
+        return [MemoryRound(*found[0], chunks, piece_slots(call, CHUNK), True)]
+    return [MemoryRound(*r, chunks, (r[1] - r[0]) * (r[4] - r[3]), False) for r in found]

@@ -15,7 +15,7 @@ def _aside(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextmanager
-def beside(device: torch.device) -> Iterator[None]:
+def side_stream(device: torch.device) -> Iterator[None]:
     """What is launched in this context follows what has been launched and runs beside what will be,
     up to `rejoin`; it comes first where both want a multiprocessor. There is one other stream a
     device: calls on several streams wait for each other in it, and while one is captured in a CUDA
@@ -26,5 +26,5 @@ def beside(device: torch.device) -> Iterator[None]:
         yield
 
 
-def rejoin(device: torch.device) -> None:
+def join_side_stream(device: torch.device) -> None:
     torch.cuda.current_stream(device).wait_stream(_aside(device))

@@ -24,7 +24,7 @@ def shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
-def parallel_length(call: Call) -> int | None:
-    """`chunking.parallel_length`, for the sizes that `carry.py` takes."""
+def piece_length(call: Call) -> int | None:
+    """`chunking.piece_length`, for the sizes that `carry.py` takes."""
     K, V = call.q.shape[3], call.v.shape[3]
-    return chunking.parallel_length(call, BLOCK) if K in (64, 128) and V % BLOCK == 0 else None
+    return chunking.piece_length(call, BLOCK) if K in (64, 128) and V % BLOCK == 0 else None

@@ -12,11 +12,11 @@ from gdn.backend import Forward, Gradients, Plan
 from gdn.problem import CALL_TENSORS, CHUNK, Call
 
 from ..common.allocation import allocator
-from ..common.chunking import pieces
+from ..common.chunking import piece_slots
 from .combine_pieces import carry_kernel
 from .key_gradients import key_gradients_kernel
 from .launch import Stage, configuration
-from .piece_length import parallel_length, shared_memory
+from .piece_length import piece_length, shared_memory
 from .prepare import prepare_kernel
 from .query_gradients import query_gradients_kernel
 from .reverse_scan import reverse_scan_kernel
@@ -29,13 +29,13 @@ def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
     in parallel, what each piece does to the state, and the state that it begins with (see
     `carry.py`)."""
     (HV, V), K = call.v.shape[2:], call.q.shape[3]
-    slots, length = pieces(call, CHUNK), parallel_length(call)
+    slots, length = piece_slots(call, CHUNK), piece_length(call)
     shapes = [
         ((slots, HV, FACTORS.value, CHUNK), torch.float32),
         ((slots, HV, MATRICES.value, CHUNK, CHUNK), call.q.dtype),
     ]
     if length:
-        shapes += [((pieces(call, length), HV, n, K), torch.float32) for n in (V + K, V)]
+        shapes += [((piece_slots(call, length), HV, n, K), torch.float32) for n in (V + K, V)]
     return shapes
 
 
@@ -53,7 +53,7 @@ class PrefillPlan(Plan):
 
     def __init__(self, call: Call) -> None:
         T, HV = call.q.shape[1], call.v.shape[2]
-        self.slots, self.length = pieces(call, CHUNK), parallel_length(call)
+        self.slots, self.length = piece_slots(call, CHUNK), piece_length(call)
         each = -(-T // CHUNK)
         self.chunks = (call.sequences, T, each)
         self.common: dict[str, Any] = {
@@ -79,7 +79,7 @@ class PrefillPlan(Plan):
         self.runs: dict[bool, list[Stage]] = {}
         self.walks, cut = call.sequences * HV, (1, each)
         if self.length:
-            self.walks = pieces(call, self.length) * HV
+            self.walks = piece_slots(call, self.length) * HV
             cut = (-(-T // self.length), self.length // CHUNK)
         self.cut, self.across = cut, (*self.chunks, *cut)
 

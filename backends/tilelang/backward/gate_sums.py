@@ -13,14 +13,14 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.gate_math import load_gates, sum_gates
-from ..tile.indexing import locate
+from ..tile.indexing import locate_piece
 from ..tile.layout import BETA, LOG2_E, G
 
 WARPS = 8
 
 
 @kernel(own_barriers=True)
-def gates(
+def gate_sums(
     *, gates: str, strengths: str, offsets: str, varlen: bool, gate: bool, bias: bool,
     sigmoid: bool, double: bool,
 ) -> Any:  # fmt: skip
@@ -29,7 +29,7 @@ def gates(
     slots, rows = T.dynamic("slots"), T.dynamic("rows")
 
     @T.prim_func
-    def gates_kernel(
+    def gate_sums_kernel(
         g: T.Tensor((B, L, HV), gates), beta: T.Tensor((B, L, HV), strengths),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV,), "float32"),
         cu_seqlens: T.Tensor((N + 1,), offsets), factors: T.Tensor((slots, HV, 2, C), "float32"),
@@ -42,7 +42,7 @@ def gates(
             tx = T.get_thread_binding()
             warp, lane = tx // 32, tx % 32
             head = block * WARPS + warp
-            locate(slot, cu_seqlens, sequences, L, C, place, varlen)
+            locate_piece(slot, cu_seqlens, sequences, L, C, place, varlen)
             if varlen and tx == 0 and block == 0:
                 spans[slot, 0] = place[1]
                 spans[slot, 1] = place[2]
@@ -57,4 +57,4 @@ def gates(
                     factors[slot, head, 0, token] = summed[warp, G, token] / LOG2_E
                     factors[slot, head, 1, token] = summed[warp, BETA, token]
 
-    return gates_kernel
+    return gate_sums_kernel

@@ -20,9 +20,9 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.fragment_sums import PRELUDE
-from ..tile.indexing import rolled
+from ..tile.indexing import rolled_loop
 from ..tile.layout import ROWS
-from ..tile.ragged_rows import clear_dead, clear_rows
+from ..tile.ragged_rows import clear_past_end, clear_rows_past_end
 from .gradients_gates import mend_weak, store_gates
 from .gradients_inter import (
     COLUMNS,
@@ -90,7 +90,7 @@ def gradients(
     def take_columns(c, m, bars, h, place, scale, thread):
         T.clear(c.dq)
         T.clear(c.dk)
-        for g in rolled(group):
+        for g in rolled_loop(group):
             r = place[HEADS] + g
             T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
             if place[LIVE] < C:
@@ -114,20 +114,20 @@ def gradients(
         T.barrier_wait(bars.keys, even)
         T.barrier_wait(bars.tokens[before % 2], before // 2 % 2)  # the norms come with them
         if live < C:
-            clear_dead(m.q, live)
-            clear_dead(m.k, live)
+            clear_past_end(m.q, live)
+            clear_past_end(m.k, live)
             T.fence_proxy_async()
         keep_norms(m, before % 2, even, thread)
         T.sync_threads(PAIRS, 128)
         multiply_keys(m, p, even, scale)
         T.clear(p.F)
         T.clear(p.D)
-        for g in rolled(group):
+        for g in rolled_loop(group):
             r = before + g
             b = r % 2
             T.barrier_wait(bars.tokens[b], r // 2 % 2)
             if live < C:
-                clear_rows((m.do, m.R), b, live)
+                clear_rows_past_end((m.do, m.R), b, live)
                 T.fence_proxy_async()
                 T.sync_threads(DEAD, consumers)
             couple_writes(m, p, b, thread)
@@ -142,7 +142,7 @@ def gradients(
     @T.macro
     def load(q, k, do, dv, factors, norms, given, U, S, dS, m, bars, place):
         batch, at, slot, kh = place[BATCH], place[AT], place[SLOT], place[KEY_HEAD]
-        for g in rolled(group):
+        for g in rolled_loop(group):
             head, r = kh * group + g, place[HEADS] + g
             b = r % 2
             T.barrier_wait(bars.free[b], r // 2 % 2 ^ 1)
@@ -169,7 +169,7 @@ def gradients(
 
     @T.macro
     def finish(dq, dk, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, m, bars, place, scale, lane):
-        for number in rolled(group):
+        for number in rolled_loop(group):
             r = place[HEADS] + number
             T.barrier_wait(bars.told[r % 2], r // 2 % 2)
             store_gates(
@@ -187,7 +187,7 @@ def gradients(
 
     @T.macro
     def mend(dv, m, bars, place, thread):
-        for g in rolled(group):
+        for g in rolled_loop(group):
             r = place[HEADS] + g
             T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
             mend_weak(

@@ -18,8 +18,8 @@ import tilelang.language as T
 from gdn.definition import GATE_FLOOR
 from gdn.problem import CHUNK as C
 
-from ..tile.gate_math import kept, left, log_decay, log_decay_slope
-from ..tile.indexing import rolled
+from ..tile.gate_math import log_decay, log_decay_slope, remaining_beta, stored_R_scale
+from ..tile.indexing import rolled_loop
 from ..tile.layout import LOG2_E, ROWS
 from .gradients_inter import KNOWN, READ, WRITTEN, sum_over
 
@@ -31,9 +31,9 @@ def mend_weak(
     """By 64 threads: dv of tokens whose beta is weak, over R in memory."""
     lanes = int(m.R.shape[2]) // 8
     some = T.alloc_local((8,), m.R.dtype)
-    for step in rolled(C * lanes // 64):
+    for step in rolled_loop(C * lanes // 64):
         i, j = step * (64 // lanes) + thread // lanes, thread % lanes * 8
-        strength = left(m.factors[b, 1, i])
+        strength = remaining_beta(m.factors[b, 1, i])
         if i < live and strength != 1.0:
             for x in T.vectorized(8):
                 some[x] = m.R[b, i, j + x]
@@ -60,7 +60,7 @@ def store_gates(
         i = lane * 2 + e
         grown = T.exp2(m.factors[b, 0, i] * LOG2_E)
         beta, rk = m.factors[b, 1, i], m.factors[b, 3, i]
-        strength = left(beta)
+        strength = remaining_beta(beta)
         known = rk * grown * sum_over(m, b, KNOWN, i)
         dG[e] = scale * m.factors[b, 2, i] * grown * sum_over(m, b, READ, i) - strength * known
         dG[e] += m.rows[b, 1, i] - strength * m.rows[b, 0, i]
@@ -74,7 +74,7 @@ def store_gates(
         d_beta[e] = 0.0
         for block in T.unroll(int(m.R.shape[2]) // ROWS):
             d_beta[e] += m.factors[b, 4 + block, i]
-        d_beta[e] -= (known + m.rows[b, 0, i]) / kept(beta)
+        d_beta[e] -= (known + m.rows[b, 0, i]) / stored_R_scale(beta)
         if sigmoid:
             d_beta[e] *= beta * (1.0 - (0.5 if double else 1.0) * beta)
         if i < live:

@@ -18,8 +18,8 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from ..tile.fragment_sums import sum_rows
-from ..tile.gate_math import left
-from ..tile.indexing import rolled
+from ..tile.gate_math import remaining_beta
+from ..tile.indexing import rolled_loop
 from ..tile.layout import LOG2_E
 from ..tile.ragged_rows import store_row
 
@@ -64,7 +64,9 @@ def fold_queries(m: Any, c: Any, b: Any, h: Any, scale: Any, thread: Any) -> Non
 def fold_known(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
     """c.one = R S^T, into dK; c.half = k."""
     for i, j in T.Parallel(C, COLUMNS):
-        c.dk[i, j] -= left(m.factors[b, 1, i]) * T.exp2(m.factors[b, 0, i] * LOG2_E) * c.one[i, j]
+        c.dk[i, j] -= (
+            remaining_beta(m.factors[b, 1, i]) * T.exp2(m.factors[b, 0, i] * LOG2_E) * c.one[i, j]
+        )
     multiply_rows(c.one, c.half, m, c, b, KNOWN, h, thread)
 
 
@@ -185,6 +187,6 @@ def store_columns(
             )  # fmt: skip
         T.tma_store_wait(0)
     else:
-        for i in rolled(live):
+        for i in rolled_loop(live):
             for to, first, x, place, row, column in staged:
                 store_row(x, place, row + i, column, to, batch, at + i, kh, first, lane)

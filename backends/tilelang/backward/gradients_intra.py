@@ -14,7 +14,7 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from ..tile.fragment_sums import multiply, put_aside, sum_columns, sum_rows
-from ..tile.gate_math import left
+from ..tile.gate_math import remaining_beta
 from ..tile.layout import LOG2_E
 
 
@@ -76,7 +76,7 @@ def couple_writes(m: Any, p: Any, b: Any, thread: Any) -> None:
     for i, j in T.Parallel(C, C):
         p.one[i, j] = T.if_then_else(i > j, p.one[i, j], 0.0)
     for i in T.Parallel(C):
-        p.row[i] = left(m.factors[b, 1, i])
+        p.row[i] = remaining_beta(m.factors[b, 1, i])
     for i, j in T.Parallel(C, C):
         p.D[i, j] -= p.row[i] * p.one[i, j]
     multiply(p.one, m.kk)

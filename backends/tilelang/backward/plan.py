@@ -15,16 +15,16 @@ from torch import Tensor
 from gdn.backend import Gradients
 from gdn.problem import CHUNK, Call
 
-from ...common.chunking import parallel_length, pieces, processors
-from ..arguments import dtype_name, gate_options, ready
-from ..combine_pieces import carry
-from ..compile import entries, together
-from ..memory_rounds import Round, parts, rounds
-from ..streams import beside, rejoin
+from ...common.chunking import piece_length, piece_slots, sm_count
+from ..arguments import dtype_name, gate_options, tma_ready
+from ..combine_pieces import combine_pieces
+from ..compile import compile_together, launchers
+from ..memory_rounds import MemoryRound, memory_rounds, sequence_parts
+from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
-from .gate_sums import gates
+from .gate_sums import gate_sums
 from .gradients import gradients
-from .recompute_states import states
+from .recompute_states import recompute_states
 from .reverse_scan import reverse_scan
 
 TAKEN = 10
@@ -37,7 +37,7 @@ class BackwardPass:
     def __init__(self, call: Call) -> None:
         H, K = call.q.shape[2:]
         HV, V = call.v.shape[2:]
-        self.slots, self.sequences = pieces(call, CHUNK), call.sequences
+        self.slots, self.sequences = piece_slots(call, CHUNK), call.sequences
         self.shape: dict[str, Any] = {
             "dtype": dtype_name(call.q),
             "K": K,
@@ -45,14 +45,14 @@ class BackwardPass:
             "group": HV // H,
             "varlen": call.cu_seqlens is not None,
         }
-        self.length = parallel_length(call, ROWS)
-        self.pieces = self.sequences if self.length is None else pieces(call, self.length)
+        self.length = piece_length(call, ROWS)
+        self.pieces = self.sequences if self.length is None else piece_slots(call, self.length)
         self.offsets, cut = dtype_name(call.cu_seqlens, "int32"), self.length is not None
         self.v_first = call.state_v_first
-        self.rounds, self.parted = rounds(call), len(parts(call)) > 1
+        self.rounds, self.parted = memory_rounds(call), len(sequence_parts(call)) > 1
         self.most = max(r.slots for r in self.rounds)
         # as many as multiprocessors, or a multiple, lest the slowest of these has too much to do
-        work, available = self.most * H, processors(call.q.device)
+        work, available = self.most * H, sm_count(call.q.device)
         self.programs = min(work, available * max(1, -(-work // (available * TAKEN))))
         self.scan = self.shape | {
             "offsets": self.offsets, "v_first": cut or call.state_v_first, "cut": cut,
@@ -65,12 +65,12 @@ class BackwardPass:
         if self.parted:
             initial = final = True
         options = {name: x for name, x in self.options.items() if name != "l2"}
-        first = (gates, options | {"offsets": self.offsets, "varlen": self.shape["varlen"]})
+        first = (gate_sums, options | {"offsets": self.offsets, "varlen": self.shape["varlen"]})
         last = (gradients, self.shape | self.options)
         if self.length is None:
-            return together(
+            return compile_together(
                 first,
-                (states, self.scan | {"initial": initial}),
+                (recompute_states, self.scan | {"initial": initial}),
                 (reverse_scan, self.scan | {"final": final, "initial": initial, "keep": True}),
                 last,
             )
@@ -78,11 +78,11 @@ class BackwardPass:
             "offsets": self.offsets, "v_first": self.v_first, "reverse": True,
             "initial": final, "final": initial,
         }  # fmt: skip
-        return together(
+        return compile_together(
             first,
-            (states, self.scan | {"initial": True}),
+            (recompute_states, self.scan | {"initial": True}),
             (reverse_scan, self.scan | {"final": False, "initial": True, "keep": False}),
-            (carry, across),
+            (combine_pieces, across),
             (reverse_scan, self.scan | {"final": True, "initial": False, "keep": True}),
             last,
         )
@@ -91,11 +91,15 @@ class BackwardPass:
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
         """See `gdn.backend.Plan.backward`."""
-        q, k, v, g, beta, begin, A_log, dt_bias = (ready(x) for x in call.differentiable)
-        do, end, cu_seqlens = ready(grad_o), ready(grad_final_state), ready(call.cu_seqlens)
+        q, k, v, g, beta, begin, A_log, dt_bias = (tma_ready(x) for x in call.differentiable)
+        do, end, cu_seqlens = (
+            tma_ready(grad_o),
+            tma_ready(grad_final_state),
+            tma_ready(call.cu_seqlens),
+        )
         kind = begin is not None, end is not None
         if kind not in self.runs:
-            self.runs[kind] = entries(self.kernels(*kind))
+            self.runs[kind] = launchers(self.kernels(*kind))
 
         grads = [torch.empty_like(x) for x in (q, k, v, g, beta)]
         (HV, V), K, new = v.shape[2:], q.shape[3], q.new_empty
@@ -143,7 +147,7 @@ class BackwardPass:
         return Gradients(dq, dk, dv, dg, dbeta, state, dA_log, ddt_bias)
 
     def take(
-        self, r: Round, kernels: list[Any], tokens: list[Tensor], slots: list[Any],
+        self, r: MemoryRound, kernels: list[Any], tokens: list[Tensor], slots: list[Any],
         walked: list[Tensor], states: list[Any], between: list[Tensor], gate: tuple[Any, Any],
         cu_seqlens: Tensor | None, spans: Tensor | None, scale: float,
     ) -> None:  # fmt: skip
@@ -154,7 +158,7 @@ class BackwardPass:
         (begin, end, first), (S, dS, U, given) = states, between
         N, cut = r.last - r.first, self.length is not None
         many = (N, self.pieces if cut else N, self.length or 0)
-        with beside(q.device):
+        with side_stream(q.device):
             coupled = (factors, norms, inverse, walked[1] if cut else begin, cu_seqlens)
             walk(k, v, *coupled, S, U, *many)
         chunks = (q, k, v, do, factors, norms, inverse)
@@ -167,7 +171,7 @@ class BackwardPass:
             walks_back[2](*chunks, ends, *keep, None, scale, *many)
         else:
             walks_back[0](*chunks, end, *keep, first, scale, *many)
-        rejoin(q.device)
+        join_side_stream(q.device)
         finish(
             q, k, g, *gate, do, factors, norms, given, U, S, dS, spans,
             dq, dk, dv, dg, dbeta, *partial, scale, self.programs,

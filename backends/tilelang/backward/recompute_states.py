@@ -19,12 +19,12 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.fragments import PRELUDE, load_transposed, store
-from ..tile.indexing import span
+from ..tile.indexing import piece_bounds
 from ..tile.layout import LOG2_E, ROWS
-from ..tile.pacing import Pace, keep_pace
+from ..tile.pacing import ClusterPace, wait_for_cluster
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
-from ..tile.ragged_rows import clear_rows
+from ..tile.ragged_rows import clear_rows_past_end
 
 STAGES = 2
 CARRY = 1
@@ -73,7 +73,7 @@ def find_factors(m: Any, s: Any, token: Any) -> None:
 
 
 @kernel(own_barriers=True)
-def states(
+def recompute_states(
     *, dtype: str, offsets: str, K: int, V: int, group: int,
     varlen: bool, initial: bool, v_first: bool, cut: bool,
 ) -> Any:  # fmt: skip
@@ -99,7 +99,7 @@ def states(
             T.annotate_min_blocks_per_sm(2)
             first, kh = block * ROWS, head // group
             place = T.alloc_local((4,), "int32")
-            span(n, cu_seqlens, sequences, L, length, place, varlen, cut)
+            piece_bounds(n, cu_seqlens, sequences, L, length, place, varlen, cut)
             batch = 0 if varlen else place[0]
             start, stop, slot = place[1], place[2], place[3]
             chunks = T.ceildiv(T.max(stop - start, 0), C)
@@ -110,7 +110,7 @@ def states(
             used = T.alloc_barrier([128] * STAGES)
             factored = T.alloc_barrier([C] * STAGES)
             staged, left = T.alloc_barrier(128), T.alloc_barrier(32)
-            pace = Pace(blocks)
+            pace = ClusterPace(blocks)
             tx = T.get_thread_binding()
 
             if tx < 128:
@@ -137,8 +137,8 @@ def states(
                     at = start + chunk * C
                     T.barrier_wait(factored[s], chunk // STAGES % 2)  # and so loaded
                     if at + C > stop:
-                        clear_rows((m.k,), s, stop - at)
-                        clear_rows((m.v,), s, stop - at)
+                        clear_rows_past_end((m.k,), s, stop - at)
+                        clear_rows_past_end((m.v,), s, stop - at)
                         fence()
                         T.sync_threads(CARRY, 128)
                     decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
@@ -172,7 +172,7 @@ def states(
                     for chunk in T.serial(chunks):
                         s = chunk % STAGES
                         T.barrier_wait(used[s], chunk // STAGES % 2 ^ 1)
-                        keep_pace(pace, chunk, tx == 128)
+                        wait_for_cluster(pace, chunk, tx == 128)
                         load(
                             k, v, factors, norms, inverse, m, full, batch, start + chunk * C,
                             slot + chunk, head, kh, first, s,

@@ -24,13 +24,13 @@ from ..compile import kernel
 from ..tile.fragment_sums import PRELUDE as SUMS
 from ..tile.fragment_sums import put_row
 from ..tile.fragments import PRELUDE, load_transposed, store, store_transposed
-from ..tile.gate_math import kept
-from ..tile.indexing import span
+from ..tile.gate_math import stored_R_scale
+from ..tile.indexing import piece_bounds
 from ..tile.layout import LOG2_E, ROWS
-from ..tile.pacing import Pace, keep_pace
+from ..tile.pacing import ClusterPace, wait_for_cluster
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
-from ..tile.ragged_rows import clear_rows
+from ..tile.ragged_rows import clear_rows_past_end
 from .reverse_scan_memory import STAGES, Barriers, Memory, load, store_chunk
 
 CUDA = FENCES + PRELUDE + SUMS
@@ -63,7 +63,7 @@ def find_factors(m: Any, s: Any, token: Any, scale: Any) -> None:
     m.onto[s, token] = rk * T.exp2(m.factors[s, 0, C - 1] * LOG2_E - m.G2[s, token])
     m.read[s, token] = m.rows[s, token] * grown
     m.through[s, token] = -m.factors[s, 1, token] * rk * grown
-    m.kept[s, token] = kept(m.factors[s, 1, token])
+    m.kept[s, token] = stored_R_scale(m.factors[s, 1, token])
 
 
 @T.macro
@@ -72,8 +72,8 @@ def couple(
 ) -> None:
     """P and the factors of the chunk in stage s, by the warpgroup that works ahead."""
     if live < C:
-        clear_rows((m.q, m.k), s, live)
-        clear_rows((m.do,), s, live)
+        clear_rows_past_end((m.q, m.k), s, live)
+        clear_rows_past_end((m.do,), s, live)
         fence()
     if thread < C:
         find_factors(m, s, thread, scale)
@@ -177,14 +177,14 @@ def reverse_scan(
         ) as (n, head, block):
             first, kh = block * ROWS, head // group
             place = T.alloc_local((4,), "int32")
-            span(n, cu_seqlens, sequences, L, length, place, varlen, cut)
+            piece_bounds(n, cu_seqlens, sequences, L, length, place, varlen, cut)
             batch = 0 if varlen else place[0]
             start, stop, slot = place[1], place[2], place[3]
             chunks = T.ceildiv(T.max(stop - start, 0), C)
 
             m = Memory(K, dtype)
             bars = Barriers()
-            pace = Pace(blocks)
+            pace = ClusterPace(blocks)
             tx = T.get_thread_binding()
 
             if tx < 128:
@@ -229,7 +229,7 @@ def reverse_scan(
                     for step in T.serial(chunks):
                         s = step % STAGES
                         T.barrier_wait(bars.used[s], step // STAGES % 2 ^ 1)
-                        keep_pace(pace, step, tx == 256)
+                        wait_for_cluster(pace, step, tx == 256)
                         load(
                             q, k, v, do, factors, norms, inverse, m, bars,
                             batch, start + (chunks - 1 - step) * C, slot + chunks - 1 - step,

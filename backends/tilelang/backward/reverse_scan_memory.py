@@ -8,7 +8,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from gdn.problem import CHUNK as C
 
 from ..tile.layout import ROWS
-from ..tile.ragged_rows import store_live
+from ..tile.ragged_rows import store_live_rows
 
 STAGES = 3
 
@@ -83,7 +83,7 @@ def store_chunk(
             leader_scope_threads=32,
         )  # fmt: skip
     else:
-        store_live(m.R, 0, R_out, batch, at, live, head, first, lane)
+        store_live_rows(m.R, 0, R_out, batch, at, live, head, first, lane)
     T.tma_store_wait(0)
     T.barrier_arrive(bars.left)
     total = T.alloc_local((2,), "float32")

@@ -20,7 +20,7 @@ from gdn.problem import Call, Step
 
 from ...common.allocation import allocator
 from ..arguments import dtype_name
-from ..compile import entries, kernel
+from ..compile import kernel, launchers
 from ..tile.gate_math import log_decay
 from .state_slice import Part, Shape, keep, load, meet
 
@@ -227,7 +227,7 @@ class DecodePlan(Plan):
         """What launches the kernel, compiled."""
         if wide not in self.runs:
             compiled = decode_kernel(**self.statics, shape=self.shapes[wide], wide=wide)
-            (self.runs[wide],) = entries([compiled])
+            (self.runs[wide],) = launchers([compiled])
         return self.runs[wide]
 
     def precompile(self, call: Call | Step, backward: bool) -> bool:

@@ -18,9 +18,9 @@ from gdn.problem import CHUNK as C
 from ..compile import kernel
 from ..tile.fragments import PRELUDE, store
 from ..tile.gate_math import load_gates, sum_gates
-from ..tile.indexing import locate
+from ..tile.indexing import locate_piece
 from ..tile.layout import READ, RK, SCORES, G
-from ..tile.ragged_rows import clear_dead
+from ..tile.ragged_rows import clear_past_end
 from .intra_chunk import (
     Memory,
     Registers,
@@ -52,7 +52,7 @@ PROGRAMS = {"bfloat16": 4, "float16": 3}
 
 @T.macro
 def clear_before_products(x: Any, live: Any) -> None:
-    clear_dead(x, live)
+    clear_past_end(x, live)
     T.fence_proxy_async()
     T.sync_threads(1, 128)
 
@@ -74,7 +74,7 @@ def prepare(
         place[KEY_HEAD] = place[HEAD] // group
         sequence = place[NUMBER] // span
         place[SLOT] = sequence * T.ceildiv(L, C) + first + place[NUMBER] - sequence * span
-        locate(place[SLOT], cu_seqlens, sequences, L, C, place, varlen)
+        locate_piece(place[SLOT], cu_seqlens, sequences, L, C, place, varlen)
 
     @T.macro
     def step(place, first, span, taken, cu_seqlens, sequences, blocks, group, programs):

@@ -24,17 +24,17 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.fragments import PRELUDE
-from ..tile.indexing import number_within, span
+from ..tile.indexing import piece_bounds, piece_number
 from ..tile.layout import ROWS
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
-from ..tile.ragged_rows import clear_rows, store_live
+from ..tile.ragged_rows import clear_rows_past_end, store_live_rows
 from .scan_step import (
     Tile,
-    advance,
+    compute_KS,
+    compute_U,
     load_state,
-    recall,
-    solve,
+    scan_step,
     stage_output,
     store_state,
     unit_state,
@@ -139,13 +139,13 @@ def scan(
             values = s * warpgroups + wg
             T.barrier_wait(full[s], chunk // stages % 2)
             if at + C > stop:  # what follows the sequence may be anything
-                clear_rows((m.k,), s, stop - at)
-                clear_rows((m.v,), values, stop - at)
+                clear_rows_past_end((m.k,), s, stop - at)
+                clear_rows_past_end((m.v,), values, stop - at)
                 fence()
                 T.sync_threads(1 + wg, 128)
-            recall(t, m, s, values, thread)
-            solve(t, m, s)
-            advance(t, m, s, scored, chunk % ahead, chunk // ahead % 2, output)
+            compute_KS(t, m, s, values, thread)
+            compute_U(t, m, s)
+            scan_step(t, m, s, scored, chunk % ahead, chunk // ahead % 2, output)
             if output:
                 stage_output(t, m.v, values, thread)
                 fence()
@@ -174,7 +174,7 @@ def scan(
                 else:
                     for wg in T.unroll(warpgroups):
                         first, values = row + wg * ROWS, s * warpgroups + wg
-                        store_live(m.v, values, o, batch, at, stop - at, head, first, lane)
+                        store_live_rows(m.v, values, o, batch, at, stop - at, head, first, lane)
                 T.tma_store_wait(0)
             T.barrier_arrive(free[s])
 
@@ -200,14 +200,14 @@ def scan(
             place[5] = program // blocks % HV
             place[6] = program // blocks % HV // (HV // H)
             first = program % blocks * width
-            span(place[4], cu_seqlens, sequences, L, length, place, varlen, cut)
+            piece_bounds(place[4], cu_seqlens, sequences, L, length, place, varlen, cut)
             if not cut:
                 place[1] += skipped
                 place[2] = T.min(place[2], place[1] + length)
                 place[3] += skipped // C
             place[9] = T.ceildiv(T.max(place[2] - place[1], 0), C)
             if cut:
-                number_within(cu_seqlens, L, length, place, varlen)
+                piece_number(cu_seqlens, L, length, place, varlen)
             if transfer:  # a walk of no chunks costs nothing
                 within = T.And(place[7] > 0, place[7] < place[8])
                 wanted = T.Or(

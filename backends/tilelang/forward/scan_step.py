@@ -62,7 +62,7 @@ def store_state(t: Any, end: Any, n: Any, head: Any, row: Any, v_first: bool) ->
 
 
 @T.macro
-def recall(t: Any, m: Any, s: Any, v: Any, thread: Any) -> None:
+def compute_KS(t: Any, m: Any, s: Any, v: Any, thread: Any) -> None:
     """The first half of a chunk, in place s of shared memory m: K S, and V in place v, which is not
     read again."""
     T.wgmma_gemm(t.before, m.k[s, :, :], t.known, transpose_B=True, clear_accum=True)
@@ -73,7 +73,7 @@ def recall(t: Any, m: Any, s: Any, v: Any, thread: Any) -> None:
 
 
 @T.macro
-def solve(t: Any, m: Any, s: Any) -> None:
+def compute_U(t: Any, m: Any, s: Any) -> None:
     """U and Q S, on their way."""
     for i, j in T.Parallel(ROWS, C):
         t.half[i, j] = t.values[i, j] + m.walk[s, THROUGH, j] * t.known[i, j]
@@ -82,7 +82,7 @@ def solve(t: Any, m: Any, s: Any) -> None:
 
 
 @T.macro
-def advance(t: Any, m: Any, s: Any, scored: Any, p: Any, parity: Any, output: bool) -> None:
+def scan_step(t: Any, m: Any, s: Any, scored: Any, p: Any, parity: Any, output: bool) -> None:
     """The other half: t.S after the chunk, and t.O (output); scored[p] says that P is there."""
     T.wait_wgmma(1)
     for i, j in T.Parallel(ROWS, C):

@@ -20,13 +20,13 @@ WEAK = 0.0625
 """Where beta is not larger, nothing is divided by it."""
 
 
-def kept(beta: Any) -> Any:
+def stored_R_scale(beta: Any) -> Any:
     """What backward's R is multiplied by before it goes through memory: beta, which makes it dv,
     unless that is too weak to be divided by again."""
     return T.if_then_else(beta > WEAK, beta, 1.0)
 
 
-def left(beta: Any) -> Any:
+def remaining_beta(beta: Any) -> Any:
     """What is left of beta to multiply `kept` R by."""
     return T.if_then_else(beta > WEAK, 1.0, beta)
 

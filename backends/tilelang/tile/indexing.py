@@ -9,13 +9,13 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 
-def rolled(count: Any) -> Any:
+def rolled_loop(count: Any) -> Any:
     """A loop that nvcc does not unroll: multiprocessors keep little code at hand."""
     return T.unroll(count, annotations={"pragma_unroll_factor": 1})
 
 
 @T.macro
-def locate(
+def locate_piece(
     number: Any, cu_seqlens: Any, sequences: Any, length: Any, size: Any, place: Any, varlen: bool
 ) -> None:
     """place = sequence, first token and tokens left (0 or less: not in use) of the piece of `size`
@@ -43,14 +43,14 @@ def locate(
 
 
 @T.macro
-def span(
+def piece_bounds(
     piece: Any, cu_seqlens: Any, sequences: Any, L: Any, length: Any, place: Any,
     varlen: bool, cut: bool,
 ) -> None:  # fmt: skip
     """place = sequence, first token, end, and number of the first chunk of a piece of at most
     `length` tokens, or (not cut) of a whole sequence. Not in use: the end comes first."""
     if cut:
-        locate(piece, cu_seqlens, sequences, L, length, place, varlen)
+        locate_piece(piece, cu_seqlens, sequences, L, length, place, varlen)
         place[2] = place[1] + T.min(place[2], length)
     else:
         place[0] = piece
@@ -64,7 +64,7 @@ def span(
 
 
 @T.macro
-def number_within(cu_seqlens: Any, L: Any, length: Any, place: Any, varlen: bool) -> None:
+def piece_number(cu_seqlens: Any, L: Any, length: Any, place: Any, varlen: bool) -> None:
     """place[7] = which piece of its sequence `span` found, place[8] = which is the last."""
     before = T.cast(cu_seqlens[place[0]], "int32") if varlen else 0
     after = T.cast(cu_seqlens[place[0] + 1], "int32") if varlen else L

@@ -7,7 +7,7 @@ from typing import Any
 import tilelang.language as T
 
 
-class Pace:
+class ClusterPace:
     """What keeps the programs of neighbouring columns of V, a cluster, a chunk apart at most: their
     halves of a token's row then come from memory together."""
 
@@ -18,7 +18,7 @@ class Pace:
 
 
 @T.macro
-def keep_pace(pace: Any, chunk: Any, leads: Any) -> None:
+def wait_for_cluster(pace: Any, chunk: Any, leads: Any) -> None:
     """Until all of them may load the chunk, by the warps that load; leads: one thread of each."""
     if pace.programs > 1:
         if leads:

@@ -8,7 +8,7 @@ import tilelang.language as T
 
 
 @T.macro
-def clear_dead(x: Any, live: Any) -> None:
+def clear_past_end(x: Any, live: Any) -> None:
     """Zero x [., C, .] past the end of the sequence: the rows there may hold anything, NaN too."""
     for b, i, j in T.Parallel(*x.shape):
         if i >= live:
@@ -16,7 +16,7 @@ def clear_dead(x: Any, live: Any) -> None:
 
 
 @T.macro
-def clear_rows(xs: Any, s: Any, live: Any) -> None:
+def clear_rows_past_end(xs: Any, s: Any, live: Any) -> None:
     """The same of stage s of several buffers [stages, C, .] of one shape."""
     for i, j in T.Parallel(*xs[0].shape[1:]):
         if i >= live:
@@ -35,7 +35,7 @@ def store_row(
 
 
 @T.macro
-def store_live(
+def store_live_rows(
     x: Any, s: Any, to: Any, batch: Any, at: Any, live: Any, head: Any, first: Any, lane: Any
 ) -> None:
     """The live rows of x[s], [C, 64] in shared memory, to the tokens from `at` of to [B, L, HV, V],
