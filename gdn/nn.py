@@ -106,11 +106,18 @@ class GatedDeltaNet(nn.Module):
     ) -> Tensor:
         """y [B, T, hidden_size] from x of that shape.
 
-        cache: go on from it, and leave in it what the next call needs. cu_seqlens: sequences packed
-        along T, as in `gdn.gated_delta_net`; not together with a cache.
+        cache: go on from it, and leave in it what the next call needs; not under activation
+        checkpointing, whose second run would start where the first ended. cu_seqlens: sequences
+        packed along T, as in `gdn.gated_delta_net`; not together with a cache.
         """
         if cache is not None and cu_seqlens is not None:
             raise ValueError("cache must come without cu_seqlens, got both; pad to a batch instead")
+        if cache is not None and _in_backward():
+            raise RuntimeError(
+                "cache must come outside of backward passes, got a forward within one, as "
+                "activation checkpointing makes it, from the state that the first forward left; "
+                "leave out the cache or the checkpointing"
+            )
         B, T, _ = x.shape
         mixed = self._convolve(self.in_proj_qkv(x), cache, cu_seqlens)
         q, k, v = torch.split(mixed, self.sizes, -1)
@@ -140,21 +147,23 @@ class GatedDeltaNet(nn.Module):
 
     def _convolve(self, x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor:
         """silu(sum_j weight_j x_{t - j}) over [B, T, channels], within each sequence."""
-        weight, before = self.conv1d.weight[:, 0], self.conv_size - 1
-        if cu_seqlens is not None:
-            return F.silu(_packed_convolution(x, weight, cu_seqlens))
         if not x.shape[1]:
             return x
-        x = x.mT
-        if cache is not None:
-            x = torch.cat([cache.conv.to(x.dtype), x], -1)
-            cache.conv.copy_(x[..., x.shape[-1] - before :].detach())
-        elif fast := _causal_conv1d(x, self.conv_size):
-            out: Tensor = fast(x, weight, activation="silu")
-            return out.mT
-        else:
-            x = F.pad(x, (before, 0))
-        return F.silu(F.conv1d(x, weight[:, None], groups=len(weight))).mT
+        x, before = x.mT, self.conv_size - 1
+        if cu_seqlens is not None:
+            return convolve_packed(self._causal_convolution, x, cu_seqlens, self.conv_size).mT
+        if cache is None:
+            return self._causal_convolution(x).mT
+        x = torch.cat([cache.conv.to(x.dtype), x], -1)
+        cache.conv.copy_(x[..., x.shape[-1] - before :].detach())
+        return F.silu(F.conv1d(x, self.conv1d.weight, groups=x.shape[1])).mT
+
+    def _causal_convolution(self, x: Tensor) -> Tensor:
+        """silu(sum_j weight_j x_{t - j}) over [B, channels, T], zeros in front."""
+        if fast := _causal_conv1d(x, self.conv_size):
+            return fast(x, self.conv1d.weight[:, 0], activation="silu")
+        x = F.pad(x, (self.conv_size - 1, 0))
+        return F.silu(F.conv1d(x, self.conv1d.weight, groups=x.shape[1]))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Also take Qwen3-Next's projections, q, k, v, z and b, a of each q/k head side by side."""
@@ -170,6 +179,11 @@ class GatedDeltaNet(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def _in_backward() -> bool:
+    """Whether a backward pass runs this; compiled code, which cannot know, counts as outside."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _causal_conv1d(x: Tensor, taps: int) -> Callable[..., Tensor] | None:
     """causal-conv1d's kernel, where it is installed and takes x [B, channels, T]."""
     takes = 2 <= taps <= 4 and x.shape[1] % 8 == 0 and x.dtype != torch.float64
@@ -180,14 +194,18 @@ def _causal_conv1d(x: Tensor, taps: int) -> Callable[..., Tensor] | None:
     return cast(Callable[..., Tensor], causal_conv1d_fn)
 
 
-def _packed_convolution(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The causal depthwise convolution of [1, T, channels], not reaching across sequences."""
-    T, taps = x.shape[1], weight.shape[1]
-    tokens = torch.arange(T, device=x.device, dtype=cu_seqlens.dtype)
-    starts = cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1]
-    out = x * weight[:, -1]
-    for back in range(1, taps):
-        earlier = F.pad(x, (0, 0, back, 0))[:, :T]
-        inside = (tokens - back >= starts)[None, :, None]
-        out = out + torch.where(inside, earlier, 0) * weight[:, taps - 1 - back]
-    return out
+def convolve_packed(
+    convolution: Callable[[Tensor], Tensor], x: Tensor, cu_seqlens: Tensor, taps: int
+) -> Tensor:
+    """Run `convolution`, which is causal, on [1, channels, T] within each packed sequence.
+
+    It gets the sequences with taps - 1 zeros between neighbours, and returns a tensor of the same
+    shape. Its values are those that it gives for each sequence alone. The host never waits for the
+    device.
+    """
+    rows, inner = x.mT, cu_seqlens[1:-1]
+    tokens = torch.arange(rows.shape[1], device=x.device, dtype=inner.dtype)
+    places = (tokens + (taps - 1) * torch.searchsorted(inner, tokens, right=True)).long()
+    apart = rows.new_zeros((rows.shape[0], len(tokens) + (taps - 1) * len(inner), rows.shape[2]))
+    apart = apart.index_copy(1, places, rows)
+    return convolution(apart.mT).mT.index_select(1, places).mT

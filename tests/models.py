@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SIZES = {
     "vocab_size": 64,
@@ -87,6 +89,54 @@ def make_plain(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, None)
+
+
+def cache_name(model: Any) -> str:
+    """What this transformers calls its cache."""
+    accepted = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in accepted else "past_key_values"
+
+
+@torch.no_grad()
+def run_pieces(
+    model: Any, ids: Tensor, lengths: tuple[int, ...], packed: bool = False
+) -> list[Tensor]:
+    """Logits of pieces of these lengths through one cache; packed: each a pack of one sequence."""
+    name = cache_name(model)
+    cache, outputs = None, []
+    for piece in ids[:, : sum(lengths)].split(lengths, 1):
+        ends = torch.tensor([0, piece.shape[1]], dtype=torch.int32, device=ids.device)
+        more = {"cu_seq_lens_q": ends} if packed else {}
+        out = model(piece, **{name: cache}, use_cache=True, **more)
+        cache = out[name]
+        outputs.append(out.logits)
+    return outputs
+
+
+def keeps_packed_apart(kind: str) -> bool:
+    """Whether this transformers has a convolution that can be told of packed sequences."""
+    return not hasattr(modelling(kind), "chunk_gated_delta_rule")
+
+
+def make_packed(device: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Five sequences, one of them empty, packed as transformers' collator does; and each alone."""
+    bounds = [0, 3, 3, 40, 41, 70]
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(SIZES["vocab_size"], (1, bounds[-1]), generator=generator).to(device)
+    places = [torch.arange(b - a, device=device) for a, b in pairwise(bounds)]
+    ends = torch.tensor(bounds, dtype=torch.int32, device=device)
+    packed = {"input_ids": ids, "position_ids": torch.cat(places)[None]}
+    packed |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 37, "max_length_k": 37}
+    return packed, [{"input_ids": ids[:, a:b]} for a, b in pairwise(bounds) if b > a]
+
+
+def run_all(model: Any, batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Logits of all tokens of the batches, and the parameters' gradients of their squares."""
+    model.zero_grad()
+    logits = torch.cat([model(**inputs, use_cache=False).logits for inputs in batches], 1)
+    logits.float().square().mean().backward()
+    gradients = {n: x.grad.clone() for n, x in model.named_parameters() if x.grad is not None}
+    return {"logits": logits.detach()} | gradients
 
 
 def make_tokenizer() -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import gdn.nn
 from gdn.nn import GatedDeltaNet
@@ -63,6 +64,58 @@ def test_packed_sequences_do_not_see_each_other(layer: GatedDeltaNet, device: st
         layer(x, cache=layer.make_cache(1), cu_seqlens=torch.tensor(bounds, device=device))
 
 
+BOUNDS = [0, 3, 3, 40, 41, 90, 90]
+
+
+def convolve(
+    layer: GatedDeltaNet, x: Tensor, weight: Tensor, packed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution of packed sequences, or of each alone, and gradients of x and of the taps."""
+    x, taps = x.detach().requires_grad_(), layer.conv1d.weight
+    if packed:
+        out = layer._convolve(x, None, torch.tensor(BOUNDS, device=x.device, dtype=torch.int32))
+    else:
+        alone = [layer._convolve(x[:, a:b], None, None) for a, b in pairwise(BOUNDS)]
+        out = torch.cat(alone, 1)
+    return out.detach(), *torch.autograd.grad(out, (x, taps), weight)
+
+
+def test_packed_and_dense_convolutions_round_alike(layer: GatedDeltaNet, device: str) -> None:
+    """In bfloat16: the same bits on the CPU, and nowhere more error than the dense one."""
+    x, weight = torch.randn(2, 1, BOUNDS[-1], sum(layer.sizes), device=device).bfloat16()
+    packed, dense = (convolve(layer.bfloat16(), x, weight, packed) for packed in (True, False))
+    truth = convolve(layer.double(), x.double(), weight.double(), False)
+    for one, other, exact in zip(packed, dense, truth, strict=True):
+        assert one.dtype == other.dtype == torch.bfloat16
+        assert relative_error(one, exact) <= relative_error(other, exact)
+    assert device != "cpu" or all(map(torch.equal, packed[:2], dense[:2]))
+
+
+def test_packed_convolution_under_autocast(layer: GatedDeltaNet, device: str) -> None:
+    x = torch.randn(1, BOUNDS[-1], 32, device=device)
+    ends = torch.tensor(BOUNDS, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        projected = layer.in_proj_qkv(x)
+        packed, dense = (layer._convolve(projected, None, given) for given in (ends, None))
+        assert packed.dtype == dense.dtype == torch.bfloat16
+        assert torch.equal(packed[:, :3], dense[:, :3])
+        assert layer(x, cu_seqlens=ends).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_packed_convolution_does_not_wait_for_the_device() -> None:
+    layer = GatedDeltaNet(32, **HEADS).cuda()
+    x = torch.randn(1, BOUNDS[-1], sum(layer.sizes), device="cuda", requires_grad=True)
+    ends = torch.tensor(BOUNDS, device="cuda")
+    layer._convolve(x, None, ends).sum().backward()  # cuDNN and cuBLAS get ready
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer._convolve(x, None, ends).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_the_convolution_by_causal_conv1d(
     monkeypatch: pytest.MonkeyPatch, layer: GatedDeltaNet, device: str
 ) -> None:
@@ -96,3 +149,37 @@ def test_every_parameter_learns(layer: GatedDeltaNet, device: str) -> None:
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("T", [5, 70])
+def test_a_cache_under_checkpointing_is_refused(
+    layer: GatedDeltaNet, device: str, use_reentrant: bool, T: int
+) -> None:
+    """The second run would start from the state that the first left. Without a cache, or without
+    checkpointing, gradients are what they were."""
+    x = torch.randn(2, T, 32, device=device, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+
+    def gradient(out: Tensor) -> Tensor:
+        x.grad = None
+        out.square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    cache = layer.make_cache(2)
+    out = checkpoint(lambda x: layer(x, cache=cache), x, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match=r"cache must come outside of backward.*got a forward"):
+        gradient(out)
+    got = gradient(checkpoint(layer, x, use_reentrant=use_reentrant))
+    assert relative_error(got, expected) <= TIGHT
+    got = gradient(layer(x, cache=layer.make_cache(2)))
+    assert relative_error(got, expected) <= TIGHT
+
+
+def test_a_cache_compiles_into_one_graph(layer: GatedDeltaNet, device: str) -> None:
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(2, 20, 32, device=device)
+    with torch.no_grad():
+        got = compiled(x, cache=layer.make_cache(2))
+        assert relative_error(got, layer(x)) <= TIGHT

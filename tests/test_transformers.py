@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from gdn.testing import TOLERANCE, relative_error
 pytest.importorskip("transformers", reason="transformers is not installed")
 models = importlib.import_module("models")
 integration = importlib.import_module("gdn.integrations.transformers")
-make_model, modelling = models.make_model, models.modelling
+make_model, modelling, run_pieces = models.make_model, models.modelling, models.run_pieces
 
 
 @pytest.fixture(autouse=True)
@@ -86,19 +85,6 @@ def test_greedy_generation_with_cache(backend: str, device: str, kind: str) -> N
         assert torch.equal(model.generate(**inputs, **options), expected)
 
 
-@torch.no_grad()
-def run_pieces(model: Any, ids: torch.Tensor, lengths: tuple[int, ...]) -> list[torch.Tensor]:
-    """Logits of pieces of these lengths through one cache."""
-    accepted = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in accepted else "past_key_values"
-    cache, outputs = None, []
-    for piece in ids[:, : sum(lengths)].split(lengths, 1):
-        out = model(piece, **{name: cache}, use_cache=True)
-        cache = out[name]
-        outputs.append(out.logits)
-    return outputs
-
-
 def test_chunked_prefill_and_continuation(backend: str, device: str, kind: str) -> None:
     """Two long pieces, a token, and a few more: as unpatched."""
     require(backend, device, torch.float32)
@@ -128,6 +114,40 @@ def test_a_token_sees_neither_padding_nor_what_follows(backend: str, device: str
         together = model(ids, attention_mask=mask, position_ids=places).logits
         alone = model(ids[1:, 9:]).logits
     assert relative_error(together[1:, 9:], alone) <= TOLERANCE[torch.float32]
+
+
+def test_packed_sequences(backend: str, device: str, dtype: torch.dtype, kind: str) -> None:
+    """As each alone, unpatched, gradients too; or refused, where the convolution mixes them."""
+    require(backend, device, dtype)
+    model, (packed, alone) = make_model(kind, device, dtype), models.make_packed(device)
+    with integration.patch(model, backend=backend):
+        if not models.keeps_packed_apart(kind):
+            for name in ("cu_seq_lens_q", "seq_idx"):
+                with pytest.raises(ValueError, match=f"{name} must come with transformers 5.15"):
+                    model(packed["input_ids"], **{name: packed["cu_seq_lens_q"]})
+            make_model(kind, device, dtype)(**packed)  # another model, which is not patched
+            return
+        got = models.run_all(model, [packed])
+    expected, truth = models.run_all(model, alone), models.run_all(model.float(), alone)
+    for name, x in truth.items():
+        bound = max(TOLERANCE[dtype], 2 * relative_error(expected[name], x))
+        assert relative_error(got[name], x) <= bound, name
+
+
+def test_packed_sequences_and_caches(kind: str) -> None:
+    """A cache serves one packed sequence. The bounds come as cu_seq_lens_q, not as seq_idx."""
+    if not models.keeps_packed_apart(kind):
+        pytest.skip("this transformers is refused packed sequences")
+    model, ids = make_model(kind, "cpu"), padded("cpu")["input_ids"][:1]
+    ends = torch.tensor([0, 30, 70], dtype=torch.int32)
+    with integration.patch(model, backend="torch"):
+        one, other = (run_pieces(model, ids, (2, 30, 5, 1), packed=x) for x in (True, False))
+        assert relative_error(torch.cat(one, 1), torch.cat(other, 1)) <= TOLERANCE[torch.float32]
+        cache = model(ids, cu_seq_lens_q=ends, use_cache=True)[models.cache_name(model)]
+        with pytest.raises(ValueError, match="cu_seq_lens_q must come without earlier tokens"):
+            model(ids, cu_seq_lens_q=ends, **{models.cache_name(model): cache})
+        with pytest.raises(ValueError, match=r"seq_idx must come with cu_seq_lens_q.*got None"):
+            model(ids, seq_idx=torch.zeros_like(ids))
 
 
 def test_beams_and_checkpoints(kind: str) -> None:
@@ -161,9 +181,10 @@ def test_copies_and_saved_models(tmp_path: Path, kind: str) -> None:
 
 
 def functions(model: Any, kind: str) -> list[object]:
-    """Whatever holds the two functions in this version."""
+    """Whatever `patch` puts functions into in this version."""
     holders = [modelling(kind), *(x for x in model.modules() if type(x).__module__.endswith(kind))]
-    names = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule")
+    holders += {type(x) for x in holders[1:]}
+    names = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule", "causal_conv1d_fn", "forward")
     names += ("fused_recurrent_gated_delta_rule", *(f"torch_{name}" for name in names))
     return [vars(holder)[name] for holder in holders for name in names if name in vars(holder)]
 

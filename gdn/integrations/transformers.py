@@ -3,6 +3,10 @@
 Their layers call one function for whole sequences and one for single tokens. Up to 5.14 a layer
 takes both from its module when it is made, and keeps them as attributes; from then on it calls its
 module's functions by name. `patch` puts gdn behind whichever it finds.
+
+Packed sequences, whose bounds are in `cu_seq_lens_q`, also need a short convolution that keeps them
+apart. From 5.15 on it is one of the module's functions, and patched too; before, patched layers
+refuse packed sequences.
 """
 
 from __future__ import annotations
@@ -19,34 +23,44 @@ import torch
 from torch import Tensor, nn
 
 from gdn.api import gated_delta_net, gated_delta_net_decode
+from gdn.integrations.transformers_packed import (
+    check_state,
+    find_layer_class,
+    run_convolution,
+    run_forward,
+)
 
 MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 """Models of transformers whose linear attention is a gated delta net."""
 
 _PREFILL, _STEP = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule")
+_CONVOLUTION, _FORWARD = ("causal_conv1d_fn", "forward")
 _ON_MODULES = {
     "torch_chunk_gated_delta_rule": _PREFILL,
     "torch_recurrent_gated_delta_rule": _STEP,
+    "causal_conv1d_fn": _CONVOLUTION,
 }
 _FOR_NEW_LAYERS = {
     "chunk_gated_delta_rule": _PREFILL,
     "fused_recurrent_gated_delta_rule": _STEP,
 }
+_AROUND: dict[str, Callable[..., Any]]
+_AROUND = {_CONVOLUTION: run_convolution, _FORWARD: run_forward}
 _installed: list[_Seat] = []
 
 
 @dataclass(eq=False)
 class _Seat:
-    """A name of a layer or module that holds one of the functions, and who sits there.
+    """A name of a layer, class or module that holds one of the functions, and what is put there.
 
     What was made from it while it was patched keeps `ours`, which calls `original` once it is off.
     """
 
-    owner: nn.Module | ModuleType
+    owner: nn.Module | type | ModuleType
     name: str
     before: object
     original: Callable[..., Any]
-    prefill: bool
+    role: str
     on: bool = False
     backend: str | None = None
 
@@ -55,7 +69,11 @@ class _Seat:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self.on:
                 return self.original(*args, **kwargs)
-            return (_run_prefill if self.prefill else _run_step)(self.backend, *args, **kwargs)
+            if self.role in _AROUND:
+                return _AROUND[self.role](self.original, *args, **kwargs)
+            check_state(**kwargs)
+            run = _run_prefill if self.role == _PREFILL else _run_step
+            return run(self.backend, *args, **kwargs)
 
         call.gdn_seat = self  # type: ignore[attr-defined]
         return call
@@ -101,11 +119,11 @@ def patch(model: nn.Module | None = None, backend: str | None = None) -> Patched
             here.
     """
     before = []
-    for owner, name, original, prefill in _find(model):
+    for owner, name, original, role in _find(model):
         holder = getattr(owner, name)
         seat = getattr(holder, "gdn_seat", None)
         if seat is None or seat.owner is not owner:
-            seat = _Seat(owner, name, holder, original, prefill)
+            seat = _Seat(owner, name, holder, original, role)
             setattr(owner, name, seat.ours())
             _installed.append(seat)
         before.append((seat, seat.on, seat.backend))
@@ -151,11 +169,11 @@ def _version() -> str:
     return str(importlib.import_module("transformers").__version__)
 
 
-Target = tuple[nn.Module | ModuleType, str, Callable[..., Any], bool]
+Target = tuple[nn.Module | type | ModuleType, str, Callable[..., Any], str]
 
 
 def _find(model: nn.Module | None) -> Iterator[Target]:
-    """Where the functions are: owner, name, what to call unpatched, and whether it is prefill."""
+    """Where the functions are: owner, name, what to call unpatched, and the function's role."""
     modules = _modules()
     layers = [
         layer
@@ -171,14 +189,14 @@ def _find(model: nn.Module | None) -> Iterator[Target]:
     for name in sorted(used):
         module = modules[name]
         if all(hasattr(module, function) for function in _FOR_NEW_LAYERS):
-            if model is not None:
-                continue
-            for function, role in _FOR_NEW_LAYERS.items():
+            owner = find_layer_class(module)
+            yield owner, _FORWARD, getattr(owner, _FORWARD), _FORWARD
+            for function, role in _FOR_NEW_LAYERS.items() if model is None else ():
                 original = getattr(module, function) or getattr(module, f"torch_{role}")
-                yield module, function, original, role == _PREFILL
+                yield module, function, original, role
         elif all(hasattr(module, function) for function in _ON_MODULES):
             for function, role in _ON_MODULES.items():
-                yield module, function, getattr(module, function), role == _PREFILL
+                yield module, function, getattr(module, function), role
         else:
             raise RuntimeError(
                 f"transformers must be of a version that gdn knows, got {_version()}, whose "
@@ -187,7 +205,7 @@ def _find(model: nn.Module | None) -> Iterator[Target]:
     for layer in layers:
         if hasattr(layer, _PREFILL) and hasattr(layer, _STEP):
             for role in (_PREFILL, _STEP):
-                yield layer, role, getattr(layer, role), role == _PREFILL
+                yield layer, role, getattr(layer, role), role
 
 
 _OPTIONS = ("scale", "use_qk_l2norm_in_kernel", "cu_seqlens")

@@ -1,0 +1,84 @@
+"""Packed sequences in transformers' layers: their short convolution keeps them apart, or they are
+refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from gdn.nn import convolve_packed
+
+
+def run_convolution(
+    original: Callable[..., Tensor],
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' short convolution of [B, channels, T], within each packed sequence.
+
+    Tokens that a cache puts in front of the packed ones belong to the first sequence.
+    """
+    if cu_seq_lens_q is None:
+        if kwargs.get("seq_idx") is not None:
+            raise ValueError(
+                "seq_idx must come with cu_seq_lens_q, from which gdn takes the bounds of packed "
+                "sequences, got None; pass both"
+            )
+        return original(hidden_states, weight, bias, activation=activation, **kwargs)
+
+    def convolution(x: Tensor) -> Tensor:
+        return original(x, weight, bias, activation=activation)
+
+    bounds = cu_seq_lens_q + (hidden_states.shape[-1] - cu_seq_lens_q[-1])
+    return convolve_packed(convolution, hidden_states, bounds, weight.shape[-1])
+
+
+def run_forward(original: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a layer of transformers before 5.15: while the layer is patched it refuses
+    packed sequences, unless causal-conv1d keeps them apart."""
+    given = [x for x in ("cu_seq_lens_q", "seq_idx") if kwargs.get(x) is not None]
+    delta_net = getattr(layer, "linear_attn", layer)
+    seat = getattr(getattr(delta_net, "chunk_gated_delta_rule", None), "gdn_seat", None)
+    if given and seat is not None and seat.on:
+        apart = delta_net is layer and delta_net.causal_conv1d_fn is not None
+        if not (apart and len(given) == 2):
+            raise ValueError(
+                f"{given[0]} must come with transformers 5.15 or newer, got "
+                f"{version('transformers')}, whose short convolution runs across packed sequences; "
+                "upgrade it, or pad to a batch"
+            )
+    return original(layer, *args, **kwargs)
+
+
+def check_state(
+    cu_seqlens: Tensor | None = None, initial_state: Tensor | None = None, **_: object
+) -> None:
+    """Refuse to go on with several packed sequences from a cache: of the convolution's inputs it
+    holds those of one."""
+    if cu_seqlens is not None and len(cu_seqlens) > 2 and initial_state is not None:
+        raise ValueError(
+            "cu_seq_lens_q must come without earlier tokens in the cache, got some of "
+            f"{len(cu_seqlens) - 1} packed sequences; go on with each alone, or pad to a batch"
+        )
+
+
+def find_layer_class(module: ModuleType) -> type:
+    """The class of the layers that get the bounds of packed sequences: the gated delta net, or,
+    where its forward takes none, the layer around it."""
+    named: dict[str, type] = {
+        suffix: next(x for name, x in vars(module).items() if name.endswith(suffix))
+        for suffix in ("GatedDeltaNet", "DecoderLayer")
+    }
+    delta_net = named["GatedDeltaNet"]
+    parameters = inspect.signature(delta_net.forward).parameters  # type: ignore[attr-defined]
+    return delta_net if "kwargs" in parameters else named["DecoderLayer"]
