@@ -1,1 +1,1 @@
-"""The built-in backends, one package each, imported by name when first needed."""
+"""The built-in backends, one package each. The registry imports a backend when it is first used."""

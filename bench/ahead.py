@@ -1,5 +1,5 @@
-"""Compiling ahead of the first row, a process a backend and head count, side by side: peers compile
-for minutes otherwise, one kernel after the other (`pytest bench --ahead`).
+"""`pytest bench --ahead`: compile the kernels of all rows first, one process per backend and head
+count. Without it peers compile for minutes, one kernel after another.
 
     python bench/ahead.py fla 16/32:1x8192,16/32:8x1024 fwd,bwd
 """
@@ -22,11 +22,11 @@ from gdn.testing import agreement
 Job = tuple[str, str, str]
 """Arguments of a process: a backend, shapes of one head count, passes."""
 UNTUNED = {"TRITON_CACHE_AUTOTUNING": "0", "FLA_CACHE_RESULTS": "0"}
-"""So that Triton, and fla, which asks it to, keep no choice that was made under disturbance."""
+"""Triton and fla must not keep autotuning results here: other processes disturb the timings."""
 
 
 def jobs(backends: Iterable[str], shapes: Iterable[str], passes: Iterable[str]) -> list[Job]:
-    """What is to be compiled; plain PyTorch compiles nothing."""
+    """One job per backend and head count. Plain PyTorch compiles nothing."""
     groups: dict[str, list[str]] = {}
     for shape in shapes:
         groups.setdefault(shape.partition(":")[0], []).append(shape)
@@ -35,7 +35,7 @@ def jobs(backends: Iterable[str], shapes: Iterable[str], passes: Iterable[str]) 
 
 
 def compile_ahead(found: list[Job]) -> list[str]:
-    """Run the jobs, a processor each; what they said."""
+    """Run the jobs in parallel, one per CPU core, and return their output."""
     environment = os.environ | UNTUNED | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
     def run(job: Job) -> str:
@@ -48,7 +48,7 @@ def compile_ahead(found: list[Job]) -> list[str]:
 
 
 def main(backend: str, shapes: str, passes: str) -> None:
-    """Call the backend once with every shape, and say how long that took."""
+    """Call the backend once with every shape, and print how long that took."""
     for shape in shapes.split(","):
         start = time.perf_counter()
         try:
@@ -59,7 +59,7 @@ def main(backend: str, shapes: str, passes: str) -> None:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             outcome = f"{time.perf_counter() - start:.1f} s"
-        except Exception as error:  # the row itself will say it
+        except Exception as error:  # the row itself reports it again
             outcome = f"{type(error).__name__}: {str(error)[:200]}"
         print(f"{backend} {shape}: {outcome}")
 

@@ -1,5 +1,4 @@
-"""What the benchmarks share: options, the rows they select, one measured comparison a shape, and
-what every row carries."""
+"""What the benchmarks share: options, the rows that they select, and the columns of every row."""
 
 from __future__ import annotations
 
@@ -38,7 +37,11 @@ NOT_TIMED = pytest.StashKey[list[dict[str, Any]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gdn", "comparative benchmarks of gdn")
-    group.addoption("--quick", action="store_true", help="few shapes: two minutes on an H200")
+    group.addoption(
+        "--quick",
+        action="store_true",
+        help="few shapes: two minutes on an H100 with full kernel caches",
+    )
     group.addoption("--full", action="store_true", help="every shape, length and kind of gate")
     group.addoption("--shapes", help="of prefill: grid, or such as 16/32:1x8192,2/8|4/16:1024+7168")
     group.addoption("--gates", help="of prefill, such as model,mixed,none")
@@ -47,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--batches", help="of decode, such as 1,64,512")
     group.addoption("--backends", help="such as triton,fla; all by default")
     group.addoption(
-        "--ahead", action="store_true", help="compile for all head counts at once first"
+        "--ahead", action="store_true", help="first compile for all head counts, in parallel"
     )
 
 
@@ -56,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Rows in the order in which they share what is measured together."""
+    """Order the rows so that those that share a comparison follow each other."""
     config, names = metafunc.config, metafunc.fixturenames
     if "shape" in names:
         metafunc.parametrize("gates", selected_gates(config))
@@ -78,7 +81,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Peers may warn at import without ending a benchmark."""
+    """Warnings, such as those that peers give at import, do not fail a benchmark."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.filterwarnings("default"))
@@ -86,8 +89,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def record(benchmark: Any) -> Callable[..., None]:
-    """Time `run` by the wall clock, device synchronised, and write down the row: `gpu` is its GPU
-    time, if there is one, and `least` its work, if that has been counted."""
+    """Time `run` by the wall clock, with the device synchronised, and record the row. `gpu` is its
+    GPU time and `least` its least work, where they are known."""
 
     def time(
         run: Callable[[], object],
@@ -126,8 +129,8 @@ def record(benchmark: Any) -> Callable[..., None]:
 
 @pytest.fixture
 def record_pass(request: pytest.FixtureRequest, record: Any) -> Callable[..., None]:
-    """Record one pass of one backend, if it agreed with float64; skip it with the backend's
-    reasons if it cannot run, and fail, untimed, if it disagreed."""
+    """Record one pass of one backend if it agrees with float64. Skip it with the backend's reasons
+    if it cannot run, and fail without timing it if it disagrees."""
 
     def time(
         case: Case,
@@ -174,7 +177,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """Medians and spreads are enough; and say what was not timed, and why."""
+    """Keep only medians and spreads, and add the rows that were not timed, with the reasons."""
     for row in output_json["benchmarks"]:
         kept = {name: row["stats"][name] for name in ("median", "iqr", "rounds")}
         extra, name = row["extra_info"], row["name"]
@@ -184,7 +187,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """One Markdown table a kind of row."""
+    """Print one Markdown table per kind of row."""
     session = getattr(config, "_benchmarksession", None)
     document = {"benchmarks": [row.as_dict() for row in session.benchmarks] if session else []}
     rows = results.rows_of(document)

@@ -1,4 +1,4 @@
-"""Seconds that the first forward takes in a process of its own: `first_call.py BACKEND DEVICE`."""
+"""Prints the seconds of the first forward in a new process: `first_call.py BACKEND DEVICE`."""
 
 from __future__ import annotations
 

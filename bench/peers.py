@@ -1,6 +1,5 @@
-"""The op in plain PyTorch, by three authors: gdn, fla (naive_chunk_gated_delta_rule) and
-transformers (torch_chunk_gated_delta_rule); and the peak memory of one call, in a process of its
-own."""
+"""The op in plain PyTorch from three projects: gdn, fla (naive_chunk_gated_delta_rule) and
+transformers (torch_chunk_gated_delta_rule); and the peak memory of one call, in its own process."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from gdn.testing import Case, gradients, make_inputs, make_output_gradients, wit
 CASE = Case("peers", H=4, HV=8, K=128, V=128, initial_state=False)
 TOKENS = ("q", "k", "v", "g", "beta")
 
-Op = Callable[..., tuple[Tensor, Tensor]]
+Op = Callable[..., Any]
 
 
 def load(peer: str) -> Op:
@@ -32,17 +31,19 @@ def load(peer: str) -> Op:
     if peer == "transformers":
         from transformers.models.qwen3_5 import modeling_qwen3_5
 
-        # its decorator would ask a hub for another kernel
+        # unwrapped, since its decorator fetches another kernel from a hub
         function = inspect.unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule)
         return lambda *args: function(*args, output_final_state=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no GPU
+        warnings.simplefilter("ignore")  # fla warns that there is no GPU
         from fla.ops.gated_delta_rule.naive import naive_chunk_gated_delta_rule
 
     def naive(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         group = v.shape[2] // q.shape[2]
         q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
-        return naive_chunk_gated_delta_rule(q, k, v, g, beta, output_final_state=True)
+        found: tuple[Tensor, Tensor]
+        found = naive_chunk_gated_delta_rule(q, k, v, g, beta, output_final_state=True)
+        return found
 
     return naive
 
@@ -67,13 +68,13 @@ def make_run(peer: str, T: int, backward: bool) -> Callable[[], Any]:
 
 
 def _high_water() -> int:
-    """The most memory this process has held since the mark was last lowered, in bytes (Linux)."""
+    """Peak memory of this process since `clear_refs` was last written, in bytes (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def peak_memory(peer: str, T: int, backward: bool) -> int:
-    """Bytes that one call takes beyond its inputs, at its height."""
+    """Peak bytes that one call takes beyond its inputs."""
     arguments = [peer, str(T), str(int(backward))]
     command = [sys.executable, str(Path(__file__)), *arguments]
     return int(
@@ -85,8 +86,8 @@ def _main() -> None:
     peer, T, backward = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1"
     make_run(peer, 64, backward)()  # imports and thread pools
     run = make_run(peer, T, backward)
-    ctypes.CDLL(None).malloc_trim(0)  # what making the inputs freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # lowers the mark to what is held now
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the memory in use now
     before = _high_water()
     run()
     print(_high_water() - before)

@@ -1,20 +1,20 @@
-"""What is timed, as `--shapes` writes it: heads, a colon, sequences.
+"""The shapes that are timed, in the notation of `--shapes`: heads, a colon, sequences.
 
     16/32:1x8192       H = 16, HV = 32; one sequence of 8192 tokens (K = V = 128)
     16/32/64:8x1024    K = V = 64; a batch of eight
     2/8:1024+7168      packed sequences of these lengths
-    2/8|4/16:1x2048|1x8192    every heads with every sequences
+    2/8|4/16:1x2048|1x8192    each choice of heads with each choice of sequences
     grid               the rows that kernels are tuned on
 
-The sets are Qwen3-Next's, Qwen3.5's and Qwen3.6's linear-attention heads (H/HV 16/16, 16/32, 16/48,
-16/64) under tensor parallelism over 1 to 8 GPUs.
+The predefined sets have the linear-attention heads of Qwen3-Next, Qwen3.5 and Qwen3.6 (H/HV 16/16,
+16/32, 16/48, 16/64) under tensor parallelism over 1 to 8 GPUs.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,7 +37,7 @@ class Selection(NamedTuple):
 GRID = (
     "2/8|4/16|8/32|16/16|16/32|16/48|16/64:1x2048|1x8192|1x32768|4x8192|8x1024|1024+7168|28672+4096"
 )
-"""Heads under tensor parallelism, one and many sequences, even and ragged."""
+"""Heads under tensor parallelism; one and many sequences, of equal and of unequal length."""
 
 SELECTIONS = {
     ("cuda", "quick"): Selection("16/32:1x2048|1x8192", ("model",), (1, 64), ("16/32",)),
@@ -75,7 +75,7 @@ def _parse(shape: str) -> tuple[str, ...]:
 
 
 def expand(text: str) -> list[str]:
-    """One shape a string, in order; "grid" is `GRID`. ValueError for what is not a shape."""
+    """The shapes of a selection in order; "grid" is `GRID`. ValueError if one is malformed."""
     found = []
     for group in (GRID if text == "grid" else text).split(","):
         heads, colon, sequences = group.strip().partition(":")
@@ -86,10 +86,10 @@ def expand(text: str) -> list[str]:
 
 
 def make_case(shape: str, gates: Gates, dtype: torch.dtype) -> Case:
-    """The call that a shape stands for: initial and final state, L2 norm fused, gates finished (as
-    every backend and both peers take them)."""
+    """The call of a shape: initial and final state, fused L2 norm, finished gates (every backend
+    and peer takes them)."""
     H, HV, K, B, T, packed = _parse(shape)
-    sizes = {"H": int(H), "HV": int(HV), "K": int(K or 128), "V": int(K or 128)}
+    sizes: dict[str, Any] = {"H": int(H), "HV": int(HV), "K": int(K or 128), "V": int(K or 128)}
     if packed:
         lengths = tuple(int(n) for n in packed.split("+"))
         sizes |= {"B": 1, "T": sum(lengths)}

@@ -1,4 +1,4 @@
-"""Where the suite runs, what its options select, and one measured comparison a shape."""
+"""The suite's device, the rows that its options select, and one comparison per shape."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def selection(config: pytest.Config) -> Selection:
 
 
 def _selected(config: pytest.Config, option: str, known: Sequence[str]) -> tuple[str, ...]:
-    """The names that an option lists; all known ones without it."""
-    asked = config.getoption(option)
-    names = tuple(asked.split(",")) if asked else tuple(known)
+    """The names that an option lists; without the option all known names."""
+    given = config.getoption(option)
+    names = tuple(given.split(",")) if given else tuple(known)
     for name in names:
         if name not in known:
             raise pytest.UsageError(f"--{option} must be of {', '.join(known)}, got {name!r}")
@@ -57,8 +57,8 @@ def selected_passes(config: pytest.Config) -> tuple[str, ...]:
 
 
 def selected_gates(config: pytest.Config) -> tuple[str, ...]:
-    asked = config.getoption("gates")
-    return _selected(config, "gates", get_args(Gates)) if asked else selection(config).gates
+    given = config.getoption("gates")
+    return _selected(config, "gates", get_args(Gates)) if given else selection(config).gates
 
 
 def selected_shapes(config: pytest.Config) -> list[str]:
@@ -83,7 +83,7 @@ def selected_steps(config: pytest.Config) -> tuple[list[str], list[int]]:
 
 @functools.lru_cache(maxsize=1)  # one shape's tensors at a time
 def compared(case: Case, backends: tuple[str, ...], passes: tuple[str, ...]) -> Any:
-    """A comparison whose rows have been checked. Its passes are timed when first asked for."""
+    """A comparison whose rows are checked. Its passes are timed later, each on first use."""
     if passes == (DECODE,):
         comparison: Any = StepComparison(case, DEVICE, backends)  # type: ignore[arg-type]
     else:
@@ -99,7 +99,7 @@ def about() -> dict[str, Any]:
 
 
 def conversions(comparison: Any, backend: str, which: str) -> Timing | None:
-    """GPU time of an adapter's conversions alone, before a forward and after it, if it has any."""
+    """GPU time of an adapter's conversions before and after a forward; None if it has none."""
     if backend not in PEERS or which != "fwd" or not ON_GPU:
         return None
     call = Call(**{"scale": 1.0} | comparison.inputs.plain)

@@ -1,5 +1,5 @@
-"""What the first forward costs a new process: with empty kernel caches, then with what that left in
-them. The quick set takes the caches as this run has left them."""
+"""The time of the first forward in a new process: with empty kernel caches, then with the caches of
+that run. The quick set uses the caches as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One token for each of many requests, states in place: bandwidth is what counts."""
+"""Decode: one token for each of many requests, states updated in place. Bandwidth sets the time."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Host time: choosing a backend, at most 5 microseconds once a call is warm; and issuing a whole
-call, without waiting for the device."""
+"""Host time of choosing a backend, at most 5 microseconds for a repeated call; and of issuing a
+whole call without waiting for the device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_choosing(benchmark: Any, monkeypatch: pytest.MonkeyPatch, source: str) 
 
 
 def test_issuing(benchmark: Any, backend: str) -> None:
-    """Forward on one chunk: the host is what takes the time."""
+    """Forward on one chunk, where the host takes longer than the GPU."""
     inputs = make_inputs(make_case("1/1:1x64", "model", DTYPE), DEVICE)
     (verdict,) = (v for v in gdn.explain(**inputs).verdicts if v.name == backend)
     if verdict.reasons:

@@ -1,4 +1,4 @@
-"""Forward, backward, and both, of every backend that agrees with float64 at that size: GPU time
+"""Forward, backward, and both, of every backend that agrees with float64 at that size: GPU time,
 interleaved between backends, and eager wall time."""
 
 from __future__ import annotations

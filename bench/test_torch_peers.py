@@ -1,5 +1,5 @@
-"""The torch backend beside the other two plain-PyTorch implementations that people run on a CPU, in
-time and in peak memory, in one run. On a GPU there is nothing to see here."""
+"""The torch backend beside two other plain-PyTorch implementations on a CPU: time and peak memory.
+Skipped on a GPU."""
 
 from __future__ import annotations
 

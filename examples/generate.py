@@ -1,8 +1,8 @@
 """Serve requests of different lengths with a small random model, and count tokens per second.
 
-New requests are packed and prefilled together; all that run take each decode step together, their
-states in one pool a layer. A request that ends frees its slot for the next one (continuous
-batching); rows without a request carry the null index, so that a step's shapes never change.
+New requests are packed and prefilled together. All running requests take each decode step together;
+their states lie in one pool per layer. A request that ends frees its slot for the next one
+(continuous batching). Rows without a request get the null index, so a step's shapes never change.
 
     python examples/generate.py                       every backend that can run here
     python examples/generate.py --backends triton --requests 256 --slots 64
@@ -37,14 +37,14 @@ class Mixer(nn.Module):
         self.shapes = [(H, K), (H, K), (HV, V), (HV,), (HV,)]
         self.sizes = [H * K, H * K, HV * V, HV, HV]
         self.norm = nn.RMSNorm(width)
-        self.take = nn.Linear(width, sum(self.sizes), bias=False)
-        self.give = nn.Linear(HV * V, width, bias=False)
+        self.in_proj = nn.Linear(width, sum(self.sizes), bias=False)
+        self.out_proj = nn.Linear(HV * V, width, bias=False)
         self.A_log = nn.Parameter(torch.rand(HV).log())
         self.dt_bias = nn.Parameter(torch.zeros(HV))
 
-    def read(self, x: Tensor) -> dict[str, Tensor]:
+    def project(self, x: Tensor) -> dict[str, Tensor]:
         """The op's tensors from x [B, T, width]."""
-        parts = self.take(self.norm(x)).split(self.sizes, -1)
+        parts = self.in_proj(self.norm(x)).split(self.sizes, -1)
         names = ("q", "k", "v", "g", "beta")
         tensors = {n: p.unflatten(-1, s) for n, p, s in zip(names, parts, self.shapes, strict=True)}
         return tensors | {"A_log": self.A_log, "dt_bias": self.dt_bias}
@@ -52,17 +52,19 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, pool: Tensor, slots: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Prefill packed sequences into their slots, or (no cu_seqlens) take a decode step."""
         if cu_seqlens is None:
-            o = gdn.gated_delta_net_decode(**self.read(x), **FUSED, state=pool, state_indices=slots)
+            o = gdn.gated_delta_net_decode(
+                **self.project(x), **FUSED, state=pool, state_indices=slots
+            )
         else:
             o, state = gdn.gated_delta_net(
-                **self.read(x), **FUSED, output_final_state=True, cu_seqlens=cu_seqlens
+                **self.project(x), **FUSED, output_final_state=True, cu_seqlens=cu_seqlens
             )
             pool[slots] = state
-        return x + self.give(o.flatten(2))
+        return x + self.out_proj(o.flatten(2))
 
 
 class Model(nn.Module):
-    """Embedding, mixers with a perceptron after each, and logits by the embedding again."""
+    """An embedding, mixers with an MLP after each, and logits by the same embedding."""
 
     def __init__(self, layers: int, width: int, H: int, HV: int, K: int, V: int) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class Model(nn.Module):
         )
 
     def make_pools(self, slots: int) -> list[Tensor]:
-        """One pool of states a layer, [slots, HV, K, V]."""
+        """One pool of states per layer, [slots, HV, K, V]."""
         device = self.embed.weight.device
         return [torch.zeros(slots, *self.state, device=device) for _ in self.mixers]
 
@@ -88,7 +90,7 @@ class Model(nn.Module):
     def forward(
         self, tokens: Tensor, pools: list[Tensor], slots: Tensor, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """The next token of each sequence, greedily: [N]."""
+        """The next token of each sequence by greedy decoding, [N]."""
         x = self.embed(tokens)
         for mixer, feed, pool in zip(self.mixers, self.feed, pools, strict=True):
             x = mixer(x, pool, slots, cu_seqlens)
@@ -99,7 +101,7 @@ class Model(nn.Module):
 
 @dataclass
 class Request:
-    """A prompt, and how many tokens to write after it."""
+    """A prompt, and the number of tokens to generate after it."""
 
     prompt: list[int]
     length: int
@@ -118,7 +120,7 @@ class Count:
 
 
 def make_requests(number: int, prompt: int, length: int, seed: int = 0) -> list[Request]:
-    """Requests with prompts of 1 to `prompt` tokens that want 1 to `length` more."""
+    """Requests with prompts of 1 to `prompt` tokens, to generate 1 to `length` tokens each."""
     generator = torch.Generator().manual_seed(seed)
 
     def upto(most: int) -> int:
@@ -131,7 +133,7 @@ def make_requests(number: int, prompt: int, length: int, seed: int = 0) -> list[
 
 
 def serve(model: Model, requests: list[Request], slots: int) -> tuple[Count, Count]:
-    """Write all requests, at most `slots` at a time; counts of prefill and of decode."""
+    """Serve all requests, at most `slots` at a time. Returns the counts of prefill and decode."""
     device = model.embed.weight.device
     pools, waiting = model.make_pools(slots), deque(requests)
     running: list[Request | None] = [None] * slots
@@ -168,9 +170,9 @@ def serve(model: Model, requests: list[Request], slots: int) -> tuple[Count, Cou
 
 @torch.inference_mode()
 def explain(model: Model) -> gdn.Explanation:
-    """Which backends can take the model's decode steps."""
-    read = model.mixers[0].read(model.embed.weight[None, :1])
-    return gdn.explain(**read, **FUSED, state=model.make_pools(1)[0])
+    """Which backends can run the model's decode steps."""
+    inputs = model.mixers[0].project(model.embed.weight[None, :1])
+    return gdn.explain(**inputs, **FUSED, state=model.make_pools(1)[0])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -198,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     with Progress(transient=True) as progress:
         for name in progress.track(names, description="serving"):
             with gdn.use_backend(name):
-                serve(model, make_requests(args.slots, 70, 3), args.slots)  # warm
+                serve(model, make_requests(args.slots, 70, 3), args.slots)  # warm up
                 requests = make_requests(args.requests, args.prompt, args.length)
                 counts = serve(model, requests, args.slots)
             written = [request.written for request in requests]

@@ -4,8 +4,8 @@
     python examples/qwen.py --model DIR --text "Why?"      a local checkpoint
     python examples/qwen.py --stack 24 --prompt 8192 32768 Qwen3.5-4B's linear layers alone
 
-The table is Markdown. Times are of eager calls, by the clock on the wall: what a user of
-`model.generate` waits for. Needs transformers 5.2 or newer.
+The table is Markdown. Times are wall times of eager calls, as a user of `model.generate` sees them.
+Needs transformers 5.2 or newer.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ SMALL = {
     "linear_value_head_dim": 64,
 }
 QWEN_4B = {
-    "vocab_size": 512,  # so that the head costs nothing beside the layers
+    "vocab_size": 512,  # small, so that the head takes little time beside the layers
     "hidden_size": 2560,
     "intermediate_size": 9216,
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
-    "num_attention_heads": 1,  # of one small layer at the end: the caches of transformers need one
+    "num_attention_heads": 1,  # one small attention layer: transformers' caches need one
     "num_key_value_heads": 1,
     "head_dim": 64,
 }
 
 
 class Clock:
-    """A streamer for `model.generate`: when the prompt went in, and when each token came out."""
+    """A streamer for `model.generate` that records the time of the prompt and of each token."""
 
     def __init__(self, progress: Progress, task: Any) -> None:
         self.times: list[float] = []
@@ -63,7 +63,7 @@ class Clock:
         self.advance()
 
     def end(self) -> None:
-        """Nothing is left to write."""
+        """Part of the interface; there is nothing to do."""
 
 
 def make_model(args: argparse.Namespace, device: str) -> Any:
@@ -84,7 +84,7 @@ def make_model(args: argparse.Namespace, device: str) -> Any:
 
 
 def generate(model: Any, ids: torch.Tensor, length: int, clock: Clock) -> list[int]:
-    """`length` tokens after each prompt, greedily; those of the first."""
+    """Generate `length` tokens after each prompt, greedily. Returns those of the first prompt."""
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, min_new_tokens=length,
         do_sample=False, pad_token_id=0, streamer=clock,
@@ -93,8 +93,8 @@ def generate(model: Any, ids: torch.Tensor, length: int, clock: Clock) -> list[i
 
 
 def compare(model: Any, ids: torch.Tensor, args: argparse.Namespace, progress: Progress) -> Any:
-    """Tokens, and medians of prefill and decode seconds, unpatched and patched; in turns, after
-    one round that counts for nothing."""
+    """Tokens, and medians of prefill and decode seconds, unpatched and patched. The two take turns,
+    after one untimed round."""
     seconds, tokens = defaultdict(list), {}
     total = 2 * (1 + args.repeats) * (1 + args.length)
     task = progress.add_task(f"{ids.shape[1]} tokens and {args.length} more", total=total)
@@ -110,7 +110,7 @@ def compare(model: Any, ids: torch.Tensor, args: argparse.Namespace, progress: P
 
 
 def describe(device: str) -> str:
-    """The device, and the versions of what runs on it."""
+    """The device and the versions of the packages."""
     found = [
         torch.cuda.get_device_name() if device == "cuda" else "CPU",
         f"torch {torch.__version__}",
@@ -163,5 +163,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        sys.modules["fla"] = None  # type: ignore[assignment]  # transformers would run its kernels
+        sys.modules["fla"] = None  # type: ignore[assignment]  # else transformers runs its kernels
     main()

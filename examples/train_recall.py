@@ -1,8 +1,8 @@
-"""Train a small language model to recall: keys and values once, then keys again, in another order.
+"""Train a small language model to recall the value of each key that it has seen before.
 
-The data are made on the spot. Every backend trains the same model from the same seed on the same
-batches, so their loss curves should lie on each other, and all should end where nearly every value
-is recalled. Exits with 1 if one does not.
+A sequence holds keys with their values, then the same keys in another order. The data are random.
+Every backend trains the same model from the same seed on the same batches. The loss curves should
+agree, and nearly every value should be recalled at the end. Exits with 1 if a backend misses that.
 
     python examples/train_recall.py                   every backend that can run here
     python examples/train_recall.py --backends tilelang,triton --steps 500 --plot curves.png
@@ -23,11 +23,11 @@ import gdn
 from gdn.nn import GatedDeltaNet
 
 SOLVED = 0.95
-"""The share of values recalled, over the last steps, from which on the task counts as solved."""
+"""The task counts as solved if this share of values is recalled, on average over the last steps."""
 
 
 class Model(nn.Module):
-    """Embedding, layers of Gated DeltaNet with a perceptron after each, and logits."""
+    """An embedding, layers of Gated DeltaNet with an MLP after each, and logits."""
 
     def __init__(self, tokens: int, width: int, layers: int, backend: str) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Model(nn.Module):
             for _ in range(layers)
         )
         for mixer in self.mixers:
-            nn.init.constant_(mixer.dt_bias, -4.0)  # else a new layer's gates forget at once
+            nn.init.constant_(mixer.dt_bias, -4.0)  # else new gates decay within a few tokens
         self.feed = nn.ModuleList(
             nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
             for _ in range(layers)
@@ -58,14 +58,14 @@ class Model(nn.Module):
 
 
 def make_batch(batch: int, pairs: int, names: int, generator: torch.Generator) -> Tensor:
-    """Tokens [batch, 4 pairs]: `pairs` keys with a value each, then all again, shuffled. Keys are
-    tokens below `names`, values from there on; no key comes twice."""
+    """Tokens [batch, 4 pairs]: `pairs` keys, each followed by its value, then the same in another
+    order. Keys are tokens below `names`, values are tokens from `names` on. Keys are distinct."""
     keys = torch.rand(batch, names, generator=generator).argsort(-1)[:, :pairs]
     values = torch.randint(names, 2 * names, (batch, pairs), generator=generator)
     order = torch.rand(batch, pairs, generator=generator).argsort(-1)
-    asked, answers = keys.gather(1, order), values.gather(1, order)
-    told = torch.stack([keys, values], -1).flatten(1)
-    return torch.cat([told, torch.stack([asked, answers], -1).flatten(1)], 1)
+    queries, answers = keys.gather(1, order), values.gather(1, order)
+    first = torch.stack([keys, values], -1).flatten(1)
+    return torch.cat([first, torch.stack([queries, answers], -1).flatten(1)], 1)
 
 
 def train(
@@ -82,7 +82,7 @@ def train(
     for _ in progress.track(range(args.steps), description=backend):
         tokens = make_batch(args.batch, args.pairs, args.names, generator).to(device)
         with half:
-            logits = model(tokens)[:, 2 * args.pairs :: 2]  # where a key is asked for
+            logits = model(tokens)[:, 2 * args.pairs :: 2]  # at the repeated keys
         answers = tokens[:, 2 * args.pairs + 1 :: 2]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten())
         optimizer.zero_grad()
@@ -105,7 +105,7 @@ def able(device: str) -> list[str]:
 
 
 def plot(curves: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
-    """Loss and recall against steps, a line a backend."""
+    """Plot loss and recall over the steps, one line per backend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")

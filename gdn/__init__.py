@@ -1,5 +1,6 @@
 """gdn: the gated delta rule (Gated DeltaNet, arXiv 2412.06464) as one op with many backends."""
 
+from gdn import _checkout
 from gdn.api import GDNOutput, explain, gated_delta_net, gated_delta_net_decode, warmup
 from gdn.backend import Backend, Capabilities, Plan
 from gdn.dispatch import (
@@ -16,6 +17,8 @@ from gdn.registry import (
     register_backend,
     unregister_backend,
 )
+
+_checkout.find_backends()
 
 __version__ = "0.2.0"
 

@@ -1,5 +1,5 @@
-"""The public functions: `gated_delta_net` and `gated_delta_net_decode`; `explain`, which says what
-they would do; `warmup`, which compiles what they need."""
+"""The public functions: the ops `gated_delta_net` and `gated_delta_net_decode`; `explain`, which
+shows the choice of a backend; `warmup`, which compiles kernels before the first call."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from gdn.validation import (
 
 
 class GDNOutput(NamedTuple):
-    """o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] in float32, or None if not
-    asked for."""
+    """o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] in float32; None unless
+    output_final_state."""
 
     o: Tensor
     final_state: Tensor | None
@@ -58,15 +58,16 @@ def gated_delta_net(
     written to.
 
     Args:
-        q, k: queries and keys [B, T, H, K]. q, k and v share one dtype: float16, bfloat16, float32
-            or float64.
+        q, k: queries and keys [B, T, H, K], float16, bfloat16, float32 or float64; cast to v's
+            dtype if theirs is another.
         v: values [B, T, HV, V]; HV is a multiple of H, value head h reads q/k head h // (HV / H).
-        g: natural log of the decay [B, T, HV], <= 0 in practice, finite, any floating dtype; with
-            use_gate_in_kernel the raw gate. It is summed over 64 tokens in float32: one below -1e3
-            costs the tokens around it digits, one of -1e9 all of them.
+        g: natural log of the decay [B, T, HV], <= 0 in practice, any floating dtype; with
+            use_gate_in_kernel the raw gate. -inf resets the state: earlier tokens have no effect.
+            A gate below -104, whose exponential is zero in float32, has zero gradient. The fla
+            backend differs: there -inf gives NaN, and gates such as -1e9 cost precision.
         beta: write strength [B, T, HV], any floating dtype; with use_beta_sigmoid_in_kernel its
             logit.
-        scale: factor on q; None stands for K^-0.5.
+        scale: factor on q; None means K^-0.5.
         initial_state: [N, HV, K, V], any floating dtype, N = B or the number of packed sequences;
             None is zero.
         output_final_state: also return the state after the last token.
@@ -78,36 +79,39 @@ def gated_delta_net(
         state_v_first: states are [N, HV, V, K], in and out.
         cu_seqlens: cumulative lengths [N + 1], int32 or int64, of N sequences packed along T, with
             B = 1.
-        cu_seqlens_cpu: the same values on the CPU; spares backends that need lengths on the host a
-            device sync.
-        chunk_indices: fla's precomputed (sequence, chunk) table [chunks, 2]; read by the fla
-            backend alone.
+        cu_seqlens_cpu: the same values on the CPU; backends that need lengths on the host then
+            avoid a device sync.
+        chunk_indices: fla's precomputed (sequence, chunk) table [chunks, 2]; only the fla backend
+            reads it.
         transpose_state_layout: fla's former name of state_v_first (DeprecationWarning).
-        backend: a backend's name (strict), a list "tilelang,triton" (first that can), or "auto";
-            None leaves it to use_backend, set_default_backend, GDN_BACKEND, auto, in this order.
+        backend: a name (no other backend is tried), a list "tilelang,triton" (the first that can
+            run the call), or "auto". With None the first of these that is set decides: use_backend,
+            set_default_backend, GDN_BACKEND, else "auto".
 
     Returns:
         GDNOutput(o, final_state): o in v's dtype, accumulated in float32; final_state in float32.
         With float64 inputs both are computed and returned in float64.
 
     Raises:
-        ValueError: an argument is malformed: its name, the requirement, what it got and a remedy.
-        BackendUnsupportedError: no backend of the request can run this call; every reason is named.
-        UnknownBackendError: the request names no registered backend (a ValueError).
-        TypeError: what must be a tensor, or a backend's name, is something else.
-        RuntimeError: on double backward, or where an input has a tangent.
+        ValueError: an argument is malformed. The message gives the argument, the requirement, the
+            value and a remedy.
+        BackendUnsupportedError: no requested backend can run this call. The message gives every
+            reason.
+        UnknownBackendError: a requested name is not registered (a ValueError).
+        TypeError: a tensor argument is not a tensor, or backend is not a str.
+        RuntimeError: on double backward, or if an input has a forward-mode tangent.
 
-    cu_seqlens' values are checked at once on the CPU, and by an asynchronous device assertion on a
-    GPU, once for a tensor until it changes (made in inference mode: once). Under autocast q, k and
-    v are cast to its dtype, as for scaled_dot_product_attention. torch.func's transforms and
-    forward-mode derivatives are not supported. Under torch.compile the request in force when the
-    call is traced is the one that holds; `use_backend` goes around the compiled call, inside it
-    pass backend=.
+    The values of cu_seqlens are checked at every call on the CPU. On a GPU an asynchronous device
+    assertion checks each tensor once, and again after it changes (a tensor made in inference mode:
+    only once). Under autocast q, k and v are cast to its dtype, as for
+    scaled_dot_product_attention. torch.func's transforms and forward-mode derivatives are not
+    supported. torch.compile fixes the request when it traces the call: put `use_backend` around the
+    compiled function, or pass backend= inside it.
     """
     q, k, v, scale = calls.prepare(q, k, v, g, beta, scale)
     if transpose_state_layout is not None:
         state_v_first = calls.from_former_name(transpose_state_layout, state_v_first)
-    call = Call(  # by position: a third of the time that keywords take
+    call = Call(  # positional: three times faster than by keyword
         q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, cu_seqlens_cpu, chunk_indices,
         scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
@@ -137,34 +141,35 @@ def gated_delta_net_decode(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A decode step of the same rule: T >= 1 new tokens of each of N sequences, whose states lie in
-    a pool and are updated in place. Not differentiable.
+    """One decode step: T >= 1 new tokens of each of N sequences. The states lie in a pool and are
+    updated in place. Not differentiable.
 
     Args:
-        q, k, v, g, beta, scale, the fused options, cu_seqlens, backend: as in `gated_delta_net`. q,
-            k, v of a GPU call may be slices of one tensor; they are not copied.
+        q, k, v, g, beta, scale, the fused options, cu_seqlens, backend: as in `gated_delta_net`. On
+            a GPU q, k and v may be slices of one tensor; they are not copied.
         state: the pool [slots, HV, K, V] in float32 or bfloat16 (float64 with float64 inputs); the
             arithmetic is in float32. Slots may be padded: state.stride(0) may exceed HV K V.
-        state_indices: [N], int32 or int64: the slot of each sequence, read and written. None stands
-            for 0, 1, ..., N - 1, and the pool then has N slots. Or, for speculative decoding, [N, 1
-            + T]: column c is the slot of the state after c tokens of the step. A step starts from
-            column 0 and writes the others; with cu_seqlens there may be fewer columns than tokens,
-            and states past the last column are not kept.
-        null_index: a sequence whose slot this is (padding of a batch) is skipped: its o is zero,
-            and no slot is touched.
-        num_accepted_tokens: [N], with state_indices [N, 1 + T]: the column to start from, in place
-            of 0: how many tokens of the last step, laid out alike, were accepted.
+        state_indices: int32 or int64. [N]: the slot that each sequence reads and writes. None means
+            0, 1, ..., N - 1, for a pool of N slots. [N, 1 + T], for speculative decoding: column c
+            is the slot of the state after c tokens of the step. A step reads column 0 and writes
+            the other columns. With cu_seqlens there may be fewer columns than tokens; states past
+            the last column are not kept.
+        null_index: a sequence with this slot (padding of a batch) is skipped: its o is zero, and no
+            slot changes.
+        num_accepted_tokens: [N], only with state_indices [N, 1 + T]: how many tokens of the
+            previous step were accepted. The step reads this column instead of column 0. Columns
+            must be in the order of the previous step.
         state_v_first: the pool is [slots, HV, V, K].
 
     Returns:
-        o [B, T, HV, V] in v's dtype. Slots that state_indices does not name keep their bits.
+        o [B, T, HV, V] in v's dtype. Slots that state_indices does not name do not change.
 
     Raises:
         ValueError, TypeError, BackendUnsupportedError, UnknownBackendError: as `gated_delta_net`.
         RuntimeError: an input requires grad while gradients are on.
 
-    The values of state_indices and num_accepted_tokens are checked on the CPU; on a GPU a slot
-    outside the pool counts as null_index, and naming one slot twice is a race.
+    On the CPU the values of state_indices and num_accepted_tokens are checked. On a GPU a slot
+    outside the pool counts as null_index, and two sequences with the same slot are a race.
     """
     calls.require_pool(state)
     q, k, v, scale = calls.prepare(q, k, v, g, beta, scale)
@@ -189,18 +194,18 @@ def explain(
     backend: str | None = None,
     **options: Unpack[Options],
 ) -> dispatch.Explanation:
-    """Why each backend would or would not run this call, and which would.
+    """Show which backend would run this call, and why the others would not. Computes nothing.
 
     Args:
         q, k, v, g, beta, **options, backend: as in `gated_delta_net`, or with state= as in
-            `gated_delta_net_decode`. Tensors on the meta device will do.
+            `gated_delta_net_decode`. Tensors on the meta device are enough.
 
     Returns:
-        Request and source, choice, and a verdict of every backend; `print` shows all of it. Nothing
-        is computed.
+        The request and where it was set, the chosen backend, and a verdict for every backend.
+        `print` shows all of it.
 
     Raises:
-        ValueError, TypeError: the arguments are malformed, as in the call itself.
+        ValueError, TypeError: an argument is malformed, as in the call itself.
     """
     request, source = dispatch.request_in_force(backend)
     call = calls.make(q, k, v, g, beta, dict(options))
@@ -226,18 +231,18 @@ def warmup(
     backend: str | None = None,
     **options: Unpack[Options],
 ) -> str:
-    """Compile what a call like this one needs, kernels side by side; compute nothing.
+    """Compile the kernels that a call like this one needs, in parallel. Computes nothing.
 
     Args:
         q, k, v, g, beta, **options, backend: as in `gated_delta_net`, or with state= as in
             `gated_delta_net_decode`.
-        backward: also what its gradients need. None: if an input requires grad.
+        backward: also compile the kernels of the gradients. None: if an input requires grad.
         sm: compute capability times ten of the GPU to compile for (90: Hopper). The tensors may
-            then be on the meta device, and there need be no GPU, if the backend can do without.
+            then be on the meta device, and no GPU is needed if the backend can compile without one.
 
     Returns:
-        The name of the backend that would run the call. One that compiles nothing ahead of its
-        first call does nothing here.
+        The name of the backend that would run the call. A backend that compiles at its first call
+        does nothing here.
 
     Raises:
         ValueError, BackendUnsupportedError, UnknownBackendError: as the call would.
@@ -256,17 +261,16 @@ def warmup(
 
 
 _function: Any
-for _function in (explain, warmup):  # what editors read off the annotations, help() reads off this
+for _function in (explain, warmup):  # editors read the annotations, help() reads __signature__
     _function.__signature__ = calls.full_signature(
         _function, gated_delta_net, gated_delta_net_decode
     )
 
 
 def _request(backend: str | None) -> str:
-    """The request in force: a constant to torch.compile, which holds the one it was traced
-    under."""
+    """The request in force. torch.compile treats it as a constant, with its value while tracing."""
     return dispatch.request_in_force(backend)[0]
 
 
-# torch.compiler.assume_constant_result's mark; the decorator would import Dynamo, and so Triton
+# the mark that torch.compiler.assume_constant_result sets; the decorator imports Dynamo and Triton
 _request._dynamo_marked_constant = True  # type: ignore[attr-defined]

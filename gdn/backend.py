@@ -1,4 +1,4 @@
-"""What a backend is: its capabilities as data, the function that turns them into reasons, and the
+"""The contract of a backend: its capabilities as data, the reasons that follow from them, and the
 base classes `Backend` and `Plan`."""
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from gdn.problem import Call, Problem, Step
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a backend can run. Dispatch, error texts, test skips and the README table read this.
+    """What a backend can run. Dispatch, error texts, test skips and the table in docs/backends.md
+    are made from it.
 
     Every feature is off unless it is declared: a backend that declares only `dtypes` gets dense
     calls without states, options and gradients, with HV = H, on any device and of any size.
@@ -33,7 +34,7 @@ class Capabilities:
         backward: gradients.
         deterministic: two runs of the same call are bit-equal.
         cuda_graph: dense calls can be captured in a CUDA graph.
-        resets: gates far below zero, -inf included, keep the digits of the tokens around them.
+        resets: gates far below zero, -inf included, cost no precision at the tokens around them.
         flags: the boolean options of `gdn.problem.Call` that the backend understands.
         decode: dtypes of the state pools that it decodes from; empty for no decode.
         speculative: decode keeps the state after each token (state_indices [N, 1 + T]).
@@ -105,9 +106,9 @@ def reasons_against(capabilities: Capabilities, problem: Problem) -> list[str]:
 class Forward(NamedTuple):
     """What `Plan.forward` returns.
 
-    o [B, T, HV, V] in v's dtype; final_state in `call.state_shape` and `call.state_dtype`, or None
-    unless call.output_final_state; saved: fresh tensors for backward, shaped as
-    `Backend.saved_like` says.
+    o [B, T, HV, V] has v's dtype. final_state has `call.state_shape` and `call.state_dtype`; it may
+    be None unless call.output_final_state. saved holds fresh tensors for backward, with the shapes
+    and dtypes of `Backend.saved_like`.
     """
 
     o: Tensor
@@ -116,8 +117,8 @@ class Forward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What `Plan.backward` returns: each in the shape and dtype of its input, None where the input
-    is None."""
+    """What `Plan.backward` returns: each gradient has the shape and dtype of its input, and is None
+    where the input is None."""
 
     q: Tensor
     k: Tensor
@@ -130,38 +131,38 @@ class Gradients(NamedTuple):
 
 
 class Plan:
-    """How a backend runs all calls of one kind: same shapes, dtypes, devices and options (of a
-    decode step also strides).
+    """How a backend runs all calls of the same shapes, dtypes, devices and options (for decode
+    steps also the same strides).
 
-    A backend makes it once, from the first such call, and dispatch remembers it; it may keep
-    anything but the call's tensors. Its methods run below autograd, with autocast off and the
-    device of q current; B, T, H, HV, K, V >= 1 there. Inputs may be non-contiguous and must not be
-    written to. A plan of a `Step` needs `decode` alone.
+    The backend makes a plan from the first such call, and dispatch keeps it. A plan must not keep
+    the call's tensors. Its methods run below autograd, with autocast off and the device of q
+    current. B, T, H, HV, K, V are at least 1. Inputs may be non-contiguous and must not be written
+    to. A plan of a `Step` needs only `decode`.
     """
 
     def forward(self, call: Call, save: bool) -> Forward:
-        """Compute o and the final state; with save, also what backward needs (else saved is
-        empty)."""
+        """Compute o and the final state. With save, also return what backward needs; else saved is
+        empty."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
-        """Gradients of the differentiable inputs, given those of o and (or None) of the final
-        state. The plan that ran a forward also runs its backward."""
+        """Compute the gradients of the differentiable inputs from those of o and of the final state
+        (None: zero). The plan that ran forward also runs its backward."""
         raise NotImplementedError(f"{type(self).__name__} has no backward")
 
     def decode(self, step: Step) -> Tensor:
-        """Take one decode step: o [B, T, HV, V] in v's dtype, and the new states in step.state.
+        """Take one decode step: return o [B, T, HV, V] in v's dtype, update step.state in place.
 
-        Rows whose slot is step.null_index, or outside the pool, or picked by a
-        num_accepted_tokens outside the columns of state_indices, are zero in o and touch no slot.
+        A sequence is skipped if its slot is step.null_index or outside the pool, or if its
+        num_accepted_tokens is not a column of state_indices: o is zero, and no slot changes.
         """
         raise NotImplementedError(f"{type(self).__name__} has no decode")
 
     def precompile(self, call: Call | Step, backward: bool) -> bool:
-        """Compile what calls of this kind need, with backward also their gradients. False: nothing
-        is compiled ahead of the first call. The tensors of `call` may be on the meta device."""
+        """Compile the kernels of such calls; with backward also those of the gradients. Return
+        False if kernels compile at the first call only. Tensors may be on the meta device."""
         return False
 
 
@@ -178,13 +179,13 @@ class Backend(ABC):
     priority: ClassVar[int | None] = None
 
     def unavailable(self) -> str | None:
-        """Why this backend cannot run in this process at all, or None. Imports nothing and touches
-        no device."""
+        """Why this backend cannot run in this process at all, or None. Must not import packages or
+        touch a device."""
         missing = [p for p in self.capabilities.packages if importlib.util.find_spec(p) is None]
         return f"not installed: {', '.join(missing)}" if missing else None
 
     def unsupported(self, problem: Problem) -> list[str]:
-        """Reasons against a problem that no field of Capabilities can say."""
+        """Reasons against a problem that no field of Capabilities can express."""
         return []
 
     def path(self, problem: Problem) -> str:
@@ -198,4 +199,5 @@ class Backend(ABC):
 
     @abstractmethod
     def plan(self, call: Call | Step) -> Plan:
-        """The plan for calls like this one, which dispatch has found no reason against."""
+        """Make the plan for calls like this one. Dispatch asks only for calls that this backend
+        can run."""

@@ -1,4 +1,4 @@
-"""Making a `Call` or a `Step` of the arguments of the public functions."""
+"""Makes a `Call` or a `Step` from the arguments of the public functions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _TOKENS = Call._fields[:5]
 
 
 class Options(TypedDict, total=False):
-    """Every keyword of `gdn.gated_delta_net` and `gdn.gated_delta_net_decode` but backend, for the
-    functions that take the arguments of either. state= says that it is a decode step."""
+    """Every keyword of `gdn.gated_delta_net` and `gdn.gated_delta_net_decode` except backend, for
+    functions that take the arguments of either op. With state= the call is a decode step."""
 
     state: Tensor
     state_indices: Tensor | None
@@ -42,8 +42,8 @@ class Options(TypedDict, total=False):
 def make(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, options: dict[str, Any]
 ) -> Call | Step:
-    """The Call that `gated_delta_net` makes of these arguments, or with state= the Step that
-    `gated_delta_net_decode` does."""
+    """The Call that `gated_delta_net` makes from these arguments, or with state= the Step that
+    `gated_delta_net_decode` makes."""
     options = dict(options)
     q, k, v, scale = prepare(q, k, v, g, beta, options.pop("scale", None))
     transposed = options.pop("transpose_state_layout", None)
@@ -58,8 +58,8 @@ def make(
 
 
 def full_signature(function: Any, *ops: Any) -> inspect.Signature:
-    """The signature of a function that takes `Options`, with every keyword written out as the ops
-    have it."""
+    """The signature of a function that takes `Options`, with the keywords of the ops written
+    out."""
     own = inspect.signature(function).parameters.values()
     keywords = [p for p in own if p.kind is not p.VAR_KEYWORD]
     names = {p.name for p in keywords}
@@ -78,7 +78,7 @@ def full_signature(function: Any, *ops: Any) -> inspect.Signature:
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """q, k, v as autocast has them, and the scale."""
+    """Cast q, k, v to autocast's dtype, if it is on, and q, k to v's; fill in the default scale."""
     for i, x in enumerate((q, k, v, g, beta)):
         if not isinstance(x, Tensor):
             raise no_tensor(_TOKENS[i], x)
@@ -87,12 +87,17 @@ def prepare(
         scale = K**-0.5 if K else 1.0
     if autocasts(q):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        q, k, v = (
+            x.to(dtype) if x.dtype.is_floating_point and x.dtype != torch.float64 else x
+            for x in (q, k, v)
+        )
+    if (q.dtype != v.dtype or k.dtype != v.dtype) and v.dtype.is_floating_point:
+        q, k = (x.to(v.dtype) if x.dtype.is_floating_point else x for x in (q, k))
     return q, k, v, scale
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on, and for x's device; the meta device, for one, has none to ask for."""
+    """Whether autocast is on for x's device. Some devices, such as meta, have no autocast."""
     if not torch._C._is_any_autocast_enabled():
         return False
     device = x.device.type
@@ -100,19 +105,24 @@ def autocasts(x: Tensor) -> bool:
 
 
 def require_pool(state: object) -> None:
-    """TypeError unless the pool is a tensor."""
+    """TypeError unless the pool is a tensor, ValueError if it cannot be updated in place."""
     if not isinstance(state, Tensor):
         raise no_tensor("state", state, "pass the pool")
+    if not torch.compiler.is_compiling() and state.is_neg():  # Dynamo cannot trace is_neg
+        raise ValueError(
+            "state must not be a view that negates its elements when read (is_neg), got one; "
+            "it is updated in place, pass state.resolve_neg()"
+        )
 
 
 def from_former_name(transposed: bool, state_v_first: bool, stacklevel: int = 3) -> bool:
-    """state_v_first, given as transpose_state_layout."""
+    """state_v_first from its former name, transpose_state_layout; with a DeprecationWarning."""
     if state_v_first:
         raise ValueError(
             "state_v_first must come without transpose_state_layout, got both; "
             "drop the latter, which is its former name"
         )
-    if not torch.compiler.is_compiling():  # which cannot trace a warning
+    if not torch.compiler.is_compiling():  # Dynamo cannot trace a warning
         warnings.warn(
             "transpose_state_layout is fla's former name of state_v_first; pass that instead",
             DeprecationWarning,

@@ -24,7 +24,7 @@ from gdn.validation import validate
 
 SIZES = ("B", "T", "H", "HV", "K", "V")
 QWEN: dict[str, Any] = {"B": 1, "H": 16, "HV": 32, "K": 128, "V": 128}
-"""The linear-attention heads of Qwen3-Next and of Qwen3.5 (their configurations' defaults)."""
+"""The linear-attention heads of Qwen3-Next and Qwen3.5, by default of their configurations."""
 
 
 def _shape(text: str) -> dict[str, int]:
@@ -76,7 +76,7 @@ def _make_case(args: argparse.Namespace) -> Case:
 
 
 def info(args: argparse.Namespace) -> int:
-    """Versions, device, and each backend: available or why not."""
+    """Show versions, the device, and for each backend whether it can run here and why not."""
     backends = gdn.list_backends()
     if args.markdown:
         print(tables.markdown(tables.CAPABILITIES, tables.capability_rows(backends)))
@@ -93,14 +93,14 @@ def info(args: argparse.Namespace) -> int:
         case = Case("info", T=8192, dtype=torch.bfloat16, **QWEN)
         problems = [_describe(_call(case), device.type, grad, sm) for grad in (False, True)]
         verdicts = [dispatch.verdict(backend.name, problem) for problem in problems]
-        said = ["no: " + "; ".join(v.reasons) if v.reasons else f"yes: {v.path}" for v in verdicts]
-        rows.append([backend.name, backend.summary, *said])
+        cells = ["no: " + "; ".join(v.reasons) if v.reasons else f"yes: {v.path}" for v in verdicts]
+        rows.append([backend.name, backend.summary, *cells])
     console.print_table(("backend", "what it is", "Qwen3.5 forward here", "and backward"), rows)
     return 0
 
 
 def _call(case: Case) -> Call:
-    """A case's call; its tensors are never made."""
+    """The call of a case, with tensors on the meta device."""
     inputs = make_inputs(replace(case, T=0, lengths=None), "meta")
     for name in ("q", "k", "v", "g", "beta"):
         x = inputs[name]
@@ -111,13 +111,13 @@ def _call(case: Case) -> Call:
 
 
 def _describe(call: Call, device: str, needs_grad: bool, sm: int | None) -> Problem:
-    """The problem that a call would be on a device."""
+    """Validate a call and describe it as a call on this device."""
     validate(call)
     return replace(describe(call, needs_grad), device=device, sm=sm)
 
 
 def explain(args: argparse.Namespace) -> int:
-    """Why each backend would or would not run a call, or a decode step, of the given shape."""
+    """Show which backend would run a call or a decode step, and why the others would not."""
     sm = args.sm or (compute_capability(args.device) if torch.cuda.is_available() else None)
     problem = _describe(_call(_make_case(args)), args.device.type, args.gradients, sm)
     if args.decode:
@@ -129,8 +129,8 @@ def explain(args: argparse.Namespace) -> int:
 
 
 def run_warmup(args: argparse.Namespace) -> int:
-    """Compile what calls of the given shape need, here for any GPU: before a deployment, say."""
-    sm = args.sm or compute_capability(_default_device()) or 90  # TileLang's
+    """Compile the kernels of calls of the given shape before the first call. Needs no GPU."""
+    sm = args.sm or compute_capability(_default_device()) or 90  # 90: Hopper, for TileLang
     call, request = _call(_make_case(args)), dispatch.request_in_force(args.backend)[0]
     with console.progress(1) as step:
         step("forward and backward" if args.gradients else "forward")
@@ -152,7 +152,7 @@ def _need_matplotlib(what: str) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """The main job: agreement, then timings, of every backend available here."""
+    """Check every backend that can run here against float64, and time those that agree."""
     if args.plot is not None:
         _need_matplotlib("--plot")
     case = _make_case(args)
@@ -186,18 +186,22 @@ def make_parser() -> argparse.ArgumentParser:
     problem = argparse.ArgumentParser(add_help=False)
     problem.add_argument(
         "--shape", type=_shape, default={}, metavar="T=8192,H=16,HV=32",
-        help="sizes, any of B T H HV K V; the others are Qwen3.5's, T 512 (on a GPU 8192)",
+        help="sizes, any of B T H HV K V; by default Qwen3.5's heads and T=512 (on a GPU T=8192)",
     )  # fmt: skip
-    problem.add_argument("--lengths", type=_lengths, metavar="N,N,...", help="packed sequences")
+    problem.add_argument(
+        "--lengths", type=_lengths, metavar="N,N,...", help="lengths of packed sequences"
+    )
     problem.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
     problem.add_argument("--state-v-first", action="store_true", help="states [N, HV, V, K]")
     problem.add_argument(
         "--raw", action=argparse.BooleanOptionalAction, default=True,
-        help="give raw q, k, gate and beta, with the L2 norm, gate and sigmoid fused",
+        help="pass raw q, k, g and beta; the op computes the L2 norm, gate and sigmoid",
     )  # fmt: skip
 
     command = commands.add_parser("info", help=info.__doc__)
-    command.add_argument("--markdown", action="store_true", help="the capability table for README")
+    command.add_argument(
+        "--markdown", action="store_true", help="print the capability table of docs/backends.md"
+    )
     command.set_defaults(run=info)
 
     here = argparse.ArgumentParser(add_help=False)
@@ -205,20 +209,20 @@ def make_parser() -> argparse.ArgumentParser:
     request = argparse.ArgumentParser(add_help=False)
     request.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
     request.add_argument("--backend", help="a name, a list, or auto")
-    request.add_argument("--sm", type=int, help="compute capability times ten, if not this GPU's")
+    request.add_argument("--sm", type=int, help="compute capability times ten; default: this GPU's")
 
     command = commands.add_parser("explain", help=explain.__doc__, parents=[problem, here, request])
-    command.add_argument("--decode", action="store_true", help="a step, from float32 states")
+    command.add_argument("--decode", action="store_true", help="a decode step, from float32 states")
     command.set_defaults(run=explain)
 
     command = commands.add_parser("warmup", help=run_warmup.__doc__, parents=[problem, request])
-    # whether there is one or not
+    # kernels for a GPU compile without one
     command.set_defaults(run=run_warmup, device=torch.device("cuda"))
 
     command = commands.add_parser("compare", help=run_compare.__doc__, parents=[problem, here])
     command.add_argument("--backends", help="a list, such as tilelang,fla; all by default")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
-    command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
+    command.add_argument("--plot", type=Path, metavar="FILE.png", help="plot times and errors")
     command.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     command.set_defaults(run=run_compare)
 
@@ -226,11 +230,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if all is well, 1 if a backend failed or none was found, 2 on bad
+    """Run one command. Return 0 on success, 1 if a backend failed or none can run, 2 on bad
     options."""
     args = make_parser().parse_args(argv)
     try:
         return int(args.run(args))
     except (ValueError, OSError, dispatch.BackendUnsupportedError) as error:
-        print(f"gdn: {error}", file=sys.stderr)  # the message says all
+        print(f"gdn: {error}", file=sys.stderr)  # no traceback: the message is complete
         return 1 if isinstance(error, RuntimeError) else 2

@@ -23,7 +23,7 @@ from gdn.problem import Call
 L2_EPS = 1e-6
 """Added to the sum of squares before the root in the fused L2 norm."""
 GATE_FLOOR = -104.0
-"""Its exponential is zero in float32."""
+"""A log decay whose exponential is zero in float32."""
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -35,23 +35,23 @@ def log_decay(g_raw: Tensor, A_log: Tensor, dt_bias: Tensor | None) -> Tensor:
     """The fused gate: g = -exp(A_log) softplus(g_raw + dt_bias), in g_raw's dtype; A_log, dt_bias
     [HV].
 
-    Computed as -exp(A_log + log softplus), since one factor may overflow where the other vanishes;
-    the exponent ends at 80, where nothing is left of exp(g).
+    Computed as -exp(A_log + log softplus), since exp(A_log) may overflow where softplus is close to
+    zero. The exponent is clamped at 80, where exp(g) is zero.
     """
     x = g_raw if dt_bias is None else g_raw + dt_bias.to(g_raw)
     return -(A_log.to(g_raw) + log_softplus(x)).clamp(max=80.0).exp()
 
 
 def log_softplus(x: Tensor) -> Tensor:
-    """log(log(1 + e^x)), which is x where e^x is lost beside 1."""
-    # threshold 80: the linear branch of F.softplus starts at 20, where float64 still sees exp(-20)
+    """log(log(1 + e^x)). Below -40, where 1 + e^x rounds to 1, the result is x."""
+    # threshold 80: by default F.softplus is linear from 20 on, but float64 still resolves exp(-20)
     return torch.where(x < -40, x, F.softplus(x.clamp(min=-40), threshold=80.0).log())
 
 
 def gate_floor(dtype: torch.dtype) -> float:
-    """The log decay from which on its exponential is zero in the compute dtype (float64 or
-    float32). Whoever sums gates clamps them here first: sums then keep their digits, whatever
-    precedes or follows, and -inf is a reset. The gradient there is zero."""
+    """A log decay whose exponential is zero in the compute dtype (float64 or float32). Code that
+    sums gates clamps them to it first: the sums then keep their precision, and -inf is a reset. The
+    gradient of a clamped gate is zero."""
     return -746.0 if dtype == torch.float64 else GATE_FLOOR
 
 
@@ -62,8 +62,7 @@ def write_strength(beta_raw: Tensor, allow_neg_eigval: bool) -> Tensor:
 
 
 def activate(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, g, beta of a call in `dtype`, with the fused options it asks for applied
-    (differentiable)."""
+    """q, k, g, beta of a call in `dtype`, with its fused options applied (differentiable)."""
     q, k, g, beta = (x.to(dtype) for x in (call.q, call.k, call.g, call.beta))
     if call.use_qk_l2norm_in_kernel:
         q, k = l2_normalize(q), l2_normalize(k)
@@ -78,7 +77,7 @@ def activate(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence itself, on q (scaled), k [B, T, HV, K]; v [B, T, HV, V]; g, beta [B, T, HV].
+    """The recurrence, on scaled q and k [B, T, HV, K]; v [B, T, HV, V]; g, beta [B, T, HV].
 
     Returns o [B, T, HV, V] and the state [B, HV, K, V] after the last token. Any floating dtype.
     """
@@ -93,11 +92,11 @@ def recurrence(
 
 
 def gated_delta_rule(call: Call, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """The truth for one call: o [B, T, HV, V] and the final state (in the call's layout), in
-    `dtype`.
+    """The reference result of one call: o [B, T, HV, V] and the final state (in the call's layout),
+    in `dtype`.
 
-    Differentiable (also twice) in the eight differentiable inputs. Slow: one step a token, and
-    cu_seqlens is read on the host. Meant for float64, and float32 where float64 does not exist.
+    Differentiable any number of times in the eight differentiable inputs. Slow: it computes token
+    by token and reads cu_seqlens on the host. Meant for float64, or float32 on devices without it.
     """
     q, k, g, beta = activate(call, dtype)
     v, group = call.v.to(dtype), call.v.shape[2] // call.q.shape[2]
@@ -113,10 +112,10 @@ def gated_delta_rule(call: Call, dtype: torch.dtype = torch.float64) -> tuple[Te
         o, state = recurrence(q, k, v, g, beta, state)
     else:
         bounds = call.cu_seqlens.tolist()
-        pieces = [
+        results = [
             recurrence(*(x[:, start:end] for x in (q, k, v, g, beta)), state[n : n + 1])  # type: ignore[call-arg]
             for n, (start, end) in enumerate(itertools.pairwise(bounds))
         ]
-        o = torch.cat([piece[0] for piece in pieces], 1) if pieces else v.clone()
-        state = torch.cat([piece[1] for piece in pieces]) if pieces else state
+        o = torch.cat([result[0] for result in results], 1) if results else v.clone()
+        state = torch.cat([result[1] for result in results]) if results else state
     return o, state.mT if call.state_v_first else state

@@ -29,8 +29,8 @@ _default: str | None = None
 _context: ContextVar[str | None] = ContextVar("gdn_backend", default=None)
 _chosen: dict[tuple[object, ...], Chosen] = {}
 _CHOSEN_LIMIT = 4096
-# os.environ raises and catches an error for a missing name, and decodes one that is there: up to
-# half of all that choosing may cost; CPython's dict behind it answers at once
+# CPython's dict behind os.environ. os.environ itself raises and catches an error for a missing name
+# and decodes a present one, which takes up to half of the time that choosing a backend may take
 _environment: Any = getattr(os.environ, "_data", os.environ)
 _VARIABLE: Any = (
     "GDN_BACKEND" if _environment is os.environ else os.environ.encodekey("GDN_BACKEND")
@@ -39,7 +39,7 @@ _decoded = functools.cache(os.fsdecode)
 
 
 class BackendUnsupportedError(RuntimeError):
-    """No backend that was asked for can run the call. `reasons` maps each one's name to why not."""
+    """No requested backend can run the call. `reasons` maps each one's name to its reasons."""
 
     def __init__(self, request: str, problem: Problem, reasons: dict[str, list[str]]) -> None:
         self.request, self.problem, self.reasons = request, problem, reasons
@@ -48,7 +48,8 @@ class BackendUnsupportedError(RuntimeError):
 
 
 class Chosen(NamedTuple):
-    """The plan for calls of one kind, and the request that always leads to its backend again."""
+    """The plan of calls that share a key, and the pinned request (`registry.pin`) of its
+    backend."""
 
     plan: Plan
     pinned: str
@@ -56,7 +57,8 @@ class Chosen(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One backend on one problem: no reasons means that it would run, along `path`."""
+    """Whether one backend can run a problem: it can, by `path`, if there are no reasons against
+    it."""
 
     name: str
     reasons: tuple[str, ...]
@@ -65,8 +67,8 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What `gdn.explain` returns: the request and where it came from, the choice, and a verdict a
-    backend."""
+    """What `gdn.explain` returns: the request and where it was set, the chosen backend, and a
+    verdict for every backend."""
 
     request: str
     source: str
@@ -89,7 +91,7 @@ class Explanation:
 
 
 def parse_request(request: str) -> list[str]:
-    """The names that a request stands for, in order: one name, a comma-separated list, or
+    """The names in a request, in order. A request is one name, a comma-separated list, or
     "auto"."""
     names: list[str] = []
     for part in (part.strip() for part in request.split(",")):
@@ -109,7 +111,8 @@ def request_in_force(backend: str | None = None) -> tuple[str, str]:
     if backend is not None:
         if not isinstance(backend, str):
             raise TypeError(
-                f"backend must be a str, got {type(backend).__name__}; a list is 'tilelang,triton'"
+                f"backend must be a str, got {type(backend).__name__}; "
+                "write several as 'tilelang,triton'"
             )
         return backend, "backend= argument"
     from_context = _context.get()
@@ -136,15 +139,15 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def set_default_backend(name: str | None) -> None:
-    """Make calls without backend= use this name, list or "auto", process-wide; None takes the
-    default back."""
+    """Make calls without backend= use this name, list or "auto" in the whole process; None removes
+    the default."""
     global _default
     if name is not None:
         parse_request(name)
     _default = name
 
 
-def judge(name: str, problem: Problem) -> list[str]:
+def find_reasons(name: str, problem: Problem) -> list[str]:
     """Every reason why the named backend cannot run the problem; empty if it can."""
     backend = find_backend(name)
     unavailable = backend.unavailable()
@@ -155,12 +158,12 @@ def judge(name: str, problem: Problem) -> list[str]:
 
 def resolve(request: str, problem: Problem) -> Backend:
     """The first backend of the request that can run the problem, or BackendUnsupportedError with
-    every reason. A pinned request (`registry.pin`) was resolved before."""
+    every reason. A pinned request (`registry.pin`) is not checked again."""
     if registry.is_pinned(request):
         return find_backend(request)
     reasons: dict[str, list[str]] = {}
     for name in parse_request(request):
-        why = judge(name, problem)
+        why = find_reasons(name, problem)
         if not why:
             if name == "torch" and problem.device == "cuda" and "torch" not in request:
                 _warn_slow(reasons)
@@ -175,8 +178,8 @@ def _warn_once(message: str) -> None:
 
 
 def _warn_slow(reasons: dict[str, list[str]]) -> None:
-    """Once a process: the automatic choice fell back to plain PyTorch although the tensors are on a
-    GPU."""
+    """Warn once per process that the choice fell back to plain PyTorch although the tensors are on
+    a GPU."""
     if not _warn_once.cache_info().currsize:
         why = "".join(f"\n  {name}: {'; '.join(r)}" for name, r in reasons.items())
         _warn_once(
@@ -185,14 +188,14 @@ def _warn_slow(reasons: dict[str, list[str]]) -> None:
 
 
 def choose(request: str, call: Call, needs_grad: bool) -> Chosen:
-    """Validate a call, resolve the request for it, and make the backend's plan; remembered, so that
-    a repeated call costs a look-up."""
+    """Validate a call, resolve the request for it, and make the backend's plan. The result is
+    remembered: a repeated call costs one look-up."""
     tensors: tuple[Tensor | None, ...] = call[:CALL_TENSORS]  # type: ignore[assignment]
     key = (
         registry.generation,
         request,
         needs_grad,
-        # inline, because a function call a tensor would cost a fifth of the whole look-up
+        # inline, because a function call per tensor would take a fifth of the look-up's time
         *[None if x is None else (x.shape, x.dtype, x.device) for x in tensors],
         math.isfinite(call.scale),
         call[CALL_TENSORS + 1 :],
@@ -234,20 +237,20 @@ def _remember(key: tuple[object, ...], backend: Backend, call: Call | Step) -> C
 
 
 def precompile(request: str, call: Call | Step, problem: Problem) -> tuple[str, bool]:
-    """Compile what a call like this one needs. Returns the backend's name, and whether it compiles
-    anything ahead of its first call."""
+    """Compile the kernels that a call like this one needs. Returns the backend's name, and whether
+    it compiles anything before its first call."""
     backend = resolve(request, problem)
     return backend.name, backend.plan(call).precompile(call, problem.needs_grad)
 
 
 def verdict(name: str, problem: Problem) -> Verdict:
-    """Whether and how the named backend would run the problem."""
-    reasons = judge(name, problem)
+    """Whether the named backend can run the problem, and by which path."""
+    reasons = find_reasons(name, problem)
     return Verdict(name, tuple(reasons), None if reasons else find_backend(name).path(problem))
 
 
 def explain(request: str, source: str, problem: Problem) -> Explanation:
-    """Judge every backend on a problem and say which one the request would pick."""
+    """The verdict for every backend on a problem, and the backend that the request chooses."""
     verdicts = [verdict(name, problem) for name in backend_names()]
     able = {verdict.name for verdict in verdicts if not verdict.reasons}
     chosen = next((name for name in parse_request(request) if name in able), None)

@@ -1,10 +1,10 @@
-"""`torch.ops.gdn.forward`, `.backward` and `.decode`: schema, fake and autograd, the same for every
-backend.
+"""`torch.ops.gdn.forward`, `.backward` and `.decode`: schemas, fake kernels and autograd, the same
+for every backend.
 
-torch.compile sees one node each way. Their `backend` argument is a request as in `gdn.dispatch`,
-fixed when the call is made or traced; the backend is resolved inside, from metadata, so that the
-fake and the real kernel agree. Where gradients are wanted, autograd resolves it once and pins it:
-what runs forward runs backward.
+torch.compile sees one node for forward and one for backward. The `backend` argument is a request as
+in `gdn.dispatch`, fixed when the call is made or traced. The ops resolve it from metadata, so that
+fake and real kernels agree. If gradients are needed, autograd resolves it once and pins the backend
+for both passes.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ torch.library.define("gdn::decode", f"({_schema(Step, state='Tensor(a!)')}) -> T
 
 
 def run_forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor | None]:
-    """Call the op: o, and the final state if call.output_final_state. `save` keeps what backward
-    needs."""
+    """Call the op: o, and the final state if call.output_final_state. With `save` it keeps what
+    backward needs."""
     if forward_ad._current_level >= 0:
         refuse_tangents(call)
     if save or torch.compiler.is_compiling() or _needs_dispatcher(Call, call):
@@ -74,7 +74,7 @@ def run_forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor | 
 
 
 def run_decode(step: Step, request: str) -> Tensor:
-    """Call the op: o, and the new states in step.state. Nothing is ever differentiated here."""
+    """Call the op: return o and update step.state in place. Without gradients."""
     if forward_ad._current_level >= 0:
         refuse_tangents(step)
     arguments = (*step.call, *step[1:])
@@ -85,13 +85,13 @@ def run_decode(step: Step, request: str) -> Tensor:
 
 
 def _needs_dispatcher(kind: Any, arguments: tuple[Any, ...]) -> bool:
-    """Whether PyTorch's dispatcher has something to do before the op runs.
+    """Whether the call must go through PyTorch's dispatcher.
 
-    That is so where a mode, a transform, a tracer or a profiler wants to see the op, where an
-    argument is of a subclass of Tensor or not of the schema's type, and where a tensor's elements
-    are to be negated when they are read (`z.conj().imag`). Conjugated, sparse, nested and quantised
-    tensors are refused by their dtype or layout. Otherwise the dispatcher is passed by: it takes a
-    quarter of a call's time on the host, mostly to turn arguments into its own types and back.
+    It must if a mode, a transform, a tracer or a profiler is active, if an argument is of a Tensor
+    subclass or not of the schema's type, or if a tensor is a negated view (`z.conj().imag`).
+    Conjugated, sparse, nested and quantised tensors are refused by their dtype or layout. All other
+    calls skip the dispatcher, which takes a quarter of a call's time on the host, mostly to convert
+    the arguments to its own types and back.
     """
     if not _are_plain(kind, *map(type, arguments)):
         check_types(Call(*arguments) if kind is Call else _step(*arguments))
@@ -107,7 +107,7 @@ def _needs_dispatcher(kind: Any, arguments: tuple[Any, ...]) -> bool:
 
 
 def _any_negative(tensors: tuple[Tensor | None, ...]) -> bool:
-    for x in tensors:  # noqa: SIM110, which would take half as long again
+    for x in tensors:  # noqa: SIM110, since any() takes half as long again
         if x is not None and x.is_neg():
             return True
     return False
@@ -176,15 +176,15 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 def _pin(request: str, call: Call) -> str:
-    """The backend that the request means for this call and its gradients."""
+    """The pinned request of the backend that runs this call and its gradients."""
     if not _needs_dispatcher(Call, call):
         return dispatch.choose(request, call, True).pinned
-    validate(call)  # traced: sizes may be symbols, which no plan is made of
+    validate(call)  # while tracing, sizes may be symbols, and a plan needs numbers
     return registry.pin(dispatch.resolve(request, describe(call, True)))
 
 
 class _Differentiable(torch.autograd.Function):
-    """`torch.ops.gdn.forward` with gradients: the options, the keys of the dispatcher below
+    """`torch.ops.gdn.forward` with gradients. Arguments: the options, the dispatch keys below
     autograd, then the tensors."""
 
     @staticmethod
@@ -201,7 +201,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_o, grad_final_state, *_ = grads
-        tensors = ctx.saved_tensors  # once: checkpointing recomputes at every access
+        tensors = ctx.saved_tensors  # read once: checkpointing recomputes at every access
         *options, pinned = ctx.options
         call, saved = Call(*tensors[:CALL_TENSORS], *options), list(tensors[CALL_TENSORS:])
         if grad_o is None:

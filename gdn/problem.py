@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-"""Tokens a chunk, in every chunked backend."""
+"""Tokens per chunk, in every chunked backend."""
 
 
 DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
@@ -58,7 +58,7 @@ class Call(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """N: rows of the state."""
+        """N, the number of sequences."""
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @property
@@ -91,13 +91,13 @@ class Step(NamedTuple):
 
     @property
     def speculative(self) -> bool:
-        """Whether the state after each token goes to its own slot."""
+        """Whether each token's state is stored in its own slot."""
         return self.state_indices is not None and self.state_indices.dim() == 2
 
 
 def argument_types(kind: type[Call | Step]) -> dict[str, Any]:
-    """The arguments of an op by name, in the order of its schema, with their types: the fields of
-    `Call`, and for `Step` its own after them."""
+    """The names and types of an op's arguments, in the order of its schema: the fields of `Call`,
+    and after them those that only `Step` has."""
     own = {name: hint for name, hint in get_type_hints(kind).items() if hint is not Call}
     return own if kind is Call else argument_types(Call) | own
 
@@ -110,7 +110,7 @@ FLAGS = tuple(name for name, hint in argument_types(Call).items() if hint is boo
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What dispatch knows of one call: sizes, dtype, device and options; no tensor, no device read.
+    """One call as dispatch sees it: sizes, dtype, device and options, without tensors.
 
     `sm` is the compute capability of an NVIDIA device times ten (90 on Hopper), None elsewhere.
     `flags` holds the names of the boolean options of `Call` that are on. `pool` is the dtype of the

@@ -1,4 +1,4 @@
-"""The backends by name: built in, registered, or offered by other packages' entry points."""
+"""The backends by name: built in, registered, or from entry points of other packages."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ BUILTIN = ("tilelang", "triton", "fla", "torch")
 ENTRY_POINT_GROUP = "gdn.backends"
 
 generation = 0
-"""Grows whenever a name may have come to mean another backend."""
+"""Grows whenever a backend is registered or removed; part of the keys in dispatch's cache."""
 
 _backends: dict[str, Backend] = {}
 _pinned: dict[str, Backend] = {}
 
 
 class UnknownBackendError(ValueError):
-    """A backend was asked for by a name that nobody registered."""
+    """A requested backend's name is not registered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +59,16 @@ def register_backend(backend: Backend, *, replace: bool = False) -> None:
 
 
 def unregister_backend(name: str) -> None:
-    """Forget a registered backend; a built-in one comes back when next needed. Unknown names are
-    ignored."""
+    """Remove a registered backend. A built-in one is loaded again when next needed. Unknown names
+    are ignored."""
     global generation
     _backends.pop(name, None)
     generation += 1
 
 
 def pin(backend: Backend) -> str:
-    """A request that always means this very instance, whatever its name comes to mean: what ran
-    forward is asked for by it again in backward."""
+    """A request that always means this instance, even if its name is registered anew. With it
+    backward runs on the backend that ran forward."""
     request = f"{backend.name}#{id(backend):x}"
     _pinned[request] = backend
     return request
@@ -81,7 +81,7 @@ def is_pinned(request: str) -> bool:
 
 @functools.cache
 def _load_entry_points() -> None:
-    """Register what other packages offer; a broken one warns and is left out."""
+    """Register the entry points of other packages. One that fails gives a warning."""
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         if entry.name in BUILTIN or entry.name in _backends:
             continue
@@ -93,7 +93,7 @@ def _load_entry_points() -> None:
                     f"{entry.value} is a {type(backend).__name__}, not a gdn.backend.Backend"
                 )
             register_backend(backend)
-        except Exception as error:  # a third party's fault must not take the op down
+        except Exception as error:  # an error in another package must not break gdn
             warnings.warn(
                 f"entry point {entry.name!r} ({entry.value}) of group {ENTRY_POINT_GROUP} gave "
                 f"no backend: {type(error).__name__}: {error}",
@@ -103,7 +103,7 @@ def _load_entry_points() -> None:
 
 
 def find_backend(name: str) -> Backend:
-    """The backend of that name. UnknownBackendError, with the near misses, if there is none."""
+    """The backend of that name. UnknownBackendError, with similar names, if there is none."""
     backend = _backends.get(name) or _pinned.get(name)
     if backend is not None:
         return backend
@@ -122,7 +122,7 @@ def find_backend(name: str) -> Backend:
 
 
 def backend_names() -> list[str]:
-    """Every registered name, those of "auto" first and in its order."""
+    """Every registered name; first the backends of "auto", in its order."""
     _load_entry_points()
     for name in BUILTIN:
         find_backend(name)
@@ -135,8 +135,8 @@ def backend_names() -> list[str]:
 
 
 def list_backends() -> tuple[BackendInfo, ...]:
-    """Every backend, those of "auto" first and in its order, with whether it can run in this
-    process and why not."""
+    """Every backend, with whether it can run in this process and why not; first the backends of
+    "auto", in its order."""
     rows = []
     for name in backend_names():
         backend = find_backend(name)

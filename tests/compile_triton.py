@@ -1,5 +1,8 @@
-"""Compile every Triton kernel for sm_<argument>, without a GPU; a line each: name, dtype, bytes of
-shared memory, registers and bytes of stack a thread."""
+"""Compile every Triton kernel for sm_<argument>, without a GPU.
+
+Prints a line for each: name, dtype, bytes of shared memory, registers a thread, and bytes of stack
+a thread.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from gdn.backends.triton.combine_pieces import carry_kernel
+from gdn.backends.triton.combine_pieces import combine_pieces_kernel
 from gdn.backends.triton.decode import decode_kernel
 from gdn.backends.triton.key_gradients import key_gradients_kernel
-from gdn.backends.triton.launch import Configuration, Stage, configuration
+from gdn.backends.triton.launch import Stage, choose_configuration
 from gdn.backends.triton.prepare import prepare_kernel
 from gdn.backends.triton.query_gradients import query_gradients_kernel
 from gdn.backends.triton.reverse_scan import reverse_scan_kernel
@@ -22,24 +25,35 @@ from gdn.backends.triton.scan import scan_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ROOM = {80: 166_912, 90: 232_448}
-WIDE = {"walked", "own", "initial", "begins", "final", "factors", "g", "beta", "A_log", "dt_bias"}
-WIDE |= {"grad_final", "grad_initial", "dG_out", "dG_read", "dg", "dbeta", "dA_log", "ddt_bias"}
-WIDE |= {"state"}
-INTEGERS = {"N", "T", "NT", "each", "LENGTH", "null_index", "slots", "slot_stride"}
-COMMON = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 64, "BK": 128, "VARLEN": True, "L2": True}
-COMMON |= {"GATE": True, "BIAS": True, "SIGMOID": True, "BETA_SCALE": 1.0, "SAVE": True}
-WALK = {"V_FIRST": False, "INITIAL": True, "FINAL": True, "OUTPUT": True, "STATES": False}
-WALK |= {"TRANSFER": False, "CUT": False, "KEEP": True, "REVERSE": False}
-DECODE = {"COLUMNS": 1, "G_STRIDES": (32, 32, 1), "BETA_STRIDES": (32, 32, 1), "T": 1}
+SHARED_MEMORY = {80: 166_912, 90: 232_448}
+
+# Kernel arguments by type. Pointers that are not named here point to the call's dtype.
+FLOAT32 = {"transfers", "from_zero", "initial_state", "final_state", "state_in", "state_out"}
+FLOAT32 |= {"piece_states", "grad_final", "grad_initial", "factors", "g", "beta", "A_log"}
+FLOAT32 |= {"dt_bias", "dG_from_o", "dg", "dbeta", "dA_log", "ddt_bias", "state"}
+INT32 = {"N", "T", "chunks_per_sequence", "pieces_per_sequence", "piece_chunks"}
+INT32 |= {"null_index", "slots", "slot_stride"}
+
+# Constants. A kernel takes those that it names.
+COMMON: dict[str, Any] = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 64, "BK": 128, "VARLEN": True}
+COMMON |= {"L2_NORM": True, "FUSED_GATE": True, "HAS_DT_BIAS": True, "FUSED_SIGMOID": True}
+COMMON |= {"BETA_SCALE": 1.0, "SAVE": True}
+SCAN = {"V_FIRST": False, "HAS_INITIAL": True, "STORE_FINAL": True, "OUTPUT": True}
+SCAN |= {"STORE_STATES": False, "TRANSFER": False, "CUT": False}
+SCAN_FOR_STATES = SCAN | {"OUTPUT": False, "STORE_STATES": True, "CUT": True, "STORE_FINAL": False}
+REVERSE_SCAN = {"V_FIRST": False, "HAS_GRAD_FINAL": True, "STORE_GRAD_INITIAL": True}
+REVERSE_SCAN |= {"STORE_STATES": True, "CUT": False}
+COMBINE = {"V_FIRST": False, "HAS_STATE_IN": True, "STORE_STATE_OUT": True, "REVERSE": False}
+DECODE: dict[str, Any] = {"V_FIRST": False, "SPECULATIVE": False}
+DECODE |= {"INDEX_COLUMNS": 1, "G_STRIDES": (32, 32, 1), "BETA_STRIDES": (32, 32, 1), "T": 1}
 DECODE |= {"Q_STRIDES": (8192, 8192, 128), "K_STRIDES": (8192, 8192, 128)}
 DECODE |= {"V_STRIDES": (8192, 8192, 128), "accepted": None, "cu_seqlens": None}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (prepare_kernel, {}),
-    (scan_kernel, {}),
-    (scan_kernel, {"OUTPUT": False, "STATES": True, "CUT": True, "FINAL": False}),
-    (carry_kernel, {}),
-    (reverse_scan_kernel, {}),
+    (scan_kernel, SCAN),
+    (scan_kernel, SCAN_FOR_STATES),
+    (combine_pieces_kernel, COMBINE),
+    (reverse_scan_kernel, REVERSE_SCAN),
     (query_gradients_kernel, {}),
     (key_gradients_kernel, {}),
     (decode_kernel, DECODE),
@@ -49,27 +63,30 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
 
 def type_of(name: str, dtype: str) -> str:
     """Triton's name for the type of a run-time argument."""
-    if name in INTEGERS:
+    if name in INT32:
         return "i32"
     if name == "scale":
         return "fp32"
-    return "*i32" if name in ("cu_seqlens", "indices") else "*fp32" if name in WIDE else f"*{dtype}"
+    if name in ("cu_seqlens", "indices"):
+        return "*i32"
+    return "*fp32" if name in FLOAT32 else f"*{dtype}"
 
 
 def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
     """One line of the output."""
     name, itemsize = kernel.fn.__name__, {"bf16": 2, "fp32": 4}[dtype]
-    chosen: Configuration = configuration(name, COMMON["BK"], itemsize, 32, ROOM[sm])
-    given = {n: x for n, x in (COMMON | WALK | flags).items() if n in kernel.arg_names}
-    stage = Stage(kernel, 1, chosen, **given)
-    arguments = [n for n in kernel.arg_names if n not in stage.bound]
-    signature = {n: type_of(n, dtype) for n in arguments} | dict.fromkeys(stage.bound, "constexpr")
+    configuration = choose_configuration(name, COMMON["BK"], itemsize, 32, SHARED_MEMORY[sm])
+    taken = {n: x for n, x in (COMMON | flags).items() if n in kernel.arg_names}
+    stage = Stage(kernel, 1, configuration, **taken)
+    constants = stage.kernel_constants
+    arguments = [n for n in kernel.arg_names if n not in constants]
+    signature = {n: type_of(n, dtype) for n in arguments} | dict.fromkeys(constants, "constexpr")
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(kernel.arg_names)
         if signature[n].startswith("*") or n == "slot_stride"
     }
-    source = ASTSource(kernel, signature, stage.bound, aligned)
+    source = ASTSource(kernel, signature, constants, aligned)
     options = {"maxnreg": None} | stage.options
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,4 +1,4 @@
-"""Fixtures of the suite: devices, the backends under test, and a registry left as it was found."""
+"""Fixtures of the suite: devices, the backends under test, and a registry that is restored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import gdn
 from gdn import dispatch, registry
 
 if not torch.cuda.is_available():
-    # before Triton is imported, and before its backend says where it runs
+    # before Triton is imported and the triton backend reads the variable
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -29,10 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """Peers' import-time warnings and autotuning stay out of the suite; neither is under test."""
+    """Keep import-time warnings and autotuning of peers out of the suite."""
     os.environ.pop("GDN_BACKEND", None)
     if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)  # else the workers' threads wait for each other, 20 times slower
+        torch.set_num_threads(1)  # with more, threads of all workers compete: 20 times slower
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -40,7 +40,7 @@ def pytest_configure() -> None:
             from triton.runtime.autotuner import Autotuner
         except ImportError:
             return
-    # one configuration each, not dozens: the one that needs the least shared memory
+    # one configuration per kernel, not dozens: the one that needs the least shared memory
     every = Autotuner.prune_configs
     Autotuner.prune_configs = lambda self, kwargs: [min(every(self, kwargs), key=_footprint)]
 
@@ -56,8 +56,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every registered backend. A test asks `able` whether it can run, and else expects a
-    refusal."""
+    """Every registered backend. A test calls `support.require`, which skips it if the backend does
+    not claim the call; `test_refusals` tests those calls."""
     return request.param
 
 

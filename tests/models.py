@@ -1,4 +1,4 @@
-"""transformers' Qwen3-Next and Qwen3.5, tiny and random, for the tests that need a real model."""
+"""Tiny random models of transformers' Qwen3-Next and Qwen3.5, for tests that need a real model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "initializer_range": 0.1,
@@ -27,7 +27,7 @@ SIZES = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 24,
     "num_experts": 2,
-    "num_experts_per_tok": 2,  # all of them, so that no rounding chooses others
+    "num_experts_per_tok": 2,  # all of them, so that rounding cannot change the choice
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
@@ -46,7 +46,7 @@ def find_modelling(kind: str) -> ModuleType | None:
 
 
 def modelling(kind: str) -> Any:
-    """The module of a model; its test is skipped where there is none."""
+    """The module of a model; skips the test if transformers does not have it."""
     return find_modelling(kind) or pytest.skip(f"no transformers with {kind} is installed")
 
 
@@ -57,7 +57,7 @@ def make_config(kind: str) -> Any:
 
 
 def make_model(kind: str, device: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model whose gates remember: freshly made ones forget all within a token or two."""
+    """A model with slowly decaying gates. Those of a new model decay within a token or two."""
     torch.manual_seed(0)
     model = getattr(modelling(kind), CLASSES[kind][1])(make_config(kind))
     for name, parameter in model.named_parameters():
@@ -76,7 +76,7 @@ def make_layer(kind: str, device: str) -> Any:
 
 
 def make_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let transformers run its own PyTorch, also where fla is installed, and in full float32."""
+    """Make transformers run its own PyTorch code in full float32, even if fla is installed."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for module in filter(None, map(find_modelling, CLASSES)):
         for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
@@ -92,7 +92,7 @@ def make_plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cache_name(model: Any) -> str:
-    """What this transformers calls its cache."""
+    """The name of the cache argument in the installed transformers."""
     accepted = inspect.signature(model.forward).parameters
     return "cache" if "cache" in accepted else "past_key_values"
 
@@ -101,7 +101,8 @@ def cache_name(model: Any) -> str:
 def run_pieces(
     model: Any, ids: Tensor, lengths: tuple[int, ...], packed: bool = False
 ) -> list[Tensor]:
-    """Logits of pieces of these lengths through one cache; packed: each a pack of one sequence."""
+    """Logits of consecutive pieces of these lengths through one cache. With `packed` each piece is
+    passed as one packed sequence."""
     name = cache_name(model)
     cache, outputs = None, []
     for piece in ids[:, : sum(lengths)].split(lengths, 1):
@@ -114,24 +115,24 @@ def run_pieces(
 
 
 def keeps_packed_apart(kind: str) -> bool:
-    """Whether this transformers has a convolution that can be told of packed sequences."""
+    """Whether the convolution of the installed transformers accepts packed sequences."""
     return not hasattr(modelling(kind), "chunk_gated_delta_rule")
 
 
 def make_packed(device: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Five sequences, one of them empty, packed as transformers' collator does; and each alone."""
+    """Five sequences, one of them empty: packed as by transformers' collator, and each alone."""
     bounds = [0, 3, 3, 40, 41, 70]
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(SIZES["vocab_size"], (1, bounds[-1]), generator=generator).to(device)
     places = [torch.arange(b - a, device=device) for a, b in pairwise(bounds)]
     ends = torch.tensor(bounds, dtype=torch.int32, device=device)
-    packed = {"input_ids": ids, "position_ids": torch.cat(places)[None]}
+    packed: dict[str, Any] = {"input_ids": ids, "position_ids": torch.cat(places)[None]}
     packed |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 37, "max_length_k": 37}
     return packed, [{"input_ids": ids[:, a:b]} for a, b in pairwise(bounds) if b > a]
 
 
 def run_all(model: Any, batches: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Logits of all tokens of the batches, and the parameters' gradients of their squares."""
+    """Logits of all tokens of the batches, and gradients of the mean of their squares."""
     model.zero_grad()
     logits = torch.cat([model(**inputs, use_cache=False).logits for inputs in batches], 1)
     logits.float().square().mean().backward()
@@ -140,7 +141,7 @@ def run_all(model: Any, batches: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def make_tokenizer() -> Any:
-    """Words w0, w1, ... for the tokens of the models."""
+    """A tokenizer with the words w0, w1, ... for the tokens of the models."""
     tokenizers = importlib.import_module("tokenizers")
     words = {f"w{token}": token for token in range(SIZES["vocab_size"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))

@@ -1,4 +1,4 @@
-"""Every backend against the float64 definition: outputs and all gradients, on every case it
+"""Every backend against the float64 definition: outputs and all gradients, on every case that it
 claims."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import gdn
 from gdn.testing import CASES, Case, make_inputs, relative_error, with_gradients
 
 HALF = (torch.bfloat16, torch.float16)
-# the cases that reach every stage; the others repeat them at other lengths
+# cases that run every stage; the others repeat the stages at other lengths
 SHORT_NAMES = ("grouped-heads", "packed-v-first-fused", "head-dim-128", "correlated-keys", "fused")
 PARAMETERS = [
     pytest.param(replace(case, dtype=dtype), id=f"{case.name}-{str(dtype).removeprefix('torch.')}")
@@ -22,8 +22,8 @@ PARAMETERS = [
     for case in CASES
     if dtype != torch.float16 or case.name in SHORT_NAMES
 ]
-# held to twice the error of plain PyTorch; the others sum products of states, which every chunked
-# kernel hands on in the call's dtype and plain PyTorch keeps in float32
+# tensors whose error may be at most twice that of plain PyTorch. The others sum products of states,
+# which chunked kernels store in the call's dtype and plain PyTorch keeps in float32
 HELD_TO_PLAIN = ("o", "final_state", "q", "k", "v")
 DEVIATIONS = {
     ("fla", "correlated-keys", torch.float16): "fla merges its inverse in TF32: state off by 2.4e-3"
@@ -46,19 +46,19 @@ def same_dtype(request: pytest.FixtureRequest, clean_registry: None) -> str:
 def test_agrees_with_the_definition(
     request: pytest.FixtureRequest, backend: str, case: Case, device: str, same_dtype: str
 ) -> None:
-    """Within the tolerances, and outputs, dq, dk and dv at most at twice the error of plain
-    PyTorch in the same dtype."""
+    """All tensors are within the tolerances. The errors of outputs, dq, dk and dv are at most twice
+    those of plain PyTorch in the same dtype."""
     inputs = with_gradients(make_inputs(case, device))
     if reasons_against(backend, inputs):
-        inputs = make_inputs(case, device)  # forward alone may be claimed
+        inputs = make_inputs(case, device)  # the backend may claim forward only
     require(backend, inputs)
     if case.gates in ("resets", "steep") and not capabilities_of(backend).resets:
-        pytest.skip("does not claim to keep digits beside gates far below zero")
+        pytest.skip("does not claim resets")
     if reason := DEVIATIONS.get((backend, case.name, case.dtype)):
         request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
     expected = truth(case)
-    got = run(backend, case, inputs, device)
-    plain = run(same_dtype, case, with_gradients(make_inputs(case, device)), device)
+    got = run(backend, case, inputs)
+    plain = run(same_dtype, case, with_gradients(make_inputs(case, device)))
     assert got["o"].dtype == case.dtype
     assert got["final_state"].dtype == torch.float32
     for name, value in got.items():
@@ -67,7 +67,7 @@ def test_agrees_with_the_definition(
         )
         assert_close(name, value, expected[name], precision)
         assert_close(f"plain {name}", plain[name], expected[name], precision)
-        floor = 1e-6  # both are rounding noise below it
+        floor = 1e-6  # below it both errors are rounding noise
         allowed = 2 * max(relative_error(plain[name], expected[name]), floor)
         assert name not in HELD_TO_PLAIN or relative_error(value, expected[name]) <= allowed, name
 
@@ -78,7 +78,7 @@ def test_float64_is_exact_to_rounding(backend: str, case: Case, device: str) -> 
     inputs = with_gradients(make_inputs(case, device))
     require(backend, inputs)
     expected = truth(case)
-    for name, value in run(backend, case, inputs, device).items():
+    for name, value in run(backend, case, inputs).items():
         assert value.dtype == torch.float64
         assert_close(name, value, expected[name], torch.float64)
 

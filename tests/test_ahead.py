@@ -1,4 +1,4 @@
-"""gdn.warmup: the backend that would run a call is asked to compile for it; nothing is computed."""
+"""gdn.warmup: calls `precompile` of the backend that would run the call, and computes nothing."""
 
 from __future__ import annotations
 
@@ -19,59 +19,60 @@ from gdn.testing.decode import STEPS, make_step
 CASE = Case("ahead", T=70, HV=4)
 
 
-class Asked(TorchBackend):
-    """Remembers what it was asked to compile; does nothing else."""
+class Recording(TorchBackend):
+    """Records the calls of `precompile`; does nothing else."""
 
-    name = "asked"
+    name = "recording"
 
     def __init__(self) -> None:
         super().__init__()
-        self.heard: list[tuple[type, bool]] = []
+        self.requests: list[tuple[type, bool]] = []
 
     def plan(self, call: Call | Step) -> Plan:
-        return AskedPlan(self.heard)
+        return RecordingPlan(self.requests)
 
 
-class AskedPlan(Plan):
-    """Computes nothing: it has no forward."""
+class RecordingPlan(Plan):
+    """Has no forward: any computation raises."""
 
-    def __init__(self, heard: list[tuple[type, bool]]) -> None:
-        self.heard = heard
+    def __init__(self, requests: list[tuple[type, bool]]) -> None:
+        self.requests = requests
 
     def precompile(self, call: Call | Step, backward: bool) -> bool:
-        self.heard.append((type(call), backward))
+        self.requests.append((type(call), backward))
         return True
 
 
 @pytest.fixture
-def asked(clean_registry: None) -> Asked:
-    backend = Asked()
+def recording(clean_registry: None) -> Recording:
+    backend = Recording()
     gdn.register_backend(backend)
     return backend
 
 
-def test_the_backend_hears_of_calls_gradients_and_steps(asked: Asked) -> None:
+def test_precompile_gets_calls_gradients_and_steps(recording: Recording) -> None:
     inputs = make_inputs(CASE)
-    assert gdn.warmup(**inputs, backend="asked") == "asked"
-    gdn.warmup(**inputs, backend="asked", backward=True)
-    gdn.warmup(**with_gradients(inputs), backend="asked")
-    gdn.warmup(**make_step(STEPS[0]), backend="asked")
-    assert asked.heard == [(Call, False), (Call, True), (Call, True), (Step, False)]
+    assert gdn.warmup(**inputs, backend="recording") == "recording"
+    gdn.warmup(**inputs, backend="recording", backward=True)
+    gdn.warmup(**with_gradients(inputs), backend="recording")
+    gdn.warmup(**make_step(STEPS[0]), backend="recording")
+    assert recording.requests == [(Call, False), (Call, True), (Call, True), (Step, False)]
 
 
-def test_it_raises_what_the_call_would(asked: Asked) -> None:
+@pytest.mark.usefixtures("recording")
+def test_it_raises_the_errors_of_the_call() -> None:
     inputs = make_inputs(CASE)
     with pytest.raises(ValueError, match="beta must be"):
-        gdn.warmup(**inputs | {"beta": inputs["beta"][:, 1:]}, backend="asked")
+        gdn.warmup(**inputs | {"beta": inputs["beta"][:, 1:]}, backend="recording")
     with pytest.raises(gdn.BackendUnsupportedError, match="tilelang"):
         gdn.warmup(**inputs, backend="tilelang", sm=80)
 
 
-def test_tensors_may_be_nowhere(asked: Asked) -> None:
+def test_tensors_may_be_on_the_meta_device(recording: Recording) -> None:
     inputs = make_inputs(replace(CASE, dtype=torch.bfloat16), "meta")
-    assert gdn.warmup(**inputs, backend="asked", sm=90) == "asked"
-    assert main(["warmup", "--backend", "asked", "--shape", "T=128"]) == 0
-    assert asked.heard == [(Call, False), (Call, True)]
+    assert gdn.warmup(**inputs, backend="recording", sm=90) == "recording"
+    assert main(["warmup", "--backend", "recording", "--shape", "T=128"]) == 0
+    assert recording.requests == [(Call, False), (Call, True)]
 
 
 def test_tilelang_compiles_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Capabilities as reasons: each is one, what is not declared is refused."""
+"""Capabilities: each one that a backend does not declare is a reason against a call."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def problem(**changes: Any) -> Problem:
 def test_each_capability_is_a_reason(
     capability: dict[str, Any], changes: dict[str, Any], reason: str
 ) -> None:
-    """What is not declared is refused: capabilities default to no."""
+    """Without the capability there is one reason; capabilities default to no."""
     every = {
         "dtypes": (torch.float32,), "gva": True, "varlen": True, "initial_state": True,
         "backward": True, "decode": (torch.float32,), "speculative": True,

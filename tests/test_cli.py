@@ -1,4 +1,4 @@
-"""The command line: what it prints, writes and returns."""
+"""The command line: output, files and exit status."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = ["--shape", "T=70,H=1,HV=2,K=16,V=16", "--device", "cpu"]
 
 
 class Wrong(TorchBackend):
-    """One percent off."""
+    """Its o is one percent too large."""
 
     name = "wrong"
 
@@ -34,7 +34,7 @@ class WrongPlan(TorchPlan):
 
 
 class Broken(TorchBackend):
-    """Raises."""
+    """Its forward raises."""
 
     name = "broken"
 
@@ -90,6 +90,7 @@ def test_explain_gives_reasons_and_needs_no_gpu(capsys: pytest.CaptureFixture[st
 def test_bad_options_end_with_2_and_a_reason(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    status: object
     try:
         status = cli.main(arguments)
     except SystemExit as exit_:  # argparse's own
@@ -103,7 +104,7 @@ def test_compare_checks_times_writes_and_draws(
 ) -> None:
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "out.json", tmp_path / "out.png"
-    quick = [*SMALL, "--backends", "torch,fla"]  # not an interpreter
+    quick = [*SMALL, "--backends", "torch,fla"]  # without Triton's slow interpreter
     assert cli.main(["compare", *quick, "--json", str(file), "--plot", str(picture)]) == 0
     out, err = capsys.readouterr()
     assert "fla: not run: " in out
@@ -117,7 +118,7 @@ def test_compare_checks_times_writes_and_draws(
     for found in row["passes"].values():
         assert found["roofline"] > 0
         assert found["wall"]["ms"] > 0
-    # the work, not the time, which at this size another process can turn around
+    # compares the work: at this size another process can reverse the order of the times
     work = {n: found["tflops"] * found["wall"]["ms"] for n, found in row["passes"].items()}
     assert work["fwd+bwd"] > 1.9 * work["fwd"]
     assert report["environment"]["versions"]["torch"] == torch.__version__
@@ -126,7 +127,7 @@ def test_compare_checks_times_writes_and_draws(
     assert "| torch | fwd+bwd | torch |" in capsys.readouterr().out
 
 
-def test_what_no_backend_can_run_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_call_that_no_backend_can_run_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["warmup", "--backend", "tilelang", "--shape", "K=96"]) == 1
     assert "K must be one of 64, 128, got 96" in capsys.readouterr().err
     assert cli.main(["compare", *SMALL, "--backends", "fla"]) == 1

@@ -1,9 +1,10 @@
-"""Comparisons apart from the command line: backward alone, what a capture that fails becomes,
-decode steps, and agreement at the full size."""
+"""Comparisons without the command line: backward alone, captures that fail, decode steps, and
+agreement at the full size."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ LIMITS = Ceilings(1e12, 1e11)
 
 
 class WrongLater(TorchBackend):
-    """Right on what the definition can check, wrong beyond."""
+    """Correct in the short case, wrong in tokens past 200."""
 
     name = "wrong_later"
 
@@ -42,11 +43,11 @@ class WrongLaterPlan(TorchPlan):
         return right
 
 
-def test_backward_alone_goes_back_again_and_again() -> None:
+def test_backward_alone_can_be_repeated() -> None:
     comparison = Comparison(CASE, CPU, ["torch"])
     (row,) = comparison.rows
     comparison.check(row)
-    back = comparison.call("torch", "bwd")
+    back: Any = comparison.call("torch", "bwd")
     first, second = back(), back()
     assert all(torch.equal(x, second[name]) for name, x in first.items())
     comparison.time("bwd", LIMITS)
@@ -66,7 +67,7 @@ def test_agreement_is_tested_at_the_size_that_is_timed() -> None:
 
 
 @pytest.mark.parametrize("lengths", [None, (90, 0, 40)], ids=["dense", "packed"])
-def test_the_judge_takes_some_heads_at_a_time(
+def test_the_reference_is_computed_a_few_heads_at_a_time(
     monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...] | None
 ) -> None:
     case = Case("heads", T=130, H=3, HV=6, K=16, V=8, lengths=lengths, fused=True)
@@ -79,19 +80,19 @@ def test_the_judge_takes_some_heads_at_a_time(
         torch.testing.assert_close(x, whole[name], atol=1e-12, rtol=1e-12)
 
 
-def test_backward_that_no_graph_holds_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_backward_that_is_not_captured_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
 
     def gpu_times(runs: Mapping[str, Run], graphed: Mapping[str, bool]) -> dict[str, Timing]:
-        asked.append(sorted(runs))
-        return {name: Timing(2.0 + len(asked), 0.1, 5, "events") for name in runs}
+        timed.append(sorted(runs))
+        return {name: Timing(2.0 + len(timed), 0.1, 5, "events") for name in runs}
 
     monkeypatch.setattr(comparing, "gpu_times", gpu_times)
     comparison = Comparison(CASE, CPU, ["torch"])
     found = comparison.gpu_times("bwd", ["torch"])["torch"]
     assert found.clock == "difference"
     assert comparison.gpu_times("fwd+bwd", ["torch"])["torch"].clock == "events"
-    assert asked == [[], ["torch"], ["torch"]]
+    assert timed == [[], ["torch"], ["torch"]]
 
 
 @pytest.mark.usefixtures("clean_registry")

@@ -1,4 +1,4 @@
-"""torch.compile: what is traced once serves calls like it."""
+"""torch.compile: one trace serves all similar calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_compiles_with_dynamic_shapes(device: str) -> None:
 
 
 def test_compiles_once_for_lengths_that_vary(device: str) -> None:
-    """Forward and backward, whose buffers depend on the number of chunks."""
+    """Of forward and backward, although their buffers depend on the number of chunks."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     graphs = CompileCounterWithBackend("aot_eager")
@@ -31,7 +31,7 @@ def test_compiles_once_for_lengths_that_vary(device: str) -> None:
     for T in (70, 130, 200, 260, 330):
         inputs = with_gradients(make_inputs(Case("dynamic", T=T), device))
         compiled(**inputs, backend="torch").o.sum().backward()
-    assert graphs.frame_count <= 2  # the first one may be by itself
+    assert graphs.frame_count <= 2  # the first length may have its own graph
 
 
 def test_former_names_compile(device: str) -> None:

@@ -1,4 +1,4 @@
-"""Decode: every backend against the definition and against its own prefill; the pool's rules."""
+"""Decode: every backend against the definition and its own prefill; the rules of the pool."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def short(dtype: torch.dtype) -> StepCase:
 def test_agrees_with_the_definition(
     backend: str, device: str, case: StepCase, dtype: torch.dtype
 ) -> None:
-    """o and every slot; slots that are not named, poisoned with NaN, keep their bits."""
+    """o and every named slot agree. All other slots hold NaN before and keep their bits."""
     case = replace(case, dtype=dtype)
     inputs = make_step(case, device, poison=True)
     require(backend, inputs)
@@ -56,7 +56,7 @@ def test_agrees_with_the_definition(
 def test_step_by_step_equals_one_prefill(
     backend: str, device: str, dtype: torch.dtype, state_v_first: bool, tokens: int
 ) -> None:
-    """And the state of a prefill is a pool, without a copy."""
+    """The final state of a prefill serves as the pool, without a copy."""
     T = 6
     case = Case("prefill", T=70 + T, B=2, HV=4, fused=True, state_v_first=state_v_first)
     inputs = make_inputs(replace(case, dtype=dtype), device)
@@ -85,8 +85,8 @@ def test_step_by_step_equals_one_prefill(
 
 
 def test_rejected_tokens_leave_no_trace(backend: str, device: str, short: StepCase) -> None:
-    """Three drafted tokens of which one is accepted, then a step from there, equal one token and
-    that step."""
+    """Three drafted tokens of which one is accepted, and a step after it, equal one token and the
+    same step."""
     case = replace(short, T=3, slots="each")
     inputs = make_step(case, device)
     require(backend, inputs)
@@ -121,7 +121,7 @@ def test_slices_of_one_tensor_give_the_same(backend: str, device: str, short: St
     copies = {n: again[n].clone() for n in ("q", "k", "v", "g", "beta", "state_indices")}
     assert torch.equal(gdn.gated_delta_net_decode(**again, backend=backend), expected)
     assert torch.equal(again["state"], inputs["state"])
-    assert all(torch.equal(again[n], x) for n, x in copies.items())  # nothing else is written
+    assert all(torch.equal(again[n], x) for n, x in copies.items())  # only the pool is written to
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Random decode steps on every backend against the definition: packed and dense, one slot and one a
-token, skipped rows, padded pools, strided tensors, both layouts, all dtypes."""
+"""Random decode steps on every backend against the definition: packed and dense, one slot per
+sequence or per token, skipped rows, padded pools, strided tensors, both layouts, all dtypes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEAD_DIMS = ((64, 64), (64, 128), (128, 64), (20, 36), (16, 16))
 
 
 def draw(seed: int, backend: str) -> tuple[StepCase, random.Random]:
-    """A case within what the backend claims."""
+    """A random case that the backend claims."""
     rng = random.Random(seed)
     claims = capabilities_of(backend)
     dims = [(K, V) for K, V in HEAD_DIMS if not claims.head_dims or {K, V} <= {*claims.head_dims}]
@@ -38,21 +38,21 @@ def draw(seed: int, backend: str) -> tuple[StepCase, random.Random]:
 
 
 def narrowed(inputs: dict[str, Any], rng: random.Random) -> None:
-    """Fewer columns of slots than tokens, down to the one that is only read: allowed where tokens
-    are packed."""
+    """Cut state_indices to fewer columns than tokens, at least the one that is read. Packed steps
+    allow that."""
     columns = rng.randint(1, inputs["state_indices"].shape[1])
     inputs["state_indices"] = inputs["state_indices"][:, :columns]
     inputs["num_accepted_tokens"] = inputs["num_accepted_tokens"] % columns
 
 
 def beside_nan(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers, every second element of a wider tensor."""
+    """The same numbers as every second element of a wider tensor; the others are NaN or 10^6."""
     filler = torch.full_like(x, torch.nan) if x.is_floating_point() else torch.full_like(x, 10**6)
     return torch.stack([filler, x], -1)[..., 1]
 
 
 def unusual(inputs: dict[str, Any], rng: random.Random) -> None:
-    """On a GPU: slots outside the pool, and counts outside the table, both as good as null."""
+    """Put in slots outside the pool and counts outside the table. On a GPU both skip the row."""
     table, slots = inputs["state_indices"], inputs["state"].shape[0]
     rows = table if table.dim() == 2 else table[:, None]
     rows[rng.randrange(len(rows))] = rng.choice([slots, slots + 5, -2, 10**6])

@@ -19,8 +19,8 @@ def scalar(*values: float) -> torch.Tensor:
 
 
 def test_two_tokens_by_hand() -> None:
-    """S0 = 2; halve to 1; error 3 - 2*1 = 1, u = 0.5; S = 1 + 2*0.5 = 2; o = 2 * (0.5 * 4) = 4,
-    ..."""
+    """First token: S = 2 decays to 1; error 3 - 2 * 1 = 1, u = 0.5; S = 1 + 2 * 0.5 = 2;
+    o = 2 * (0.5 * 4) = 4."""
     o, state = run_definition(
         {
             "q": scalar(4.0, 1.0),
@@ -48,7 +48,7 @@ def test_orthonormal_keys_make_an_associative_memory() -> None:
     torch.testing.assert_close(keys[0, :, 0] @ state[0, 0], v[0, :, 0])
 
 
-def test_fused_activations_are_the_textbook_ones() -> None:
+def test_fused_activations_equal_the_textbook_formulas() -> None:
     x = torch.randn(3, 4, 5, dtype=torch.float64)
     torch.testing.assert_close(l2_normalize(x), F.normalize(x, dim=-1), atol=1e-5, rtol=1e-5)
     assert l2_normalize(torch.zeros(4)).tolist() == [0.0] * 4

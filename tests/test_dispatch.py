@@ -20,7 +20,7 @@ INPUTS = make_inputs(Case("dispatch", T=3, K=4, V=4))
 
 
 class Marker(Backend):
-    """Returns its own number as o, so that a test sees who ran."""
+    """Fills o with its own number, so that a test sees which backend ran."""
 
     name = "marker"
     summary = "for tests"
@@ -45,7 +45,8 @@ class MarkerPlan(Plan):
         return Forward(torch.full_like(call.v, self.number), state, [])
 
 
-def who(**kwargs: Any) -> float:
+def which_ran(**kwargs: Any) -> float:
+    """The number of the backend that ran the call."""
     return gdn.gated_delta_net(**INPUTS, **kwargs).o.flatten()[0].item()
 
 
@@ -59,20 +60,20 @@ def four(clean_registry: None) -> None:
 def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Argument, then context, then default, then GDN_BACKEND read at call time, then auto."""
     monkeypatch.setenv("GDN_BACKEND", "one")
-    assert who() == 1
+    assert which_ran() == 1
     gdn.set_default_backend("two")
-    assert who() == 2
+    assert which_ran() == 2
     with gdn.use_backend("three"):
-        assert who() == 3
+        assert which_ran() == 3
         with gdn.use_backend("one"):
-            assert who() == 1
-        assert who(backend="four") == 4
-        assert who() == 3
-    assert who() == 2
+            assert which_ran() == 1
+        assert which_ran(backend="four") == 4
+        assert which_ran() == 3
+    assert which_ran() == 2
     gdn.set_default_backend(None)
-    assert who() == 1
+    assert which_ran() == 1
     monkeypatch.setenv("GDN_BACKEND", "two")
-    assert who() == 2
+    assert which_ran() == 2
     monkeypatch.delenv("GDN_BACKEND")
     assert gdn.explain(**INPUTS).chosen == "torch"
     assert gdn.explain(**INPUTS).source == "default"
@@ -97,7 +98,7 @@ def test_context_ends_with_an_exception_and_stays_in_its_thread() -> None:
 def test_a_named_backend_is_strict_and_a_list_falls_through() -> None:
     gdn.register_backend(Marker("picky", 7, head_dims=(128,), devices=("cuda",)))
     with pytest.raises(gdn.BackendUnsupportedError) as refusal:
-        who(backend="picky")
+        which_ran(backend="picky")
     assert refusal.value.reasons.keys() == {"picky"}
     text = str(refusal.value)
     for reason in (
@@ -107,11 +108,11 @@ def test_a_named_backend_is_strict_and_a_list_falls_through() -> None:
     ):
         assert reason in text
     gdn.register_backend(Marker("easy", 5))
-    assert who(backend="picky, easy") == 5
-    assert who(backend="easy,torch") == 5
+    assert which_ran(backend="picky, easy") == 5
+    assert which_ran(backend="easy,torch") == 5
     gdn.explain(**INPUTS, backend="picky,auto")
     with pytest.raises(gdn.BackendUnsupportedError) as refusal:
-        who(backend="picky,fla")
+        which_ran(backend="picky,fla")
     assert refusal.value.reasons.keys() == {"picky", "fla"}
 
 
@@ -119,7 +120,7 @@ def test_a_named_backend_is_strict_and_a_list_falls_through() -> None:
 def test_unknown_names_raise_with_near_misses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GDN_BACKEND", "fla")
     for attempt in (
-        lambda: who(backend=name),
+        lambda: which_ran(backend=name),
         lambda: gdn.use_backend(name).__enter__(),
         lambda: gdn.set_default_backend(name),
     ):
@@ -127,12 +128,12 @@ def test_unknown_names_raise_with_near_misses(name: str, monkeypatch: pytest.Mon
             attempt()
     monkeypatch.setenv("GDN_BACKEND", "torhc")
     with pytest.raises(gdn.UnknownBackendError, match="did you mean 'torch'"):
-        who()
+        which_ran()
 
 
 def test_registering() -> None:
     gdn.register_backend(Marker())
-    assert who(backend="marker") == 1
+    assert which_ran(backend="marker") == 1
     with pytest.raises(ValueError, match="replace=True"):
         gdn.register_backend(Marker())
     with pytest.raises(ValueError, match="replace=True"):
@@ -141,10 +142,10 @@ def test_registering() -> None:
         with pytest.raises(ValueError, match="plain word"):
             gdn.register_backend(Marker(bad))
     gdn.register_backend(Marker(number=2), replace=True)
-    assert who(backend="marker") == 2  # not the remembered one
+    assert which_ran(backend="marker") == 2  # dispatch does not use the remembered plan
     gdn.unregister_backend("marker")
     with pytest.raises(gdn.UnknownBackendError):
-        who(backend="marker")
+        which_ran(backend="marker")
 
 
 def test_auto_takes_only_backends_with_a_priority() -> None:
@@ -153,17 +154,17 @@ def test_auto_takes_only_backends_with_a_priority() -> None:
     keen = Marker("keen", 9)
     keen.priority = 1000  # type: ignore[misc]
     gdn.register_backend(keen)
-    assert who() == 9
+    assert which_ran() == 9
     names = [info.name for info in gdn.list_backends()]
     assert names.index("keen") < names.index("fla") < names.index("torch") < names.index("marker")
 
 
-def test_a_missing_package_is_a_reason_and_an_error_in_a_check_is_not() -> None:
+def test_a_missing_package_is_a_reason_and_an_exception_is_raised() -> None:
     gdn.register_backend(Marker("lacking", packages=("no_such_package",)))
     row = next(info for info in gdn.list_backends() if info.name == "lacking")
     assert (row.available, row.reason) == (False, "not installed: no_such_package")
     with pytest.raises(gdn.BackendUnsupportedError, match="not installed: no_such_package"):
-        who(backend="lacking")
+        which_ran(backend="lacking")
 
     class Broken(Marker):
         def unsupported(self, problem: Problem) -> list[str]:
@@ -171,10 +172,10 @@ def test_a_missing_package_is_a_reason_and_an_error_in_a_check_is_not() -> None:
 
     gdn.register_backend(Broken("broken"))
     with pytest.raises(ZeroDivisionError):
-        who(backend="broken,torch")
+        which_ran(backend="broken,torch")
 
 
-def test_entry_points_are_loaded_and_their_failures_contained(
+def test_entry_points_are_loaded_and_their_failures_give_warnings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def offer(name: str, thing: Any) -> importlib.metadata.EntryPoint:
@@ -192,11 +193,40 @@ def test_entry_points_are_loaded_and_their_failures_contained(
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
     registry._load_entry_points.cache_clear()
     with pytest.warns(RuntimeWarning) as caught:
-        assert who(backend="third") == 3
+        assert which_ran(backend="third") == 3
     texts = [str(warning.message) for warning in caught]
     assert any("'bad'" in text and "no such symbol" in text for text in texts)
     assert any("'odd'" in text and "not a gdn.backend.Backend" in text for text in texts)
     assert {"third"} <= {info.name for info in gdn.list_backends()}
+
+
+class Preferred(Marker):
+    """First in "auto" once it is registered; claims backward, but has none."""
+
+    priority = 1000
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, 7, backward=True)
+
+
+@pytest.mark.parametrize("name", ["preferred", "torch"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_backend_of_forward_runs_backward(name: str, compiled: bool) -> None:
+    """Even if another backend is registered in between, also under the same name."""
+
+    def forward(v: torch.Tensor) -> torch.Tensor:
+        return gdn.gated_delta_net(**INPUTS | {"v": v}).o
+
+    v = INPUTS["v"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(forward(v).sum(), v)
+    torch._dynamo.reset()
+    run = torch.compile(forward, fullgraph=True, backend="aot_eager") if compiled else forward
+    o = run(v)
+    gdn.register_backend(Preferred(name), replace=True)
+    (got,) = torch.autograd.grad(o.sum(), v)
+    assert torch.equal(got, expected)
+    with pytest.raises(NotImplementedError, match="MarkerPlan has no backward"):
+        forward(v).sum().backward()
 
 
 @pytest.mark.gpu

@@ -1,5 +1,4 @@
-"""Sizes at which kernels break: no tokens, no batch, one of everything; and states that pass
-through."""
+"""Edge cases: no tokens, no batch, absent options, states of other dtypes."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ def test_final_state_only_when_asked_for(backend: str, device: str, dtype: torch
     inputs["output_final_state"] = False
     o, state = gdn.gated_delta_net(**with_gradients(inputs), backend=backend)
     assert state is None
-    o.sum().backward()  # and differentiates without it
+    o.sum().backward()  # differentiable without the state
 
 
 def test_states_of_other_dtypes_come_back_in_float32(backend: str, device: str) -> None:

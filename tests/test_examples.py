@@ -1,4 +1,4 @@
-"""The examples run, and show what they say they show."""
+"""The examples run and print what their docstrings promise."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def load(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up
+    sys.modules[name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
-def test_serving_together_writes_what_serving_alone_does(backend: str, device: str) -> None:
-    """Continuous batching, three slots for seven requests, against one request at a time."""
+def test_serving_together_equals_serving_alone(backend: str, device: str) -> None:
+    """Continuous batching with three slots for seven requests, against one request at a time."""
     generate = load("generate")
     torch.manual_seed(0)
     model = generate.Model(2, 32, 1, 2, 16, 16).to(device)
     if {v.name: v for v in generate.explain(model).verdicts}[backend].reasons:
-        pytest.skip(f"{backend} does not take these steps")
+        pytest.skip(f"{backend} does not claim these steps")
     written = []
     for slots in (3, 1):
         requests = generate.make_requests(7, 70, 6)
@@ -56,7 +56,7 @@ def test_generate_prints_a_line_a_backend(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_qwen_runs_by_itself_on_a_cpu() -> None:
-    """As its first line says, and with nothing downloaded: gdn writes what transformers does."""
+    """Without a download, and gdn generates the same tokens as transformers."""
     models.modelling("qwen3_5")
     command = [sys.executable, str(EXAMPLES / "qwen.py"), "--length", "4", "--repeats", "1"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}

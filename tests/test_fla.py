@@ -1,4 +1,4 @@
-"""The fla adapter: the limits that capabilities cannot say, and the path that runs."""
+"""The fla adapter: the limits that capabilities cannot express, and the path that runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tilelang: bool, miscompiles: bool) 
     monkeypatch.setattr(fla, "_triton_miscompiles", lambda: miscompiles)
 
 
-def test_backward_on_hopper_needs_a_right_triton_or_tilelang(
+def test_backward_on_hopper_needs_a_working_triton_or_tilelang(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pretend(monkeypatch, tilelang=False, miscompiles=True)
@@ -50,7 +50,7 @@ def test_backward_needs_even_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-def test_the_path_said_is_the_path_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_explained_path_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashQLA replaced by a marker: it is called if and only if `path` says so."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

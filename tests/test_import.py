@@ -1,4 +1,4 @@
-"""Importing gdn is free: nothing optional imported, no device touched, in fresh processes."""
+"""Importing gdn imports no optional package and touches no device; tested in new processes."""
 
 from __future__ import annotations
 

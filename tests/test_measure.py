@@ -1,4 +1,4 @@
-"""The measuring rules: the work model's known values, the error measure, the clocks."""
+"""Measurements: the least work by hand, the relative error, the clocks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ QWEN = Case("model", T=32768, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16, i
 
 
 def test_work_of_a_chunk_and_a_token() -> None:
-    """Counted by hand: 10.6 million operations a chunk and value head; 520 + 512 / G bytes a
-    token and value head, besides the final state."""
+    """Counted by hand: 10.6 million operations per chunk and value head; 520 + 512 / G bytes per
+    token and value head, plus the final state. G is HV / H."""
     work = least_work(QWEN, "fwd")
     assert work.flops / (512 * 32) == pytest.approx(10.6e6, rel=0.01)
     state = 32 * 128 * 128 * 4
@@ -37,7 +37,7 @@ def test_work_counts_packed_chunks_and_states() -> None:
     dense = Case("dense", T=64, initial_state=False)
     assert least_work(packed, "fwd").flops == 4 * least_work(dense, "fwd").flops
     kept = Case("state", lengths=(1, 64, 65, 0))
-    state = 4 * 2 * 64 * 64 * 4  # backward reads the first one and writes its gradient
+    state = 4 * 2 * 64 * 64 * 4  # backward reads the initial state and writes its gradient
     more = [least_work(kept, w).bytes - least_work(packed, w).bytes for w in ("fwd", "bwd")]
     assert more == [state, 2 * state]
     empty = replace(kept, lengths=(0, 0, 0, 0))
@@ -93,7 +93,7 @@ def test_backward_alone_fits_in_a_graph() -> None:
     assert timing.gpu_times(runs, {"back": True}, budget=0.1)["back"].clock == "graph"
 
 
-def test_the_command_is_written_down_without_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_is_recorded_without_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--shapes", "16/32:1x8192", "--benchmark-json=/some/where/a.json"]
     monkeypatch.setattr("sys.argv", ["/lib/pytest/__main__.py", *arguments])
     command = environment(torch.device("cpu"))["command"]

@@ -1,4 +1,4 @@
-"""Tensors as `torch.empty` makes them, from `gdn.backends.common.allocation`."""
+"""`gdn.backends.common.allocation`: its tensors are like those of `torch.empty`."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def test_allocates_like_empty(
     assert x.data_ptr() % 16 == 0
 
 
-def test_allocates_where_pytorch_has_no_short_way() -> None:
+def test_allocates_on_devices_without_a_fast_call() -> None:
     assert allocator((2, 3), torch.float16, torch.device("meta"))().is_meta

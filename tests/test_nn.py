@@ -77,7 +77,8 @@ def convolve(
     else:
         alone = [layer._convolve(x[:, a:b], None, None) for a, b in pairwise(BOUNDS)]
         out = torch.cat(alone, 1)
-    return out.detach(), *torch.autograd.grad(out, (x, taps), weight)
+    dx, dtaps = torch.autograd.grad(out, (x, taps), weight)
+    return out.detach(), dx, dtaps
 
 
 def test_packed_and_dense_convolutions_round_alike(layer: GatedDeltaNet, device: str) -> None:

@@ -1,4 +1,4 @@
-"""torch.ops.gdn under PyTorch's machinery: opcheck, torch.compile, autocast, no_grad, vmap,
+"""torch.ops.gdn inside PyTorch: opcheck, torch.compile, autocast, no_grad, vmap, profilers, CUDA
 graphs."""
 
 from __future__ import annotations
@@ -149,8 +149,20 @@ def test_forward_mode_is_refused(device: str) -> None:
             function(torch.autograd.forward_ad.make_dual(inputs["v"], inputs["v"]))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of torch.jit
+@pytest.mark.parametrize("name", ["q", "g", "state"])
+def test_forward_mode_is_refused_in_decode(device: str, name: str) -> None:
+    inputs = make_step(STEPS[0], device)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return gdn.gated_delta_net_decode(**inputs | {name: x}, backend="torch")
+
+    with pytest.raises(RuntimeError, match=f"decode has no forward-mode .* {name} has a tangent"):
+        torch.func.jvp(function, (inputs[name],), (inputs[name],))
+
+
 class Seen(TorchDispatchMode):
-    """The names of the ops that come by."""
+    """Records the names of the ops that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +174,7 @@ class Seen(TorchDispatchMode):
 
 
 class Subclass(torch.Tensor):
-    """A tensor that writes down the functions it is given to."""
+    """A tensor that records the functions that get it."""
 
     seen: ClassVar[list[str]] = []
 
@@ -180,8 +192,8 @@ def forward_and_decode(device: str, **changes: Any) -> None:
     gdn.gated_delta_net_decode(**step, backend="torch")
 
 
-def test_whoever_watches_sees_the_op(device: str) -> None:
-    """A plain call passes PyTorch's dispatcher by; nobody who looks at ops may notice."""
+def test_modes_profilers_subclasses_and_tracers_see_the_op(device: str) -> None:
+    """A plain call skips PyTorch's dispatcher. With any of these the call must go through it."""
     with Seen() as seen:
         forward_and_decode(device)
     assert {"gdn.forward.default", "gdn.decode.default"} <= set(seen.names)
@@ -205,15 +217,15 @@ def test_whoever_watches_sees_the_op(device: str) -> None:
     assert gdn.gated_delta_net(**fakes, backend="torch").o.shape == inputs["v"].shape
 
 
-def test_a_plain_call_is_the_op(backend: str, device: str, dense: Case) -> None:
-    """The same bits, whether or not PyTorch's dispatcher was passed by."""
+def test_a_plain_call_equals_a_dispatched_one(backend: str, device: str, dense: Case) -> None:
+    """With and without PyTorch's dispatcher the result has the same bits."""
     inputs = make_inputs(dense, device)
     require(backend, inputs)
     plain = gdn.gated_delta_net(**inputs, backend=backend)
     with Seen() as seen:
-        watched = gdn.gated_delta_net(**inputs, backend=backend)
+        dispatched = gdn.gated_delta_net(**inputs, backend=backend)
     assert "gdn.forward.default" in seen.names
-    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, dispatched, strict=True))
 
 
 def test_checkpointing_gives_the_same_gradients(backend: str, device: str, dense: Case) -> None:
@@ -246,7 +258,7 @@ def test_is_captured_in_a_cuda_graph(backend: str) -> None:
     def step() -> list[torch.Tensor]:
         o, state = gdn.gated_delta_net(**inputs, backend=backend)
         grads = torch.autograd.grad(o.float().sum() + state.sum(), leaves)
-        return [o.detach(), state.detach(), *grads]  # no autograd graph outlives its stream
+        return [o.detach(), state.detach(), *grads]  # no autograd graph outlives the stream
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

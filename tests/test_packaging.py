@@ -1,4 +1,4 @@
-"""The house keeps its own rules: the wheel's package list, README's table and commands, sizes."""
+"""The rules of the repository: packages of the wheel, contents of documents, sizes of files."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import gdn
 from gdn import registry
+from gdn.testing import Case, make_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not in a checkout")
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="not in a checkout")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("tests/*/*.md")])
 SOURCES = sorted(
     path
     for top in ("gdn", "backends", "tests", "bench", "examples")
@@ -49,11 +53,12 @@ def test_version_is_said_once() -> None:
     assert f"## {gdn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_readme_has_the_generated_table_of_capabilities() -> None:
+def test_the_table_of_capabilities_is_the_generated_one() -> None:
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "gdn", "info", "--markdown"]
     table = subprocess.check_output(command, env=environment, text=True).strip()
-    assert table in (ROOT / "README.md").read_text(), "paste the output of: gdn info --markdown"
+    text = (ROOT / "docs" / "backends.md").read_text()
+    assert table in text, "paste the output of: gdn info --markdown"
 
 
 def test_the_lines_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,6 +68,44 @@ def test_the_lines_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None
     assert "chosen   torch" in capsys.readouterr().out
 
 
+def test_the_backend_of_the_documents_runs() -> None:
+    """The class in docs/backends.md agrees with the torch backend."""
+    text = (ROOT / "docs" / "backends.md").read_text()
+    blocks = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    (block,) = (block for block in blocks if "class MyBackend" in block)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    inputs = make_inputs(Case("shown", T=70, HV=4))
+    gdn.register_backend(found["MyBackend"]())
+    try:
+        got = gdn.gated_delta_net(**inputs, backend="mine")
+        with pytest.raises(gdn.BackendUnsupportedError, match="cu_seqlens is not supported"):
+            gdn.gated_delta_net(**make_inputs(Case("packed", lengths=(3, 4))), backend="mine")
+    finally:
+        gdn.unregister_backend("mine")
+    expected = gdn.gated_delta_net(**inputs, backend="torch")
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_of_documents_resolve(path: Path) -> None:
+    text = path.read_text()
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), f"{link} does not exist"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", x).strip().lower().replace(" ", "-") for x in titles]
+            assert anchor in slugs, f"{link} has no such heading"
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     (command,) = (line for line in lines if line.endswith("tox -e py311"))
@@ -70,7 +113,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_are_short_and_say_what_they_are(path: Path) -> None:
+def test_files_are_short_and_have_a_docstring(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 300
     assert text.startswith('"""')

@@ -1,5 +1,5 @@
-"""What must hold for any inputs, on every backend: no reference values, only the op against
-itself."""
+"""Properties that hold for any inputs, on every backend: the op is compared with itself, without
+reference values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cut(inputs: dict[str, Any], start: int, end: int, **changes: Any) -> dict[st
 
 
 @pytest.mark.parametrize("split", [1, 64, 100])
-def test_segments_chained_through_the_state_equal_the_whole(
+def test_two_calls_chained_by_the_state_equal_one(
     backend: str, device: str, case: Case, split: int
 ) -> None:
     inputs = make_inputs(case, device)
@@ -121,7 +121,7 @@ def test_repeated_runs_are_bit_equal(backend: str, device: str, case: Case) -> N
         return [o, state, *torch.autograd.grad(o.sum() + state.sum(), leaves)]
 
     first = once()
-    junk = torch.full((10**6,), torch.nan, device=device)  # freed memory that later calls may get
+    junk = torch.full((10**6,), torch.nan, device=device)  # NaN in memory that later calls may get
     del junk
     assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
 
@@ -170,7 +170,8 @@ def test_nothing_is_written_to_the_inputs(backend: str, device: str, dtype: torc
 def test_torch_packed_equals_padded(
     lengths: list[int], group: int, K: int, V: int, fused: bool, v_first: bool, seed: int
 ) -> None:
-    """Any ragged batch equals its sequences padded at the end with tokens that do nothing."""
+    """Packed sequences equal the same ones as a batch, padded at the end with tokens that change
+    nothing."""
     case = Case(
         "ragged",
         lengths=tuple(lengths),

@@ -1,4 +1,4 @@
-"""Results of the benchmarks: rows, speed-ups, the regression gate, the page, README's sections."""
+"""Results of the benchmarks: rows, speed-ups, the regression gate, the page, documents."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from report import __main__ as command_line
+from report import document as documents
 from report import page as report
-from report import readme
 from report import rows as results
+from report import standing
 
 ROOT = Path(__file__).resolve().parents[1]
 ABOUT = {
@@ -47,7 +48,8 @@ def decode(backend: str, batch: int, ms: float) -> dict[str, Any]:
 
 @pytest.fixture
 def document() -> dict[str, Any]:
-    """fla twice as fast as torch; mine three times as fast as fla at 64 tokens, half at 128."""
+    """fla is twice as fast as torch. mine is three times as fast as fla at 64 tokens, and half as
+    fast at 128."""
     rows = []
     for which in ("fwd", "bwd"):
         for T in (64, 128):
@@ -82,7 +84,7 @@ def test_speed_ups_are_over_fla_and_count_losses(file: Path) -> None:
     assert "faster than fla in 0 of 4" in about_torch
 
 
-def test_a_folder_is_its_runs_together_and_no_row_twice(
+def test_a_folder_is_read_as_one_run_without_repeated_rows(
     file: Path, document: dict[str, Any], tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
@@ -102,7 +104,7 @@ def test_a_folder_is_its_runs_together_and_no_row_twice(
         results.load(runs)
 
 
-def test_ours_over_peers_is_the_fastest_of_each() -> None:
+def test_over_peers_compares_our_fastest_with_the_fastest_peer() -> None:
     times = {"tilelang": 2.0, "torch": 9.0, "fla": 3.0, "flashqla": 1.0}
     rows = [{"backend": name, "latency_ms": ms} for name, ms in times.items()]
     assert results.over_peers(rows) == 0.5
@@ -133,7 +135,7 @@ def test_regressions_list_slower_rows_and_fail(
     assert command_line.main([str(file), "--against", str(file)]) == 0
 
 
-def test_the_page_is_one_file_and_shows_what_was_not_timed(file: Path, tmp_path: Path) -> None:
+def test_the_page_is_one_file_with_the_rows_not_timed(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert command_line.main([str(file), "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.html").read_text()
@@ -141,33 +143,97 @@ def test_the_page_is_one_file_and_shows_what_was_not_timed(file: Path, tmp_path:
     assert "a &lt;GPU&gt;" in page
     assert "other cannot run: no &lt;luck&gt; (bwd 2/4:1x64, model)" in page
     assert "other FAILED: off by 1" in page
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 7
     pictures = sorted(path.stem for path in (tmp_path / "out").glob("*.png"))
-    assert pictures == ["cold-start", "decode", "error", "latency", "roofline", "speed-up"]
+    assert pictures == [
+        "cold-start",
+        "decode",
+        "error",
+        "latency",
+        "roofline",
+        "speed-up",
+        "standing",
+    ]
+
+
+END = "<!-- end of bench.report -->"
+
+
+def section(files: str, name: str) -> str:
+    return f"<!-- bench.report: {files} {name} -->\nstale\n{END}\n"
 
 
 def test_sections_of_a_document_are_rewritten(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     document = tmp_path / "doc.md"
-    end = "<!-- end of gdn report -->"
-    later = f"<!-- gdn report: later.json speed -->\nstale\n{end}\n"
+    later = section("later.json", "speed") + section("run.json,later.json", "standing")
     names = ("speed", "standing", "cold start", "plot latency")
-    marked = "".join(f"<!-- gdn report: run.json {name} -->\nstale\n{end}\n" for name in names)
+    marked = "".join(section("run.json", name) for name in names)
     document.write_text(f"before\n{marked}{later}after\n")
     assert command_line.main(["--document", str(document)]) == 0
     text = document.read_text()
-    assert text.count("stale") == 1
+    assert text.count("stale") == 2
     assert text.endswith(f"{later}after\n")
     assert "| 2/4:1x64 | model | fwd | 0.500† | 1.000* | 0.167 | 0.100 | 3.00x |" in text
-    assert "| fwd | mine | fla | 2 | 0.50x | 1.22x | 3.00x |" in text
+    assert "| fwd | model | mine | fla | 2 | 0.50x | 1.22x | 3.00x |" in text
+    assert "(a <GPU>, CUDA 13.0, gdn at c0ffee.)" in text
     assert "![Latency against length of one sequence](run-latency.png)" in text
     assert (tmp_path / "run-latency.png").read_bytes().startswith(b"\x89PNG")
-    assert readme.rewritten(document) == text
-    document.write_text(f"<!-- gdn report: run.json nothing -->\n{end}")
+    assert documents.rewritten(document) == text
+    document.write_text(section("run.json", "nothing"))
     assert command_line.main(["--document", str(document)]) == 2
 
 
-def test_what_is_no_result_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_are_named_from_the_root_and_shown_together(
+    file: Path, document: dict[str, Any], tmp_path: Path
+) -> None:
+    """As in README and docs/benchmarks.md. Every device has its own rows."""
+    pytest.importorskip("matplotlib")
+    for row in document["benchmarks"]:
+        row["extra_info"] |= {"gates": "none"}
+        if "environment" in row["extra_info"]:
+            row["extra_info"]["environment"] = ABOUT["environment"] | {"device": "another"}
+    (tmp_path / "other.json").write_text(json.dumps(document))
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "results").mkdir()
+    for name in ("run", "other"):
+        (tmp_path / f"{name}.json").rename(tmp_path / "results" / f"{name}.json")
+    target, files = tmp_path / "docs" / "doc.md", "results/run.json,results/other.json"
+    target.write_text(section(files, "standing") + section(files, "plot standing"))
+    assert command_line.main(["--document", str(target)]) == 0
+    text = target.read_text()
+    assert "| a <GPU> | fwd | model | mine | fla | 2 | 0.50x | 1.22x | 3.00x |" in text
+    assert "| another | bwd | none | mine | fla | 2 | 0.50x | 1.22x | 3.00x |" in text
+    assert "](../results/standing.png)" in text
+    assert (tmp_path / "results" / "standing.png").exists()
+    assert documents.rewritten(target) == text
+    target.write_text(section("results/run.json,results/run.json", "speed"))
+    assert command_line.main(["--document", str(target)]) == 2  # every row appears twice
+
+
+def test_standing_is_beside_the_fastest_peer(document: dict[str, Any]) -> None:
+    """For each choice of sequences, one number per choice of heads; rows without a peer are left
+    out."""
+    for row in document["benchmarks"][:6]:
+        other = deepcopy(row["extra_info"])
+        other |= {"shape": other["shape"].replace("2/4", "4/4"), "latency_ms": 1.0}
+        document["benchmarks"].append({"extra_info": other, "stats": {"median": 0.5}})
+    flashqla = prefill("flashqla", "fwd", 64, 0.1)
+    document["benchmarks"].append({"extra_info": flashqla, "stats": {"median": 0.5}})
+    found = results.Results(results.rows_of(document), [])
+    groups = standing.times_faster(found)
+    assert [group.which for group in groups] == ["fwd", "bwd", "decode"]
+    forward, backward, _ = groups.values()
+    assert list(forward) == ["1x64", "1x128"]
+    assert forward["1x64"] == pytest.approx([0.6, 1.0])
+    assert backward["1x64"] == pytest.approx([3.0])
+    (group, *_) = groups
+    assert group.title({"fla", "mine"}) == "Forward, model gates, a <GPU>, beside fla"
+    assert standing.standing(results.Results(found.rows[:1], [])) is None
+
+
+def test_empty_results_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty.json"
     empty.write_text("{}")
     assert command_line.main([str(empty)]) == 2
@@ -175,16 +241,21 @@ def test_what_is_no_result_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     assert command_line.main([]) == 2
 
 
-@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="not in a checkout")
-def test_the_numbers_of_the_readme_are_those_of_the_committed_results() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert readme.rewritten(ROOT / "README.md") == text, "run python -m bench.report --document"
-    for picture in readme.pictures(ROOT / "README.md"):
+@pytest.mark.skipif(not (ROOT / "docs").exists(), reason="not in a checkout")
+@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
+def test_the_numbers_of_documents_are_those_of_the_committed_results(name: str) -> None:
+    document, text = ROOT / name, (ROOT / name).read_text()
+    found = list(documents.SECTION.finditer(text))
+    assert found
+    files = [file for match in found for file in match["files"].split(",")]
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    assert documents.rewritten(document) == text, f"run python -m bench.report --document {name}"
+    for picture in documents.pictures(document):
         assert picture.path.exists()
 
 
 def test_the_suite_writes_what_the_report_reads(tmp_path: Path) -> None:
-    """The real thing, small: one shape, one backend that agrees and one that cannot run."""
+    """A small real run: two shapes, one backend that agrees and one that cannot run."""
     pytest.importorskip("pytest_benchmark")
     pytest.importorskip("matplotlib")
     target = tmp_path / "small.json"
@@ -194,7 +265,7 @@ def test_the_suite_writes_what_the_report_reads(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", *tests, *options, f"--benchmark-json={target}"]
     done = subprocess.run([*command, "-p", "no:xdist"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "flashqla 1/2/16:1x70: BackendUnsupportedError" in done.stdout  # compiled ahead, or not
+    assert "flashqla 1/2/16:1x70: BackendUnsupportedError" in done.stdout  # from --ahead
     found = results.load(target)
     assert {row["pass"] for row in found.rows} == {"fwd", "bwd", "fwd+bwd", "decode"}
     assert {row["shape"] for row in found.of("prefill")} == {"1/2/16:1x70", "1/2/16:40+3"}

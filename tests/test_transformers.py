@@ -184,6 +184,7 @@ def functions(model: Any, kind: str) -> list[object]:
     """Whatever `patch` puts functions into in this version."""
     holders = [modelling(kind), *(x for x in model.modules() if type(x).__module__.endswith(kind))]
     holders += {type(x) for x in holders[1:]}
+    names: tuple[str, ...]
     names = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule", "causal_conv1d_fn", "forward")
     names += ("fused_recurrent_gated_delta_rule", *(f"torch_{name}" for name in names))
     return [vars(holder)[name] for holder in holders for name in names if name in vars(holder)]

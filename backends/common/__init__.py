@@ -1,1 +1,1 @@
-"""What kernel backends share: cutting sequences into chunks and pieces, allocating outputs."""
+"""Code that the kernel backends share: chunks and pieces of sequences, allocation of outputs."""

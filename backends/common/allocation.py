@@ -1,4 +1,4 @@
-"""Memory for what a kernel backend writes, with little work on the host."""
+"""Allocation of output tensors with little host time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 def allocator(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Callable[[], Tensor]:
-    """What returns a new uninitialised contiguous tensor at each call, `device` being current.
+    """A function that allocates a new contiguous, uninitialised tensor. `device` must be current.
 
-    PyTorch's compiled code allocates like this: it takes a third of the time of `torch.empty`.
+    It uses the allocation call of PyTorch's compiled code where there is one for the device. That
+    call takes a third of the host time of `torch.empty`.
     """
     empty = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
     if empty is None:

@@ -1,8 +1,13 @@
-"""How a kernel backend cuts sequences into pieces, chunks or longer ones, from shapes alone.
+"""How kernel backends cut sequences into chunks and pieces, from shapes alone.
 
-Piece i of sequence n has the number cu_seqlens[n] // length + n + i, for chunks and for longer
-pieces: in packed input some numbers stay unused, and nobody needs a table or has to read cu_seqlens
-back.
+A chunk has 64 tokens. A piece has a whole number of chunks, and the pieces of a sequence are
+scanned in parallel. The last chunk and the last piece of a sequence may be shorter. Chunk or piece
+i of sequence n has its place in the buffers, its slot, at
+
+    cu_seqlens[n] // length + n + i
+
+where `length` is the tokens of a chunk or piece. Packed input leaves some slots unused. In return,
+kernels need no index table and the host does not read cu_seqlens.
 """
 
 from __future__ import annotations
@@ -13,37 +18,41 @@ import torch
 
 from gdn.problem import CHUNK, Call
 
-LEAST = 8
-"""Chunks of a piece, at least, where the pieces of a sequence are walked at the same time."""
+MIN_PIECE_CHUNKS = 8
+"""Chunks that a piece has at least."""
 
 
 def piece_slots(call: Call, length: int) -> int:
-    """How many numbers the pieces of `length` tokens take."""
+    """Number of slots for the pieces (or chunks) of `length` tokens."""
     B, T = call.q.shape[:2]
     return T // length + call.sequences if call.cu_seqlens is not None else B * -(-T // length)
 
 
 @functools.cache
 def sm_count(device: torch.device) -> int:
-    """Multiprocessors of a GPU; of an H200 where there is none."""
+    """Number of SMs of a GPU. Other devices count as an H200, which has 132."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def piece_length(call: Call, rows: int) -> int | None:
-    """Tokens of a piece if walking the pieces of each sequence at the same time pays, else None.
+def piece_length(call: Call, block_v: int) -> int | None:
+    """Tokens of a piece if scanning the pieces of each sequence in parallel pays, else None.
 
-    Each is walked twice, once for what it does to the state; so it pays where less than a third of
-    the multiprocessors would have a sequence, head and `rows` columns of V to walk. Of packed
-    sequences one may have nearly all tokens: there, where less than half of them would.
+    One scan covers a sequence, a value head and `block_v` columns of V, on one SM. Pieces are
+    scanned twice: once for their transfer matrices and once for the outputs. So cutting pays where
+    scans of whole sequences would occupy at most a third of the SMs.
+
+    The lengths of packed sequences are not known here, and one sequence may hold nearly all tokens.
+    So packed input is cut as if one did, where scans would occupy at most half of the SMs.
     """
     T, (HV, V) = call.q.shape[1], call.v.shape[2:]
-    heads, packed = HV * (V // rows), call.cu_seqlens is not None
-    walks, available = call.sequences * heads, sm_count(call.q.device)
-    if not walks or (packed and 2 * walks > available):
+    sequence_scans, packed = HV * (V // block_v), call.cu_seqlens is not None
+    scans, sms = call.sequences * sequence_scans, sm_count(call.q.device)
+    if not scans or (packed and 2 * scans > sms):
         return None
-    each = available // (heads if packed else walks)
-    chunks = max(LEAST, -(-T // (CHUNK * max(each, 1))))
-    tokens, least = (T // call.sequences, 2) if packed else (T, 3)
-    return chunks * CHUNK if each >= 3 and tokens >= least * chunks * CHUNK else None
+    pieces = sms // (sequence_scans if packed else scans)  # that one sequence has at most
+    chunks = max(MIN_PIECE_CHUNKS, -(-T // (CHUNK * max(pieces, 1))))
+    mean_tokens, min_pieces = (T // call.sequences, 2) if packed else (T, 3)
+    long_enough = mean_tokens >= min_pieces * chunks * CHUNK
+    return chunks * CHUNK if pieces >= 3 and long_enough else None

@@ -8,6 +8,7 @@ intermediates (no second forward), which an op behind torch.ops cannot get from 
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,14 +42,39 @@ def _beta_scale(call: Call) -> float:
     return 2.0 if call.allow_neg_eigval else 1.0
 
 
-def _contiguous(call: Call) -> Call:
+_aliases: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+
+
+def alias(x: Tensor) -> Tensor:
+    """The same values as another tensor object: the one of the last call while x has not changed
+    since, a new one when it has.
+
+    fla keeps what it derives from cu_seqlens by the identity of the tensor, and would not notice
+    that its values have changed in place.
+    """
+    if x.is_inference():  # does not say when it changes
+        return x.view(x.shape)
+    seen = _aliases.get(id(x))
+    if seen is not None and seen[0]() is x and seen[1] == x._version:
+        return seen[2]
+    made = x.detach().view(x.shape)
+    key = id(x)
+    _aliases[key] = (weakref.ref(x, lambda _: _aliases.pop(key, None)), x._version, made)
+    return made
+
+
+def _for_fla(call: Call) -> Call:
+    """The call as fla may keep it: contiguous, and lengths under another identity once they have
+    changed."""
     tensors = {n: x.contiguous() for n, x in call._asdict().items() if isinstance(x, Tensor)}
+    lengths = ("cu_seqlens", "cu_seqlens_cpu")
+    tensors |= {name: alias(x) for name in lengths if (x := getattr(call, name)) is not None}
     return call._replace(**tensors)  # type: ignore[arg-type]
 
 
 def forward_only(call: Call) -> Forward:
     """The public entry, with `call`'s names, which are fla's."""
-    options: dict[str, Any] = call._asdict()
+    options: dict[str, Any] = _for_fla(call)._asdict()
     with _flash_qla_off_unless_asked():
         o, final_state = chunk_gated_delta_rule(**options)
     return Forward(o, final_state, [])
@@ -90,7 +116,7 @@ def _common(call: Call) -> dict[str, Any]:
 
 def forward(call: Call) -> Forward:
     """fla's forward, keeping what its backward reads."""
-    call = _contiguous(call)
+    call = _for_fla(call)
     q, k, norms = call.q, call.k, []
     if call.use_qk_l2norm_in_kernel:
         (q, q_rstd), (k, k_rstd) = l2norm_fwd(q), l2norm_fwd(k)
@@ -116,7 +142,7 @@ def backward(
     call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
 ) -> Gradients:
     """fla's backward, and the fused options' own."""
-    call = _contiguous(call)
+    call = _for_fla(call)
     g, beta, A = saved[:3]
     q, k = saved[3:5] if call.use_qk_l2norm_in_kernel else (call.q, call.k)
     dq, dk, dv, dbeta, dg, dS, dA_log, ddt_bias = chunk_gated_delta_rule_bwd(

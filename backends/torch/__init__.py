@@ -1,5 +1,5 @@
-"""Plain PyTorch: chunked, any device, any dtype, any K and V. The reference that the others must
-match."""
+"""The plain PyTorch backend: chunked, for any device, dtype, K and V. Tests hold the kernel
+backends to it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from .decode import decode
 
 
 class TorchBackend(Backend):
-    """`chunk_loop.py` goes over the chunks, `chunk.py` computes one, `layout.py` finds its tokens.
+    """`chunk_loop.py` loops over the chunks, `chunk.py` computes one, `layout.py` gathers its
+    tokens, and `activation.py` differentiates the fused options.
 
-    `operands`, if given, is the dtype that matrix products round to, in place of the default: the
-    call's dtype on a GPU, the compute dtype on a CPU.
+    `operand_dtype` is the dtype to which operands of matrix products are rounded. By default it is
+    the call's dtype on a GPU, and the compute dtype (no rounding) elsewhere.
     """
 
     name = "torch"
@@ -29,7 +30,7 @@ class TorchBackend(Backend):
         initial_state=True,
         backward=True,
         deterministic=True,
-        cuda_graph=False,  # its triangular solve is not promised to be capturable
+        cuda_graph=False,  # PyTorch does not promise that its triangular solve can be captured
         resets=True,
         flags=frozenset(FLAGS),
         decode=(torch.float32, torch.bfloat16, torch.float64),
@@ -37,29 +38,29 @@ class TorchBackend(Backend):
     )
     priority = 100
 
-    def __init__(self, operands: torch.dtype | None = None) -> None:
-        self.operands = operands
+    def __init__(self, operand_dtype: torch.dtype | None = None) -> None:
+        self.operand_dtype = operand_dtype
 
     def saved_like(self, call: Call) -> list[Tensor]:
         return saved_like(call)
 
     def plan(self, call: Call | Step) -> TorchPlan:
-        return TorchPlan(self.operands)
+        return TorchPlan(self.operand_dtype)
 
 
 class TorchPlan(Plan):
-    """The same for every call: nothing is worked out ahead."""
+    """The plan of every call. It prepares nothing."""
 
-    def __init__(self, operands: torch.dtype | None) -> None:
-        self.operands = operands
+    def __init__(self, operand_dtype: torch.dtype | None) -> None:
+        self.operand_dtype = operand_dtype
 
     def forward(self, call: Call, save: bool) -> Forward:
-        return forward(call, save, self.operands)
+        return forward(call, save, self.operand_dtype)
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
-        return backward(call, saved, grad_o, grad_final_state, self.operands)
+        return backward(call, saved, grad_o, grad_final_state, self.operand_dtype)
 
     def decode(self, step: Step) -> Tensor:
         return decode(step)

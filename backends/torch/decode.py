@@ -1,4 +1,4 @@
-"""Decode in plain PyTorch: the definition's recurrence, token by token, on the rows of a pool."""
+"""Decode in plain PyTorch: the definition's recurrence, token by token, on the states of a pool."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from gdn.definition import activate, recurrence
 from gdn.problem import Call, Step
 
 
-def _tokens(call: Call) -> tuple[Tensor, Tensor]:
-    """Where the tokens of each sequence lie along [B T], and which of these places are real: [N, T]
-    both, T that of the longest."""
+def _locate_tokens(call: Call) -> tuple[Tensor, Tensor]:
+    """Positions of each sequence's tokens along B T, and which of them exist. Both are [N, T] for
+    the T of the longest sequence."""
     B, T = call.q.shape[:2]
     device = call.q.device
     if call.cu_seqlens is None:
-        place = torch.arange(B * T, device=device).view(B, T)
-        return place, torch.ones_like(place, dtype=torch.bool)
+        positions = torch.arange(B * T, device=device).view(B, T)
+        return positions, torch.ones_like(positions, dtype=torch.bool)
     starts, lengths = call.cu_seqlens[:-1].long(), call.cu_seqlens.diff()
     offsets = torch.arange(int(lengths.max()) if len(lengths) else 0, device=device)
-    real = offsets < lengths[:, None]
-    return torch.where(real, starts[:, None] + offsets, 0), real
+    exists = offsets < lengths[:, None]
+    return torch.where(exists, starts[:, None] + offsets, 0), exists
 
 
 def decode(step: Step) -> Tensor:
@@ -30,30 +30,30 @@ def decode(step: Step) -> Tensor:
     dtype, group = call.state_dtype, call.v.shape[2] // call.q.shape[2]
     q, k, g, beta = activate(call, dtype)
     q, k = (x.repeat_interleave(group, dim=2) for x in (call.scale * q, k))
-    place, real = _tokens(call)
-    N, T = place.shape
-    table = step.state_indices
-    if table is None:
-        table = torch.arange(N, device=place.device)
-    table = table.long().view(N, -1)
-    inside = (table != step.null_index) & (table >= 0) & (table < pool.shape[0])
-    column = table.new_zeros(N) if step.num_accepted_tokens is None else step.num_accepted_tokens
-    column = column.long()[:, None]
-    known = (column >= 0) & (column < table.shape[1])
-    column = torch.where(known, column, 0)
-    (live,) = (known & inside.gather(1, column))[:, 0].nonzero(as_tuple=True)
+    positions, exists = _locate_tokens(call)
+    N, T = positions.shape
+    slots = step.state_indices
+    if slots is None:
+        slots = torch.arange(N, device=positions.device)
+    slots = slots.long().view(N, -1)  # [N, 1], or [N, 1 + T] if speculative
+    in_pool = (slots != step.null_index) & (slots >= 0) & (slots < pool.shape[0])
+    column = slots.new_zeros(N) if step.num_accepted_tokens is None else step.num_accepted_tokens
+    column = column.long()[:, None]  # [N, 1], where the state is read from
+    column_exists = (column >= 0) & (column < slots.shape[1])
+    column = torch.where(column_exists, column, 0)
+    (live,) = (column_exists & in_pool.gather(1, column))[:, 0].nonzero(as_tuple=True)
 
-    S = pool[table.gather(1, column)[live, 0]].to(dtype)
+    S = pool[slots.gather(1, column)[live, 0]].to(dtype)  # [live, HV, K, V]
     o = call.v.new_zeros(call.v.shape)
     flat = [x.flatten(0, 1) for x in (q, k, call.v.to(dtype), g, beta)]
     for t in range(T):
-        at, there = place[live, t], real[live, t]
-        out, after = recurrence(*(x[at][:, None] for x in flat), S)  # type: ignore[call-arg]
-        S = torch.where(there[:, None, None, None], after, S)
-        o.flatten(0, 1)[at[there]] = out[there, 0].to(o.dtype)
-        if step.speculative and t + 1 < table.shape[1]:
-            kept = there & inside[live, t + 1]
-            pool[table[live[kept], t + 1]] = S[kept].to(pool.dtype)
+        position, has_token = positions[live, t], exists[live, t]
+        out, after = recurrence(*(x[position][:, None] for x in flat), S)  # type: ignore[call-arg]
+        S = torch.where(has_token[:, None, None, None], after, S)
+        o.flatten(0, 1)[position[has_token]] = out[has_token, 0].to(o.dtype)
+        if step.speculative and t + 1 < slots.shape[1]:
+            stored = has_token & in_pool[live, t + 1]
+            pool[slots[live[stored], t + 1]] = S[stored].to(pool.dtype)
     if not step.speculative:
-        pool[table[live, 0]] = S.to(pool.dtype)
+        pool[slots[live, 0]] = S.to(pool.dtype)
     return o

@@ -1,5 +1,4 @@
-"""Which tokens make up chunk n of every sequence that still has one: slices if dense, index tables
-if packed."""
+"""The tokens of chunk n of every sequence: slices in dense input, index tables in packed input."""
 
 from __future__ import annotations
 
@@ -12,52 +11,54 @@ from gdn.problem import CHUNK, Call
 
 
 class Layout(ABC):
-    """Walks N sequences chunk by chunk, all in step. `active[n]` sequences have a chunk n; they
-    come first."""
+    """The chunks of N sequences. Chunk n of all sequences is computed at once.
+
+    `active[n]` is the number of sequences that have a chunk n. They are the first ones in the
+    layout's order.
+    """
 
     active: list[int]
 
     @abstractmethod
-    def take(self, x: Tensor, n: int) -> Tensor:
+    def gather(self, x: Tensor, n: int) -> Tensor:
         """[B, T, ...] -> [active[n], C, ...]: the tokens of chunk n."""
 
     @abstractmethod
-    def put(self, out: Tensor, n: int, value: Tensor) -> None:
+    def scatter(self, out: Tensor, n: int, value: Tensor) -> None:
         """Store value [active[n], C, ...] as the tokens of chunk n of out [B, T, ...]."""
 
-    def blank(self, x: Tensor, n: int) -> Tensor:
-        """Zero the tokens of x [active[n], C, ...] that lie past the end of their sequence."""
+    def zero_padding(self, x: Tensor, n: int) -> Tensor:
+        """x [active[n], C, ...] with zeros past the end of each sequence."""
         return x
 
     def sort(self, state: Tensor) -> Tensor:
-        """Rows of [N, ...] in the order of this layout."""
+        """Rows of [N, ...] from the caller's order to this layout's."""
         return state
 
     def unsort(self, state: Tensor) -> Tensor:
-        """Rows of [N, ...] back in the caller's order."""
+        """Rows of [N, ...] from this layout's order to the caller's."""
         return state
 
-    def row(self, n: int) -> int:
-        """Rows used by the chunks before n, counting one a sequence and chunk."""
+    def count_rows(self, n: int) -> int:
+        """Rows that the chunks before n take, one a sequence and chunk."""
         return sum(self.active[:n])
 
 
 class Dense(Layout):
-    """B sequences of T tokens."""
+    """B sequences of T tokens. The last chunk has fewer than C tokens if T is no multiple of C."""
 
     def __init__(self, B: int, T: int) -> None:
         self.active = [B] * -(-T // CHUNK)
 
-    def take(self, x: Tensor, n: int) -> Tensor:
+    def gather(self, x: Tensor, n: int) -> Tensor:
         return x[:, n * CHUNK : (n + 1) * CHUNK]
 
-    def put(self, out: Tensor, n: int, value: Tensor) -> None:
+    def scatter(self, out: Tensor, n: int, value: Tensor) -> None:
         out[:, n * CHUNK : (n + 1) * CHUNK] = value
 
 
 class Packed(Layout):
-    """Sequences of any lengths along one row, longest first, so that the active ones are a
-    prefix."""
+    """Sequences of any lengths along T, ordered from longest to shortest."""
 
     def __init__(self, cu_seqlens: Tensor, device: torch.device) -> None:
         lengths, order = cu_seqlens.diff().sort(descending=True, stable=True)
@@ -68,20 +69,20 @@ class Packed(Layout):
         for first in range(0, longest, CHUNK):
             m = int((lengths > first).sum())
             offsets = torch.arange(first, first + CHUNK)
-            valid = offsets < lengths[:m, None]
-            tokens = torch.where(valid, starts[:m, None] + offsets, 0)
+            valid = offsets < lengths[:m, None]  # [m, C]
+            tokens = torch.where(valid, starts[:m, None] + offsets, 0)  # [m, C]
             self.active.append(m)
             self.tokens.append(tokens.to(device))
             self.valid.append(valid.to(device))
 
-    def take(self, x: Tensor, n: int) -> Tensor:
-        return self.blank(x[0, self.tokens[n]], n)
+    def gather(self, x: Tensor, n: int) -> Tensor:
+        return self.zero_padding(x[0, self.tokens[n]], n)
 
-    def put(self, out: Tensor, n: int, value: Tensor) -> None:
+    def scatter(self, out: Tensor, n: int, value: Tensor) -> None:
         out[0, self.tokens[n][self.valid[n]]] = value[self.valid[n]].to(out.dtype)
 
-    def blank(self, x: Tensor, n: int) -> Tensor:
-        # masked_fill, not a product: a NaN of another sequence may have been gathered
+    def zero_padding(self, x: Tensor, n: int) -> Tensor:
+        # padding holds token 0, which may be NaN, so a product with zero would not do
         return x.masked_fill(~self.valid[n].reshape(*x.shape[:2], *[1] * (x.dim() - 2)), 0)
 
     def sort(self, state: Tensor) -> Tensor:
@@ -92,8 +93,8 @@ class Packed(Layout):
 
 
 def make_layout(call: Call) -> Layout:
-    """The layout of a call. Packed lengths are read on the host (a device sync unless
-    cu_seqlens_cpu is given)."""
+    """The layout of a call. Packed lengths are read on the host, which synchronises with the device
+    unless the call has cu_seqlens_cpu."""
     if call.cu_seqlens is None:
         return Dense(call.q.shape[0], call.q.shape[1])
     host = call.cu_seqlens.cpu() if call.cu_seqlens_cpu is None else call.cu_seqlens_cpu
@@ -101,7 +102,7 @@ def make_layout(call: Call) -> Layout:
 
 
 def max_rows(call: Call) -> int:
-    """An upper bound, from shapes alone, on the chunks of all sequences together."""
+    """An upper bound of the rows that all chunks take, from shapes alone."""
     if call.cu_seqlens is None:
         return call.q.shape[0] * -(-call.q.shape[1] // CHUNK)
     return call.q.shape[1] // CHUNK + call.sequences

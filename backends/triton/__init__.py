@@ -1,9 +1,22 @@
-"""Our Triton port: two kernels forward (four for few heads), four backward, one to decode.
+"""The Triton backend.
 
-`prepare.py` couples the tokens of a chunk, `scan.py` carries the state along and reads it;
-`reverse_scan.py`, `query_gradients.py` and `key_gradients.py` go back; `cut.py` and `carry.py` let
-the pieces of a sequence be walked in parallel. `tiles.py` is what they share, `launch.py` how they
-are launched, `autograd.py` in what order. `decode.py` is the serving step.
+Forward (`plan.py` launches the kernels in this order):
+    prepare.py          per chunk: gates, norms, and the matrices that need no state
+    scan.py             per sequence or piece: the state, chunk by chunk, and o
+    combine_pieces.py   per sequence: the state before each piece, where sequences are cut
+
+Backward:
+    scan.py             again, for the state before every chunk
+    reverse_scan.py     per sequence or piece: the gradient of the state, last chunk first
+    query_gradients.py  per chunk: the gradient of q
+    key_gradients.py    per chunk: the gradients of k, v, g and beta
+
+Decode: decode.py.
+
+Shared: `launch.py` chooses configurations and launches, `piece_length.py` decides when to cut,
+`indexing.py` finds chunks and pieces, `chunk_buffers.py` is what stages hand to each other,
+`tiles.py` has loads, stores and products, `activation.py` the fused options, `inverse.py` the
+inverse of a triangular matrix.
 """
 
 from __future__ import annotations
@@ -20,8 +33,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class TritonBackend(Backend):
-    """NVIDIA GPUs from Ampere on. With TRITON_INTERPRET=1 set before Triton is imported, the same
-    kernels run on a CPU, slowly, for tests and for learning, and stay out of "auto"."""
+    """Runs on NVIDIA GPUs from Ampere on.
+
+    If TRITON_INTERPRET=1 is set before Triton is imported, the same kernels run on a CPU, slowly.
+    This serves tests and learning. "auto" then does not choose this backend.
+    """
 
     name = "triton"
     summary = "our Triton kernels"

@@ -1,13 +1,15 @@
-"""The states between the pieces of a sequence that is walked in parallel, a program a sequence,
-value head and block of V.
+"""The state before each piece of a sequence that is cut, or backward the gradient after each piece.
 
-    S <- M S + N over the pieces, in order             forward
-    dS <- M^T dS + N, from the last to the first       backward (REVERSE)
+    S <- M S + N                over the pieces, first to last
+    dS <- M^T dS + N            over the pieces, last to first      backward (REVERSE)
 
-where a piece leaves N from a zero state, and M takes the state before it to what that leaves after
-it. Reads M^T and N^T as `scan.py` writes them, one under the other, [pieces, HV, V + K, K] (in
-backward N^T is [pieces, HV, V, K]); writes the state that each piece begins with, [V, K], and the
-last one. Everything is float32.
+A piece maps the state S before it to M S + N after it. Backward, N is the gradient before the piece
+from a zero gradient after it.
+
+A program takes a sequence, a value head and a block of BV columns of V. Reads M^T and N^T in
+float32. `scan.py` leaves both in transfers [pieces, HV, V + K, K], N^T above M^T. Backward takes
+only M^T from there, and N^T from `reverse_scan.py`, [pieces, HV, V, K]. Writes the state with
+which each piece starts its scan [pieces, HV, V, K], and the state after the last one.
 """
 
 from __future__ import annotations
@@ -15,38 +17,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot, tile_offsets
+from .tiles import compute_state_offsets, dot
 
 
 @triton.jit
-def carry_kernel(
-    walked, own, initial, begins, final, cu_seqlens, each, LENGTH,
+def combine_pieces_kernel(
+    transfers, from_zero, state_in, piece_states, state_out, cu_seqlens,
+    pieces_per_sequence, piece_chunks,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    VARLEN: tl.constexpr, V_FIRST: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
-    REVERSE: tl.constexpr,
+    VARLEN: tl.constexpr, V_FIRST: tl.constexpr, HAS_STATE_IN: tl.constexpr,
+    STORE_STATE_OUT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
+    """from_zero holds N^T; in forward it is `transfers`. state_in and state_out are [N, HV, V, K]
+    if V_FIRST, else [N, HV, K, V]."""
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = V // BV
-    sequence_head, first = program // blocks, (program % blocks) * BV
+    N_rows: tl.constexpr = V if REVERSE else V + K  # rows of a piece in from_zero
+    sequence_head, first_v = program // blocks, (program % blocks) * BV
     n, head = sequence_head // HV, sequence_head % HV
-    piece, count = n * each, each
+    first_piece, pieces = n * pieces_per_sequence, pieces_per_sequence
     if VARLEN:
-        start = tl.load(cu_seqlens + n).to(tl.int64)
-        piece = start // (LENGTH * C) + n
-        tokens = tl.load(cu_seqlens + n + 1) - start
-        count = tl.cdiv(tokens, LENGTH * C).to(tl.int32)
-    at, _ = tile_offsets(sequence_head, first, K, V, K, BV, V_FIRST)
-    S = tl.zeros([BV, K], tl.float32)
-    if INITIAL:
-        S = tl.load(initial + at).to(tl.float32)
+        first_token = tl.load(cu_seqlens + n).to(tl.int64)
+        first_piece = first_token // (piece_chunks * C) + n
+        tokens = tl.load(cu_seqlens + n + 1) - first_token
+        pieces = tl.cdiv(tokens, piece_chunks * C).to(tl.int32)
+    ends, _ = compute_state_offsets(sequence_head, first_v, K, V, K, BV, V_FIRST)
+    S_T = tl.zeros([BV, K], tl.float32)
+    if HAS_STATE_IN:
+        S_T = tl.load(state_in + ends).to(tl.float32)
     row, column = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
-    for step in range(count):
-        here = (piece + (count - 1 - step if REVERSE else step)) * HV + head
-        begin, _ = tile_offsets(here, first, K, V, K, BV, True)
-        tl.store(begins + begin, S)
-        M = walked + here * ((V + K) * K) + V * K
-        inner = column * K + row if REVERSE else row * K + column
-        kept, _ = tile_offsets(here, first, K, V if REVERSE else V + K, K, BV, True)
-        S = dot(S, tl.load(M + inner)) + tl.load(own + kept)
-    if FINAL:
-        tl.store(final + at, S)
+    for step in range(pieces):
+        piece_head = (first_piece + (pieces - 1 - step if REVERSE else step)) * HV + head
+        here, _ = compute_state_offsets(piece_head, first_v, K, V, K, BV, True)
+        tl.store(piece_states + here, S_T)
+        M_T = transfers + piece_head * ((V + K) * K) + V * K
+        entries = column * K + row if REVERSE else row * K + column  # M or M^T, [K, K]
+        N_T, _ = compute_state_offsets(piece_head, first_v, K, N_rows, K, BV, True)
+        S_T = dot(S_T, tl.load(M_T + entries)) + tl.load(from_zero + N_T)
+    if STORE_STATE_OUT:
+        tl.store(state_out + ends, S_T)

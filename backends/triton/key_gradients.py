@@ -1,19 +1,27 @@
-"""The last stage of backward, a program a chunk and q/k head: the gradients of k, v, g and beta.
+"""Backward, last stage: the gradients of k, v, g and beta.
 
-With S the state before the chunk, dS the gradient of that after it, dV = beta * R, * elementwise,
-and W = tril(L_ij k_i.k_j, -1), for each value head
+With S the state before the chunk, dS the gradient of the state after it, R from `reverse_scan.py`,
+* elementwise, and W = tril(L_ij k_i.k_j, -1), for each value head
 
+    dV = beta * R
     dK = e^{gamma - G} * (U dS^T) - e^G * (dV S^T) + scale (dP * L)^T Q + (D + D^T) K
     dP = tril(dO U^T),  D = -beta * tril(L * (R U^T), -1)
     dbeta = rowsum(R * V) - rowsum(e^G * K * (R S^T)) - rowsum(W * (R U^T)) = rowsum(R * U) / beta
 
-dg_t sums gradient times value over the factors e^{G_i} with i >= t, e^{G_i - G_j} with i >= t > j,
-e^{gamma - G_j} with t > j, and e^gamma; o's share of it comes from `query_gradients.py`. dK is
-summed over the value heads of the q/k head in float32, in order, so that runs are bit-equal. Then
-follow the gradients through the L2 norm, the sigmoid and the gate.
+for normalised q and k, of which `prepare.py` explains the notation. dg_t is the sum of gradient
+times value over the factors that contain g_t:
 
-Reads q, k, v, g, `factors`, dO, U^T, R^T, both states and o's share of dG; writes dk, dv, dg,
-dbeta, and for the gate's parameters one partial sum a chunk.
+    e^{G_i}           for i >= t
+    e^{G_i - G_j}     for i >= t > j
+    e^{gamma - G_j}   for t > j
+    e^gamma
+
+`query_gradients.py` computes the share of o. Then follow the gradients through the L2 norm, the
+sigmoid and the gate.
+
+A program takes a chunk and q/k head. It sums dK over the value heads in float32 and in order, so
+that two runs are bit-equal. Reads q, k, v, g, `factors`, dO, U^T, R^T, the states, their gradients
+and dG from o. Writes dk, dv, dg, dbeta, and the chunk's terms of dA_log and ddt_bias.
 """
 
 from __future__ import annotations
@@ -21,139 +29,147 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import (
-    FACTORS,
-    FLOOR,
-    LOG_DECAY,
-    NORM_K,
-    NORM_Q,
-    STRENGTH,
-    decay_matrix,
-    dot,
-    last_of,
+from .activation import FLOOR, backpropagate_norm, compute_log_decay, compute_log_decay_slope
+from .chunk_buffers import (
+    BETA,
+    GATE_SUM,
+    RK,
+    RQ,
     load_factor,
+    load_gamma,
+    load_gate_sums,
     load_matrix,
+)
+from .indexing import locate_chunk
+from .tiles import (
+    compute_decay_matrix,
+    dot,
     load_rows,
     load_scalars,
     load_state,
-    load_sums,
-    locate,
-    log_decay,
-    log_decay_slope,
-    narrow,
+    mask_strictly_lower,
+    round_to,
+    select_last,
     store_rows,
     store_scalars,
-    strictly_lower,
-    through_norm,
 )
+
+MIN_DIVISOR = tl.constexpr(0.0625)
+"""The kernel divides by beta only where beta is larger than this."""
 
 
 @triton.jit
 def key_gradients_kernel(
-    q, k, v, g, factors, states, grad_states, U, R, do, dG_read, A_log, dt_bias,
+    q, k, v, g, factors, states, grad_states, U, R, grad_o, dG_from_o, A_log, dt_bias,
     dk, dv, dg, dbeta, dA_log, ddt_bias, cu_seqlens,
-    scale, N, T, NT,
+    scale, N, T, chunks_per_sequence,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, L2: tl.constexpr,
-    GATE: tl.constexpr, BIAS: tl.constexpr, SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
+    L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
+    FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
 ):  # fmt: skip
+    """dA_log and ddt_bias [slots, HV] take one term a chunk. The host sums them."""
     program = tl.program_id(0).to(tl.int64)
-    slot, kh = program // H, program % H
-    start, count = locate(slot, cu_seqlens, N, T, NT, VARLEN, C)
-    if count <= 0:
+    slot, qk_head = program // H, program % H
+    first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
+    if tokens <= 0:
         return
     dtype: tl.constexpr = q.dtype.element_ty
-    live = tl.arange(0, C) < count
+    valid = tl.arange(0, C) < tokens  # [C]
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    norm_q = load_factor(factors, slot * HV + kh * (HV // H), NORM_Q, C)
-    norm_k = load_factor(factors, slot * HV + kh * (HV // H), NORM_K, C)
-    grad_k = tl.zeros([C, BK], tl.float32)
-    from_q = tl.zeros([C, C], tl.float32)  # sums over the value heads: of (dP * L)^T, and of D
-    from_k = tl.zeros([C, C], tl.float32)
+    rq = load_factor(factors, slot * HV + qk_head * (HV // H), RQ, C)
+    rk = load_factor(factors, slot * HV + qk_head * (HV // H), RK, C)
+    dk_tile = tl.zeros([C, BK], tl.float32)
+    dP_L_T_sum = tl.zeros([C, C], tl.float32)  # (dP * L)^T, summed over the value heads
+    D_sum = tl.zeros([C, C], tl.float32)  # D, summed over the value heads
     for group in range(HV // H):
-        head = kh * (HV // H) + group
-        block = slot * HV + head
-        decay = load_factor(factors, block, LOG_DECAY, C)
-        strength = load_factor(factors, block, STRENGTH, C)
-        total = tl.load(factors + (block * FACTORS + LOG_DECAY) * C + C - 1)
+        head = qk_head * (HV // H) + group
+        chunk_head = slot * HV + head
+        G_rounded = load_factor(factors, chunk_head, GATE_SUM, C)
+        strength = load_factor(factors, chunk_head, BETA, C)
+        gamma = load_gamma(factors, chunk_head, C)
 
-        # what the update read: the state before the chunk, and through A the chunk itself
-        RU = tl.zeros([C, C], tl.float32)
-        inter = tl.zeros([C, BK], tl.float32)
+        # === through U = A (beta * (V - e^G * (K S))) ===
+        R_U_T = tl.zeros([C, C], tl.float32)
+        R_S_T = tl.zeros([C, BK], tl.float32)
         grad_beta = tl.zeros([C], tl.float32)
-        for first in range(0, V, BV):
-            rest = tl.trans(load_matrix(R, block, first, V, BV, C))
-            inter += dot(rest, load_state(states, block, first, K, V, BK, BV))
-            RU += dot(rest, load_matrix(U, block, first, V, BV, C))
-            values = load_rows(v, start, count, head, HV, V, first, C, BV).to(tl.float32)
-            grad_beta += tl.sum(rest.to(tl.float32) * values, axis=1)
-            grad_v = strength[:, None] * rest.to(tl.float32)
-            store_rows(dv, grad_v, start, count, head, HV, V, first, C, BV)
-        keys = load_rows(k, start, count, kh, H, K, 0, C, BK)
-        inter *= tl.exp(decay)[:, None]
-        read = norm_k * tl.sum(keys.to(tl.float32) * inter, axis=1)
-        grad_k -= strength[:, None] * inter
-        G = load_sums(factors, block, C, dtype)
-        L = decay_matrix(G, C)
-        along_U = tl.sum(tl.where(row == column, RU, 0.0), axis=1)
-        RU = strictly_lower(RU * L, C)
-        from_k -= strength[:, None] * RU
-        RU *= norm_k[:, None] * norm_k[None, :] * dot(keys, tl.trans(keys))
-        grad_beta -= read + tl.sum(RU, axis=1)
-        # the same from U, which is rounded once; not where beta is too weak to divide by
-        grad_beta = tl.where(strength > 0.0625, along_U / tl.maximum(strength, 0.0625), grad_beta)
-        dL = strength[:, None] * RU
-        dG = tl.load(dG_read + block * C + tl.arange(0, C)) - strength * read
-        dG -= tl.sum(dL, axis=1) - tl.sum(dL, axis=0)
+        for first_v in range(0, V, BV):
+            R_tile = tl.trans(load_matrix(R, chunk_head, first_v, V, BV, C))  # [C, BV]
+            R_S_T += dot(R_tile, load_state(states, chunk_head, first_v, K, V, BK, BV))
+            R_U_T += dot(R_tile, load_matrix(U, chunk_head, first_v, V, BV, C))
+            values = load_rows(v, first_token, tokens, head, HV, V, first_v, C, BV).to(tl.float32)
+            grad_beta += tl.sum(R_tile.to(tl.float32) * values, axis=1)
+            dv_tile = strength[:, None] * R_tile.to(tl.float32)
+            store_rows(dv, dv_tile, first_token, tokens, head, HV, V, first_v, C, BV)
+        keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK)  # [C, K]
+        R_S_T *= tl.exp(G_rounded)[:, None]  # e^G * (R S^T)
+        R_dot_KS = rk * tl.sum(keys.to(tl.float32) * R_S_T, axis=1)  # rowsum(R * e^G * (K S))
+        dk_tile -= strength[:, None] * R_S_T
+        G = load_gate_sums(factors, chunk_head, C, dtype)
+        L = compute_decay_matrix(G, C)
+        R_dot_U = tl.sum(tl.where(row == column, R_U_T, 0.0), axis=1)  # the diagonal of R U^T
+        R_U_T = mask_strictly_lower(R_U_T * L, C)
+        D_sum -= strength[:, None] * R_U_T
+        R_U_T *= rk[:, None] * rk[None, :] * dot(keys, tl.trans(keys))  # W * (R U^T)
+        grad_beta -= R_dot_KS + tl.sum(R_U_T, axis=1)
+        # rowsum(R * U) / beta has a smaller rounding error, since U is rounded only once
+        grad_beta = tl.where(
+            strength > MIN_DIVISOR, R_dot_U / tl.maximum(strength, MIN_DIVISOR), grad_beta
+        )
+        M_R_U_T = strength[:, None] * R_U_T  # M * (R U^T) = -dM * M
+        dG = tl.load(dG_from_o + chunk_head * C + tl.arange(0, C)) - strength * R_dot_KS
+        dG -= tl.sum(M_R_U_T, axis=1) - tl.sum(M_R_U_T, axis=0)
 
-        # what the state after the chunk took up, and o through P
-        inter = tl.zeros([C, BK], tl.float32)
-        turned_dP = tl.zeros([C, C], tl.float32)
-        carried = 0.0
-        for first in range(0, V, BV):
-            dS = load_state(grad_states, block, first, K, V, BK, BV)
-            written = tl.trans(load_matrix(U, block, first, V, BV, C))
-            inter += dot(written, dS)
-            grad_o = load_rows(do, start, count, head, HV, V, first, C, BV)
-            turned_dP += dot(written, tl.trans(grad_o))
-            S = load_state(states, block, first, K, V, BK, BV).to(tl.float32)
-            carried += tl.sum(S * dS.to(tl.float32))
-        inter *= tl.exp((last_of(G, C) - G).to(tl.float32))[:, None]
-        grad_k += inter
-        keys = load_rows(k, start, count, kh, H, K, 0, C, BK)
-        written = norm_k * tl.sum(keys.to(tl.float32) * inter, axis=1)
-        later = (G[None, :] - G[:, None]).to(tl.float32)
-        from_q += turned_dP * tl.exp(tl.where(row <= column, later, -float("inf")))
+        # === through the state's update K^T (e^{gamma - G} * U), and P U in o ===
+        U_dS_T = tl.zeros([C, BK], tl.float32)
+        dP_T = tl.zeros([C, C], tl.float32)
+        S_dot_dS = 0.0
+        for first_v in range(0, V, BV):
+            dS_T = load_state(grad_states, chunk_head, first_v, K, V, BK, BV)  # [BV, K]
+            U_tile = tl.trans(load_matrix(U, chunk_head, first_v, V, BV, C))  # [C, BV]
+            U_dS_T += dot(U_tile, dS_T)
+            dO = load_rows(grad_o, first_token, tokens, head, HV, V, first_v, C, BV)  # [C, BV]
+            dP_T += dot(U_tile, tl.trans(dO))
+            S_T = load_state(states, chunk_head, first_v, K, V, BK, BV).to(tl.float32)  # [BV, K]
+            S_dot_dS += tl.sum(S_T * dS_T.to(tl.float32))
+        U_dS_T *= tl.exp((select_last(G, C) - G).to(tl.float32))[:, None]  # e^{gamma-G} * (U dS^T)
+        dk_tile += U_dS_T
+        keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK)
+        U_dot_KdS = rk * tl.sum(keys.to(tl.float32) * U_dS_T, axis=1)  # [C]
+        exponents_T = (G[None, :] - G[:, None]).to(tl.float32)  # of L^T
+        dP_L_T_sum += dP_T * tl.exp(tl.where(row <= column, exponents_T, -float("inf")))
 
-        # all of dG from t on, what token j < t wrote, and the state that crosses the chunk
-        dg_t = tl.cumsum(dG, axis=0, reverse=True)
-        # the written ones summed under a mask: an inclusive sum less its last term would cancel
-        dg_t += tl.sum(tl.where(row > column, written[None, :], 0.0), axis=1)
-        dg_t += tl.exp(total) * carried
-        raw = load_scalars(g, start, count, head, HV, C)
-        step = raw
-        if GATE:
-            if BIAS:
+        # === g and beta ===
+        dg_tile = tl.cumsum(dG, axis=0, reverse=True)  # e^{G_i} and e^{G_i - G_j}
+        # e^{gamma - G_j}: a masked sum, since a cumulative sum less its last term would cancel
+        dg_tile += tl.sum(tl.where(row > column, U_dot_KdS[None, :], 0.0), axis=1)
+        dg_tile += tl.exp(gamma) * S_dot_dS  # e^gamma
+        raw = load_scalars(g, first_token, tokens, head, HV, C)
+        log_decay = raw
+        if FUSED_GATE:
+            if HAS_DT_BIAS:
                 raw += tl.load(dt_bias + head).to(tl.float32)
-            rate = tl.load(A_log + head).to(tl.float32)
-            step = log_decay(raw, rate)
-        reset = step <= FLOOR  # where prepare has clamped
-        dg_t = tl.where(live & ~reset, dg_t, 0.0)
-        if GATE:
-            tl.store(dA_log + block, tl.sum(tl.where(reset, 0.0, step * dg_t)))
-            dg_t = tl.where(reset, 0.0, dg_t * log_decay_slope(raw, rate))
-            if BIAS:
-                tl.store(ddt_bias + block, tl.sum(dg_t))
-        if SIGMOID:
+            A_log_value = tl.load(A_log + head).to(tl.float32)
+            log_decay = compute_log_decay(raw, A_log_value)
+        clamped = log_decay <= FLOOR  # by `prepare.py`, so that the gradient is zero
+        dg_tile = tl.where(valid & ~clamped, dg_tile, 0.0)
+        if FUSED_GATE:
+            tl.store(dA_log + chunk_head, tl.sum(tl.where(clamped, 0.0, log_decay * dg_tile)))
+            slope = compute_log_decay_slope(raw, A_log_value)
+            dg_tile = tl.where(clamped, 0.0, dg_tile * slope)
+            if HAS_DT_BIAS:
+                tl.store(ddt_bias + chunk_head, tl.sum(dg_tile))
+        if FUSED_SIGMOID:
             grad_beta *= strength * (1 - strength / BETA_SCALE)
-        store_scalars(dg, dg_t, start, count, head, HV, C)
-        store_scalars(dbeta, grad_beta, start, count, head, HV, C)
+        store_scalars(dg, dg_tile, first_token, tokens, head, HV, C)
+        store_scalars(dbeta, grad_beta, first_token, tokens, head, HV, C)
 
-    queries = load_rows(q, start, count, kh, H, K, 0, C, BK)
-    grad_k += dot(narrow(scale * from_q * norm_q[None, :], dtype), queries)
-    keys = load_rows(k, start, count, kh, H, K, 0, C, BK)
-    both = (from_k + tl.trans(from_k)) * norm_k[None, :]
-    grad_k += dot(narrow(both, dtype), keys)
-    if L2:
-        grad_k = through_norm(grad_k, keys.to(tl.float32), norm_k)
-    store_rows(dk, grad_k, start, count, kh, H, K, 0, C, BK)
+    # === through P and M, summed over the value heads ===
+    queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK)  # [C, K]
+    dk_tile += dot(round_to(scale * dP_L_T_sum * rq[None, :], dtype), queries)
+    keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK)
+    D_plus_D_T = (D_sum + tl.trans(D_sum)) * rk[None, :]
+    dk_tile += dot(round_to(D_plus_D_T, dtype), keys)
+    if L2_NORM:
+        dk_tile = backpropagate_norm(dk_tile, keys.to(tl.float32), rk)
+    store_rows(dk, dk_tile, first_token, tokens, qk_head, H, K, 0, C, BK)

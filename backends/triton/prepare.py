@@ -1,12 +1,16 @@
-"""Stage 1 of forward, a program a chunk and value head: all that needs no state.
+"""Forward, stage 1: everything in a chunk that does not depend on the state.
 
     g = -exp(A_log) softplus(g_raw + dt_bias), beta = c sigmoid(beta_raw)    where fused
-    rq, rk = 1 / sqrt(sum x^2 + 1e-6) of the rows of q and k                 where fused
-    G = cumsum(g) within the chunk,  L_ij = exp(G_i - G_j)
-    A = (I + tril(beta_i L_ij k_i.k_j, -1))^-1,  P = scale tril(L_ij q_i.k_j)
+    rq, rk = 1 / sqrt(sum x^2 + 1e-6) of the rows x of q and k               where fused, else 1
+    G = cumsum(g) within the chunk, gamma = G_last, L_ij = exp(G_i - G_j) for i >= j
+    M_ij = beta_i L_ij rk_i rk_j k_i.k_j for i > j,     A = (I + M)^-1
+    P_ij = scale L_ij rq_i rk_j q_i.k_j for i >= j
 
-Reads q, k, g and beta; writes `factors` and `matrices` (see `tiles.py`), A itself
-only for backward (SAVE). Norms are applied to products of the raw rows, here and later.
+A program takes a chunk and value head. It reads q, k [C, K] and g, beta [C], and writes `factors`
+and `matrices` (see `chunk_buffers.py`).
+
+q and k are not normalised in memory. Here and in later stages the norms scale the products of raw
+rows.
 """
 
 from __future__ import annotations
@@ -14,107 +18,108 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import (
+from .activation import FLOOR, compute_log_decay, compute_reciprocal_norms
+from .chunk_buffers import (
     A_K,
     A_V,
-    EPS,
-    FACTORS,
-    FLOOR,
+    BETA,
+    GATE_SUM,
+    GATE_SUM_RESIDUAL,
     INVERSE,
-    LOG_DECAY,
-    MATRICES,
-    NORM_K,
-    NORM_Q,
-    ONTO,
-    READ,
-    REST,
+    NUM_FACTORS,
+    NUM_MATRICES,
+    QS_TO_O,
+    RK,
+    RQ,
     SCORES,
-    STRENGTH,
-    decay_matrix,
-    dot,
-    invert,
-    last_of,
-    load_rows,
-    load_scalars,
-    locate,
-    log_decay,
+    U_TO_STATE,
     store_factor,
     store_matrix,
-    strictly_lower,
 )
-
-
-@triton.jit
-def reciprocal_norm(x):
-    """1 / sqrt(sum x^2 + 1e-6) of each row."""
-    wide = x.to(tl.float32)
-    return 1 / tl.sqrt(tl.sum(wide * wide, axis=1) + EPS)
+from .indexing import locate_chunk
+from .inverse import invert_unit_lower
+from .tiles import (
+    compute_decay_matrix,
+    dot,
+    load_rows,
+    load_scalars,
+    mask_strictly_lower,
+    select_last,
+)
 
 
 @triton.jit
 def prepare_kernel(
     q, k, g, beta, A_log, dt_bias, factors, matrices, cu_seqlens,
-    scale, N, T, NT,
+    scale, N, T, chunks_per_sequence,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    VARLEN: tl.constexpr, L2: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
-    SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr, SAVE: tl.constexpr,
+    VARLEN: tl.constexpr, L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr,
+    HAS_DT_BIAS: tl.constexpr, FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
+    SAVE: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64)
-    slot, head = block // HV, block % HV
-    start, count = locate(slot, cu_seqlens, N, T, NT, VARLEN, C)
-    if count <= 0:
-        if SAVE:  # what is handed out is never left as it was found
-            for which in tl.static_range(FACTORS):
-                store_factor(factors, tl.zeros([C], tl.float32), block, which, C)
-            for which in tl.static_range(MATRICES):
-                nothing = tl.zeros([C, C], tl.float32)
-                store_matrix(matrices, nothing, block * MATRICES + which, 0, C, C, C)
+    """SAVE: backward follows, so INVERSE is written too, and unused slots are zeroed."""
+    chunk_head = tl.program_id(0).to(tl.int64)
+    slot, head = chunk_head // HV, chunk_head % HV
+    first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
+    if tokens <= 0:
+        if SAVE:  # saved tensors are outputs of a torch op, which must not hold uninitialised data
+            for row in tl.static_range(NUM_FACTORS):
+                store_factor(factors, tl.zeros([C], tl.float32), chunk_head, row, C)
+            for which in tl.static_range(NUM_MATRICES):
+                zeros = tl.zeros([C, C], tl.float32)
+                store_matrix(matrices, zeros, chunk_head * NUM_MATRICES + which, 0, C, C, C)
         return
-    live = tl.arange(0, C) < count
+    valid = tl.arange(0, C) < tokens  # [C]
     dtype: tl.constexpr = k.dtype.element_ty
 
-    step = load_scalars(g, start, count, head, HV, C)
-    if GATE:
-        if BIAS:
-            step += tl.load(dt_bias + head).to(tl.float32)
-        step = log_decay(step, tl.load(A_log + head).to(tl.float32))
-    step = tl.where(step < FLOOR, FLOOR, step)  # so that sums keep their digits; NaN stays
-    step = tl.where(live, step, 0.0)  # so that G stays at its last value past the end
-    # in float32 nothing else rounds as much as G_i - G_j does if both are sums of many gates
-    wide: tl.constexpr = tl.float64 if dtype == tl.float32 else tl.float32
-    G = tl.cumsum(step.to(wide), axis=0)
-    total = last_of(G, C)
-    strength = load_scalars(beta, start, count, head, HV, C)
-    if SIGMOID:
+    # === gates ===
+    log_decay = load_scalars(g, first_token, tokens, head, HV, C)  # [C]
+    if FUSED_GATE:
+        if HAS_DT_BIAS:
+            log_decay += tl.load(dt_bias + head).to(tl.float32)
+        log_decay = compute_log_decay(log_decay, tl.load(A_log + head).to(tl.float32))
+    # clamped so that sums keep their digits; tl.maximum would drop NaN
+    log_decay = tl.where(log_decay < FLOOR, FLOOR, log_decay)
+    log_decay = tl.where(valid, log_decay, 0.0)  # past the end G keeps its last value
+    # float32 calls sum in float64: else G_i - G_j would be their largest rounding error
+    sum_dtype: tl.constexpr = tl.float64 if dtype == tl.float32 else tl.float32
+    G = tl.cumsum(log_decay.to(sum_dtype), axis=0)  # [C]
+    gamma = select_last(G, C)
+    strength = load_scalars(beta, first_token, tokens, head, HV, C)  # beta, [C]
+    if FUSED_SIGMOID:
         strength = BETA_SCALE * tl.sigmoid(strength)
-    strength = tl.where(live, strength, 0.0)
+    strength = tl.where(valid, strength, 0.0)
 
-    kh = head // (HV // H)
-    queries = load_rows(q, start, count, kh, H, K, 0, C, BK)
-    keys = load_rows(k, start, count, kh, H, K, 0, C, BK)
-    turned = tl.trans(keys)
-    L = decay_matrix(G, C)
-    left, rest = (total - G).to(tl.float32), (G - G.to(tl.float32)).to(tl.float32)
+    # === matrices ===
+    qk_head = head // (HV // H)
+    queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK)  # [C, K]
+    keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK)  # [C, K]
+    keys_T = tl.trans(keys)
+    L = compute_decay_matrix(G, C)  # [C, C]
+    gamma_minus_G = (gamma - G).to(tl.float32)
+    G_residual = (G - G.to(tl.float32)).to(tl.float32)
     G = G.to(tl.float32)
-    P = L * dot(queries, turned)
-    M = L * dot(keys, turned)
+    P = L * dot(queries, keys_T)  # [C, C], without scale and norms
+    M = L * dot(keys, keys_T)  # [C, C], without beta and norms
     rq, rk = tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32)
-    if L2:
-        rq, rk = reciprocal_norm(queries), reciprocal_norm(keys)
+    if L2_NORM:
+        rq, rk = compute_reciprocal_norms(queries), compute_reciprocal_norms(keys)
         P *= rk[None, :]
         M *= rk[None, :]
-    store_matrix(matrices, (scale * rq)[:, None] * P, block * MATRICES + SCORES, 0, C, C, C)
-    A = invert(strictly_lower((strength * rk)[:, None] * M, C), C, dtype)
-    through_k = strength * rk * tl.exp(G)
-    store_matrix(matrices, A * strength[None, :], block * MATRICES + A_V, 0, C, C, C)
-    store_matrix(matrices, A * through_k[None, :], block * MATRICES + A_K, 0, C, C, C)
+    P = (scale * rq)[:, None] * P
+    store_matrix(matrices, P, chunk_head * NUM_MATRICES + SCORES, 0, C, C, C)
+    A = invert_unit_lower(mask_strictly_lower((strength * rk)[:, None] * M, C), C, dtype)
+    KS_to_U = strength * rk * tl.exp(G)  # [C]
+    store_matrix(matrices, A * strength[None, :], chunk_head * NUM_MATRICES + A_V, 0, C, C, C)
+    store_matrix(matrices, A * KS_to_U[None, :], chunk_head * NUM_MATRICES + A_K, 0, C, C, C)
     if SAVE:
-        store_matrix(matrices, A, block * MATRICES + INVERSE, 0, C, C, C)
+        store_matrix(matrices, A, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
 
-    store_factor(factors, G, block, LOG_DECAY, C)
-    store_factor(factors, strength, block, STRENGTH, C)
-    store_factor(factors, rk * tl.exp(left), block, ONTO, C)
-    store_factor(factors, scale * rq * tl.exp(G), block, READ, C)
-    store_factor(factors, rq, block, NORM_Q, C)
-    store_factor(factors, rk, block, NORM_K, C)
-    store_factor(factors, rest, block, REST, C)
+    # === factors ===
+    store_factor(factors, G, chunk_head, GATE_SUM, C)
+    store_factor(factors, strength, chunk_head, BETA, C)
+    store_factor(factors, rk * tl.exp(gamma_minus_G), chunk_head, U_TO_STATE, C)
+    store_factor(factors, scale * rq * tl.exp(G), chunk_head, QS_TO_O, C)
+    store_factor(factors, rq, chunk_head, RQ, C)
+    store_factor(factors, rk, chunk_head, RK, C)
+    store_factor(factors, G_residual, chunk_head, GATE_SUM_RESIDUAL, C)

@@ -1,13 +1,16 @@
-"""A stage of backward, a program a chunk and q/k head: the gradient of q, and what o says of g.
+"""Backward: the gradient of q, and the part of G's gradient that comes from o.
 
 With S the state before the chunk, dP = tril(dO U^T), and * elementwise, for each value head
 
     dQ = scale e^G * (dO S^T) + scale (dP * L) K
-    dG_i from e^{G_i} in the first term, and from L_ij = e^{G_i - G_j} in the second
+    dG = rowsum(Q * scale e^G * (dO S^T)) + rowsum(dP * P) - colsum(dP * P)
 
-dQ is summed over the value heads of the q/k head in float32, in order, so that runs are bit-equal;
-then follows the gradient through the L2 norm. Reads q, k, `factors`, P, dO, U^T and the states;
-writes dq, and dG as rows of a float32 [slots, HV, C].
+for normalised q and k, of which `prepare.py` explains the notation. Then follows the gradient
+through the L2 norm.
+
+A program takes a chunk and q/k head. It sums dQ over the value heads in float32 and in order, so
+that two runs are bit-equal. Reads q, k, `factors`, P, dO, U^T and the states. Writes dq, and dG
+[slots, HV, C] in float32.
 """
 
 from __future__ import annotations
@@ -15,69 +18,72 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import (
-    MATRICES,
-    NORM_K,
-    NORM_Q,
-    READ,
+from .activation import backpropagate_norm
+from .chunk_buffers import (
+    NUM_MATRICES,
+    QS_TO_O,
+    RK,
+    RQ,
     SCORES,
-    decay_matrix,
-    dot,
     load_factor,
+    load_gate_sums,
     load_matrix,
+)
+from .indexing import locate_chunk
+from .tiles import (
+    compute_decay_matrix,
+    dot,
     load_rows,
     load_state,
-    load_sums,
-    locate,
-    narrow,
+    mask_strictly_lower,
+    round_to,
     store_rows,
-    strictly_lower,
-    through_norm,
 )
 
 
 @triton.jit
 def query_gradients_kernel(
-    q, k, factors, matrices, states, U, do, dq, dG_out, cu_seqlens,
-    scale, N, T, NT,
+    q, k, factors, matrices, states, U, grad_o, dq, dG_from_o, cu_seqlens,
+    scale, N, T, chunks_per_sequence,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, L2: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
+    L2_NORM: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    slot, kh = program // H, program % H
-    start, count = locate(slot, cu_seqlens, N, T, NT, VARLEN, C)
-    if count <= 0:
+    slot, qk_head = program // H, program % H
+    first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
+    if tokens <= 0:
         return
     dtype: tl.constexpr = q.dtype.element_ty
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    norm_q = load_factor(factors, slot * HV + kh * (HV // H), NORM_Q, C)
-    norm_k = load_factor(factors, slot * HV + kh * (HV // H), NORM_K, C)
-    grad_q = tl.zeros([C, BK], tl.float32)
-    from_k = tl.zeros([C, C], tl.float32)  # the sum of dP * L over the value heads
+    rq = load_factor(factors, slot * HV + qk_head * (HV // H), RQ, C)
+    rk = load_factor(factors, slot * HV + qk_head * (HV // H), RK, C)
+    dq_tile = tl.zeros([C, BK], tl.float32)
+    dP_L_sum = tl.zeros([C, C], tl.float32)  # dP * L, summed over the value heads
     for group in range(HV // H):
-        head = kh * (HV // H) + group
-        block = slot * HV + head
+        head = qk_head * (HV // H) + group
+        chunk_head = slot * HV + head
         dP = tl.zeros([C, C], tl.float32)
-        inter = tl.zeros([C, BK], tl.float32)
-        for first in range(0, V, BV):
-            grad_o = load_rows(do, start, count, head, HV, V, first, C, BV)
-            inter += dot(grad_o, load_state(states, block, first, K, V, BK, BV))
-            dP += dot(grad_o, load_matrix(U, block, first, V, BV, C))
-        inter *= load_factor(factors, block, READ, C)[:, None]
-        grad_q += inter
-        queries = load_rows(q, start, count, kh, H, K, 0, C, BK)
-        P = load_matrix(matrices, block * MATRICES + SCORES, 0, C, C, C).to(tl.float32)
-        dL = strictly_lower(dP * P, C)
-        from_k += dP * decay_matrix(load_sums(factors, block, C, dtype), C)
-        dG = tl.sum(queries.to(tl.float32) * inter, axis=1) + tl.sum(dL, axis=1)
-        tl.store(dG_out + block * C + tl.arange(0, C), dG - tl.sum(dL, axis=0))
+        dO_S_T = tl.zeros([C, BK], tl.float32)
+        for first_v in range(0, V, BV):
+            dO = load_rows(grad_o, first_token, tokens, head, HV, V, first_v, C, BV)  # [C, BV]
+            dO_S_T += dot(dO, load_state(states, chunk_head, first_v, K, V, BK, BV))
+            dP += dot(dO, load_matrix(U, chunk_head, first_v, V, BV, C))
+        dO_S_T *= load_factor(factors, chunk_head, QS_TO_O, C)[:, None]  # scale e^G rq * (dO S^T)
+        dq_tile += dO_S_T
+        queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK)  # [C, K]
+        P = load_matrix(matrices, chunk_head * NUM_MATRICES + SCORES, 0, C, C, C).to(tl.float32)
+        dP_P = mask_strictly_lower(dP * P, C)  # without the diagonal, where L is 1 for any G
+        dP_L_sum += dP * compute_decay_matrix(load_gate_sums(factors, chunk_head, C, dtype), C)
+        dG = tl.sum(queries.to(tl.float32) * dO_S_T, axis=1) + tl.sum(dP_P, axis=1)
+        tl.store(dG_from_o + chunk_head * C + tl.arange(0, C), dG - tl.sum(dP_P, axis=0))
 
-    # READ holds the norm of q, which the gradient of the normalised q must not
-    grad_q = grad_q / norm_q[:, None]
-    from_k = scale * tl.where(row >= column, from_k, 0.0) * norm_k[None, :]
-    keys = load_rows(k, start, count, kh, H, K, 0, C, BK)
-    grad_q += dot(narrow(from_k, dtype), keys)
-    if L2:
-        queries = load_rows(q, start, count, kh, H, K, 0, C, BK)
-        grad_q = through_norm(grad_q, queries.to(tl.float32), norm_q)
-    store_rows(dq, grad_q, start, count, kh, H, K, 0, C, BK)
+    # QS_TO_O includes rq, but dq_tile is the gradient of the normalised q until here
+    dq_tile = dq_tile / rq[:, None]
+    dP_L_sum = scale * tl.where(row >= column, dP_L_sum, 0.0) * rk[None, :]
+    keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK)  # [C, K]
+    dq_tile += dot(round_to(dP_L_sum, dtype), keys)
+    if L2_NORM:
+        queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK)
+        dq_tile = backpropagate_norm(dq_tile, queries.to(tl.float32), rq)
+    store_rows(dq, dq_tile, first_token, tokens, qk_head, H, K, 0, C, BK)

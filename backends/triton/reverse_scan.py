@@ -1,12 +1,14 @@
-"""The first stage of backward after forward's scan, a program a piece, value head and block of
-V: the gradient of the state, chunk by chunk from the last to the first.
+"""Backward, after the scan for the states: the gradient of the state, last chunk first.
 
-    dU = P^T dO + e^{gamma - G} * (K dS),   R = A^T dU
-    dS <- e^gamma dS + Q^T (scale e^G * dO) - K^T (A_k^T dU)
+    dU = P^T dO + e^{gamma - G} rk * (K dS),   R = A^T dU
+    dS <- e^gamma dS + Q^T (scale e^G rq * dO) - K^T (A_k^T dU)
 
-Transposed as in `scan.py`: dS^T [BV, K] stays in registers. Reads q, k, `factors`, `matrices` and
-dO; writes R^T and the gradient of the state after every chunk (with KEEP), and that of the initial
-state. CUT as there.
+`prepare.py` explains the notation. A program takes a sequence (or a piece), a value head and a
+block of BV columns of V. As in `scan.py`, dS^T [BV, K] stays in registers, and sequences may be
+CUT into pieces.
+
+Reads q, k, `factors`, `matrices` and dO. Writes R^T and the gradient of the state after every chunk
+(STORE_STATES), and the gradient of the initial state.
 """
 
 from __future__ import annotations
@@ -14,89 +16,91 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import (
+from .chunk_buffers import (
     A_K,
     INVERSE,
-    MATRICES,
-    ONTO,
-    READ,
+    NUM_MATRICES,
+    QS_TO_O,
     SCORES,
-    chunk_decay,
-    dot,
+    U_TO_STATE,
     load_factor,
+    load_gamma,
     load_matrix,
-    load_rows,
-    narrow,
-    span,
     store_matrix,
-    tile_offsets,
 )
+from .indexing import piece_bounds
+from .tiles import compute_state_offsets, dot, load_rows, round_to
 
 
 @triton.jit
-def retreat(
-    dS, q, k, factors, matrices, do, R_out, grad_states, start, count, block, head, first,
+def reverse_scan_step(
+    dS_T, q, k, factors, matrices, grad_o, R_out, grad_states, first_token, tokens, chunk_head,
+    head, first_v,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, KEEP: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STORE_STATES: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: the gradient of the state before it."""
-    kh = head // (HV // H)
+    """dS^T [BV, K] before a chunk, from dS_T after it. FULL: the chunk has all C tokens."""
+    qk_head = head // (HV // H)
     dtype: tl.constexpr = k.dtype.element_ty
-    queries = load_rows(q, start, count, kh, H, K, 0, C, BK, FULL)
-    keys = load_rows(k, start, count, kh, H, K, 0, C, BK, FULL)
-    grad_o = tl.trans(load_rows(do, start, count, head, HV, V, first, C, BV, FULL))
-    through_k = load_matrix(matrices, block * MATRICES + A_K, 0, C, C, C)
-    scores = load_matrix(matrices, block * MATRICES + SCORES, 0, C, C, C)
-    onto = load_factor(factors, block, ONTO, C)
-    read = load_factor(factors, block, READ, C)
-    decay = chunk_decay(factors, block, C)
+    queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK, FULL)  # [C, K]
+    keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK, FULL)  # [C, K]
+    dO_T = tl.trans(load_rows(grad_o, first_token, tokens, head, HV, V, first_v, C, BV, FULL))
+    A_k = load_matrix(matrices, chunk_head * NUM_MATRICES + A_K, 0, C, C, C)
+    P = load_matrix(matrices, chunk_head * NUM_MATRICES + SCORES, 0, C, C, C)
+    U_to_state = load_factor(factors, chunk_head, U_TO_STATE, C)
+    QS_to_o = load_factor(factors, chunk_head, QS_TO_O, C)
+    decay = tl.exp(load_gamma(factors, chunk_head, C))
 
-    after = narrow(dS, dtype)
-    if KEEP:
-        kept, inside = tile_offsets(block, first, K, V, BK, BV, True)
-        tl.store(grad_states + kept, after, mask=inside)
-    dU = onto[None, :] * dot(after, tl.trans(keys)) + dot(grad_o, scores)
-    dU = narrow(dU, dtype)
-    if KEEP:
-        R = dot(dU, load_matrix(matrices, block * MATRICES + INVERSE, 0, C, C, C))
-        store_matrix(R_out, R, block, first, V, BV, C)
-    dS = decay * dS
-    dS += dot(narrow(read[None, :] * grad_o.to(tl.float32), dtype), queries)
-    return dS - dot(narrow(dot(dU, through_k), dtype), keys)
+    dS_T_rounded = round_to(dS_T, dtype)
+    if STORE_STATES:
+        offsets, mask = compute_state_offsets(chunk_head, first_v, K, V, BK, BV, True)
+        tl.store(grad_states + offsets, dS_T_rounded, mask=mask)
+    dU_T = U_to_state[None, :] * dot(dS_T_rounded, tl.trans(keys)) + dot(dO_T, P)  # [BV, C]
+    dU_T = round_to(dU_T, dtype)
+    if STORE_STATES:
+        R_T = dot(dU_T, load_matrix(matrices, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C))
+        store_matrix(R_out, R_T, chunk_head, first_v, V, BV, C)
+    dS_T = decay * dS_T
+    dS_T += dot(round_to(QS_to_o[None, :] * dO_T.to(tl.float32), dtype), queries)
+    return dS_T - dot(round_to(dot(dU_T, A_k), dtype), keys)
 
 
 @triton.jit
 def reverse_scan_kernel(
-    q, k, factors, matrices, do, grad_final, R_out, grad_states, grad_initial,
-    cu_seqlens, N, T, NT, each, LENGTH,
+    q, k, factors, matrices, grad_o, grad_final, R_out, grad_states, grad_initial,
+    cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence, piece_chunks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
-    V_FIRST: tl.constexpr, FINAL: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr,
-    CUT: tl.constexpr,
+    V_FIRST: tl.constexpr, HAS_GRAD_FINAL: tl.constexpr, STORE_GRAD_INITIAL: tl.constexpr,
+    STORE_STATES: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
+    """grad_final and grad_initial are [.., V, K] if V_FIRST, else [.., K, V]."""
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (V + BV - 1) // BV
-    piece_head, first = program // blocks, ((program % blocks) * BV).to(tl.int32)
+    piece_head, first_v = program // blocks, ((program % blocks) * BV).to(tl.int32)
     piece, head = piece_head // HV, piece_head % HV
-    start, tokens, slot = span(piece, cu_seqlens, N, T, NT, each, LENGTH, VARLEN, CUT, C)
-    at, inside = tile_offsets(piece_head, first, K, V, BK, BV, V_FIRST)
-    dS = tl.zeros([BV, BK], tl.float32)
-    if FINAL:
-        dS = tl.load(grad_final + at, mask=inside, other=0.0).to(tl.float32)
-    block = slot * HV + head
-    whole = (tokens // C).to(tl.int32)
-    if tokens > whole * C:
-        dS = retreat(
-            dS, q, k, factors, matrices, do, R_out, grad_states, start + whole * C,
-            tokens - whole * C, block + whole * HV, head, first, H, HV, K, V, BK, BV, C, KEEP,
-            False,
+    first_token, tokens, slot = piece_bounds(
+        piece, cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence, piece_chunks,
+        VARLEN, CUT, C,
+    )  # fmt: skip
+    offsets, mask = compute_state_offsets(piece_head, first_v, K, V, BK, BV, V_FIRST)
+    dS_T = tl.zeros([BV, BK], tl.float32)
+    if HAS_GRAD_FINAL:
+        dS_T = tl.load(grad_final + offsets, mask=mask, other=0.0).to(tl.float32)
+    chunk_head = slot * HV + head
+    full_chunks = (tokens // C).to(tl.int32)
+    if tokens > full_chunks * C:
+        dS_T = reverse_scan_step(
+            dS_T, q, k, factors, matrices, grad_o, R_out, grad_states,
+            first_token + full_chunks * C, tokens - full_chunks * C, chunk_head + full_chunks * HV,
+            head, first_v, H, HV, K, V, BK, BV, C, STORE_STATES, False,
         )  # fmt: skip
-    for step in range(whole):
-        chunk = whole - 1 - step
-        dS = retreat(
-            dS, q, k, factors, matrices, do, R_out, grad_states, start + chunk * C, C,
-            block + chunk * HV, head, first, H, HV, K, V, BK, BV, C, KEEP, True,
+    for step in range(full_chunks):
+        chunk = full_chunks - 1 - step
+        dS_T = reverse_scan_step(
+            dS_T, q, k, factors, matrices, grad_o, R_out, grad_states, first_token + chunk * C, C,
+            chunk_head + chunk * HV, head, first_v, H, HV, K, V, BK, BV, C, STORE_STATES, True,
         )  # fmt: skip
-    if INITIAL:
-        tl.store(grad_initial + at, dS, mask=inside)
+    if STORE_GRAD_INITIAL:
+        tl.store(grad_initial + offsets, dS_T, mask=mask)

@@ -1,18 +1,24 @@
-"""Stage 2 of forward, a program a piece, value head and block of V: the state, chunk by chunk.
+"""Forward, stage 2: the state, chunk by chunk, and o. Backward runs it again for the states.
 
     U = A_v V - A_k (K S)
-    O = scale e^G * (Q S) + P U                 where OUTPUT
-    S <- e^gamma S + K^T (e^{gamma - G} * U)
+    O = scale e^G rq * (Q S) + P U                 with OUTPUT
+    S <- e^gamma S + K^T (e^{gamma - G} rk * U)
 
-All of it transposed: S^T [BV, K] and U^T [BV, C] are then always the left operand of a product,
-which tensor cores take from registers, so that the state never leaves them.
+`prepare.py` explains the notation. A program takes a sequence (or a piece), a value head and a
+block of BV columns of V. All is computed transposed: S^T [BV, K] and U^T [BV, C] are the left
+operands of their products. Tensor cores read left operands from registers, so that the state stays
+in registers.
 
-Reads k, v, `factors`, `matrices`, and q for the output; writes o and the final state in
-forward. Backward runs it again for what it needs: the state before every chunk and U^T (STATES).
+Reads k, v, `factors`, `matrices`, and with OUTPUT also q. Writes o and the final state in forward.
+Writes the state before every chunk and U^T in backward (STORE_STATES).
 
-Where sequences are few, they are CUT into pieces that are walked at the same time, twice: first
-each from a zero state, and (TRANSFER) with V = 0 from the identity in place of a state, which says
-what the piece does to any state; then, after `carry.py`, from the states they really begin with.
+Where sequences are few, they are CUT into pieces that are scanned in parallel, twice. A piece maps
+a state S to M S + N.
+
+1. The transfer scan (TRANSFER) finds N, the final state from zero, and M. M is the scan of the
+   identity with v = 0. It takes the rows of the identity as K more columns of V.
+2. `combine_pieces.py` computes the state before each piece.
+3. The final scan starts each piece from that state.
 """
 
 from __future__ import annotations
@@ -20,95 +26,102 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import (
+from .chunk_buffers import (
     A_K,
     A_V,
-    MATRICES,
-    ONTO,
-    READ,
+    NUM_MATRICES,
+    QS_TO_O,
     SCORES,
-    chunk_decay,
-    dot,
+    U_TO_STATE,
     load_factor,
+    load_gamma,
     load_matrix,
-    load_rows,
-    narrow,
-    span,
-    store_columns,
     store_matrix,
-    tile_offsets,
 )
+from .indexing import piece_bounds
+from .tiles import compute_state_offsets, dot, load_rows, round_to, store_rows_transposed
 
 
 @triton.jit
-def advance(
-    S, q, k, v, factors, matrices, o, states, U_out, start, count, block, head, first,
+def scan_step(
+    S_T, q, k, v, factors, matrices, o, states, U_out, first_token, tokens, chunk_head, head,
+    first_v,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OUTPUT: tl.constexpr,
-    STATES: tl.constexpr, TRANSFER: tl.constexpr, FULL: tl.constexpr,
+    STORE_STATES: tl.constexpr, TRANSFER: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: the state after it."""
-    kh = head // (HV // H)
+    """S^T [BV, K] after a chunk, from S_T before it. FULL: the chunk has all C tokens."""
+    qk_head = head // (HV // H)
     dtype: tl.constexpr = k.dtype.element_ty
-    keys = load_rows(k, start, count, kh, H, K, 0, C, BK, FULL)
-    values = load_rows(v, start, count, head, HV, V, first % V if TRANSFER else first, C, BV, FULL)
+    keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK, FULL)  # [C, K]
+    first_column = first_v % V if TRANSFER else first_v
+    values = load_rows(v, first_token, tokens, head, HV, V, first_column, C, BV, FULL)  # [C, BV]
     if TRANSFER:
-        values = tl.where(first < V, values, 0.0)
-    turned_v = tl.trans(load_matrix(matrices, block * MATRICES + A_V, 0, C, C, C))
-    turned_k = tl.trans(load_matrix(matrices, block * MATRICES + A_K, 0, C, C, C))
-    onto = load_factor(factors, block, ONTO, C)
-    read = load_factor(factors, block, READ, C)
-    decay = chunk_decay(factors, block, C)
-    before = narrow(S, dtype)
-    known = narrow(dot(before, tl.trans(keys)), dtype)
-    U = dot(tl.trans(values), turned_v) - dot(known, turned_k)
-    if STATES:
-        kept, inside = tile_offsets(block, first, K, V, BK, BV, True)
-        tl.store(states + kept, before, mask=inside)
-        store_matrix(U_out, U, block, first, V, BV, C)
+        values = tl.where(first_v < V, values, 0.0)
+    A_v_T = tl.trans(load_matrix(matrices, chunk_head * NUM_MATRICES + A_V, 0, C, C, C))
+    A_k_T = tl.trans(load_matrix(matrices, chunk_head * NUM_MATRICES + A_K, 0, C, C, C))
+    U_to_state = load_factor(factors, chunk_head, U_TO_STATE, C)
+    QS_to_o = load_factor(factors, chunk_head, QS_TO_O, C)
+    decay = tl.exp(load_gamma(factors, chunk_head, C))
+    S_T_rounded = round_to(S_T, dtype)
+    KS_T = round_to(dot(S_T_rounded, tl.trans(keys)), dtype)  # [BV, C]
+    U_T = dot(tl.trans(values), A_v_T) - dot(KS_T, A_k_T)  # [BV, C]
+    if STORE_STATES:
+        offsets, mask = compute_state_offsets(chunk_head, first_v, K, V, BK, BV, True)
+        tl.store(states + offsets, S_T_rounded, mask=mask)
+        store_matrix(U_out, U_T, chunk_head, first_v, V, BV, C)
     if OUTPUT:
-        queries = load_rows(q, start, count, kh, H, K, 0, C, BK, FULL)
-        turned_P = tl.trans(load_matrix(matrices, block * MATRICES + SCORES, 0, C, C, C))
-        out = read[None, :] * dot(before, tl.trans(queries)) + dot(narrow(U, dtype), turned_P)
-        store_columns(o, out, start, count, head, HV, V, first, C, BV)
-    written = narrow(onto[None, :] * U, dtype)
-    return decay * S + dot(written, keys)
+        queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK, FULL)  # [C, K]
+        P_T = tl.trans(load_matrix(matrices, chunk_head * NUM_MATRICES + SCORES, 0, C, C, C))
+        O_T = QS_to_o[None, :] * dot(S_T_rounded, tl.trans(queries))  # [BV, C]
+        O_T += dot(round_to(U_T, dtype), P_T)
+        store_rows_transposed(o, O_T, first_token, tokens, head, HV, V, first_v, C, BV)
+    scaled_U_T = round_to(U_to_state[None, :] * U_T, dtype)  # [BV, C]
+    return decay * S_T + dot(scaled_U_T, keys)
 
 
 @triton.jit
 def scan_kernel(
-    q, k, v, factors, matrices, initial, o, final, states, U_out,
-    cu_seqlens, N, T, NT, each, LENGTH,
+    q, k, v, factors, matrices, initial_state, o, final_state, states, U_out,
+    cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence, piece_chunks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
-    V_FIRST: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, OUTPUT: tl.constexpr,
-    STATES: tl.constexpr, TRANSFER: tl.constexpr, CUT: tl.constexpr,
+    V_FIRST: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr,
+    OUTPUT: tl.constexpr, STORE_STATES: tl.constexpr, TRANSFER: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
+    """initial_state and final_state are [.., V, K] if V_FIRST, else [.., K, V].
+
+    With TRANSFER, final_state is [pieces, HV, V + K, K]: N^T above M^T.
+    """
     program = tl.program_id(0).to(tl.int64)
     rows: tl.constexpr = V + K if TRANSFER else V
     blocks: tl.constexpr = (rows + BV - 1) // BV
-    piece_head, first = program // blocks, ((program % blocks) * BV).to(tl.int32)
+    piece_head, first_v = program // blocks, ((program % blocks) * BV).to(tl.int32)
     piece, head = piece_head // HV, piece_head % HV
-    start, tokens, slot = span(piece, cu_seqlens, N, T, NT, each, LENGTH, VARLEN, CUT, C)
-    at, inside = tile_offsets(piece_head, first, K, rows, BK, BV, V_FIRST)
-    S = tl.zeros([BV, BK], tl.float32)
-    if INITIAL:
-        S = tl.load(initial + at, mask=inside, other=0.0).to(tl.float32)
-    if TRANSFER:
-        S = tl.where(first - V + tl.arange(0, BV)[:, None] == tl.arange(0, BK)[None, :], 1.0, S)
-    block = slot * HV + head
-    whole = (tokens // C).to(tl.int32)
-    for chunk in range(whole):
-        S = advance(
-            S, q, k, v, factors, matrices, o, states, U_out, start + chunk * C, C,
-            block + chunk * HV, head, first, H, HV, K, V, BK, BV, C, OUTPUT, STATES,
+    first_token, tokens, slot = piece_bounds(
+        piece, cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence, piece_chunks,
+        VARLEN, CUT, C,
+    )  # fmt: skip
+    offsets, mask = compute_state_offsets(piece_head, first_v, K, rows, BK, BV, V_FIRST)
+    S_T = tl.zeros([BV, BK], tl.float32)
+    if HAS_INITIAL:
+        S_T = tl.load(initial_state + offsets, mask=mask, other=0.0).to(tl.float32)
+    if TRANSFER:  # from row V on, the identity
+        diagonal = first_v - V + tl.arange(0, BV)[:, None] == tl.arange(0, BK)[None, :]
+        S_T = tl.where(diagonal, 1.0, S_T)
+    chunk_head = slot * HV + head
+    full_chunks = (tokens // C).to(tl.int32)
+    for chunk in range(full_chunks):
+        S_T = scan_step(
+            S_T, q, k, v, factors, matrices, o, states, U_out, first_token + chunk * C, C,
+            chunk_head + chunk * HV, head, first_v, H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES,
             TRANSFER, True,
         )  # fmt: skip
-    if tokens > whole * C:
-        S = advance(
-            S, q, k, v, factors, matrices, o, states, U_out, start + whole * C, tokens - whole * C,
-            block + whole * HV, head, first, H, HV, K, V, BK, BV, C, OUTPUT, STATES,
-            TRANSFER, False,
+    if tokens > full_chunks * C:
+        S_T = scan_step(
+            S_T, q, k, v, factors, matrices, o, states, U_out, first_token + full_chunks * C,
+            tokens - full_chunks * C, chunk_head + full_chunks * HV, head, first_v, H, HV, K, V,
+            BK, BV, C, OUTPUT, STORE_STATES, TRANSFER, False,
         )  # fmt: skip
-    if FINAL:
-        tl.store(final + at, S, mask=inside)
+    if STORE_FINAL:
+        tl.store(final_state + offsets, S_T, mask=mask)

@@ -1,8 +1,8 @@
-"""Third parties' engines as plug-ins, through the public registry, as any package outside this
-repository could bring its own. None takes part in "auto".
+"""Other libraries as backends. They use the public registry, as any package outside this repository
+can. "auto" never chooses them.
 
-The plan of an adapter that converts arguments has `convert(call)` and `restore(call, state)`, so
-that the benchmarks can time the conversions apart from the kernels.
+If an adapter converts arguments, its plan has `convert(call)` and `restore(call, state)`.
+Benchmarks use these to time the conversions apart from the kernels.
 """
 
 from __future__ import annotations

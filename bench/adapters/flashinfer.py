@@ -1,5 +1,5 @@
-"""FlashInfer 0.7.2 (github.com/flashinfer-ai/flashinfer) as a backend: CuTe DSL kernels, prefill
-and decode."""
+"""FlashInfer 0.7.2 (github.com/flashinfer-ai/flashinfer) as a backend, for prefill and decode. Its
+kernels are in the CuTe DSL."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ ARCHITECTURES = (90, 100, 103, 120, 121)
 
 
 class FlashInfer(Backend):
-    """`flashinfer.gdn_prefill.chunk_gated_delta_rule` wants packed tokens, the decay itself instead
-    of its logarithm, and states [V, K]; `gdn_decode.gated_delta_rule_decode_pretranspose` wants raw
-    gates in q's dtype, which it activates itself. Neither has a backward.
+    """Prefill is `flashinfer.gdn_prefill.chunk_gated_delta_rule`. It takes packed tokens, the decay
+    instead of its logarithm, and states [V, K].
 
-    Its decode from bfloat16 states sends skipped rows to slot 0, which the op must not touch; so
-    only float32 is claimed.
+    Decode is `flashinfer.gdn_decode.gated_delta_rule_decode_pretranspose`. It takes raw gates in
+    q's dtype, and applies gate and sigmoid itself. From bfloat16 states it writes skipped rows to
+    slot 0, which the op must not touch. So this adapter declares float32 states alone.
+
+    Neither has a backward.
     """
 
     name = "flashinfer"
@@ -44,8 +46,8 @@ class FlashInfer(Backend):
     def unsupported(self, problem: Problem) -> list[str]:
         reasons = []
         if problem.sm not in ARCHITECTURES:
-            known = ", ".join(f"sm_{sm}" for sm in ARCHITECTURES)
-            reasons.append(f"needs one of {known}, got sm_{problem.sm}")
+            supported = ", ".join(f"sm_{sm}" for sm in ARCHITECTURES)
+            reasons.append(f"needs one of {supported}, got sm_{problem.sm}")
         if problem.pool is None:
             return reasons + [f"{flag} is for decode" for flag in sorted(FUSED & problem.flags)]
         if not problem.flags >= FUSED:
@@ -67,7 +69,7 @@ class FlashInfer(Backend):
 
 
 class FlashInferPlan(Plan):
-    """Nothing is worked out ahead."""
+    """The plan of every call. It prepares nothing."""
 
     def convert(self, call: Call) -> dict[str, Any]:
         """The call's tensors as FlashInfer takes them."""

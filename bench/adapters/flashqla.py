@@ -1,5 +1,5 @@
-"""FlashQLA 0.1.3 (github.com/QwenLM/FlashQLA) as a backend: TileLang kernels, forward and
-backward."""
+"""FlashQLA 0.1.3 (github.com/QwenLM/FlashQLA) as a backend, with forward and backward. Its kernels
+are in TileLang."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from gdn.backend import Backend, Capabilities, Forward, Gradients, Plan
 from gdn.problem import Call, Problem, Step
 
 ARCHITECTURES = (90, 100, 103, 120, 121)
-OPTIONS = ("q", "k", "v", "g", "beta", "scale", "initial_state", "cu_seqlens", "state_v_first")
+ARGUMENTS = ("q", "k", "v", "g", "beta", "scale", "initial_state", "cu_seqlens", "state_v_first")
 
 
 def _arguments(call: Call) -> dict[str, Any]:
-    return {name: getattr(call, name) for name in OPTIONS}
+    return {name: getattr(call, name) for name in ARGUMENTS}
 
 
 class FlashQLA(Backend):
-    """Its public entry without gradients, the forward and backward pair behind it with them.
+    """Without gradients this calls FlashQLA's public function, and with gradients the forward and
+    backward functions below it.
 
-    It speaks the op's own language (natural-log gates, both state layouts, states in float32), so
-    nothing is converted; its L2 norm is PyTorch code under torch.compile. How it cuts a sequence,
-    and so the shapes of what forward keeps, is its own affair: no `saved_like`, and no
-    torch.compile around this adapter.
+    No argument is converted: FlashQLA takes natural-log gates, both state layouts, and states in
+    float32. Its L2 norm is PyTorch code under torch.compile.
+
+    FlashQLA decides by itself how to cut a sequence, and the shapes of what forward saves depend on
+    it. So there is no `saved_like`, and torch.compile cannot trace this adapter.
     """
 
     name = "flashqla"
@@ -47,28 +49,29 @@ class FlashQLA(Backend):
 
     def unsupported(self, problem: Problem) -> list[str]:
         if problem.sm not in ARCHITECTURES:
-            known = ", ".join(f"sm_{sm}" for sm in ARCHITECTURES)
-            return [f"needs one of {known}, got sm_{problem.sm}"]
+            supported = ", ".join(f"sm_{sm}" for sm in ARCHITECTURES)
+            return [f"needs one of {supported}, got sm_{problem.sm}"]
         return []
 
     def path(self, problem: Problem) -> str:
-        normed = "use_qk_l2norm_in_kernel" in problem.flags
-        return "TileLang, L2 norm by torch.compile" if normed else "TileLang"
+        l2_norm = "use_qk_l2norm_in_kernel" in problem.flags
+        return "TileLang, L2 norm by torch.compile" if l2_norm else "TileLang"
 
     def plan(self, call: Call | Step) -> Plan:
         return FlashQLAPlan()
 
 
 class FlashQLAPlan(Plan):
-    """Nothing is worked out ahead."""
+    """The plan of every call. It prepares nothing."""
 
     def forward(self, call: Call, save: bool) -> Forward:
         import flash_qla
 
         arguments = _arguments(call) | {"output_final_state": call.output_final_state}
         if not save:
-            normed = {"use_qk_l2norm_in_kernel": call.use_qk_l2norm_in_kernel}
-            return Forward(*flash_qla.chunk_gated_delta_rule(**arguments, **normed), [])
+            arguments["use_qk_l2norm_in_kernel"] = call.use_qk_l2norm_in_kernel
+            o, state = flash_qla.chunk_gated_delta_rule(**arguments)
+            return Forward(o, state, [])
         norms = []
         if call.use_qk_l2norm_in_kernel:
             from flash_qla.utils import l2norm_fwd
@@ -79,8 +82,8 @@ class FlashQLAPlan(Plan):
         g, A, o, _, state, cache = flash_qla.chunk_gated_delta_rule_fwd(
             **arguments, enable_fwd_cp_cache=True, is_train=True
         )
-        kept = [cache.h0, cache.mt, cache.fallback_bwd, cache.num_warmup_bwd] if cache else []
-        return Forward(o, state, [g, A, *norms, *kept])
+        cached = [cache.h0, cache.mt, cache.fallback_bwd, cache.num_warmup_bwd] if cache else []
+        return Forward(o, state, [g, A, *norms, *cached])
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
@@ -90,18 +93,18 @@ class FlashQLAPlan(Plan):
         from flash_qla.utils import l2norm_bwd
 
         (g, A), rest = saved[:2], saved[2:]
-        norms, kept = (rest[:4], rest[4:]) if call.use_qk_l2norm_in_kernel else ([], rest)
-        names = ("h0", "mt", "fallback_bwd", "num_warmup_bwd")
+        norms, cached = (rest[:4], rest[4:]) if call.use_qk_l2norm_in_kernel else ([], rest)
+        cache_fields = ("h0", "mt", "fallback_bwd", "num_warmup_bwd")
         q, k = norms[:2] if norms else (call.q, call.k)
         dq, dk, dv, dbeta, dg, dstate = flash_qla.chunk_gated_delta_rule_bwd(
             **_arguments(call) | {"q": q, "k": k, "g": g},
             A=A,
             do=grad_o.contiguous(),
             dht=None if grad_final_state is None else grad_final_state.contiguous(),
-            cp_cache=CPCache(**dict(zip(names, kept, strict=True))) if kept else None,
+            cp_cache=CPCache(**dict(zip(cache_fields, cached, strict=True))) if cached else None,
         )
         if norms:
             dq, dk = l2norm_bwd(q, norms[2], dq), l2norm_bwd(k, norms[3], dk)
-        found = (dq, dk, dv, dg, dbeta, dstate, None, None)
-        pairs = zip(call.differentiable, found, strict=True)
-        return Gradients(*(x if like is None else x.to(like.dtype) for like, x in pairs))
+        gradients = (dq, dk, dv, dg, dbeta, dstate, None, None)
+        pairs = zip(call.differentiable, gradients, strict=True)
+        return Gradients(*(dx if x is None else dx.to(x.dtype) for x, dx in pairs))

@@ -1,5 +1,5 @@
-"""`python -m bench.report`: a page and pictures from the results of `pytest bench`, the rows that
-became slower since an older run, or a document's sections rewritten."""
+"""`python -m bench.report`: write a page and pictures from the results of `pytest bench`, list the
+rows that became slower since an older run, or rewrite the marked sections of a document."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import page, readme
+from . import document, page
 from . import rows as results
 
 
@@ -22,8 +22,8 @@ def run(args: argparse.Namespace) -> int:
     """Do what the options ask for."""
     if args.document is not None:
         _need_matplotlib()
-        args.document.write_text(readme.rewritten(args.document))
-        for picture in readme.pictures(args.document):
+        args.document.write_text(document.rewritten(args.document))
+        for picture in document.pictures(args.document):
             picture.write()
         return 0
     if args.results is None:
@@ -43,19 +43,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 if all is well, 1 if rows became slower, 2 on bad options."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("results", type=Path, nargs="?", metavar="RESULTS.json")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="else named after the results")
     parser.add_argument(
-        "--against", type=Path, metavar="OLD.json", help="list rows slower than there, and fail"
+        "--out", type=Path, metavar="FOLDER", help="default: named after the results"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="OLD.json",
+        help="list the rows that are slower than in OLD.json; exit with 1 if any",
     )
     parser.add_argument(
         "--document", type=Path, metavar="FILE.md",
-        help="rewrite the marked sections of a document from the results that they name",
+        help="rewrite the marked sections from the results that they name",
     )  # fmt: skip
     args = parser.parse_args(argv)
     try:
         return run(args)
     except (ValueError, OSError) as error:
-        print(f"bench.report: {error}", file=sys.stderr)  # the message says all
+        print(f"bench.report: {error}", file=sys.stderr)
         return 2
 
 

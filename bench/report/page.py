@@ -1,5 +1,5 @@
-"""`gdn report`: one self-contained page and its pictures from the results of a run, and the rows
-that became slower."""
+"""One self-contained page and its pictures from the results of a run, and the rows that became
+slower."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NOTES = (
 
 
 def provenance(found: Results) -> dict[str, str]:
-    """What the numbers depend on, in words."""
+    """The device, versions, commits and commands of the numbers, as text."""
     about, limits = found.environment, found.ceilings
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     driver = f", driver {about['driver_version']}" if "driver_version" in about else ""
@@ -60,7 +60,7 @@ def provenance(found: Results) -> dict[str, str]:
 
 
 def standings(rows: Sequence[Row]) -> list[str]:
-    """A sentence a backend: in how many rows it is faster than the baseline, in how many slower."""
+    """A sentence for each backend: in how many rows it is faster than the baseline, and slower."""
     ratios, base = speed_ups(rows), baseline(rows)
     said = []
     for name in dict.fromkeys(row["backend"] for row in rows if row["backend"] != base):
@@ -78,7 +78,7 @@ def standings(rows: Sequence[Row]) -> list[str]:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """An HTML table; the fastest of each setting is shaded, and a rule parts the settings."""
+    """An HTML table. The fastest of each setting is shaded; a line separates settings."""
     headers, lines = results.table(rows)
     ratios, base = speed_ups(rows), baseline(rows)
     compared = any(row.get("backend") != base for row in rows if identity(row) in ratios)
@@ -121,7 +121,7 @@ def pictures(found: Results) -> Iterator[tuple[str, str, bytes]]:
 
 
 def page(found: Results, images: Sequence[tuple[str, str, bytes]]) -> str:
-    """The whole report as HTML that loads nothing."""
+    """The whole report as HTML that loads no other file."""
     facts = "".join(
         f"<dt>{name}</dt><dd>{html.escape(fact)}</dd>" for name, fact in provenance(found).items()
     )
@@ -138,12 +138,12 @@ def page(found: Results, images: Sequence[tuple[str, str, bytes]]) -> str:
         parts.append(f"<h2>{kind.capitalize()}</h2>{_table(found.of(kind))}")
     if found.not_timed:
         parts.append(f"<h2>Not timed</h2>{_list(not_timed(found))}")
-    head = f'<meta charset="utf-8"><title>gdn report</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>gdn benchmarks</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>'
 
 
 def not_timed(found: Results) -> list[str]:
-    """A line a backend and reason, with the passes and shapes that it keeps from being timed."""
+    """A line for each backend and reason, with the passes and shapes that were not timed."""
     groups: dict[tuple[str, str], list[str]] = {}
     for row in found.not_timed:
         why = f"FAILED: {row['failed']}" if "failed" in row else f"cannot run: {row['refused']}"
@@ -164,7 +164,7 @@ def write(found: Results, folder: Path) -> Path:
 
 
 def regression_lines(found: Sequence[Regression]) -> list[str]:
-    """A line a row that became slower."""
+    """A line for each row that became slower."""
     return [
         f"{' '.join(str(x) for x in identity(r.row) if x is not None)}: {r.before_ms:.3f} -> "
         f"{r.row['latency_ms']:.3f} ms, {100 * r.slower:.0f} % slower"

@@ -1,14 +1,12 @@
-"""The figures of a report, drawn by matplotlib on nothing, in inks that read on white and on black.
+"""The figures of a report, drawn by matplotlib on a transparent background, in colours that are
+legible on white and on black.
 
-Each function takes the results of a run, and returns a figure, or None where there are no rows for
-it. Losses stand in the same ink as wins.
+Each function takes the results of a run. It returns a figure, or None if there are no rows for it.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,94 +14,51 @@ import torch
 from gdn.compare.roofline import PASSES
 from gdn.testing import TOLERANCE
 
-from .rows import Results, Row, baseline, identity, speed_ups
+from .rows import Results, baseline, identity, speed_ups
+from .standing import standing
+from .style import (
+    INK,
+    STYLE,
+    WIDE,
+    backends_of,
+    by_size,
+    heads_of,
+    legend,
+    panels,
+    style_of,
+)
 
-INK = "#808080"
-STYLE: dict[str, tuple[str, str]] = {
-    "tilelang": ("#e8590c", "o"),
-    "triton": ("#1c7ed6", "s"),
-    "fla": ("#2f9e44", "^"),
-    "flashqla": ("#ae3ec9", "D"),
-    "flashinfer": ("#d9a400", "v"),
-    "torch": ("#868e96", "P"),
-}
 EDGE = 8
 """A speed-up or slow-down beyond this factor is drawn at the edge."""
-WIDE = 9.6
-OTHERS = itertools.cycle([("#0ca678", "X"), ("#e64980", "*")])
-
-
-@functools.cache
-def _look(backend: str) -> tuple[str, str]:
-    return STYLE.get(backend) or next(OTHERS)
-
-
-def _style(backend: str) -> dict[str, Any]:
-    color, marker = _look(backend)
-    return {"color": color, "marker": marker, "markersize": 5}
-
-
-def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure, in inches, and its axes [rows, columns]."""
-    import matplotlib.pyplot as plt
-
-    size = (width, height)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    plt.close(figure)  # pyplot forgets it; we keep it
-    return figure, axes
-
-
-def _legend(figure: Any, axes: Any) -> None:
-    """One legend above all panels."""
-    found: dict[str, Any] = {}
-    for panel in axes.flat:
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    figure.legend(found.values(), found, loc="outside upper left", ncols=len(found))
-
-
-def backends_of(rows: Sequence[Row]) -> list[str]:
-    """The backends of some rows, in the order of `STYLE`, others last."""
-    present = {row["backend"] for row in rows}
-    return [name for name in STYLE if name in present] + sorted(present - set(STYLE))
-
-
-def _heads(row: Row) -> str:
-    return str(row["shape"]).partition(":")[0]
-
-
-def by_size(row: Row) -> list[int]:
-    """What sorts rows by the numbers of their H/HV[/K]."""
-    return [int(n) for n in _heads(row).split("/")]
 
 
 def latency(results: Results) -> Any:
-    """Milliseconds against length of one sequence: a panel a pass and kind of head. Beside kernels
-    the torch backend would be all that one sees; it is in the tables."""
+    """Milliseconds against length of one sequence, a panel for each pass and head counts. The torch
+    backend is left out beside kernels, since its times would set the scale."""
     rows = [r for r in results.of("prefill") if r["case"]["B"] == 1 and not r["case"]["lengths"]]
     rows = [r for r in rows if r["backend"] != "torch"] or rows
     lengths: dict[tuple[str, str], set[int]] = {}
     for row in sorted(rows, key=by_size):
-        lengths.setdefault((_heads(row), row["gates"]), set()).add(row["tokens"])
+        lengths.setdefault((heads_of(row), row["gates"]), set()).add(row["tokens"])
     kinds = [kind for kind, found in lengths.items() if len(found) > 1]
     passes = [which for which in PASSES if any(row["pass"] == which for row in rows)]
     if not kinds:
         return None
     from matplotlib.ticker import LogLocator
 
-    figure, axes = _panels(
+    figure, axes = panels(
         len(kinds), len(passes), max(WIDE, 3.6 * len(passes)), 2.6 * len(kinds) + 0.5
     )
     for (heads, gates), line in zip(kinds, axes, strict=True):
         for which, panel in zip(passes, line, strict=True):
             chosen = [
-                r for r in rows if (_heads(r), r["gates"], r["pass"]) == (heads, gates, which)
+                r for r in rows if (heads_of(r), r["gates"], r["pass"]) == (heads, gates, which)
             ]
             for backend in backends_of(chosen):
                 points = sorted(
                     (r["tokens"], r["latency_ms"]) for r in chosen if r["backend"] == backend
                 )
-                panel.plot(*zip(*points, strict=True), label=backend, **_style(backend))
+                panel.plot(*zip(*points, strict=True), label=backend, **style_of(backend))
             panel.set_title(f"{which}, H/HV {heads}, {gates} gates", fontsize=9)
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
@@ -114,7 +69,7 @@ def latency(results: Results) -> Any:
             panel.yaxis.set_minor_formatter("{x:g}")
             panel.set_xlabel("tokens")
             panel.set_ylabel("ms")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -133,7 +88,7 @@ def speed_up(results: Results) -> Any:
         if label not in settings[row["pass"]]:
             settings[row["pass"]].append(label)
     most = max(len(labels) for labels in settings.values())
-    figure, axes = _panels(1, len(passes), max(WIDE, 3.6 * len(passes)), min(60, 1.4 + 0.24 * most))
+    figure, axes = panels(1, len(passes), max(WIDE, 3.6 * len(passes)), min(60, 1.4 + 0.24 * most))
     for which, panel in zip(passes, axes[0], strict=True):
         labels = settings[which]
         panel.axvline(1, color=STYLE.get(str(base), ("black",))[0], label=str(base))
@@ -142,7 +97,7 @@ def speed_up(results: Results) -> Any:
             found = [row for row in chosen if row["backend"] == backend]
             y = [labels.index(f"{row['shape']}, {row['gates']}") for row in found]
             x = [min(EDGE, max(1 / EDGE, ratios[identity(row)])) for row in found]
-            panel.plot(x, y, linestyle="none", label=backend, **_style(backend))
+            panel.plot(x, y, linestyle="none", label=backend, **style_of(backend))
         panel.set_yticks(range(len(labels)), labels, fontsize=8)
         panel.set_ylim(len(labels) - 0.5, -0.5)
         panel.set_xscale("log", base=2)
@@ -150,7 +105,7 @@ def speed_up(results: Results) -> Any:
         panel.set_xticks(list(ticks), ticks.values())
         panel.set_xlim(0.9 / EDGE, EDGE / 0.9)
         panel.set_title(f"{which}: times faster than {base}", fontsize=9)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -160,7 +115,7 @@ def roofline(results: Results) -> Any:
     if not rows:
         return None
     product, copy = results.ceilings["flops"] / 1e12, results.ceilings["bytes"] / 1e12
-    figure, axes = _panels(1, 1, WIDE, 4.8)
+    figure, axes = panels(1, 1, WIDE, 4.8)
     panel = axes[0, 0]
     intensity = [1e3 * row["tflops"] / row["gbytes"] for row in rows]
     ends = [min(intensity) / 2, product / copy, 2 * max([*intensity, product / copy])]
@@ -169,12 +124,12 @@ def roofline(results: Results) -> Any:
         chosen = [row for row in rows if row["backend"] == backend]
         x = [1e3 * row["tflops"] / row["gbytes"] for row in chosen]
         y = [row["tflops"] for row in chosen]
-        panel.plot(x, y, linestyle="none", label=backend, alpha=0.8, **_style(backend))
+        panel.plot(x, y, linestyle="none", label=backend, alpha=0.8, **style_of(backend))
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_xlabel("operations a byte, at the least (left: decode)")
     panel.set_ylabel("TFLOPS")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -185,7 +140,7 @@ def error(results: Results) -> Any:
         return None
     names = list(dict.fromkeys(name for row in rows for name in row["errors"]))
     backends = backends_of(rows)
-    figure, axes = _panels(1, 1, WIDE, 4.0)
+    figure, axes = panels(1, 1, WIDE, 4.0)
     panel = axes[0, 0]
     for n, backend in enumerate(backends):
         for x, name in enumerate(names):
@@ -196,7 +151,7 @@ def error(results: Results) -> Any:
             )
             if found:
                 at = x + 0.7 * ((n + 0.5) / len(backends) - 0.5)
-                style = _style(backend)
+                style = style_of(backend)
                 panel.plot([at, at], [found[0], found[-1]], color=style["color"], linewidth=1)
                 label = backend if x == 0 else None
                 panel.plot([at], [found[len(found) // 2]], label=label, linestyle="none", **style)
@@ -205,22 +160,22 @@ def error(results: Results) -> Any:
     panel.set_yscale("log")
     panel.set_xticks(range(len(names)), names, rotation=20)
     panel.set_ylabel("relative error")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
 def decode(results: Results) -> Any:
     """Bandwidth of a decode step against the number of requests."""
     rows = results.of("decode")
-    heads = list(dict.fromkeys(map(_heads, rows)))
+    heads = list(dict.fromkeys(map(heads_of, rows)))
     if not rows:
         return None
-    figure, axes = _panels(1, len(heads), max(WIDE, 3.6 * len(heads)), 3.6)
+    figure, axes = panels(1, len(heads), max(WIDE, 3.6 * len(heads)), 3.6)
     for head, panel in zip(heads, axes[0], strict=True):
-        chosen = [row for row in rows if _heads(row) == head]
+        chosen = [row for row in rows if heads_of(row) == head]
         for backend in backends_of(chosen):
             points = [(r["batch"], r["gbytes"]) for r in chosen if r["backend"] == backend]
-            panel.plot(*zip(*points, strict=True), label=backend, **_style(backend))
+            panel.plot(*zip(*points, strict=True), label=backend, **style_of(backend))
         limit = results.ceilings["bytes"] / 1e9
         panel.axhline(limit, color=INK, linestyle="--", label="measured copy")
         ticks = sorted({row["batch"] for row in chosen})
@@ -230,7 +185,7 @@ def decode(results: Results) -> Any:
         panel.set_xlabel("requests")
         panel.set_ylabel("GB/s")
         panel.set_title(f"H/HV {head}", fontsize=9)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -241,12 +196,12 @@ def cold_start(results: Results) -> Any:
         return None
     backends = backends_of(rows)
     kinds = list(dict.fromkeys(row["kernels"] for row in rows))
-    figure, axes = _panels(1, 1, WIDE, 1.0 + 0.55 * len(backends))
+    figure, axes = panels(1, 1, WIDE, 1.0 + 0.55 * len(backends))
     panel = axes[0, 0]
     for n, kernels in enumerate(kinds):
         for row in (row for row in rows if row["kernels"] == kernels):
             y = backends.index(row["backend"]) + 0.8 * ((n + 0.5) / len(kinds) - 0.5)
-            seconds, color = row["latency_ms"] / 1e3, _style(row["backend"])["color"]
+            seconds, color = row["latency_ms"] / 1e3, style_of(row["backend"])["color"]
             panel.barh(y, seconds, 0.76 / len(kinds), color=color, alpha=1 if n == 0 else 0.5)
             panel.annotate(f" {seconds:.2f} s, {kernels}", (seconds, y), va="center")
     panel.set_yticks(range(len(backends)), backends)
@@ -264,6 +219,7 @@ class Figure(NamedTuple):
 
 
 FIGURES = {
+    "standing": Figure("Times faster or slower than the fastest peer", standing),
     "latency": Figure("Latency against length of one sequence", latency),
     "speed-up": Figure("Speed-up", speed_up),
     "roofline": Figure("Roofline", roofline),

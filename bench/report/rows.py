@@ -1,5 +1,5 @@
-"""What `pytest bench --benchmark-json` wrote, as rows: read, tabulated, and compared with an older
-run."""
+"""The rows that `pytest bench --benchmark-json` wrote: reading them, tables of them, and comparison
+with an older run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Row = dict[str, Any]
 IDENTITY = (
     "kind", "shape", "gates", "pass", "source", "kernels", "implementation", "backend",
 )  # fmt: skip
-"""The fields that tell rows of one run apart; a row has those that its kind needs."""
+"""The fields that identify a row within a run. A row has only those of its kind."""
 BASELINE = ("fla", "torch")
-"""What speed-ups are over: the first of these in a run."""
+"""Speed-ups are over the first of these that is in a run."""
 PEERS = ("fla", "flashqla", "flashinfer")
-"""Who else has the op; every other backend of a run is ours."""
+"""Backends that are adapters of other libraries. Every other backend of a run is ours."""
 SLOWER = 0.10
 """Share of the latency by which a row may be slower before `regressions` lists it."""
 
 
 class Results(NamedTuple):
-    """The rows of one run, and what was not timed there: refusals and failures, each with why."""
+    """The rows of one run, and what was not timed: refusals and failures, each with its reason."""
 
     rows: list[Row]
     not_timed: list[Row]
@@ -36,11 +36,11 @@ class Results(NamedTuple):
 
     @property
     def environment(self) -> Row:
-        """Where it ran: device, versions, commit, command (of several runs: of the first)."""
+        """Device, versions, commit and command; of several runs, those of the first."""
         return next((row["environment"] for row in self.rows if "environment" in row), {})
 
     def every(self, field: str) -> list[str]:
-        """What a field of the environment is, a run after the other."""
+        """The values of a field of the environment, one for each run, without repeats."""
         found = (row["environment"][field] for row in self.rows if "environment" in row)
         return list(dict.fromkeys(str(value or "unknown") for value in found))
 
@@ -51,7 +51,7 @@ class Results(NamedTuple):
 
 
 def rows_of(document: dict[str, Any]) -> list[Row]:
-    """The rows of a pytest-benchmark document that say what kind they are, with their wall time."""
+    """The rows of a pytest-benchmark document that have a kind, with their wall time."""
     return [
         row["extra_info"] | {"wall_ms": 1e3 * row["stats"]["median"]}
         for row in document["benchmarks"]
@@ -67,17 +67,34 @@ def load(path: Path) -> Results:
     rows = [row for found in documents if "benchmarks" in found for row in rows_of(found)]
     if not rows:
         raise ValueError(f"{path} holds no rows; write it by pytest bench --benchmark-json={path}")
-    seen = set[tuple[Any, ...]]()
-    for row in rows:
-        if identity(row) in seen:
-            raise ValueError(f"{path} holds {identity(row)} twice; keep one of the two runs")
-        seen.add(identity(row))
+    _require_once(rows, str(path))
     return Results(rows, [row for found in documents for row in found.get("not_timed", [])])
 
 
+def join(runs: Iterable[Results]) -> Results:
+    """Several runs as one. ValueError if they hold a row twice."""
+    found = list(runs)
+    rows = [row for run in found for row in run.rows]
+    _require_once(rows, "what is shown together")
+    return Results(rows, [row for run in found for row in run.not_timed])
+
+
+def _require_once(rows: Iterable[Row], where: str) -> None:
+    seen = set[tuple[Any, ...]]()
+    for row in rows:
+        if identity(row) in seen:
+            raise ValueError(f"{where} holds {identity(row)} twice; keep one of the two runs")
+        seen.add(identity(row))
+
+
 def identity(row: Row) -> tuple[Any, ...]:
-    """What the row measures, whatever it found."""
+    """The fields that say what a row measures, without the results."""
     return tuple(row.get(name) for name in IDENTITY)
+
+
+def device_name(environment: Row) -> str:
+    """The device in two words, such as NVIDIA H200."""
+    return " ".join(environment["device"].split()[:2])
 
 
 def setting(row: Row) -> tuple[Any, ...]:
@@ -121,7 +138,7 @@ def over_peers(rows: Iterable[Row]) -> float | None:
 
 
 def over_each_peer(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[float]]:
-    """By pass, backend of ours and peer: how many times faster ours is, a setting after the other,
+    """How many times faster ours is, by pass, backend of ours and peer: a number for each setting
     where both were timed."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for here in by_setting(rows).values():
@@ -179,7 +196,7 @@ def _word(field: str) -> Callable[[Row], str]:
 
 
 def latency(row: Row) -> str:
-    """Milliseconds, marked where they are no graph replay's."""
+    """Milliseconds, with a mark unless they are from graph replay."""
     return f"{row['latency_ms']:.3f}{MARKS.get(row['clock'], '')}"
 
 
@@ -235,11 +252,11 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "whole process s": _number("wall_ms", ".2f", 1e-3),
     },
 }
-"""By kind of row: headers, and what stands under each. * marks plain launches, † a difference."""
+"""By kind of row: headers, and the text under each. * marks plain launches, † a difference."""
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of text for rows of one kind; columns that say nothing are left out."""
+    """Headers and rows of text for rows of one kind; empty columns are left out."""
     columns = COLUMNS[rows[0]["kind"]]
     texts = {header: [text(row) for row in rows] for header, text in columns.items()}
     kept = {header: x for header, x in texts.items() if set(x) != {"-"}}

@@ -1,1 +1,1 @@
-"""`gdn compare`: agreement of every backend with float64, then its times."""
+"""`gdn compare`: check every backend against float64, then time it."""

@@ -1,5 +1,5 @@
-"""The main job, `gdn compare`: every backend that can run a case, held against float64, then
-timed. `pytest bench` measures its rows with the same `Comparison`."""
+"""`gdn compare`: every backend that can run a case is checked against float64, then timed.
+`pytest bench` measures its rows with the same `Comparison`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from .timing import Run, Timing, capture_stream, gpu_times, peak_memory, wall_ti
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One pass of one backend: its path and clocks, the rates and share of the roofline that the
-    least work in the pass comes to in its GPU time (on a CPU: wall time), and its peak memory."""
+    """One timed pass of one backend.
+
+    tflops, gbytes and roofline are computed from the least work of the pass and its GPU time (on a
+    CPU its wall time).
+    """
 
     path: str
     wall: Timing | None
@@ -34,7 +37,7 @@ class Measurement:
 
     @property
     def ms(self) -> float:
-        """The latency that the rates come from."""
+        """The latency in the rates: GPU time, or wall time on a CPU."""
         timing = self.wall if self.gpu is None else self.gpu
         return timing.ms if timing else float("nan")
 
@@ -50,9 +53,16 @@ def rates(least: Work, ms: float, limits: Ceilings) -> dict[str, float]:
 
 @dataclass(slots=True)
 class Row:
-    """One backend: the path of each pass that it can run and the reasons against one that it
-    cannot; seconds that each pass's first call took, compiling and autotuning included; relative
-    errors by tensor name, at the size that is timed; what failed, by pass; what was timed."""
+    """One backend of a comparison. A pass is "fwd", "bwd", "fwd+bwd" or "decode".
+
+    Attributes:
+        paths: the internal path of each pass that the backend can run.
+        refusals: the reasons against each pass that it cannot run.
+        first_calls: seconds of each first call, compiling and autotuning included.
+        errors: relative errors by tensor name, at the size that is timed.
+        failures: the message of each pass that disagreed or raised.
+        passes: the measurement of each timed pass.
+    """
 
     backend: str
     paths: dict[str, str] = field(default_factory=dict)
@@ -63,7 +73,7 @@ class Row:
     passes: dict[str, Measurement] = field(default_factory=dict)
 
     def admit(self, which: str, verdict: gdn.Verdict) -> None:
-        """Note the path of a pass, or why it cannot run."""
+        """Record the path of a pass, or the reasons why it cannot run."""
         if verdict.path is None:
             self.refusals[which] = list(verdict.reasons)
         else:
@@ -76,7 +86,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `compare` found: a row a backend, for `case`."""
+    """The result of `compare`: one row per backend."""
 
     case: Case
     environment: dict[str, Any]
@@ -85,11 +95,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether any backend ran, and all that did agree."""
+        """Whether at least one backend can run the case, and none failed."""
         return any(row.paths for row in self.rows) and not any(row.failures for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """The whole report in types that JSON has."""
+        """The whole report in JSON's types."""
         return {
             "case": plain_case(self.case),
             "environment": self.environment,
@@ -99,13 +109,13 @@ class Report:
 
 
 def plain_case(case: Case) -> dict[str, Any]:
-    """A case in types that JSON has."""
+    """A case in JSON's types."""
     plain = {n: str(x) if isinstance(x, torch.dtype) else x for n, x in asdict(case).items()}
     return plain | {"dtype": str(case.dtype).removeprefix("torch.")}
 
 
 def plain_timing(timing: Timing | None) -> dict[str, Any] | None:
-    """A timing in types that JSON has."""
+    """A timing in JSON's types."""
     return None if timing is None else timing._asdict()
 
 
@@ -122,7 +132,7 @@ def _plain_row(row: Row) -> dict[str, Any]:
 
 
 class Comparison:
-    """One case on one device: tensors drawn once, `rows` in the order of `backends`."""
+    """One case on one device. Tensors are drawn once; `rows` are in the order of `backends`."""
 
     def __init__(
         self,
@@ -135,12 +145,13 @@ class Comparison:
         self.rows = [Row(name) for name in backends]
         self._gpu: dict[str, dict[str, Timing]] = {}
         self.differentiates = passes != PASSES[:1]
-        self.judge = agreement.appoint(case, device, PASSES[-1] if self.differentiates else "fwd")
-        self.inputs = self.judge.full
+        needed = PASSES[-1] if self.differentiates else "fwd"
+        self.reference = agreement.make_reference(case, device, needed)
+        self.inputs = self.reference.full
         self._explain()
 
     def _explain(self) -> None:
-        """Fill in what each row can run, and why not the rest."""
+        """Record which passes each row can run, and the reasons against the others."""
         for which in self.passes:
             kwargs = self.inputs.plain if which == "fwd" else self.inputs.leaves
             verdicts = {verdict.name: verdict for verdict in gdn.explain(**kwargs).verdicts}
@@ -148,27 +159,27 @@ class Comparison:
                 row.admit(which, verdicts[row.backend])
 
     def check(self, row: Row) -> None:
-        """Each pass's first call, then agreement; fills in the row's first_calls, errors and
-        failures."""
+        """Run each pass once and compare it with the reference. Fills in the row's first_calls,
+        errors and failures."""
         for calls in ("fwd", "fwd+bwd")[: 1 + self.differentiates]:
             affected = [which for which in row.paths if (which == "fwd") == (calls == "fwd")]
             if not affected:
                 continue
             try:
                 row.first_calls[calls] = self._first_call(row.backend, calls)
-                short, full = self.judge.errors(row.backend, calls)
-            except Exception as error:  # one backend's fault must not end the others' comparison
+                short, full = self.reference.errors(row.backend, calls)
+            except Exception as error:  # one backend's error must not stop the others
                 fault = f"{type(error).__name__}: {error}"
                 row.failures |= dict.fromkeys(affected, fault)
                 continue
             row.errors |= {n: x for n, x in full.items() if n not in row.errors}
             for errors in (short, full):
-                objection = self.judge.objection(errors)
-                if objection is not None:
-                    row.failures |= dict.fromkeys(affected, objection)
+                failure = self.reference.failure(errors)
+                if failure is not None:
+                    row.failures |= dict.fromkeys(affected, failure)
 
     def _first_call(self, backend: str, which: str) -> float:
-        """Seconds, at the size that will be timed: what autotunes, tunes for that size."""
+        """Seconds of the first call, at the timed size, so that autotuning is for that size."""
         start = time.perf_counter()
         self.inputs.run(backend, which)
         if self.device.type == "cuda":
@@ -176,8 +187,8 @@ class Comparison:
         return time.perf_counter() - start
 
     def call(self, backend: str, which: str) -> Run:
-        """One pass of a backend as a function without arguments. Backward alone goes back, again
-        and again, through one forward, made on the stream that graphs are captured on."""
+        """One pass of a backend as a function without arguments. Backward alone repeats the
+        backward of one forward, which runs here on the stream that captures graphs."""
         if which != "bwd":
             return functools.partial(self.inputs.run, backend, which)
         if self.device.type != "cuda":
@@ -190,8 +201,8 @@ class Comparison:
         return functools.partial(self.inputs.backward, outputs, again=True)
 
     def gpu_times(self, which: str, names: list[str]) -> dict[str, Timing]:
-        """GPU time of one pass by backend, interleaved, measured once. Backward that no graph can
-        hold is forward and backward less forward."""
+        """GPU time of one pass by backend, interleaved; measured once, then remembered. A backward
+        that cannot be captured in a graph is timed as "fwd+bwd" minus "fwd"."""
         found = self._gpu.setdefault(which, {})
         graphs = {i.name: i.capabilities.cuda_graph for i in gdn.list_backends()}
         new = [name for name in names if name not in found]
@@ -199,17 +210,17 @@ class Comparison:
             runs = {name: self.call(name, which) for name in new if graphs[name]}
             times = gpu_times(runs, graphs)
             found |= {name: timing for name, timing in times.items() if timing.clock == "graph"}
-            loose = [name for name in new if name not in found]
-            both, forward = (self.gpu_times(other, loose) for other in ("fwd+bwd", "fwd"))
-            found |= {name: both[name].less(forward[name]) for name in loose}
+            rest = [name for name in new if name not in found]
+            both, forward = (self.gpu_times(other, rest) for other in ("fwd+bwd", "fwd"))
+            found |= {name: both[name].less(forward[name]) for name in rest}
         elif new:
             runs = {name: self.call(name, which) for name in new}
             found |= gpu_times(runs, graphs)
         return found
 
     def time(self, which: str, limits: Ceilings, wall: bool = True) -> None:
-        """Time one pass of all rows that are fit, and write the measurements into them. Without
-        `wall`, GPU time alone."""
+        """Time one pass of all rows that are fit, and store the measurements in the rows. Without
+        `wall`, only GPU time."""
         names = [row.backend for row in self.rows if row.fit(which)]
         walls, gpus = {}, {}
         if wall and names:
@@ -238,14 +249,14 @@ def compare(
     backends: list[str] | None = None,
     step: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Run, check and time a case on every backend (or those named); `step` hears of each of the
-    `steps` stages.
+    """Run, check and time a case on every backend, or on those named. `step` is called at the start
+    of each stage with a text.
 
-    A backend that cannot run the case keeps its reasons. One that disagrees with float64, or
-    raises, keeps its failure and is never timed.
+    The row of a backend that cannot run the case holds the reasons. A backend that disagrees with
+    float64, or raises, is not timed, and its row holds the failure.
     """
     names = [info.name for info in gdn.list_backends()] if backends is None else backends
-    step("truth in float64")
+    step("reference in float64")
     comparison = Comparison(case, device, names)
     for row in comparison.rows:
         step(f"first calls and agreement of {row.backend}")
@@ -259,5 +270,5 @@ def compare(
 
 
 def steps(backends: int) -> int:
-    """How many stages `compare` goes through."""
+    """The number of stages of `compare`."""
     return backends + 2 + len(PASSES)

@@ -1,5 +1,5 @@
-"""What the command line prints beside plain lines: tables and a progress bar, by rich where it is
-installed, as plain text elsewhere."""
+"""Tables and a progress bar for the command line: by rich if it is installed, else as plain
+text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 WIDTH = 132
-"""Columns where the output is no terminal."""
+"""Width of a table when the output is not a terminal."""
 
 
 def _has_rich() -> bool:
@@ -36,7 +36,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A function that moves a progress bar on stderr; without a terminal, one that prints lines."""
+    """Yield a function that moves a progress bar on stderr, or without a terminal prints lines."""
     if not (sys.stderr.isatty() and _has_rich()):
         start = time.perf_counter()
         yield lambda text: print(f"{time.perf_counter() - start:6.1f} s  {text}", file=sys.stderr)

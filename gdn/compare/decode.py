@@ -1,4 +1,4 @@
-"""One decode step on every backend: held against the definition in float64, then timed."""
+"""One decode step on every backend: checked against the definition in float64, then timed."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class StepComparison:
             row.admit(DECODE, verdicts[row.backend])
 
     def check(self, row: Row) -> None:
-        """Agreement of one step; fills in the row's errors and its failure."""
+        """Compare one step with the definition. Fills in the row's errors and its failure."""
         if DECODE not in row.paths:
             return
         try:
             row.errors = self.inputs.errors(row.backend)
-        except Exception as error:  # one backend's fault must not end the others' comparison
+        except Exception as error:  # one backend's error must not stop the others
             row.failures[DECODE] = f"{type(error).__name__}: {error}"
             return
         limit = TOLERANCE[self.case.dtype]
@@ -44,13 +44,13 @@ class StepComparison:
             row.failures[DECODE] = f"relative error above {limit:g}: {', '.join(over)}"
 
     def call(self, backend: str, which: str = DECODE) -> Run:
-        """A step as a function without arguments, on a pool of its own, which goes on from step to
-        step: the decay keeps it bounded."""
+        """A step as a function without arguments, on its own copy of the pool. Every call updates
+        the states again; the decay keeps them bounded."""
         kwargs = self.inputs.kwargs | {"state": copy_pool(self.inputs.kwargs["state"])}
         return functools.partial(gdn.gated_delta_net_decode, **kwargs, backend=backend)
 
     def time(self, which: str, limits: Ceilings, wall: bool = True) -> None:
-        """Time all rows that are fit, interleaved, and write the measurements into them."""
+        """Time all rows that are fit, interleaved, and store the measurements in the rows."""
         fit = [row for row in self.rows if row.fit(which)]
         runs = {row.backend: self.call(row.backend) for row in fit}
         walls: dict[str, Timing] = wall_times(runs, self.device) if wall else {}

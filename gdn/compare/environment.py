@@ -1,4 +1,4 @@
-"""What a number depends on: device, versions, commit and command."""
+"""What a measurement depends on: device, versions, commit and command."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import gdn
 
 
 def _version(package: str) -> str | None:
@@ -30,8 +32,8 @@ def _output_of(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """What GDN_COMMIT says, where it is set: a copy of a checkout cannot tell. Otherwise the commit
-    that gdn runs from, "-dirty" if changed since, or None outside a checkout."""
+    """The commit that gdn runs from, with "-dirty" if files have changed; None outside a checkout.
+    GDN_COMMIT overrides it, for a copy of a checkout without .git."""
     if given := os.environ.get("GDN_COMMIT"):
         return given
     root = Path(__file__).resolve().parents[2]
@@ -51,8 +53,7 @@ def device_name(device: torch.device) -> str:
 
 
 def gpu_state(device: torch.device, *fields: str) -> dict[str, str]:
-    """Fields of nvidia-smi, such as clocks.sm, as it writes them; empty where it does not answer
-    (and on a CPU)."""
+    """Fields of nvidia-smi, such as clocks.sm, as text; empty on a CPU or if nvidia-smi fails."""
     if device.type != "cuda":
         return {}
     index = str(device.index or 0)
@@ -62,16 +63,16 @@ def gpu_state(device: torch.device, *fields: str) -> dict[str, str]:
 
 
 def _command() -> str:
-    """The command line, absolute paths cut down to their last part."""
+    """The command line, with absolute paths reduced to their last part."""
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name
     return " ".join([name, *(re.sub(r"(?<!\w)/\S*/", "", word) for word in sys.argv[1:])])
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a number depends on: versions, device, commit, command."""
+    """Device, versions, commit, command and time, for a file of results."""
     packages = (
-        "gdn", "torch", "triton", "tilelang", "fla-core", "flash-qla", "flashinfer-python",
+        "torch", "triton", "tilelang", "fla-core", "flash-qla", "flashinfer-python",
         "transformers",
     )  # fmt: skip
     return {
@@ -79,7 +80,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         **gpu_state(device, "driver_version"),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "python": platform.python_version(),
-        "versions": {name: version for name in packages if (version := _version(name))},
+        "versions": {"gdn": gdn.__version__}
+        | {name: version for name in packages if (version := _version(name))},
         "commit": commit(),
         "command": _command(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -1,5 +1,5 @@
-"""How much a call must do, and how fast the device could do it: the least work in a pass, measured
-ceilings, and the floor that the two set."""
+"""The roofline: the least work in a pass, the measured ceilings of a device, and the least time
+that follows from both."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from gdn.testing.decode import StepCase
 from .timing import Run, gpu_times, wall_times
 
 PASSES = ("fwd", "bwd", "fwd+bwd")
-"""Forward alone, backward alone, and both one after the other."""
+"""Forward alone, backward alone, and forward followed by backward."""
 
 
 class Work(NamedTuple):
-    """The least that any implementation does: floating-point operations, bytes moved."""
+    """The least work of any implementation: floating-point operations and bytes moved."""
 
     flops: float
     bytes: float
 
 
 def least_work(case: Case, which: str) -> Work:
-    """The work in one pass, by chunks.
+    """The work in one pass of the chunked algorithm.
 
     Operations, per chunk of C tokens and value head: K S, Q S and K^T U take 2 C K V each, K K^T
-    and Q K^T 2 C^2 K, applying the inverse and P U 2 C^2 V, the inverse C^3 / 2; backward thrice
-    that. Bytes: every input is read once and every output written once; backward reads q, k, v, g,
-    beta, the initial state and the gradients of o and of the final one, and writes a gradient for
-    each input.
+    and Q K^T take 2 C^2 K each, applying the inverse and P U take 2 C^2 V each, and the inverse
+    takes C^3 / 2. Backward takes three times as many. Bytes: every input is read once and every
+    output written once. Backward reads q, k, v, g, beta, the initial state and the gradients of o
+    and of the final state, and writes a gradient for each input.
     """
     lengths = case.lengths if case.lengths is not None else (case.T,) * case.B
     chunks = sum(-(-length // CHUNK) for length in lengths)
@@ -52,8 +52,8 @@ def least_work(case: Case, which: str) -> Work:
 
 
 def least_step_work(case: StepCase) -> Work:
-    """The work in one decode step from a full pool: per token and value head two products with the
-    state, one update and one decay; each state read once and written once."""
+    """The work in one decode step that skips no sequence: per token and value head two products
+    with the state, one update and one decay; each state is read once and written once."""
     tokens, size = case.tokens, case.dtype.itemsize
     state = case.HV * case.K * case.V
     a_token = (2 * case.H * case.K + 2 * case.HV * case.V) * size + 2 * case.HV * 4
@@ -62,7 +62,7 @@ def least_step_work(case: StepCase) -> Work:
 
 
 class Ceilings(NamedTuple):
-    """Measured rates of a device: operations a second in a matrix product, bytes a second in a
+    """Measured rates of a device: operations per second in a matrix product, bytes per second in a
     copy."""
 
     flops: float
@@ -75,8 +75,8 @@ class Ceilings(NamedTuple):
 
 @functools.cache
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure them, on random numbers: a product of `dtype` matrices, and the copy with a changed
-    sign of an array larger than any cache (a plain copy may go through a slower engine)."""
+    """Measure the ceilings on random numbers: by a product of `dtype` matrices, and by negating an
+    array larger than any cache (a plain copy may run on a slower copy engine)."""
     gpu = device.type == "cuda"
     n, size = (8192, 2**28) if gpu else (1536, 2**25)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

@@ -17,7 +17,7 @@ from .roofline import PASSES
 from .timing import Timing
 
 MARKS = {"events": "*", "difference": "†"}
-"""After a latency that is no graph replay."""
+"""Marks after a latency that was not measured by CUDA graph replay."""
 COMPARISON = (
     "backend",
     "pass",
@@ -39,6 +39,8 @@ CAPABILITIES = (
     "K, V",
     "grouped heads",
     "packed",
+    "initial state",
+    "resets",
     "backward",
     "decode from",
     "fused options",
@@ -63,7 +65,8 @@ def _milliseconds(timing: Timing | None) -> str:
 
 
 def comparison_rows(report: Report) -> Table:
-    """A row a backend and timed pass, under the headers `COMPARISON`; "-" for what has no value."""
+    """One row per backend and timed pass, under the headers `COMPARISON`; "-" if there is no
+    value."""
     rows = []
     for row in report.rows:
         gradients = [error for name, error in row.errors.items() if name not in OUTPUTS]
@@ -90,22 +93,22 @@ def comparison_rows(report: Report) -> Table:
 
 
 def comparison_notes(report: Report) -> list[str]:
-    """A line for each backend that disagreed, raised, or could not run a pass."""
+    """One line for each backend that disagreed, raised, or could not run a pass."""
     notes = []
     for row in report.rows:
-        for said, reasons in (
+        for outcome, reasons in (
             ("FAILED, and was not timed", row.failures),
             ("not run", {which: "; ".join(why) for which, why in row.refusals.items()}),
         ):
             for why in dict.fromkeys(reasons.values()):
                 passes = [which for which, other in reasons.items() if other == why]
                 which = "" if len(passes) == len(PASSES) else f"{', '.join(passes)} "
-                notes.append(f"{row.backend}: {which}{said}: {why}")
+                notes.append(f"{row.backend}: {which}{outcome}: {why}")
     return notes
 
 
 def comparison_title(report: Report) -> str:
-    """What was compared, where, and what the numbers are."""
+    """The case, the device and the versions, and the meaning of the columns."""
     case, limits, about = report.case, report.ceilings, report.environment
     length = (
         f"T={case.T}" if case.lengths is None else f"lengths={','.join(map(str, case.lengths))}"
@@ -125,8 +128,8 @@ def comparison_title(report: Report) -> str:
     clocks = {m.gpu.clock for row in report.rows for m in row.passes.values() if m.gpu}
     if clocks - {"graph"}:
         lines.append(
-            "* between events, launch gaps included; † forward and backward less forward; "
-            "the others by graph replay"
+            "* between CUDA events, launch gaps included; † fwd+bwd minus fwd; "
+            "the others by CUDA graph replay"
         )
     return "\n".join(lines)
 
@@ -155,7 +158,7 @@ def capability_rows(backends: Sequence[BackendInfo]) -> Table:
                 _names(c.dtypes),
                 " ".join(filter(None, [", ".join(c.devices) or "any", chips])),
                 ", ".join([sizes, *limits]),
-                *map(_yes, (c.gva, c.varlen, c.backward)),
+                *map(_yes, (c.gva, c.varlen, c.initial_state, c.resets, c.backward)),
                 _names(c.decode) + ("" if c.speculative or not c.decode else "; one slot each"),
                 fused,
                 *map(_yes, (c.deterministic, c.cuda_graph)),

@@ -1,9 +1,9 @@
-"""The clocks, and peak memory.
+"""GPU time, wall time and peak memory of calls.
 
-Two clocks, kept apart. GPU time is that of CUDA graph replays (of plain launches, between events,
-where a call cannot be captured), with the L2 cache flushed before each. Wall time is what a caller
-waits for one eager call and the device's answer. Both interleave what they compare, and report the
-median.
+GPU time is measured on CUDA graph replays. A call that cannot be captured is measured on plain
+launches between CUDA events. The L2 cache is flushed before each. Wall time is the time of one
+eager call, until the device has finished. Both interleave the runs that they compare, and report
+the median.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Timing(NamedTuple):
     """Milliseconds of one call: the median of `repeats`, and half their interquartile range.
 
     clock is "graph" (CUDA graph replay), "events" (plain launches, gaps included), "difference"
-    (of two others' medians) or "wall".
+    (of the medians of two other timings) or "wall".
     """
 
     ms: float
@@ -35,7 +35,7 @@ class Timing(NamedTuple):
     clock: str
 
     def less(self, other: Timing) -> Timing:
-        """What this takes beyond the other."""
+        """This timing minus the other one."""
         spread, repeats = self.spread + other.spread, min(self.repeats, other.repeats)
         return Timing(self.ms - other.ms, spread, repeats, "difference")
 
@@ -46,15 +46,15 @@ def _timing(samples: list[float], clock: str) -> Timing:
 
 
 def rounds(ms: float, budget: float) -> int:
-    """How often a call of `ms` milliseconds is repeated within `budget` seconds."""
+    """How often to repeat a call of `ms` milliseconds within `budget` seconds."""
     return max(LEAST_ROUNDS, min(MOST_ROUNDS, round(1e3 * budget / max(ms, 1e-3))))
 
 
 def _interleaved(
     runs: Mapping[str, Run], once: Callable[[Run], float], budget: float
 ) -> dict[str, list[float]]:
-    """Milliseconds of each run, one after the other in turn; each has its share of the budget, so
-    that a slow one drops out after its last round and does not cost the others theirs."""
+    """Samples of each run in milliseconds, taken in turns. Every run gets an equal share of the
+    budget: a slow run is repeated less often, and takes no time from the others."""
     for run in runs.values():
         once(run)
     share = budget / max(1, len(runs))
@@ -86,7 +86,7 @@ def wall_times(
 @functools.cache
 def capture_stream(device: int) -> Any:
     """The stream on which graphs of this device are captured. Autograd runs a backward on the
-    stream of its forward, so what a captured run goes back through must have been made on it."""
+    stream of its forward, so the forward of a captured backward must run on this stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -107,14 +107,14 @@ def capture(run: Run) -> torch.cuda.CUDAGraph:
 def gpu_times(
     runs: Mapping[str, Run], graphed: Mapping[str, bool], budget: float = 1.0
 ) -> dict[str, Timing]:
-    """GPU time of each run on the current device. `graphed` says which to capture in a graph; a
-    capture that fails leaves plain launches, as the timing's clock then says."""
+    """GPU time of each run on the current device. `graphed` says which runs to capture in a graph.
+    If a capture fails, plain launches are timed, and the clock is "events"."""
     launches, clocks = dict(runs), dict.fromkeys(runs, "events")
     for name in (name for name in runs if graphed[name]):
         try:
             launches[name] = capture(runs[name]).replay
             clocks[name] = "graph"
-        except Exception:  # a peer may read the device back or allocate in its own ways
+        except Exception:  # a peer may synchronise or allocate in ways that graphs do not allow
             torch.cuda.synchronize()
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     cache = torch.empty(2 * properties.L2_cache_size, dtype=torch.int8, device="cuda")
@@ -135,7 +135,7 @@ def gpu_times(
 
 
 def peak_memory(run: Run, device: torch.device) -> int | None:
-    """Bytes that one run takes at its height beyond what was held before, its results included;
+    """Peak bytes that one run allocates beyond what was allocated before, its results included;
     None on a CPU."""
     if device.type != "cuda":
         return None

@@ -1,8 +1,8 @@
-"""Cases, inputs and the truth: for the tests, the benchmarks, and for backends of third parties."""
+"""Cases, inputs and reference results, for the tests, the benchmarks and third-party backends."""
 
 from .cases import CASES, TOLERANCE, Case, Gates
+from .check import Checked, check_backend
 from .inputs import (
-    DIFFERENTIABLE,
     gradients,
     make_inputs,
     make_output_gradients,
@@ -13,10 +13,11 @@ from .inputs import (
 
 __all__ = [
     "CASES",
-    "DIFFERENTIABLE",
     "TOLERANCE",
     "Case",
+    "Checked",
     "Gates",
+    "check_backend",
     "gradients",
     "make_inputs",
     "make_output_gradients",

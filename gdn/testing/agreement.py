@@ -1,8 +1,9 @@
-"""Agreement before timing: a case's tensors, its outputs and gradients in float64, and how far a
-backend's are from them.
+"""Agreement before timing: a case's tensors, its reference results in float64, and the errors of a
+backend against them.
 
-The definition goes token by token, so it judges a case cut to `CHECKED_TOKENS`. At the full size
-the judge is the torch backend in float64, which must itself match the definition on the cut case.
+The definition computes token by token, so it is the reference only for a case cut to
+`CHECKED_TOKENS`. At the full size the reference is the torch backend in float64, which must itself
+match the definition on the short case.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from gdn.testing import (
 from gdn.testing.decode import StepCase, copy_pool, make_step, run_step_definition
 
 CHECKED_TOKENS = 200
-"""Three chunks and a part."""
+"""Three full chunks and a partial one."""
 OUTPUTS = ("o", "final_state")
 HEADS_AT = dict.fromkeys(("q", "k", "v", "g", "beta", "o"), 2)
 HEADS_AT |= {"initial_state": 1, "final_state": 1, "A_log": 0, "dt_bias": 0}
 """The dimension of the heads, by tensor name."""
 TOKEN_HEADS = 2**20
-"""Tokens times value heads that the judge takes at once."""
+"""Tokens times value heads that the torch backend computes at once in float64."""
 
 Named = dict[str, Tensor]
 
@@ -44,7 +45,7 @@ class Inputs(NamedTuple):
 
     plain: dict[str, Any]
     leaves: dict[str, Any]
-    into: tuple[Tensor, Tensor]
+    output_gradients: tuple[Tensor, Tensor]
 
     def forward(self, backend: str, leaves: bool = False) -> gdn.GDNOutput:
         """Call the op."""
@@ -52,7 +53,8 @@ class Inputs(NamedTuple):
 
     def backward(self, outputs: gdn.GDNOutput, again: bool = False) -> Named:
         """Gradients by name from the outputs of a forward on the leaves."""
-        return gradients(outputs, self.leaves, self.into, again)  # type: ignore[arg-type]
+        given = self.output_gradients
+        return gradients(outputs, self.leaves, given, again)  # type: ignore[arg-type]
 
     def run(self, backend: str, which: str) -> Named:
         """Outputs by name, and unless `which` is "fwd" every gradient."""
@@ -76,8 +78,8 @@ def shortened(case: Case) -> Case:
 
 
 def in_float64(inputs: Inputs, which: str) -> Named:
-    """Outputs and gradients by the torch backend in float64, some heads at a time where all would
-    take tens of gigabytes."""
+    """Outputs and gradients by the torch backend in float64. Large cases are computed a few heads
+    at a time, since all heads would take tens of gigabytes."""
     B, T, H = inputs.plain["q"].shape[:3]
     group = inputs.plain["v"].shape[2] // H
     heads = max(1, min(H, TOKEN_HEADS // max(1, B * T * group)))
@@ -96,7 +98,7 @@ def _in_float64(inputs: Inputs, which: str) -> Named:
 
 
 def _of_heads(inputs: Inputs, first: int, end: int) -> Inputs:
-    """What q/k heads first to end - 1 compute with."""
+    """The inputs of q/k heads first to end - 1."""
     H, HV = (inputs.plain[name].shape[2] for name in "qv")
 
     def part(name: str, x: Any) -> Any:
@@ -106,7 +108,7 @@ def _of_heads(inputs: Inputs, first: int, end: int) -> Inputs:
         return x.narrow(HEADS_AT[name], first * times, (min(end, H) - first) * times)
 
     plain = {name: part(name, x) for name, x in inputs.plain.items()}
-    o, state = (part(name, x) for name, x in zip(OUTPUTS, inputs.into, strict=True))
+    o, state = (part(name, x) for name, x in zip(OUTPUTS, inputs.output_gradients, strict=True))
     return Inputs(plain, plain, (o, state))
 
 
@@ -114,43 +116,46 @@ def by_definition(inputs: Inputs) -> Named:
     """Outputs and gradients by the definition in float64."""
     leaves = with_gradients(inputs.plain, torch.float64)
     o, state = run_definition(leaves)
-    found = gradients((o, state), leaves, inputs.into)
+    found = gradients((o, state), leaves, inputs.output_gradients)
     return {"o": o.detach(), "final_state": state.detach()} | found
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
-    """Two sets of inputs with what is right for them: the case cut short, and as it is."""
+class Reference:
+    """Inputs, reference results and tolerance of a case, cut short and at its full size."""
 
     short: Inputs
     full: Inputs
-    truths: tuple[Named, Named]
+    results: tuple[Named, Named]
     tolerance: float
 
     def errors(self, backend: str, which: str) -> tuple[dict[str, float], dict[str, float]]:
         """Relative errors by tensor name, of the short case and of the full one."""
         found = []
-        for inputs, truth in zip((self.short, self.full), self.truths, strict=True):
+        for inputs, expected in zip((self.short, self.full), self.results, strict=True):
             got = inputs.run(backend, which)
-            found.append({name: relative_error(x, truth[name]) for name, x in got.items()})
+            found.append({name: relative_error(x, expected[name]) for name, x in got.items()})
         return found[0], found[1]
 
-    def objection(self, errors: dict[str, float]) -> str | None:
-        """What is wrong with these errors, or None."""
+    def failure(self, errors: dict[str, float]) -> str | None:
+        """The errors above the tolerance as a message, or None."""
         over = [f"{name} {x:.1e}" for name, x in errors.items() if not x <= self.tolerance]
         return f"relative error above {self.tolerance:g}: {', '.join(over)}" if over else None
 
 
-def appoint(case: Case, device: torch.device, which: str) -> Judge:
-    """The judge of a case's outputs and, unless `which` is "fwd", gradients. RuntimeError if the
-    torch backend in float64 is not what the definition says."""
+def make_reference(case: Case, device: torch.device, which: str) -> Reference:
+    """Reference results for a case's outputs and, unless `which` is "fwd", gradients. RuntimeError
+    if the torch backend in float64 disagrees with the definition."""
     short, full = make(shortened(case), device), make(case, device)
     definition, chunked = by_definition(short), in_float64(short, "fwd+bwd")
     for name, x in chunked.items():
         error = relative_error(x, definition[name])
         if not error <= TOLERANCE[torch.float64]:
-            raise RuntimeError(f"{name} by the torch backend in float64 is off by {error:.1e}")
-    return Judge(short, full, (definition, in_float64(full, which)), TOLERANCE[case.dtype])
+            raise RuntimeError(
+                f"{name} of the torch backend in float64 must match the definition, got a relative "
+                f"error of {error:.1e}; fix the torch backend first"
+            )
+    return Reference(short, full, (definition, in_float64(full, which)), TOLERANCE[case.dtype])
 
 
 class StepInputs(NamedTuple):
@@ -175,7 +180,7 @@ def _named(state: Tensor, kwargs: dict[str, Any]) -> Tensor:
 
 
 def make_step_inputs(case: StepCase, device: torch.device) -> StepInputs:
-    """Draw the tensors of a step that skips no row on the device, and compute what is right."""
+    """Draw a step's tensors on the device and compute its reference. No sequence may be skipped."""
     kwargs = make_step(case, device, draw=device)
     o, state = run_step_definition(kwargs)
     return StepInputs(kwargs, o, _named(state, kwargs))

@@ -16,7 +16,8 @@ TOLERANCE = {
     torch.float32: 1e-4,
     torch.float64: 1e-10,
 }
-"""Against the float64 definition, outputs and gradients: in relative error, and elementwise."""
+"""Tolerance of outputs and gradients against the float64 definition, by dtype: for the relative RMS
+error, and for elementwise comparison."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,11 @@ class Case:
 
     gates: "none" is g = 0, "weak" about -1e-3, "strong" about -20, "model" a freshly initialised
         Qwen3.5 layer's, "mixed" a spread from 0 to -5, "resets" the same with some -inf, -1e9 and
-        -200, "steep" (fused alone) an A_log whose exponential overflows beside a vanishing
-        softplus. cosine is the mean cosine between keys.
-        l2norm turns the L2 norm on, fused also the gate and the beta sigmoid, with raw inputs to
-        match.
+        -200, "steep" (with fused only) an A_log whose exponential overflows while softplus is close
+        to zero.
+    cosine: the mean cosine between keys.
+    l2norm: turns the fused L2 norm on. fused: turns on the fused L2 norm, gate and beta sigmoid,
+        with raw inputs.
     """
 
     name: str
@@ -55,7 +57,7 @@ class Case:
 
     @property
     def sequences(self) -> int:
-        """N: rows of the state."""
+        """N, the number of sequences."""
         return self.B if self.lengths is None else len(self.lengths)
 
 
@@ -84,4 +86,4 @@ CASES = (
     Case("steep-gates", T=130, HV=4, fused=True, gates="steep"),
     Case("correlated-keys", T=130, gates="weak", cosine=0.9),
 )
-"""The suite's cases, small enough for an interpreter."""
+"""The suite's cases, small enough for Triton's interpreter."""

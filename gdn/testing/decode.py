@@ -1,4 +1,4 @@
-"""The shared decode steps: cases, inputs with a pool of states, and the truth."""
+"""The shared decode steps: cases, inputs with a pool of states, and reference results."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from .inputs import make_inputs
 class StepCase(Case):
     """One kind of decode step: a `Case` of few tokens, and a pool.
 
-    slots: "own" for no state_indices, "one" for one slot a sequence, in a pool three times as large
-        where every third sequence is skipped unless `full`, "each" for one slot a token, likewise,
-        starting from different columns. padding: elements between slots.
+    slots: "own" has no state_indices. "one" has one slot per sequence, "each" one slot per token
+        and different columns to start from; the pool is three times as large as needed, and every
+        third sequence is skipped unless `full`.
+    pool: the dtype of the states. padding: elements between slots.
     """
 
     T: int = 1
@@ -45,7 +46,7 @@ STEPS = (
     StepCase("speculative-packed", lengths=(2, 0, 3, 1), HV=4, slots="each", state_v_first=True),
     StepCase("speculative-bfloat16", B=4, T=2, HV=4, slots="each", pool=torch.bfloat16),
 )
-"""Steps that reach every option of `gdn.gated_delta_net_decode`."""
+"""Steps that cover every option of `gdn.gated_delta_net_decode`."""
 
 
 def make_step(
@@ -88,7 +89,7 @@ def make_step(
         named = set(read.tolist()) - {case.null_index}
         pool[[slot for slot in range(slots) if slot not in named]] = float("nan")
     tensors = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in inputs.items()}
-    pool = pool.to(device, exact)  # padding belongs to it, so that strides survive
+    pool = pool.to(device, exact)  # with its padding, so that the strides stay
     return tensors | {"state": pool[:, :size].view(slots, *shape)}
 
 
@@ -107,7 +108,7 @@ def as_step(inputs: dict[str, Any]) -> Step:
 
 
 def named(slot: int, null_index: int, slots: int) -> bool:
-    """Whether a slot is one of the pool's."""
+    """Whether a slot lies in the pool and is not null_index."""
     return slot != null_index and 0 <= slot < slots
 
 
@@ -115,7 +116,7 @@ def run_step_definition(
     inputs: dict[str, Any], dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """o and the pool after the step by the definition, in `dtype`, from the keyword arguments of
-    `gdn.gated_delta_net_decode`, which stay as they are."""
+    `gdn.gated_delta_net_decode`. The arguments are not changed."""
     step = as_step(inputs)
     call = step.call
     q, k, g, beta = activate(call, dtype)

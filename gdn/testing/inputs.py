@@ -1,4 +1,4 @@
-"""Inputs of a case, its gradients, and what the definition says of it."""
+"""Inputs of a case, its gradients, and its results by the definition."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdn.definition import gated_delta_rule
-from gdn.problem import Call
+from gdn.problem import DIFFERENTIABLE, Call
 
 from .cases import Case
-
-DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
-"""The keyword names that may carry a gradient, in the order of
-`gdn.problem.Call.differentiable`."""
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
@@ -50,8 +46,8 @@ def _log_decay(case: Case, B: int, T: int, generator: torch.Generator) -> Tensor
 
 
 def _gate_parameters(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A_log, dt_bias: as a new layer's (A in (0, 16), step in (1e-3, 0.1)), or plain normal
-    numbers."""
+    """A_log, dt_bias: for "model" those of a new layer (A in (0, 16), step in (1e-3, 0.1)), else
+    normal numbers."""
     if case.gates == "steep":
         noise = 0.5 * _normal(generator, case.HV)
         return torch.full_like(noise, 100.0), noise - 101
@@ -69,8 +65,9 @@ def make_inputs(
     seed: int = 0,
     draw: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Keyword arguments of `gdn.gated_delta_net` for a case, no gradients on; drawn on the CPU, so
-    that values are the same on every device, unless `draw` names another (large cases: sooner).
+    """Keyword arguments of `gdn.gated_delta_net` for a case, without gradients. They are drawn on
+    the CPU, so that values are the same on every device; `draw` names another device, which is
+    faster for large cases.
 
     g and beta are float32, q, k, v the case's dtype, states and gate parameters float32 (float64 in
     float64).
@@ -127,8 +124,8 @@ def make_output_gradients(
     """Random gradients of o (the case's dtype) and of the final state, for one case, drawn as in
     `make_inputs`.
 
-    Scaled so that every gradient of the suite's cases has elements of order 1 or less, where an
-    absolute tolerance means as much as a relative one.
+    They are scaled so that the gradients of the suite's cases have elements of order 1 or less: the
+    absolute tolerance then suits them as well as the relative one.
     """
     generator = torch.Generator(draw).manual_seed(1)
     exact = torch.float64 if case.dtype == torch.float64 else torch.float32
@@ -139,13 +136,13 @@ def make_output_gradients(
 
 
 def gradients(
-    outputs: tuple[Tensor, Tensor],
+    outputs: tuple[Tensor, ...],
     inputs: dict[str, Any],
-    output_gradients: tuple[Tensor, Tensor],
+    output_gradients: tuple[Tensor, ...],
     again: bool = False,
 ) -> dict[str, Tensor]:
-    """Gradients of the differentiable inputs, by name, given those of o and of the final state;
-    with `again`, what backward needs is kept for another time."""
+    """Gradients of the differentiable inputs, by name, given those of o and of the final state.
+    With `again` the graph is kept for another backward."""
     names = [name for name in DIFFERENTIABLE if inputs.get(name) is not None]
     into = [gradient.to(x) for gradient, x in zip(output_gradients, outputs, strict=True)]
     found = torch.autograd.grad(

@@ -1,4 +1,4 @@
-"""What a well-formed call is, and the words when it is not."""
+"""The checks of arguments, and their error messages."""
 
 from .metadata import validate, validate_step
 from .types import DEFINITION, check_types, no_tensor, refuse_gradients, refuse_tangents

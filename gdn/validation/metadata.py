@@ -1,4 +1,4 @@
-"""What a call must look like: every argument checked from metadata, each error with its remedy."""
+"""Checks of arguments from metadata alone: shapes, dtypes, devices and options."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _require_shape(name: str, x: Tensor, form: str, shape: tuple[int, ...], hint
 def validate(call: Call) -> None:
     """Raise ValueError unless the call is well-formed; from metadata alone, without a device sync.
 
-    What index tensors hold is checked by `gdn.validation.values`.
+    `gdn.validation.values` checks the values of index tensors.
     """
     q, k, v = call.q, call.k, call.v
     for name, x, form in (
@@ -59,7 +59,7 @@ def validate(call: Call) -> None:
         raise ValueError(
             f"HV must be a multiple of H, and H, K, V at least 1, got H = {H}, HV = {HV}, "
             f"K = {K}, V = {V}; "
-            "q and k hold the fewer heads under grouped value attention"
+            "q and k have H heads, v has HV"
         )
     _require_shape("g", call.g, "[B, T, HV]", (B, T, HV))
     _require_shape("beta", call.beta, "[B, T, HV]", (B, T, HV))
@@ -105,13 +105,13 @@ def _validate_options(call: Call) -> None:
             call.use_gate_in_kernel,
             lambda name=name: (
                 f"{name} must come with use_gate_in_kernel=True, got False; "  # type: ignore[misc]
-                "g is taken as the finished log decay otherwise"
+                "without it g is the finished log decay"
             ),
         )
         _require_shape(name, x, "[HV]", (HV,))
     _require(
         not call.use_gate_in_kernel or call.A_log is not None,
-        lambda: "A_log must be given with use_gate_in_kernel=True, got None; pass the layer's",
+        lambda: "A_log must be given with use_gate_in_kernel=True, got None; pass A_log [HV]",
     )
     _require(
         not call.allow_neg_eigval or call.use_beta_sigmoid_in_kernel,
@@ -177,7 +177,7 @@ def _require_state(
 
 
 def validate_step(step: Step) -> None:
-    """The same for a decode step."""
+    """Raise ValueError unless the decode step is well-formed; from metadata alone."""
     call, state, indices = step.call, step.state, step.state_indices
     validate(call)
     N, T = call.sequences, call.q.shape[1]

@@ -1,4 +1,4 @@
-"""What an argument must be before its shape is looked at: a tensor, without a forward-mode tangent,
+"""Checks that come before those of shapes: arguments are tensors, without forward-mode tangents,
 and in decode without gradients."""
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch.autograd import forward_ad
 from gdn.problem import CALL_TENSORS, DIFFERENTIABLE, Call, Step
 
 DEFINITION = "gdn.definition.gated_delta_rule(gdn.problem.Call(q, k, v, g, beta, scale=K**-0.5))"
-"""What to call where the op has no derivative; a Call's own scale is 1."""
+"""What error messages recommend where the op has no derivative. A Call's default scale is 1."""
 
 
 def no_tensor(name: str, x: object, remedy: str = "see torch.as_tensor") -> TypeError:
-    """What is raised where the argument of this name must be a tensor, and x is none."""
+    """The TypeError for an argument x that must be a tensor and is not."""
     return TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; {remedy}")
 
 
@@ -29,14 +29,14 @@ def tensors_of(call: Call | Step) -> Iterable[tuple[str, Tensor | None]]:
 
 
 def check_types(call: Call | Step) -> None:
-    """TypeError if what must be a tensor is none; of all else the schema says it."""
+    """TypeError if a tensor argument is not a tensor. The op's schema checks all other types."""
     for name, x in tensors_of(call):
         if not (x is None or isinstance(x, Tensor)):
             raise no_tensor(name, x)
 
 
 def refuse_tangents(call: Call | Step) -> None:
-    """RuntimeError if an input has a tangent of the forward mode, which would be lost."""
+    """RuntimeError if an input has a forward-mode tangent, which the op would drop."""
     op = "gated_delta_net" if isinstance(call, Call) else "gated_delta_net_decode"
     differentiable = (*DIFFERENTIABLE, "state")
     for name, x in tensors_of(call):
@@ -52,7 +52,7 @@ def refuse_tangents(call: Call | Step) -> None:
 def refuse_gradients(step: Step) -> None:
     """RuntimeError if an input of a decode step requires grad."""
     for name, x in tensors_of(step):
-        if getattr(x, "requires_grad", False):  # `check_types` sees to what is no tensor
+        if getattr(x, "requires_grad", False):  # `check_types` reports other types
             raise RuntimeError(
                 f"gdn.gated_delta_net_decode is not differentiable, and {name} requires grad; "
                 "call it under torch.no_grad(), or use gdn.gated_delta_net"

@@ -1,4 +1,4 @@
-"""What index tensors must hold: checked at once on the CPU; on a GPU without a device sync."""
+"""Checks of the values of index tensors: at once on the CPU, on a GPU without a device sync."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _checked: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
 def check_cu_seqlens(call: Call) -> None:
     """Check that cu_seqlens starts at 0, never descends and ends at T.
 
-    On the CPU (or given cu_seqlens_cpu) at every call, with a ValueError. On a GPU without a device
-    sync: an asynchronous device-side assertion, queued once for a tensor that has not changed since
-    (layers of one model share theirs; one made in inference mode does not say when it changes), so
-    that the error surfaces at the next synchronisation.
+    On the CPU, or with cu_seqlens_cpu, every call checks and raises ValueError. On a GPU the check
+    is an asynchronous device-side assertion, so the error surfaces at the next synchronisation. It
+    is queued once per tensor, since layers of one model share theirs, and again after the tensor
+    changes. Changes of a tensor that was made in inference mode are not noticed.
     """
     cu_seqlens = call.cu_seqlens
     if cu_seqlens is None or cu_seqlens.is_meta:
@@ -62,10 +62,11 @@ def check_cu_seqlens(call: Call) -> None:
 
 
 def check_slots(step: Step) -> None:
-    """Check that state_indices and num_accepted_tokens point to slots, each to its own, or nowhere.
+    """Check that state_indices holds null_index and different slots of the pool, and that
+    num_accepted_tokens holds columns of state_indices.
 
-    On the CPU alone. On a GPU the indices change with every step, and even an assertion would cost
-    more than the step; what lies outside the pool is treated as null_index there.
+    Only on the CPU. On a GPU the indices change with every step, and even an assertion would take
+    longer than the step; there a slot outside the pool counts as null_index.
     """
     indices, accepted = step.state_indices, step.num_accepted_tokens
     if indices is None or not indices.is_cpu:

@@ -1,5 +1,5 @@
-"""TileLang's kernels on a CPU: the CUDA that it generates, host code and all, compiled for the
-machine at hand against the headers beside this."""
+"""TileLang's kernels on a CPU: the CUDA and host code that TileLang generates, compiled for this
+machine with the headers in this folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 HERE = Path(__file__).parent
 GUARD = 1 << 16
-"""Bytes on either side of a tensor, as seen by a kernel."""
+"""Guard bytes on either side of a tensor."""
 _CUDA, _INT, _FLOAT, _TENSOR = 2, 1, 3, 7
 _CODES = {torch.int32: 0, torch.int64: 0, torch.float16: 2, torch.float32: 2, torch.bfloat16: 4}
 
@@ -73,7 +73,8 @@ def _library(kernel: Any, folder: Path, edit: Callable[[str], str]) -> ctypes.CD
 
 
 class _Guarded:
-    """A copy of a tensor's memory between bytes that nobody may write, and whose floats are NaN."""
+    """A copy of a tensor's memory between guard bytes. A kernel must not write them; as floats they
+    are NaN."""
 
     def __init__(self, x: torch.Tensor) -> None:
         last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
@@ -85,7 +86,7 @@ class _Guarded:
         self.inside.copy_(self.memory)
 
     def take_back(self) -> None:
-        """Copy what was written."""
+        """Copy the memory back to the tensor. RuntimeError if a guard byte has changed."""
         if not all((guard == 255).all() for guard in self.guards):
             raise RuntimeError("wrote past a tensor")
         bits = (x.view(torch.uint8) for x in (self.inside, self.memory))
@@ -94,7 +95,7 @@ class _Guarded:
 
 
 def _tensor(x: torch.Tensor, place: int) -> _Tensor:
-    """A tensor of the CPU, its memory at `place`, that says that it is a GPU's."""
+    """The DLTensor of a CPU tensor with its memory at `place`, marked as a CUDA tensor."""
     sizes = [(ctypes.c_int64 * max(x.dim(), 1))(*given) for given in (x.shape, x.stride())]
     bits = 8 * x.element_size()
     return _Tensor(place, _CUDA, 0, x.dim(), _CODES[x.dtype], bits, 1, *sizes, 0)
@@ -103,8 +104,8 @@ def _tensor(x: torch.Tensor, place: int) -> _Tensor:
 def emulate(
     kernel: Any, folder: Path, late: bool, edit: Callable[[str], str] = str, slow: int = -1
 ) -> Callable[..., None]:
-    """A function that runs a compiled kernel on tensors of the CPU. folder: for what is compiled;
-    late, slow: see `block.h`; edit: changes the CUDA before it is compiled."""
+    """A function that runs a compiled kernel on CPU tensors. folder: for the compiled libraries;
+    late, slow: see `block.h`; edit: changes the CUDA source before it is compiled."""
     library = _library(kernel, folder, edit)
 
     def run(*args: Any) -> None:

@@ -1,0 +1,76 @@
+"""The buffers in which `prepare.py` leaves each chunk's factors and matrices for later stages.
+
+They have an entry for each chunk slot and value head, number chunk_head = slot * HV + head, padded
+to C tokens. In the notation of `prepare.py`:
+
+factors [slots, HV, NUM_FACTORS, C], float32, a row each of
+    GATE_SUM           G
+    BETA               beta
+    U_TO_STATE         e^{gamma - G} rk, the factor of U in the state's update
+    QS_TO_O            scale e^G rq, the factor of Q S in o
+    RQ, RK             rq, rk, the reciprocal norms of q and k (1 if not fused)
+    GATE_SUM_RESIDUAL  what G loses when it is rounded to float32 (0 unless the call is float32)
+
+matrices [slots, HV, NUM_MATRICES, C, C], in the call's dtype
+    A_V                A diag(beta)
+    A_K                A diag(beta e^G rk)
+    SCORES             P
+    INVERSE            A, written for backward only
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import round_to
+
+NUM_FACTORS = tl.constexpr(7)
+GATE_SUM, BETA, U_TO_STATE, QS_TO_O, RQ, RK, GATE_SUM_RESIDUAL = (tl.constexpr(i) for i in range(7))
+NUM_MATRICES = tl.constexpr(4)
+A_V, A_K, SCORES, INVERSE = (tl.constexpr(i) for i in range(4))
+
+
+@triton.jit
+def load_factor(factors, chunk_head, row: tl.constexpr, C: tl.constexpr):
+    """A row [C] of `factors`."""
+    return tl.load(factors + (chunk_head * NUM_FACTORS + row) * C + tl.arange(0, C))
+
+
+@triton.jit
+def store_factor(factors, value, chunk_head, row: tl.constexpr, C: tl.constexpr):
+    """Store value [C] where `load_factor` reads."""
+    tl.store(factors + (chunk_head * NUM_FACTORS + row) * C + tl.arange(0, C), value)
+
+
+@triton.jit
+def load_gamma(factors, chunk_head, C: tl.constexpr):
+    """gamma, the log decay over a whole chunk: the last element of G."""
+    return tl.load(factors + (chunk_head * NUM_FACTORS + GATE_SUM) * C + C - 1)
+
+
+@triton.jit
+def load_gate_sums(factors, chunk_head, C: tl.constexpr, dtype: tl.constexpr):
+    """G [C], precise enough for differences: float64 for float32 calls, else float32."""
+    G = load_factor(factors, chunk_head, GATE_SUM, C)
+    if dtype == tl.float32:
+        G = G.to(tl.float64) + load_factor(factors, chunk_head, GATE_SUM_RESIDUAL, C)
+    return G
+
+
+@triton.jit
+def load_matrix(x, index, first_row, ROWS: tl.constexpr, BR: tl.constexpr, C: tl.constexpr):
+    """BR rows from first_row of matrix number `index` in x [.., ROWS, C]; zero past ROWS."""
+    r, c = first_row + tl.arange(0, BR)[:, None], tl.arange(0, C)[None, :]
+    pointers = x + index * (ROWS * C) + (r * C + c)
+    if ROWS % BR == 0:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(r < ROWS) & (c >= 0), other=0.0)
+
+
+@triton.jit
+def store_matrix(x, value, index, first_row, ROWS: tl.constexpr, BR: tl.constexpr, C: tl.constexpr):
+    """Store value [BR, C] where `load_matrix` reads, rounded to x's dtype."""
+    r, c = first_row + tl.arange(0, BR)[:, None], tl.arange(0, C)[None, :]
+    pointers = x + index * (ROWS * C) + (r * C + c)
+    tl.store(pointers, round_to(value, x.dtype.element_ty), mask=(r < ROWS) & (c >= 0))
