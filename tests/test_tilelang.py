@@ -1,6 +1,6 @@
-"""TileLang's kernels, compiled for sm_90a without a device: no register is spilled where time is
-spent, and nowhere is a product on the tensor cores made to wait for the one before. What they
-compute, the shared suite has, on a GPU; here is what its short cases do not reach."""
+"""TileLang's kernels, compiled for sm_90a without a GPU: no register is spilled where time is
+spent, and ptxas serialises no product. The shared suite checks on a GPU what they compute; the GPU
+tests here reach what its short cases do not."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
 
 from gdn.backends.tilelang import arguments  # noqa: E402
+from gdn.backends.tilelang import compile as compilation  # noqa: E402
 from gdn.backends.tilelang import memory_rounds as rounds  # noqa: E402
 from gdn.backends.tilelang.backward.plan import BackwardPass  # noqa: E402
 from gdn.backends.tilelang.forward import plan as forward_plan  # noqa: E402
-from gdn.backends.tilelang.forward.plan import ForwardPass, cut, saved_shapes  # noqa: E402
-from gdn.backends.tilelang.forward.prepare import PROGRAMS  # noqa: E402
+from gdn.backends.tilelang.forward.plan import ForwardPass, choose_pieces, saved_shapes  # noqa: E402
+from gdn.backends.tilelang.forward.prepare import BLOCKS_PER_SM  # noqa: E402
 from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH  # noqa: E402
 
 SMALL = Case("dense", T=64, B=2, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16)
@@ -52,7 +53,7 @@ def plan_of(case: Case, device: str = "meta") -> tuple[ForwardPass, Call]:
 
 
 def verdict(kernel: Any, folder: Path, to: str = "-cubin") -> str:
-    """What nvcc says while it compiles a kernel to kernel.out; of a cubin, what ptxas finds."""
+    """Compile a kernel to kernel.out, and return what nvcc, and for a cubin ptxas, says."""
     source = folder / "kernel.cu"
     source.write_text(kernel.get_kernel_source())
     command = ["nvcc", "-std=c++17", "-O3", "--use_fast_math", "-DENABLE_BF16", to]
@@ -63,8 +64,8 @@ def verdict(kernel: Any, folder: Path, to: str = "-cubin") -> str:
 
 
 def assert_registers_suffice(source: str, said: str) -> None:
-    """Warpgroups that ask for more registers than a program was given wait for ever. Of those that
-    share their code, which come first, the source says once what each asks for."""
+    """A thread block hangs if its warpgroups ask for more registers than it was given. Warpgroups
+    that share their code come first; the source says once what each of them asks for."""
     asked = [int(n) for n in re.findall(r"warpgroup_reg_(?:de)?alloc<(\d+)>", source)]
     if asked:
         groups = int(re.findall(r"__launch_bounds__\((\d+)", source)[-1]) // 128
@@ -73,7 +74,7 @@ def assert_registers_suffice(source: str, said: str) -> None:
 
 
 def call_of(H: int, HV: int, B: int, T: int) -> Call:
-    """Shapes alone."""
+    """A call of these shapes, on the meta device."""
     case = replace(SMALL, B=B, T=T, H=H, HV=HV)
     return Call(**{"scale": 1.0} | make_inputs(case, "meta"))
 
@@ -93,7 +94,7 @@ def test_programs_of_prepare_fit_beside_each_other(name: str) -> None:
     plan, call = plan_of(PLANS[name])
     host = plan.kernels(save=True)[0].adapter.get_host_source()
     given = int(re.findall(r"v_int64\) = \(\(int64_t\)(\d+)\)", host)[-1])
-    together = PROGRAMS[arguments.dtype_name(call.q)]
+    together = BLOCKS_PER_SM[arguments.dtype_name(call.q)]
     assert together * (given + 2048) <= 228 * 1024  # a KB for its barriers, one for the driver
 
 
@@ -105,13 +106,13 @@ def test_backward_neither_spills_nor_serialises(name: str, tmp_path: Path) -> No
         said = verdict(kernel, tmp_path)
         assert_registers_suffice(kernel.get_kernel_source(), said)
         spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))
-        # addresses, of those who take columns
+        # addresses, in the inter-chunk warpgroups
         assert spilled <= (40 if kernel is gradients else 0), said
         assert "serialized" not in said, said
 
 
 def test_walks_have_the_fences_that_they_place_and_no_other(tmp_path: Path) -> None:
-    """TileLang's are in the CUDA, and nothing to the compiler (`fences.py`)."""
+    """TileLang's fences are in the CUDA, but compile to nothing (`tile/proxy_fence.py`)."""
     plan, call = plan_of(SMALL)
     _, scan = plan.kernels(save=False)
     _, states, reverse_scan, _ = BackwardPass(call).kernels(initial=True, final=True)
@@ -140,20 +141,21 @@ def test_kernels_are_read_in_turn_and_compiled_side_by_side(
         return name
 
     monkeypatch.setattr(tilelang, "compile", compile_)
-    job = compiling.kernel(builder)
-    assert compiling.together(*((job, {"name": name}) for name in "abc")) == ["a", "b", "c"]
+    job = compilation.kernel(builder)
+    jobs = [(job, {"name": name}) for name in "abc"]
+    assert compilation.compile_together(*jobs) == ["a", "b", "c"]
 
 
 def test_pieces_and_warpgroups_follow_from_shapes_alone() -> None:
     chosen = {name: plan_of(case)[0] for name, case in PLANS.items()}
-    assert {name: plan.cuts[True][0] for name, plan in chosen.items()} == {
+    assert {name: plan.pieces[True][0] for name, plan in chosen.items()} == {
         "dense": None, "many": None, "packed": None, "cut": 512, "halved": 8192,
     }  # fmt: skip
-    several = {name: plan.walks[False][-1][1]["warpgroups"] for name, plan in chosen.items()}
+    several = {name: plan.scan_jobs[False][-1][1]["warpgroups"] for name, plan in chosen.items()}
     assert several == {"dense": 1, "many": 2, "packed": 1, "cut": 1, "halved": 2}
-    long = replace(SMALL, T=2048, B=20)  # 1280 blocks of two value heads for 528 programs
-    shares = {name: plan.shares for name, plan in (chosen | {"long": plan_of(long)[0]}).items()}
-    assert shares == {
+    long = replace(SMALL, T=2048, B=20)  # 1280 pairs of value heads for 528 thread blocks
+    everything = chosen | {"long": plan_of(long)[0]}
+    assert {name: plan.prepare_grid for name, plan in everything.items()} == {
         "dense": (8, 1), "many": (80, 1), "packed": (6, 1), "cut": (128, 1), "halved": (528, 4),
         "long": (528, 2),
     }  # fmt: skip
@@ -161,10 +163,10 @@ def test_pieces_and_warpgroups_follow_from_shapes_alone() -> None:
 
 def test_long_pieces_are_halved_where_no_backward_is_to_come() -> None:
     for shape, length in (((4, 16, 1, 32768), 8192), ((2, 8, 1, 32768), 4096)):
-        assert [cut(call_of(*shape), save) for save in (False, True)] == [
+        assert [choose_pieces(call_of(*shape), save) for save in (False, True)] == [
             (length // 2, 2), (length, 1),
         ]  # fmt: skip
-    assert cut(call_of(4, 16, 1, 8192), False) == (2048, 1)
+    assert choose_pieces(call_of(4, 16, 1, 8192), False) == (2048, 1)
 
 
 def test_little_is_saved_for_backward() -> None:
@@ -181,14 +183,14 @@ def test_little_is_saved_for_backward() -> None:
         (16, 32, 4, 8192, (2, 1)),
         (16, 64, 4, 8192, (1, 1)),
         (16, 64, 1, 131072, (1, 4)),
-        (16, 16, 2, 131072, (2, 1)),  # one alone leaves multiprocessors idle
+        (16, 16, 2, 131072, (2, 1)),  # one alone leaves SMs idle
         (8, 16, 1, 131072, (1, 1)),  # in pieces
     ],
 )
 def test_rounds_of_backward(H: int, HV: int, B: int, T: int, shares: tuple[int, int]) -> None:
     call = call_of(H, HV, B, T)
     found = rounds.memory_rounds(call)
-    assert rounds.split(call) == shares
+    assert rounds.round_shape(call) == shares
     chunks = [(n, c) for r in found for n in range(r.first, r.last) for c in range(r.start, r.stop)]
     assert sorted(chunks) == [(n, c) for n in range(B) for c in range(T // 64)]
     assert [r.part for r in found if r.first == 0] == list(reversed(range(shares[1])))
@@ -230,12 +232,12 @@ def test_pieces_walked_at_the_same_time(
 ) -> None:
     inputs = make_inputs(case, "cuda")
     if halved:
-        monkeypatch.setattr(forward_plan, "HALF", 1)
+        monkeypatch.setattr(forward_plan, "MIN_HALF_PIECE_CHUNKS", 1)
     else:
         inputs = with_gradients(inputs)
-    assert ForwardPass(Call(**{"scale": 1.0} | inputs)).cuts[not halved][0] is not None
+    assert ForwardPass(Call(**{"scale": 1.0} | inputs)).pieces[not halved][0] is not None
     expected = truth(case)
-    for name, value in run("tilelang", case, inputs, "cuda").items():
+    for name, value in run("tilelang", case, inputs).items():
         # not element by element: where little decays they are not of order 1
         assert relative_error(value, expected[name]) < TOLERANCE[case.dtype], name
 
@@ -247,14 +249,14 @@ def test_pieces_walked_at_the_same_time(
 def test_backward_in_rounds(
     monkeypatch: pytest.MonkeyPatch, B: int, T: int, shares: tuple[int, int]
 ) -> None:
-    """Each takes the memory of the one before."""
-    monkeypatch.setattr(rounds, "LEAST", 1)
+    """Each memory round reuses the buffers of the one before."""
+    monkeypatch.setattr(rounds, "MIN_ROUND_BYTES", 1)
     case = Case(
         "rounds", T=T, B=B, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16, fused=True,
         gates="model",
     )  # fmt: skip
     inputs = with_gradients(make_inputs(case, "cuda"))
-    assert rounds.split(Call(**{"scale": 1.0} | inputs)) == shares
+    assert rounds.round_shape(Call(**{"scale": 1.0} | inputs)) == shares
     expected = truth(case)
-    for name, value in run("tilelang", case, inputs, "cuda").items():
+    for name, value in run("tilelang", case, inputs).items():
         assert_close(name, value, expected[name], case.dtype)

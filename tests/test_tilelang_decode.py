@@ -1,5 +1,5 @@
-"""TileLang's decode kernels, compiled for sm_90a without a device: no register spills, states move
-16 bytes at a time, calls bind their arguments. What they compute, test_decode.py has, on a GPU."""
+"""TileLang's decode kernels, compiled for sm_90a without a GPU: no register is spilled, states move
+16 bytes at a time, calls bind their arguments. test_decode.py checks on a GPU what they compute."""
 
 from __future__ import annotations
 

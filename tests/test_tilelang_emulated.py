@@ -1,6 +1,6 @@
-"""What TileLang's kernels compute, without a GPU: the CUDA that it generates, run on the CPU by
-`hopper`, through the op, against the definition. Each case runs in two worlds: in the early one,
-copies and products happen at once, in the late one not before the kernels wait for them."""
+"""What TileLang's kernels compute, without a GPU: `hopper` runs the generated CUDA on the CPU. The
+op is compared with the definition, in two worlds: in the early one, copies and products happen at
+once; in the late one, only when the kernels wait for them."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Emulated(TileLangBackend):
     capabilities = replace(TileLangBackend.capabilities, devices=("cpu",), min_sm=None, max_sm=None)
 
 
-def three_programs(call: Any, chunks: int) -> tuple[int, int]:
-    """What `prepare` is launched with where there are many chunks for a program to take."""
+def three_blocks(call: Any, chunks: int) -> tuple[int, int]:
+    """The launch of `prepare` for a call with many chunks a thread block."""
     H, HV = call.q.shape[2], call.v.shape[2]
     return min(3, chunks * H), HV // H
 
@@ -80,14 +80,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(
     folder: Path, clean_registry: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., None]:
-    """A function that brings the backend into the late world or the early one, its kernels changed
-    by `edit`, the warp `slow` waiting until all others do."""
+    """A function that registers the backend in the late or the early world. `edit` changes the CUDA
+    of its kernels; the warp `slow` runs only when all others wait."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(streams, "_aside", lambda device: stream)
-    monkeypatch.setattr(backward, "sm_count", lambda device: 3)  # a program takes many chunks
-    monkeypatch.setattr(forward, "shares", three_programs)
+    # few SMs: a thread block takes many chunks
+    monkeypatch.setattr(backward, "sm_count", lambda device: 3)
+    monkeypatch.setattr(forward, "choose_prepare_grid", three_blocks)
 
     def enter(late: bool, edit: Callable[[str], str] = str, slow: int = -1) -> None:
         def entries(kernels: list[Any]) -> list[Callable[..., None]]:
@@ -116,7 +117,7 @@ def test_agrees_with_the_definition(
 
 def check(case: Case, inputs: dict[str, Any]) -> None:
     expected = truth(case)
-    for name, value in run("emulated", case, inputs, "cpu").items():
+    for name, value in run("emulated", case, inputs).items():
         assert_close(name, value, expected[name], case.dtype)
 
 
@@ -132,7 +133,7 @@ def test_coupled_while_the_part_before_is_walked(
     world: Callable[..., None], monkeypatch: pytest.MonkeyPatch, late: bool, initial: bool
 ) -> None:
     world(late)
-    monkeypatch.setattr(forward, "SEGMENT", 2)
+    monkeypatch.setattr(forward, "MIN_SEGMENT_CHUNKS", 2)
     case = replace(LARGE, T=300, B=2, initial_state=initial)
     check(case, make_inputs(case))
 
@@ -149,9 +150,9 @@ def test_long_pieces_are_halved(
     world: Callable[..., None], monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     world(late)
-    monkeypatch.setattr(forward, "HALF", 1)
+    monkeypatch.setattr(forward, "MIN_HALF_PIECE_CHUNKS", 1)
     inputs = make_inputs(CUT)
-    assert forward.cut(Call(**{"scale": 1.0} | inputs), False) == (256, 2)
+    assert forward.choose_pieces(Call(**{"scale": 1.0} | inputs), False) == (256, 2)
     check(CUT, inputs)
 
 
@@ -169,18 +170,18 @@ def test_backward_in_rounds(
     shares: tuple[int, int],
 ) -> None:
     world(late=False)
-    monkeypatch.setattr(rounds, "LEAST", 1)
+    monkeypatch.setattr(rounds, "MIN_ROUND_BYTES", 1)
     monkeypatch.setattr(rounds, "sm_count", lambda device: 3)
     case = replace(GROUPED, B=B, T=T, initial_state=initial)
     inputs = with_gradients(make_inputs(case))
-    assert rounds.split(Call(**{"scale": 1.0} | inputs)) == shares
+    assert rounds.round_shape(Call(**{"scale": 1.0} | inputs)) == shares
     check(case, inputs)
 
 
 @pytest.mark.parametrize("slow", [0, 5, 8, 9, 10, 12, 13, 14])
 def test_a_warp_may_be_slow(world: Callable[..., None], slow: int) -> None:
-    """One of each role: in `gradients`, of either half of the columns, of the pairs, the one that
-    loads, the one that finishes, one for weak beta; in the other kernels, of what they have."""
+    """Warps of every role. In `gradients`: warps of both inter-chunk warpgroups and of the
+    intra-chunk warpgroup, the producer warp, the storing warp and a dv warp."""
     world(late=True, slow=slow)
     check(GROUPED, with_gradients(make_inputs(GROUPED)))
 
@@ -198,26 +199,26 @@ SMALL = replace(LARGE, name="small", B=1, T=130)
 @pytest.mark.parametrize(
     ("waits", "late"),
     [
-        ("k_full[0].wait((loads[0] & 1));", True),
+        ("k_ready[0].wait((k_loads[0] & 1));", True),
         ("tl::wait_wgmma<0>();", True),
         ("tl::__sync_thread_partial(1, 128);", False),
     ],
     ids=["copy", "product", "threads"],
 )
 def test_a_missing_wait_shows(world: Callable[..., None], waits: str, late: bool) -> None:
-    """The other tests can fail."""
+    """The tests above can fail."""
     world(late, lambda source: source.replace(waits, ""))
     with pytest.raises((AssertionError, RuntimeError)):
         check(SMALL, make_inputs(SMALL))
 
 
 def test_a_store_past_a_tensor_shows(world: Callable[..., None]) -> None:
-    world(False, lambda source: source.replace("walk[", "walk[-1 + ", 1))
+    world(False, lambda source: source.replace("scan_factors[", "scan_factors[-1 + ", 1))
     with pytest.raises(RuntimeError, match="past a tensor"):
         check(SMALL, make_inputs(SMALL))
 
 
 def test_a_lost_arrival_is_a_deadlock(world: Callable[..., None]) -> None:
-    world(False, lambda source: source.replace("q_full[0].arrive();", ""))
+    world(False, lambda source: source.replace("q_ready[0].arrive();", ""))
     with pytest.raises(RuntimeError, match="deadlock"):
         check(SMALL, make_inputs(SMALL))

@@ -1,14 +1,12 @@
-"""Our TileLang kernels for Hopper: two forward and four backward, of which few heads launch two
-again and `carry`, and one to decode.
+"""TileLang kernels for Hopper GPUs. docs/kernels.md explains them and gives a reading order.
 
-`prepare.py` couples the tokens of every chunk, by itself; `scan.py` then carries the states along
-and reads them; `carry.py` lets the pieces of a sequence be walked at the same time.
-`couple.py`, `inverse.py`, `squares.py`, `feed.py` and `advance.py` are what their warps do,
-`forward.py` is their order.
-`gates.py`, `states.py`, `reverse_scan.py` and `gradients.py` go back (with `reverse_memory.py`,
-`gradient_memory.py`, `through_states.py`, `within_chunk.py`, `per_token.py`, `sums.py` and
-`transposed.py`), in the order of `backward.py` and the rounds of `rounds.py`.
-`decode.py` and `part.py` are the serving step. `launch.py` is how a kernel is compiled.
+- `forward/`: `prepare` computes for all chunks in parallel what needs no state; `scan` then updates
+  the state chunk by chunk and computes the outputs.
+- `backward/`: `gate_sums`, `recompute_states`, `reverse_scan` and `gradients`, in memory rounds
+  (`memory_rounds.py`).
+- `combine_pieces.py`: the states between the pieces of a sequence, for both.
+- `decode/`: the serving step, a few tokens a sequence.
+- `tile/`: building blocks that kernels share. `compile.py`: how a kernel is compiled.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from gdn.problem import FLAGS, Call, Problem, Step
 
 
 class TileLangBackend(Backend):
-    """Hopper alone: its asynchronous products, copies and barriers are what the kernels use."""
+    """Runs on Hopper only: the kernels use its WGMMA products, TMA copies and barriers."""
 
     name = "tilelang"
     summary = "our TileLang kernels"
@@ -50,7 +48,7 @@ class TileLangBackend(Backend):
     priority = 400
 
     def unavailable(self) -> str | None:
-        """Also where there is no nvcc, which compiles the kernels."""
+        """Adds to the common reasons that nvcc, which compiles the kernels, is missing."""
         return super().unavailable() or (None if _has_nvcc() else "no nvcc, of CUDA 12 or newer")
 
     def path(self, problem: Problem) -> str:
@@ -72,7 +70,7 @@ class TileLangBackend(Backend):
 
 
 def _has_nvcc() -> bool:
-    """Whether nvcc is where TileLang looks for it."""
+    """Whether nvcc is in a place where TileLang looks for it."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     found = (shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes if home)
     return (

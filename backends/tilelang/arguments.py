@@ -1,4 +1,4 @@
-"""What kernels are given: static options that name a variant, and tensors as TMA takes them."""
+"""Arguments of kernels: static options that select a variant, and tensors that TMA can read."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gdn.problem import Call
 
 
 def dtype_name(x: Tensor | None, otherwise: str = "") -> str:
-    """TileLang's name of a tensor's dtype, or what stands for a tensor that is not there."""
+    """TileLang's name of a tensor's dtype; `otherwise` if there is no tensor."""
     return otherwise if x is None else str(x.dtype).removeprefix("torch.")
 
 
 def gate_options(call: Call) -> dict[str, Any]:
-    """What kernels that see the gates and the norms are built for."""
+    """The static options of kernels that compute gates or norms."""
     return {
         "gates": dtype_name(call.g),
         "strengths": dtype_name(call.beta),
@@ -29,7 +29,7 @@ def gate_options(call: Call) -> dict[str, Any]:
 
 
 def tma_ready(x: Any) -> Any:
-    """x, a tensor or None, or a copy as TMA wants it: contiguous, aligned to 16 bytes."""
+    """x if TMA can read it (contiguous, aligned to 16 bytes) or x is None, else a copy of x."""
     if x is None or (x.is_contiguous() and not x.data_ptr() % 16):
         return x
     return x.clone(memory_format=torch.contiguous_format)

@@ -1,6 +1,9 @@
-"""How backward is cut into rounds, from shapes alone: what goes from its walks to the gradients is
-in memory for one round at a time. A round has whole sequences, or a part of one; parts go backward
-too, and forward keeps the states between them.
+"""Memory rounds: the shares of a backward call that are in memory at the same time.
+
+Backward keeps S, dS and U of every chunk between its scans and `gradients`. A memory round covers
+whole sequences, or one part of a sequence, and the next round uses the same buffers. The parts of a
+sequence go from the last to the first; forward saves the states between them. All of this follows
+from shapes alone.
 """
 
 from __future__ import annotations
@@ -14,40 +17,45 @@ from gdn.problem import CHUNK, Call
 from ..common.chunking import piece_length, piece_slots, sm_count
 from .tile.layout import ROWS
 
-LEAST, MOST = 400 << 20, 4
-"""Bytes of a round, at least; and rounds, at most. Sequences that are taken one by one, all in as
-many parts, may need more rounds, of fewer bytes."""
+MIN_ROUND_BYTES, MAX_ROUNDS = 400 << 20, 4
+"""Rounds have at least so many bytes of S, dS and U, and there are at most so many rounds. If
+several sequences go one by one, all in the same number of parts, there may be more and smaller
+rounds."""
 
 
 def sequence_chunks(call: Call) -> int:
-    """Chunks of each sequence of a dense batch; of all tokens, where they are packed."""
+    """Chunks of each sequence of a dense batch; of all tokens together if they are packed."""
     return -(-call.q.shape[1] // CHUNK)
 
 
-def split(call: Call) -> tuple[int, int]:
-    """Sequences of a round, and parts of a sequence. Packed ones, of which one may have nearly all
-    tokens, and pieces that are walked at the same time are taken together."""
+def round_shape(call: Call) -> tuple[int, int]:
+    """The number of sequences in a round, and of parts in a sequence.
+
+    A call is one round if its sequences are packed, since one of them may have nearly all tokens,
+    or if they are cut into pieces.
+    """
     N, (HV, V), K = call.sequences, call.v.shape[2:], call.q.shape[3]
     if call.cu_seqlens is not None or piece_length(call, ROWS) is not None:
         return max(N, 1), 1
     size = call.q.element_size() * N * sequence_chunks(call) * HV * V * (2 * K + CHUNK)
-    rounds = max(1, min(size // LEAST, MOST))
-    # a walk forward and one back, each of half the multiprocessors at least
-    fills = sm_count(call.q.device) // (2 * HV * V // ROWS)
-    together = max(min(max(-(-N // rounds), fills), N), 1)
+    rounds = max(1, min(size // MIN_ROUND_BYTES, MAX_ROUNDS))
+    # so many sequences that `recompute_states` and `reverse_scan` fill half of the SMs each
+    filling = sm_count(call.q.device) // (2 * HV * V // ROWS)
+    together = max(min(max(-(-N // rounds), filling), N), 1)
     return together, -(-rounds // max(N, 1)) if together == 1 else 1
 
 
 def sequence_parts(call: Call) -> list[tuple[int, int]]:
-    """First chunk, and chunks, of the parts of a sequence, at least one."""
+    """The parts of a sequence, at least one: first chunk and number of chunks of each."""
     chunks = sequence_chunks(call)
-    each = max(-(-chunks // split(call)[1]), 1)
+    each = max(-(-chunks // round_shape(call)[1]), 1)
     return [(first, min(each, chunks - first)) for first in range(0, max(chunks, 1), each)]
 
 
 class MemoryRound(NamedTuple):
-    """Sequences `first` to `last`, and of each the part with this number: chunks `start` to `stop`
-    of so many; `slots` in all. Or all there is."""
+    """One memory round: of the sequences from `first` to `last` (exclusive) the part number `part`,
+    which is the chunks from `start` to `stop` of `chunks`. `slots` counts its chunks over all
+    sequences. With `all` the round is the whole call."""
 
     first: int
     last: int
@@ -59,11 +67,11 @@ class MemoryRound(NamedTuple):
     all: bool
 
     def of_states(self, x: Any) -> Any:
-        """The round's part of x [N, ...], if there is x."""
+        """The round's entries of x [N, ...], or None."""
         return x if x is None or self.all else x[self.first : self.last]
 
     def of_tokens(self, x: Tensor) -> Tensor:
-        """The round's part of x [B, T, ...]."""
+        """The round's tokens of x [B, T, ...]."""
         if self.all:
             return x
         T, count, start = x.shape[1], self.last - self.first, self.start * CHUNK
@@ -72,22 +80,22 @@ class MemoryRound(NamedTuple):
         return part
 
     def of_slots(self, x: Any) -> Any:
-        """The round's part of x [slots of the call, ...], if there is x."""
+        """The round's chunks of x [slots of the call, ...], or None."""
         at = self.first * self.chunks + self.start
         return x if x is None or self.all else x[at : at + self.slots]
 
     def of_work(self, x: Tensor) -> Tensor:
-        """As much as the round needs of x [slots of a round, ...]."""
+        """What the round needs of a buffer x [slots of the largest round, ...]."""
         return x if self.all else x[: self.slots]
 
 
 def memory_rounds(call: Call) -> list[MemoryRound]:
-    """In the order in which backward takes them: the parts of a sequence from the last."""
-    together, each = split(call)[0], list(enumerate(sequence_parts(call)))
+    """The rounds in the order in which backward takes them; of a sequence, the last part first."""
+    together, parts = round_shape(call)[0], list(enumerate(sequence_parts(call)))
     found = [
         (first, min(first + together, call.sequences), part, start, start + number)
         for first in range(0, max(call.sequences, 1), together)
-        for part, (start, number) in reversed(each)
+        for part, (start, number) in reversed(parts)
     ]
     chunks = sequence_chunks(call)
     if len(found) == 1:

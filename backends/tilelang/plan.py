@@ -1,4 +1,4 @@
-"""The plan of a call: a forward pass, and a backward pass that is made when it is first needed."""
+"""The plan of a call: a forward pass, and a backward pass that is built when it is first needed."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from .forward.plan import ForwardPass
 
 
 class PrefillPlan(Plan):
-    """All that calls of one kind (shapes, dtypes, device, options) have in common."""
+    """What all calls of one kind (shapes, dtypes, device, options) have in common."""
 
     def __init__(self, call: Call) -> None:
-        self.ahead = ForwardPass(call)
-        self.back: Any = None
+        self.forward_pass = ForwardPass(call)
+        self.backward_pass: Any = None
 
     def forward(self, call: Call, save: bool) -> Forward:
         """See `gdn.backend.Plan.forward`."""
-        return self.ahead.forward(call, save)
+        return self.forward_pass.forward(call, save)
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
         """See `gdn.backend.Plan.backward`."""
-        found: Gradients
-        found = self._backward_pass(call).backward(call, saved, grad_o, grad_final_state)
-        return found
+        gradients: Gradients
+        gradients = self._backward_pass(call).backward(call, saved, grad_o, grad_final_state)
+        return gradients
 
     def precompile(self, call: Call | Step, backward: bool) -> bool:
         """See `gdn.backend.Plan.precompile`."""
         assert isinstance(call, Call)
-        self.ahead.kernels(save=backward)
+        self.forward_pass.kernels(save=backward)
         if backward:
             initial = call.initial_state is not None
             for final in {False, call.output_final_state}:
@@ -42,8 +42,9 @@ class PrefillPlan(Plan):
         return True
 
     def _backward_pass(self, call: Call) -> Any:
-        if self.back is None:  # its kernels are not read before they are needed
+        if self.backward_pass is None:
+            # imported here: a forward call need not read the backward kernels' modules
             from .backward.plan import BackwardPass
 
-            self.back = BackwardPass(call)
-        return self.back
+            self.backward_pass = BackwardPass(call)
+        return self.backward_pass

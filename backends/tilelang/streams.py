@@ -1,4 +1,4 @@
-"""The second stream of a device: kernels that run beside others."""
+"""The second stream of a device, for kernels that run beside others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ def _aside(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """What is launched in this context follows what has been launched and runs beside what will be,
-    up to `rejoin`; it comes first where both want a multiprocessor. There is one other stream a
-    device: calls on several streams wait for each other in it, and while one is captured in a CUDA
-    graph no other thread may call there."""
+    """Launch kernels on the second stream, which has priority where both streams want an SM.
+
+    They start after all that was launched before, and run beside what is launched after, up to
+    `join_side_stream`. There is one second stream a device. Calls on several streams therefore wait
+    for each other in it; and while a CUDA graph captures one call, no other thread may call there.
+    """
     aside = _aside(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):
@@ -27,4 +29,5 @@ def side_stream(device: torch.device) -> Iterator[None]:
 
 
 def join_side_stream(device: torch.device) -> None:
+    """Let the current stream wait for the second one."""
     torch.cuda.current_stream(device).wait_stream(_aside(device))

@@ -1,1 +1,1 @@
-"""Backward: states again, the reverse scan, and the gradients chunk by chunk."""
+"""Backward: recomputed states, the reverse scan, and the gradients chunk by chunk."""

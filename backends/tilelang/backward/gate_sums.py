@@ -1,8 +1,15 @@
-"""The first stage of backward, a warp a chunk and value head: where its tokens lie, and their gates
-again, which takes less time than it takes memory to keep them.
+"""Backward, stage 1: the gates of every chunk again, and where the tokens of packed chunks lie.
 
-Reads g and beta; writes `factors` [slots, HV, 2, C], G and beta in float32, and, of packed
-sequences, each slot's first token and how many tokens of its sequence there are from that one on.
+    G = cumsum(g) within the chunk, natural logarithm
+
+Computing G and beta again takes less time than forward would take to store them. A slot is the
+number of a chunk in the batch; packed batches leave some slots unused.
+
+Reads g and beta [B, L, HV]. Writes `G_beta` [slots, HV, 2, C], float32; and, of packed sequences,
+`chunk_spans` [slots, 2]: the first token of a chunk, and the tokens of its sequence from there on
+(0 or less: the slot is unused).
+
+Thread block (slot, WARPS value heads): one warp a value head, two tokens a lane.
 """
 
 from typing import Any
@@ -13,8 +20,9 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.gate_math import load_gates, sum_gates
-from ..tile.indexing import locate_piece
+from ..tile.indexing import Fields, locate_piece
 from ..tile.layout import BETA, LOG2_E, G
+from .factors import Factor
 
 WARPS = 8
 
@@ -24,7 +32,8 @@ def gate_sums(
     *, gates: str, strengths: str, offsets: str, varlen: bool, gate: bool, bias: bool,
     sigmoid: bool, double: bool,
 ) -> Any:  # fmt: skip
-    """See the module."""
+    """Build the kernel. gates, strengths, offsets: dtypes of g, beta, cu_seqlens; gate, bias,
+    sigmoid, double: fused options of the call."""
     B, L, HV, N = (T.dynamic(name) for name in ("B", "L", "HV", "N"))
     slots, rows = T.dynamic("slots"), T.dynamic("rows")
 
@@ -32,29 +41,31 @@ def gate_sums(
     def gate_sums_kernel(
         g: T.Tensor((B, L, HV), gates), beta: T.Tensor((B, L, HV), strengths),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV,), "float32"),
-        cu_seqlens: T.Tensor((N + 1,), offsets), factors: T.Tensor((slots, HV, 2, C), "float32"),
-        spans: T.Tensor((rows, 2), "int32"), sequences: T.int32,
+        cu_seqlens: T.Tensor((N + 1,), offsets), G_beta: T.Tensor((slots, HV, 2, C), "float32"),
+        chunk_spans: T.Tensor((rows, 2), "int32"), sequences: T.int32,
     ):  # fmt: skip
-        with T.Kernel(slots, T.ceildiv(HV, WARPS), threads=32 * WARPS) as (slot, block):
-            place = T.alloc_local((3,), "int32")
+        with T.Kernel(slots, T.ceildiv(HV, WARPS), threads=32 * WARPS) as (slot, heads):
+            place = Fields("sequence", "start", "live")
             raw = T.alloc_local((6,), "float32")
-            summed = T.alloc_shared((WARPS, 2, C), "float32")  # each lane reads what it wrote
+            # [warps, G or beta, C]; a lane reads only what it wrote
+            sums_smem = T.alloc_shared((WARPS, 2, C), "float32")
             tx = T.get_thread_binding()
             warp, lane = tx // 32, tx % 32
-            head = block * WARPS + warp
-            locate_piece(slot, cu_seqlens, sequences, L, C, place, varlen)
-            if varlen and tx == 0 and block == 0:
-                spans[slot, 0] = place[1]
-                spans[slot, 1] = place[2]
+            head = heads * WARPS + warp
+            locate_piece(slot, cu_seqlens, sequences, L, C, place.array, varlen)
+            if varlen and tx == 0 and heads == 0:
+                chunk_spans[slot, 0] = place.start
+                chunk_spans[slot, 1] = place.live
             if head < HV:
-                batch = 0 if varlen else place[0]
+                batch = 0 if varlen else place.sequence
                 load_gates(
-                    g, beta, A_log, dt_bias, batch, head, place[1], place[2], raw, lane, gate, bias
-                )
-                sum_gates(raw, place[2], summed, warp, lane, gate, bias, sigmoid, double)
+                    g, beta, A_log, dt_bias, batch, head, place.start, place.live, raw, lane,
+                    gate, bias,
+                )  # fmt: skip
+                sum_gates(raw, place.live, sums_smem, warp, lane, gate, bias, sigmoid, double)
                 for e in T.unroll(2):
-                    token = lane * 2 + e
-                    factors[slot, head, 0, token] = summed[warp, G, token] / LOG2_E
-                    factors[slot, head, 1, token] = summed[warp, BETA, token]
+                    i = lane * 2 + e
+                    G_beta[slot, head, Factor.G, i] = sums_smem[warp, G, i] / LOG2_E
+                    G_beta[slot, head, Factor.BETA, i] = sums_smem[warp, BETA, i]
 
     return gate_sums_kernel

@@ -1,15 +1,25 @@
-"""The last stage of backward, chunk by chunk of every q/k head: all gradients but the states'.
+"""Backward, stage 4: all gradients but those of the states, chunk by chunk.
 
-One or two warpgroups take 64 columns of K each (`through_states.py`), one the pairs of tokens
-(`within_chunk.py`); of the last one's warps one loads, one finishes what is a token's own
-(`per_token.py`) and stores dq and dk, and two see to tokens whose beta is weak. dq and dk are
-summed over the value heads of the q/k head in registers, in order, so that runs are bit-equal. A
-program stays on its multiprocessor and takes every so many chunks: while it finishes one, the next
-is on its way. It is the columns' chain of work that takes the time: nothing that others can do, or
-that has to be waited for, belongs in it.
+The equations and shapes are in `gradients_inter.py` (dq and dk through the states),
+`gradients_intra.py` (dq and dk between the tokens of a chunk) and `gradients_gates.py` (beta, g,
+and dv where beta is small).
 
-Reads q, k, g, dO, `factors`, `norms`, rowsum(R * V), U^T, S^T, dS^T and, in dv's place, `kept` R;
-writes dq, dk, dg, dbeta, dv where beta is weak and the partial sums for A_log and dt_bias.
+Reads q, k, g, dO, `G_beta`, `norms`, rowsum(R * V), U^T, S^T, dS^T and, in the memory of dv, the
+stored R. Writes dq, dk, dg, dbeta, dv where beta is small, and partial sums for A_log and dt_bias.
+
+Thread block: one on an SM; it takes every `thread_blocks`-th pair of chunk and q/k head, and loads
+the next one while it finishes one. It sums dq and dk over the value heads of the q/k head in
+registers, in a fixed order, so that runs are bit-equal. Its threads are (128, K / 64 + 2), and
+threadIdx.y is the role: warpgroups of one kind then share one copy of their code.
+
+    y < K / 64        inter-chunk warpgroups: 64 columns each of dq and dk
+    y = K / 64        intra-chunk warpgroup: the [C, C] tiles F and D
+    y = K / 64 + 1    x < 32: producer warp, loads by TMA
+                      x < 64: storing warp, gradients of gates and beta; dq and dk by TMA
+                      else: dv warps, dv of tokens with small beta
+
+The inter-chunk warpgroups are the critical path. Other warps therefore do the work and the waits
+that they can do for them.
 """
 
 from typing import Any
@@ -20,47 +30,41 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.fragment_sums import PRELUDE
-from ..tile.indexing import rolled_loop
+from ..tile.indexing import Fields, rolled_loop
 from ..tile.layout import ROWS
 from ..tile.ragged_rows import clear_past_end, clear_rows_past_end
-from .gradients_gates import mend_weak, store_gates
+from .factors import Factor
+from .gradients_gates import store_gate_gradients, store_weak_dv
 from .gradients_inter import (
-    COLUMNS,
-    Columns,
-    stage_columns,
-    store_columns,
-    through_norms,
-    through_states,
-    within_chunk,
+    InterFragments,
+    accumulate_inter_chunk,
+    add_intra_chunk,
+    apply_norms,
+    stage_dq_dk,
+    store_dq_dk,
 )
 from .gradients_intra import (
-    Pairs,
-    couple_reads,
-    couple_writes,
-    hand_over,
+    IntraFragments,
+    accumulate_D,
+    accumulate_F,
+    compute_kk_qk,
     keep_norms,
-    multiply_keys,
+    stage_tiles,
 )
 from .gradients_memory import (
-    AT,
-    BATCH,
-    DONE,
-    HEADS,
-    KEY_HEAD,
-    LIVE,
-    SLOT,
+    CHUNK_PLACE,
+    COLUMNS,
     Barriers,
-    Memory,
-    find_chunk,
+    GradientsSmem,
     load_rows,
     load_state,
+    locate_chunk,
 )
 
-DEAD, TILES, COLUMNS_ALL, PAIRS = range(1, 5)
-"""Named barriers."""
+ROWS_CLEARED, TILES_READY, INTER, INTRA = range(1, 5)
+"""Named barriers: the first two of inter- and intra-chunk warpgroups, the others of one kind."""
 REGISTERS = {1: (224, 224, 56), 2: (160, 136, 56)}
-"""Registers a thread of those who take columns, who take pairs, and of the others, by the number of
-blocks of columns."""
+"""By K / 64: registers a thread of the inter-chunk warpgroups, the intra-chunk one, the others."""
 
 
 @kernel(own_barriers=True)
@@ -68,175 +72,199 @@ def gradients(
     *, dtype: str, gates: str, strengths: str, K: int, V: int, group: int,
     varlen: bool, l2: bool, gate: bool, bias: bool, sigmoid: bool, double: bool,
 ) -> Any:  # fmt: skip
-    """See the module. group: HV / H."""
+    """Build the kernel. gates, strengths: dtypes of g and beta; group: HV / H; l2, gate, bias,
+    sigmoid, double: fused options of the call."""
     B, L, H, HV = (T.dynamic(name) for name in ("B", "L", "H", "HV"))
     slots, rows, partial = (T.dynamic(name) for name in ("slots", "rows", "partial"))
     blocks = K // COLUMNS
-    columns = 128 * blocks
-    consumers = columns + 128
+    inter_threads = 128 * blocks
+    consumers = inter_threads + 128
     registers = REGISTERS[blocks]
 
-    @T.macro
-    def each_chunk(spans, place, first, programs, take, *own):
-        """take(*own) for every chunk that is the program's; `place` says where that is."""
-        for step in T.serial(T.ceildiv(slots * H - first, programs)):
-            find_chunk(first + step * programs, spans, L, H, place, varlen)
-            if place[LIVE] > 0:
-                take(*own)
-                place[DONE] += 1
-                place[HEADS] += group
+    # In these macros n is the number of a value head since the kernel began. n % 2 is its buffer,
+    # n // 2 % 2 the parity of that buffer's barriers. `parity` is that of barriers of a chunk.
 
     @T.macro
-    def take_columns(c, m, bars, h, place, scale, thread):
-        T.clear(c.dq)
-        T.clear(c.dk)
+    def for_each_chunk(chunk_spans, chunk, first, thread_blocks, role, *args):
+        """Run role(*args) for every chunk of the thread block."""
+        for step in T.serial(T.ceildiv(slots * H - first, thread_blocks)):
+            locate_chunk(first + step * thread_blocks, chunk_spans, L, H, chunk, varlen)
+            if chunk.live > 0:
+                role(*args)
+                chunk["chunks_done"] += 1
+                chunk["heads_done"] += group
+
+    @T.macro
+    def compute_inter_chunk(frag, smem, bars, h, chunk, scale, thread):
+        """An inter-chunk warpgroup: block h of dq and dk."""
+        T.clear(frag.dq)
+        T.clear(frag.dk)
         for g in rolled_loop(group):
-            r = place[HEADS] + g
-            T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
-            if place[LIVE] < C:
-                T.sync_threads(DEAD, consumers)
-            through_states(m, c, bars, h, r, g, group, place[DONE] % 2, scale, thread)
-            T.barrier_arrive(bars.told[r % 2])
-            T.barrier_arrive(bars.free[r % 2])
-        T.sync_threads(TILES, consumers)
-        within_chunk(m, c, h)
-        T.barrier_arrive(bars.before_free)  # of the last value head: the tiles had S's place
+            n = chunk.heads_done + g
+            T.barrier_wait(bars.tokens_ready[n % 2], n // 2 % 2)
+            if chunk.live < C:
+                T.sync_threads(ROWS_CLEARED, consumers)
+            accumulate_inter_chunk(
+                smem, frag, bars, h, n, g, group, chunk.chunks_done % 2, scale, thread
+            )
+            T.barrier_arrive(bars.sums_ready[n % 2])
+            T.barrier_arrive(bars.tokens_free[n % 2])
+        T.sync_threads(TILES_READY, consumers)
+        add_intra_chunk(smem, frag, h)
+        T.barrier_arrive(bars.S_free)  # not before: the tiles may have the memory of S
         if l2:
-            through_norms(m, c, place[DONE] % 2, h, bars.keys_free, COLUMNS_ALL, thread)
+            apply_norms(smem, frag, chunk.chunks_done % 2, h, bars.qk_free, INTER, thread)
         else:
-            T.barrier_arrive(bars.keys_free)
-        stage_columns(m, c, (place[HEADS] + group - 1) % 2, h, COLUMNS_ALL)
-        T.barrier_arrive(bars.staged)
+            T.barrier_arrive(bars.qk_free)
+        stage_dq_dk(smem, frag, (chunk.heads_done + group - 1) % 2, h, INTER)
+        T.barrier_arrive(bars.dq_dk_ready)
 
     @T.macro
-    def take_pairs(p, m, bars, place, scale, thread):
-        live, even, before = place[LIVE], place[DONE] % 2, place[HEADS]
-        T.barrier_wait(bars.keys, even)
-        T.barrier_wait(bars.tokens[before % 2], before // 2 % 2)  # the norms come with them
+    def compute_intra_chunk(frag, smem, bars, chunk, scale, thread):
+        """The intra-chunk warpgroup: F, D and their sums. It also clears rows past the end."""
+        live, parity, before = chunk.live, chunk.chunks_done % 2, chunk.heads_done
+        T.barrier_wait(bars.qk_ready, parity)
+        T.barrier_wait(bars.tokens_ready[before % 2], before // 2 % 2)  # for the norms
         if live < C:
-            clear_past_end(m.q, live)
-            clear_past_end(m.k, live)
+            clear_past_end(smem.q, live)
+            clear_past_end(smem.k, live)
             T.fence_proxy_async()
-        keep_norms(m, before % 2, even, thread)
-        T.sync_threads(PAIRS, 128)
-        multiply_keys(m, p, even, scale)
-        T.clear(p.F)
-        T.clear(p.D)
+        keep_norms(smem, before % 2, parity, thread)
+        T.sync_threads(INTRA, 128)
+        compute_kk_qk(smem, frag, parity, scale)
+        T.clear(frag.F)
+        T.clear(frag.D)
         for g in rolled_loop(group):
-            r = before + g
-            b = r % 2
-            T.barrier_wait(bars.tokens[b], r // 2 % 2)
+            n = before + g
+            b = n % 2
+            T.barrier_wait(bars.tokens_ready[b], n // 2 % 2)
             if live < C:
-                clear_rows_past_end((m.do, m.R), b, live)
+                clear_rows_past_end((smem.do, smem.R), b, live)
                 T.fence_proxy_async()
-                T.sync_threads(DEAD, consumers)
-            couple_writes(m, p, b, thread)
-            couple_reads(m, p, b, thread)
-            T.barrier_arrive(bars.told[b])
-            T.barrier_arrive(bars.free[b])
-        T.barrier_wait(bars.tiles_free, even)
-        T.barrier_wait(bars.stored, even ^ 1)
-        hand_over(m, p, even, scale)
-        T.sync_threads(TILES, consumers)
+                T.sync_threads(ROWS_CLEARED, consumers)
+            accumulate_D(smem, frag, b, thread)
+            accumulate_F(smem, frag, b, thread)
+            T.barrier_arrive(bars.sums_ready[b])
+            T.barrier_arrive(bars.tokens_free[b])
+        T.barrier_wait(bars.tiles_free, parity)
+        T.barrier_wait(bars.dq_dk_free, parity ^ 1)
+        stage_tiles(smem, frag, parity, scale)
+        T.sync_threads(TILES_READY, consumers)
 
     @T.macro
-    def load(q, k, do, dv, factors, norms, given, U, S, dS, m, bars, place):
-        batch, at, slot, kh = place[BATCH], place[AT], place[SLOT], place[KEY_HEAD]
+    def load_chunk(q, k, do, R, G_beta, norms, rowsum_RV, U, S, dS, smem, bars, chunk):
+        """The producer warp."""
+        batch, token, slot, key_head = chunk.batch, chunk.token, chunk.slot, chunk.key_head
         for g in rolled_loop(group):
-            head, r = kh * group + g, place[HEADS] + g
-            b = r % 2
-            T.barrier_wait(bars.free[b], r // 2 % 2 ^ 1)
-            T.barrier_wait(bars.used[b], r // 2 % 2 ^ 1)
+            head, n = key_head * group + g, chunk.heads_done + g
+            b = n % 2
+            T.barrier_wait(bars.tokens_free[b], n // 2 % 2 ^ 1)
+            T.barrier_wait(bars.sums_free[b], n // 2 % 2 ^ 1)
             for source, target in (
-                (do[batch, at : at + C, head, :], m.do[b, :, :]),
-                (dv[batch, at : at + C, head, :], m.R[b, :, :]),
-                (U[slot, head, :, :], m.U[b, :, :]),
-                (factors[slot, head, :, :], m.factors[b, 0:2, :]),
-                (norms[slot, kh, :, :], m.factors[b, 2:4, :]),
-                (given[slot, head, :, :], m.factors[b, 4 : 4 + V // ROWS, :]),
+                (do[batch, token : token + C, head, :], smem.do[b, :, :]),
+                (R[batch, token : token + C, head, :], smem.R[b, :, :]),
+                (U[slot, head, :, :], smem.U[b, :, :]),
+                (G_beta[slot, head, :, :], smem.factors[b, Factor.G_BETA, :]),
+                (norms[slot, key_head, :, :], smem.factors[b, Factor.NORMS, :]),
+                (
+                    rowsum_RV[slot, head, :, :],
+                    smem.factors[b, Factor.RV : Factor.RV + V // ROWS, :],
+                ),
             ):
-                T.tma_copy(source, target, barrier=bars.tokens[b], leader_scope_threads=32)
-            T.barrier_arrive(bars.tokens[b])
-            T.barrier_wait(bars.after_free, r % 2 ^ 1)
-            load_state(dS, m.dS, bars.after, slot, head)
+                T.tma_copy(source, target, barrier=bars.tokens_ready[b], leader_scope_threads=32)
+            T.barrier_arrive(bars.tokens_ready[b])
+            T.barrier_wait(bars.dS_free, n % 2 ^ 1)
+            load_state(dS, smem.dS, bars.dS_ready, slot, head)
             if g == 0:
-                T.barrier_wait(bars.keys_free, place[DONE] % 2 ^ 1)
-                load_rows(q, m.q, bars.keys, batch, at, kh)
-                load_rows(k, m.k, bars.keys, batch, at, kh)
-                T.barrier_arrive(bars.keys)
-            T.barrier_wait(bars.before_free, r % 2 ^ 1)
-            load_state(S, m.S, bars.before, slot, head)
+                T.barrier_wait(bars.qk_free, chunk.chunks_done % 2 ^ 1)
+                load_rows(q, smem.q, bars.qk_ready, batch, token, key_head)
+                load_rows(k, smem.k, bars.qk_ready, batch, token, key_head)
+                T.barrier_arrive(bars.qk_ready)
+            T.barrier_wait(bars.S_free, n % 2 ^ 1)
+            load_state(S, smem.S, bars.S_ready, slot, head)
 
     @T.macro
-    def finish(dq, dk, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, m, bars, place, scale, lane):
+    def store_chunk(
+        dq, dk, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, smem, bars, chunk, scale, lane
+    ):
+        """The storing warp."""
         for number in rolled_loop(group):
-            r = place[HEADS] + number
-            T.barrier_wait(bars.told[r % 2], r // 2 % 2)
-            store_gates(
-                m, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, r % 2, place[BATCH], place[AT],
-                place[LIVE], place[SLOT], place[KEY_HEAD] * group + number, scale, lane, gate, bias,
-                sigmoid, double,
+            n = chunk.heads_done + number
+            T.barrier_wait(bars.sums_ready[n % 2], n // 2 % 2)
+            store_gate_gradients(
+                smem, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, n % 2, chunk.batch,
+                chunk.token, chunk.live, chunk.slot, chunk.key_head * group + number, scale, lane,
+                gate, bias, sigmoid, double,
             )  # fmt: skip
             if number < group - 1:
-                T.barrier_arrive(bars.used[r % 2])
-        last = (place[HEADS] + group - 1) % 2
-        T.barrier_wait(bars.staged, place[DONE] % 2)
-        store_columns(m, dq, dk, last, place[BATCH], place[AT], place[LIVE], place[KEY_HEAD], lane)
-        T.barrier_arrive(bars.stored)
-        T.barrier_arrive(bars.used[last])
+                T.barrier_arrive(bars.sums_free[n % 2])
+        last = (chunk.heads_done + group - 1) % 2
+        T.barrier_wait(bars.dq_dk_ready, chunk.chunks_done % 2)
+        store_dq_dk(smem, dq, dk, last, chunk.batch, chunk.token, chunk.live, chunk.key_head, lane)
+        T.barrier_arrive(bars.dq_dk_free)
+        T.barrier_arrive(bars.sums_free[last])  # not before: U and dO may hold dq and dk
 
     @T.macro
-    def mend(dv, m, bars, place, thread):
+    def store_dv(dv, smem, bars, chunk, thread):
+        """The dv warps."""
         for g in rolled_loop(group):
-            r = place[HEADS] + g
-            T.barrier_wait(bars.tokens[r % 2], r // 2 % 2)
-            mend_weak(
-                m, dv, r % 2, place[BATCH], place[AT], place[LIVE], place[KEY_HEAD] * group + g,
+            n = chunk.heads_done + g
+            T.barrier_wait(bars.tokens_ready[n % 2], n // 2 % 2)
+            store_weak_dv(
+                smem, dv, n % 2, chunk.batch, chunk.token, chunk.live, chunk.key_head * group + g,
                 thread,
             )  # fmt: skip
-            T.barrier_arrive(bars.told[r % 2])
-            T.barrier_arrive(bars.free[r % 2])
+            T.barrier_arrive(bars.sums_ready[n % 2])
+            T.barrier_arrive(bars.tokens_free[n % 2])
 
     @T.prim_func
     def gradients_kernel(
         q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
         g: T.Tensor((B, L, HV), gates),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV,), "float32"),
-        do: T.Tensor((B, L, HV, V), dtype), factors: T.Tensor((slots, HV, 2, C), "float32"),
+        do: T.Tensor((B, L, HV, V), dtype), G_beta: T.Tensor((slots, HV, 2, C), "float32"),
         norms: T.Tensor((slots, H, 2, C), "float32"),
-        given: T.Tensor((slots, HV, V // ROWS, C), "float32"),
+        rowsum_RV: T.Tensor((slots, HV, V // ROWS, C), "float32"),
         U: T.Tensor((slots, HV, V, C), dtype), S: T.Tensor((slots, HV, V, K), dtype),
-        dS: T.Tensor((slots, HV, V, K), dtype), spans: T.Tensor((rows, 2), "int32"),
+        dS: T.Tensor((slots, HV, V, K), dtype), chunk_spans: T.Tensor((rows, 2), "int32"),
         dq: T.Tensor((B, L, H, K), dtype), dk: T.Tensor((B, L, H, K), dtype),
         dv: T.Tensor((B, L, HV, V), dtype), dg: T.Tensor((B, L, HV), gates),
         dbeta: T.Tensor((B, L, HV), strengths), dA_log: T.Tensor((partial, HV), "float32"),
-        ddt_bias: T.Tensor((partial, HV), "float32"), scale: T.float32, programs: T.int32,
+        ddt_bias: T.Tensor((partial, HV), "float32"), scale: T.float32, thread_blocks: T.int32,
     ):  # fmt: skip
-        with T.Kernel(programs, threads=(128, blocks + 2), prelude=PRELUDE) as first:
-            place = T.alloc_local((7,), "int32")  # kept, so that no access divides again
-            place[DONE] = 0
-            place[HEADS] = 0
-            m = Memory(K, V, dtype, l2)
-            bars = Barriers(columns)
+        """dv: holds the stored R when the kernel starts."""
+        with T.Kernel(thread_blocks, threads=(128, blocks + 2), prelude=PRELUDE) as first:
+            chunk = Fields(*CHUNK_PLACE)
+            chunk["chunks_done"] = 0
+            chunk["heads_done"] = 0
+            smem = GradientsSmem(K, V, dtype, l2)
+            bars = Barriers(inter_threads)
             tx, role = T.get_thread_binding(0), T.get_thread_binding(1)
-            mine = (spans, place, first, programs)
+            mine = (chunk_spans, chunk, first, thread_blocks)
             if role < blocks:
+                # === inter-chunk warpgroups ===
                 T.set_max_nreg(registers[0], 1)
-                c = Columns(dtype)
-                each_chunk(*mine, take_columns, c, m, bars, role, place, scale, tx)
+                inter_frag = InterFragments(dtype)
+                for_each_chunk(
+                    *mine, compute_inter_chunk, inter_frag, smem, bars, role, chunk, scale, tx
+                )
             elif role == blocks:
+                # === intra-chunk warpgroup ===
                 T.set_max_nreg(registers[1], 1)
-                p = Pairs(dtype)
-                each_chunk(*mine, take_pairs, p, m, bars, place, scale, tx)
+                intra_frag = IntraFragments(dtype)
+                for_each_chunk(*mine, compute_intra_chunk, intra_frag, smem, bars, chunk, scale, tx)
             else:
                 T.set_max_nreg(registers[2], 0)
                 if tx < 32:
-                    read = (q, k, do, dv, factors, norms, given, U, S, dS)
-                    each_chunk(*mine, load, *read, m, bars, place)
+                    # === producer warp ===
+                    inputs = (q, k, do, dv, G_beta, norms, rowsum_RV, U, S, dS)
+                    for_each_chunk(*mine, load_chunk, *inputs, smem, bars, chunk)
                 elif tx < 64:
-                    gated = (dq, dk, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias)
-                    each_chunk(*mine, finish, *gated, m, bars, place, scale, tx - 32)
+                    # === storing warp ===
+                    outputs = (dq, dk, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias)
+                    for_each_chunk(*mine, store_chunk, *outputs, smem, bars, chunk, scale, tx - 32)
                 else:
-                    each_chunk(*mine, mend, dv, m, bars, place, tx - 64)
+                    # === dv warps ===
+                    for_each_chunk(*mine, store_dv, dv, smem, bars, chunk, tx - 64)
 
     return gradients_kernel

@@ -1,14 +1,19 @@
-"""Of a chunk's gradients, what passes through the states, for 64 columns of K, by one warpgroup.
+"""`gradients.py`, inter-chunk: gradients through the states, for 64 columns of K; one warpgroup.
+
+For every value head, with the normalised rows Q and K:
 
     dQ += scale e^G * (dO S^T)
     dK += e^{gamma - G} * (U dS^T) - beta e^G * (R S^T)
 
-with the products of each row with that of q, k and k, and <S, dS>, for the gradients of the gates;
-and after the last value head, with F = dP * L and D summed over the heads,
+and, for the gradients of its gates and beta, the inner products `Dot` and <S, dS>. After the last
+value head of the q/k head, with F and D of `gradients_intra.py`:
 
-    dQ += scale F K,  dK += scale F^T Q + (D + D^T) K
+    dQ += scale F K
+    dK += scale F^T Q + (D + D^T) K
+    dq = rq (dQ - rq^2 (dQ . q) q)    for each raw row q, if the L2 norm is fused; dk likewise
 
-and the gradients through the L2 norm.
+dO, R, U: [C, V]; S, the state before the chunk, and dS, the gradient of the state after it:
+[64, V] here; dQ, dK, Q, K: [C, 64] here. R is the stored one, and beta R = `remaining_beta` R.
 """
 
 from typing import Any
@@ -22,171 +27,203 @@ from ..tile.gate_math import remaining_beta
 from ..tile.indexing import rolled_loop
 from ..tile.layout import LOG2_E
 from ..tile.ragged_rows import store_row
-
-COLUMNS = 64
-READ, KNOWN, WRITTEN, SQUARE_Q, SQUARE_K = range(5)
-"""What `Memory.dots` holds: a row's product with its inter-chunk gradient, and through the norm."""
+from .factors import Factor
+from .gradients_memory import COLUMNS, Dot
 
 
-def sum_over(m: Any, b: Any, which: int, i: Any) -> Any:
-    """A row's sum over all columns of K."""
-    rows = [m.dots[b, which, h, i] for h in range(int(m.q.shape[0]))]
-    return rows[0] if len(rows) == 1 else rows[0] + rows[1]
+def sum_blocks(smem: Any, b: Any, dot: int, i: Any) -> Any:
+    """`row_dots` of row i over all columns of K."""
+    blocks = [smem.row_dots[b, dot, h, i] for h in range(int(smem.q.shape[0]))]
+    return blocks[0] if len(blocks) == 1 else blocks[0] + blocks[1]
 
 
-class Columns:
-    """Registers of the warpgroup."""
+class InterFragments:
+    """Registers of an inter-chunk warpgroup."""
 
     def __init__(self, dtype: str) -> None:
-        self.dq, self.dk, self.one = (T.alloc_fragment((C, COLUMNS), "float32") for _ in range(3))
-        self.half, self.other = (T.alloc_fragment((C, COLUMNS), dtype) for _ in range(2))
-        self.carried = T.alloc_local((1,), "float32")
-        self.before, self.after = (T.alloc_local((8,), dtype) for _ in range(2))
-
-
-@T.macro
-def multiply_rows(x: Any, y: Any, m: Any, c: Any, b: Any, which: int, h: Any, thread: Any) -> None:
-    """m.dots[b, which, h]: the rows of x times those of y, both in registers; c.one is used up."""
-    for i, j in T.Parallel(C, COLUMNS):
-        c.one[i, j] = x[i, j] * y[i, j]
-    sum_rows(c.one, T.address_of(m.dots[b, which, h, thread // 32 * 16]))
-
-
-@T.macro
-def fold_queries(m: Any, c: Any, b: Any, h: Any, scale: Any, thread: Any) -> None:
-    """c.one = dO S^T, into dQ; c.half = q."""
-    for i, j in T.Parallel(C, COLUMNS):
-        c.dq[i, j] += scale * T.exp2(m.factors[b, 0, i] * LOG2_E) * c.one[i, j]
-    multiply_rows(c.one, c.half, m, c, b, READ, h, thread)
-
-
-@T.macro
-def fold_known(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
-    """c.one = R S^T, into dK; c.half = k."""
-    for i, j in T.Parallel(C, COLUMNS):
-        c.dk[i, j] -= (
-            remaining_beta(m.factors[b, 1, i]) * T.exp2(m.factors[b, 0, i] * LOG2_E) * c.one[i, j]
+        # product: the latest one
+        self.dq, self.dk, self.product = (
+            T.alloc_fragment((C, COLUMNS), "float32") for _ in range(3)
         )
-    multiply_rows(c.one, c.half, m, c, b, KNOWN, h, thread)
+        # rows: of q or k, or dq or dk before they are staged; k_rows: of k while `rows` has q
+        self.rows, self.k_rows = (T.alloc_fragment((C, COLUMNS), dtype) for _ in range(2))
+        self.S_dS = T.alloc_local((1,), "float32")
+        self.S, self.dS = (T.alloc_local((8,), dtype) for _ in range(2))
 
 
 @T.macro
-def fold_written(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
-    """c.one = U dS^T, into dK; c.half = k."""
+def sum_row_dots(
+    x: Any, y: Any, smem: Any, frag: Any, b: Any, dot: int, h: Any, thread: Any
+) -> None:
+    """row_dots[b, dot, h] = rowsum(x * y), both in registers. Overwrites frag.product."""
     for i, j in T.Parallel(C, COLUMNS):
-        c.dk[i, j] += T.exp2((m.factors[b, 0, C - 1] - m.factors[b, 0, i]) * LOG2_E) * c.one[i, j]
-    multiply_rows(c.one, c.half, m, c, b, WRITTEN, h, thread)
+        frag.product[i, j] = x[i, j] * y[i, j]
+    sum_rows(frag.product, T.address_of(smem.row_dots[b, dot, h, thread // 32 * 16]))
 
 
 @T.macro
-def multiply_states(m: Any, c: Any, b: Any, h: Any, thread: Any) -> None:
-    """Each warp's share of <S, dS>."""
-    c.carried[0] = 0.0
-    for step in T.serial(m.S.shape[1] // 16):
+def add_dO_S(smem: Any, frag: Any, b: Any, h: Any, scale: Any, thread: Any) -> None:
+    """Add product = dO S^T to dQ; rows = q."""
+    for i, j in T.Parallel(C, COLUMNS):
+        frag.dq[i, j] += scale * T.exp2(smem.factors[b, Factor.G, i] * LOG2_E) * frag.product[i, j]
+    sum_row_dots(frag.product, frag.rows, smem, frag, b, Dot.DO_S, h, thread)
+
+
+@T.macro
+def add_R_S(smem: Any, frag: Any, b: Any, h: Any, thread: Any) -> None:
+    """Add product = R S^T to dK; rows = k."""
+    for i, j in T.Parallel(C, COLUMNS):
+        frag.dk[i, j] -= (
+            remaining_beta(smem.factors[b, Factor.BETA, i])
+            * T.exp2(smem.factors[b, Factor.G, i] * LOG2_E)
+            * frag.product[i, j]
+        )
+    sum_row_dots(frag.product, frag.rows, smem, frag, b, Dot.R_S, h, thread)
+
+
+@T.macro
+def add_U_dS(smem: Any, frag: Any, b: Any, h: Any, thread: Any) -> None:
+    """Add product = U dS^T to dK; rows = k."""
+    for i, j in T.Parallel(C, COLUMNS):
+        frag.dk[i, j] += (
+            T.exp2((smem.factors[b, Factor.G, C - 1] - smem.factors[b, Factor.G, i]) * LOG2_E)
+            * frag.product[i, j]
+        )
+    sum_row_dots(frag.product, frag.rows, smem, frag, b, Dot.U_DS, h, thread)
+
+
+@T.macro
+def sum_S_dS(smem: Any, frag: Any, b: Any, h: Any, thread: Any) -> None:
+    """Compute each warp's share of <S, dS>. Other warps would take so long that the next S and dS
+    came late."""
+    frag.S_dS[0] = 0.0
+    for step in T.serial(smem.S.shape[1] // 16):
         row, column = step * 16 + thread // 8, thread % 8 * 8
         for i in T.vectorized(8):
-            c.before[i] = m.S[h, row, column + i]
+            frag.S[i] = smem.S[h, row, column + i]
         for i in T.vectorized(8):
-            c.after[i] = m.dS[h, row, column + i]
+            frag.dS[i] = smem.dS[h, row, column + i]
         for i in T.unroll(8):
-            c.carried[0] += T.cast(c.before[i], "float32") * T.cast(c.after[i], "float32")
-    c.carried[0] = T.warp_reduce_sum(c.carried[0])
+            frag.S_dS[0] += T.cast(frag.S[i], "float32") * T.cast(frag.dS[i], "float32")
+    frag.S_dS[0] = T.warp_reduce_sum(frag.S_dS[0])
     if thread % 32 == 0:
-        m.carried[b, h * 4 + thread // 32] = c.carried[0]
+        smem.S_dS[b, h * 4 + thread // 32] = frag.S_dS[0]
 
 
 @T.macro
-def through_states(
-    m: Any, c: Any, bars: Any, h: Any, r: Any, g: Any, group: int, even: Any, scale: Any,
+def accumulate_inter_chunk(
+    smem: Any, frag: Any, bars: Any, h: Any, n: Any, g: Any, group: int, parity: Any, scale: Any,
     thread: Any,
 ) -> None:  # fmt: skip
-    """Value head g of its q/k head, the program's number r."""
-    b = r % 2
-    T.barrier_wait(bars.after, r % 2)
-    T.wgmma_gemm(m.U[b, :, :], m.dS[h, :, :], c.one, transpose_A=True, clear_accum=True)
+    """Add a value head, number g of the q/k head and number n of the thread block, to dQ and dK.
+
+    This is the critical path. The first product needs neither q nor k: the wait for them overlaps
+    it.
+    """
+    b = n % 2
+    # === U dS^T ===
+    T.barrier_wait(bars.dS_ready, n % 2)
+    T.wgmma_gemm(
+        smem.U[b, :, :], smem.dS[h, :, :], frag.product, transpose_A=True, clear_accum=True
+    )
     if g == 0:
-        T.barrier_wait(bars.keys, even)
-    T.copy(m.k[h, :, :], c.half)
+        T.barrier_wait(bars.qk_ready, parity)
+    T.copy(smem.k[h, :, :], frag.rows)
     T.wait_wgmma(0)
-    fold_written(m, c, b, h, thread)
-    T.barrier_wait(bars.before, r % 2)
-    T.wgmma_gemm(m.do[b, :, :], m.S[h, :, :], c.one, clear_accum=True)
-    multiply_states(m, c, b, h, thread)
-    T.copy(m.q[h, :, :], c.half)
+    add_U_dS(smem, frag, b, h, thread)
+
+    # === dO S^T ===
+    T.barrier_wait(bars.S_ready, n % 2)
+    T.wgmma_gemm(smem.do[b, :, :], smem.S[h, :, :], frag.product, clear_accum=True)
+    sum_S_dS(smem, frag, b, h, thread)
+    T.copy(smem.q[h, :, :], frag.rows)
     T.wait_wgmma(0)
-    T.barrier_arrive(bars.after_free)
-    fold_queries(m, c, b, h, scale, thread)
-    T.wgmma_gemm(m.R[b, :, :], m.S[h, :, :], c.one, clear_accum=True)
+    T.barrier_arrive(bars.dS_free)
+    add_dO_S(smem, frag, b, h, scale, thread)
+
+    # === R S^T ===
+    T.wgmma_gemm(smem.R[b, :, :], smem.S[h, :, :], frag.product, clear_accum=True)
     T.wait_wgmma(0)
-    T.copy(m.k[h, :, :], c.half)
+    T.copy(smem.k[h, :, :], frag.rows)
     if g < group - 1:
-        T.barrier_arrive(bars.before_free)
+        T.barrier_arrive(bars.S_free)
     else:
         T.barrier_arrive(bars.tiles_free)
-    fold_known(m, c, b, h, thread)
+    add_R_S(smem, frag, b, h, thread)
 
 
 @T.macro
-def within_chunk(m: Any, c: Any, h: Any) -> None:
-    """What the tokens of the chunk owe each other."""
-    T.wgmma_gemm(m.F_q, m.k[h, :, :], c.dq)
-    T.wgmma_gemm(m.F_k, m.q[h, :, :], c.dk, transpose_A=True)
-    T.wgmma_gemm(m.D, m.k[h, :, :], c.dk)
-    T.wgmma_gemm(m.D_turned, m.k[h, :, :], c.dk, transpose_A=True)
+def add_intra_chunk(smem: Any, frag: Any, h: Any) -> None:
+    """Add what F and D contribute to dQ and dK."""
+    T.wgmma_gemm(smem.F_q, smem.k[h, :, :], frag.dq)
+    T.wgmma_gemm(smem.F_k, smem.q[h, :, :], frag.dk, transpose_A=True)
+    T.wgmma_gemm(smem.D, smem.k[h, :, :], frag.dk)
+    T.wgmma_gemm(smem.D_t, smem.k[h, :, :], frag.dk, transpose_A=True)
     T.wait_wgmma(0)
 
 
 @T.macro
-def through_norm(x: Any, dx: Any, m: Any, even: Any, norm: int, which: int) -> None:
-    """dx, the gradient of r x, to that of x; r = 1 / sqrt(sum x^2 + eps) is m.norms[even, norm]."""
+def apply_norm(x: Any, dx: Any, smem: Any, parity: Any, norm: int, dot: int) -> None:
+    """Turn dx, the gradient of r x, into that of x, where r = 1 / sqrt(sum x^2 + eps)."""
     for i, j in T.Parallel(C, COLUMNS):
-        r = m.norms[even, norm, i]
-        dx[i, j] = r * (dx[i, j] - r * r * sum_over(m, 0, which, i) * x[i, j])
+        r = smem.norms[parity, norm, i]
+        dx[i, j] = r * (dx[i, j] - r * r * sum_blocks(smem, 0, dot, i) * x[i, j])
 
 
 @T.macro
-def through_norms(m: Any, c: Any, even: Any, h: Any, free: Any, sync: int, thread: Any) -> None:
-    """dq and dk through the L2 norm; `free` learns when q and k are no longer needed."""
-    T.copy(m.q[h, :, :], c.half)
-    T.copy(m.k[h, :, :], c.other)
-    T.barrier_arrive(free)
-    multiply_rows(c.dq, c.half, m, c, 0, SQUARE_Q, h, thread)
-    multiply_rows(c.dk, c.other, m, c, 0, SQUARE_K, h, thread)
-    T.sync_threads(sync, m.q.shape[0] * 128)
-    through_norm(c.half, c.dq, m, even, 0, SQUARE_Q)
-    through_norm(c.other, c.dk, m, even, 1, SQUARE_K)
+def apply_norms(
+    smem: Any, frag: Any, parity: Any, h: Any, qk_free: Any, named_barrier: int, thread: Any
+) -> None:
+    """Take dQ and dK through the L2 norm. named_barrier: of all inter-chunk warpgroups."""
+    T.copy(smem.q[h, :, :], frag.rows)
+    T.copy(smem.k[h, :, :], frag.k_rows)
+    T.barrier_arrive(qk_free)
+    sum_row_dots(frag.dq, frag.rows, smem, frag, 0, Dot.DQ, h, thread)
+    sum_row_dots(frag.dk, frag.k_rows, smem, frag, 0, Dot.DK, h, thread)
+    T.sync_threads(named_barrier, smem.q.shape[0] * 128)
+    apply_norm(frag.rows, frag.dq, smem, parity, 0, Dot.DQ)
+    apply_norm(frag.k_rows, frag.dk, smem, parity, 1, Dot.DK)
 
 
 @T.macro
-def stage_columns(m: Any, c: Any, b: Any, h: Any, sync: int) -> None:
-    """64 columns of dq and dk to where there is room for them, b: place of the last value head."""
-    if not m.apart:
-        T.sync_threads(sync, m.q.shape[0] * 128)  # nobody multiplies by the tiles any more
-    for which, dx in enumerate((c.dq, c.dk)):
-        T.copy(dx, c.half)
-        to, place, row, column = m.out(which, b, h)
-        T.copy(c.half, to[place, row : row + C, column : column + COLUMNS])
+def stage_dq_dk(smem: Any, frag: Any, b: Any, h: Any, named_barrier: int) -> None:
+    """Write 64 columns of dq and dk to shared memory. b: buffer of the chunk's last value head."""
+    if not smem.stage_in_inputs:
+        # dq and dk take the memory of the tiles, which the other warpgroup may still read
+        T.sync_threads(named_barrier, smem.q.shape[0] * 128)
+    for which, dx in enumerate((frag.dq, frag.dk)):
+        T.copy(dx, frag.rows)
+        to, first, row, column = smem.staging(which, b, h)
+        T.copy(frag.rows, to[first, row : row + C, column : column + COLUMNS])
     T.fence_proxy_async()
 
 
 @T.macro
-def store_columns(
-    m: Any, dq: Any, dk: Any, b: Any, batch: Any, at: Any, live: Any, kh: Any, lane: Any
-) -> None:
-    """What is staged of dq and dk to memory, by one warp."""
-    staged = [
-        (to, h * COLUMNS, *m.out(which, b, h))
+def store_dq_dk(
+    smem: Any, dq: Any, dk: Any, b: Any, batch: Any, token: Any, live: Any, key_head: Any,
+    lane: Any,
+) -> None:  # fmt: skip
+    """Store the live rows of dq and dk to memory; by one warp.
+
+    `blocks` is a Python list, so that its loop is written out: for a TileLang loop over `tma_copy`,
+    one thread would be elected for the whole loop.
+    """
+    blocks = [
+        (to, h * COLUMNS, *smem.staging(which, b, h))
         for which, to in enumerate((dq, dk))
-        for h in range(int(m.q.shape[0]))
+        for h in range(int(smem.q.shape[0]))
     ]
     if live >= C:
-        for to, first, x, place, row, column in staged:
+        for to, to_column, x, first, row, column in blocks:
             T.tma_copy(
-                x[place, row : row + C, column : column + COLUMNS],
-                to[batch, at : at + C, kh, first : first + COLUMNS], leader_scope_threads=32,
+                x[first, row : row + C, column : column + COLUMNS],
+                to[batch, token : token + C, key_head, to_column : to_column + COLUMNS],
+                leader_scope_threads=32,
             )  # fmt: skip
         T.tma_store_wait(0)
     else:
         for i in rolled_loop(live):
-            for to, first, x, place, row, column in staged:
-                store_row(x, place, row + i, column, to, batch, at + i, kh, first, lane)
+            for to, to_column, x, first, row, column in blocks:
+                store_row(
+                    x, first, row + i, column, to, batch, token + i, key_head, to_column, lane
+                )

@@ -1,10 +1,16 @@
-"""Of a chunk's gradients, what its tokens owe each other, [C, C], by one warpgroup.
+"""`gradients.py`, intra-chunk: the gradients of products of a chunk's tokens; one warpgroup.
 
-    L_ij = e^{G_i - G_j},  N = tril(L_ij rk_i rk_j k_i.k_j, -1)
-    F = tril(dO U^T * L),  D = -beta * tril(R U^T * L, -1)
+    L_ij = e^{G_i - G_j}
+    F = sum over value heads of tril(dO U^T * L)
+    D = sum over value heads of -beta * tril(R U^T * L, -1)
 
-both summed over the value heads; with the sums over rows and columns, for the gradients of the
-gates and of beta, of F * (scale rq_i rk_j q_i.k_j) below the diagonal and of beta * (R U^T * N).
+scale F_ij is the gradient of q_i.k_j, D_ij that of k_i.k_j, where q and k are normalised rows. The
+gradients of gates and beta need, for every value head, sums over rows and columns of
+
+    tril(dO U^T * L) * qk     qk_ij = scale rq_i rk_j q_i.k_j for i > j, else 0
+    beta * (R U^T) * N        N = tril(L * kk, -1), kk_ij = rk_i rk_j k_i.k_j
+
+F, D, L, N: [C, C]; dO, R, U: [C, V]. R is the stored one, and beta R = `remaining_beta` R.
 """
 
 from typing import Any
@@ -16,106 +22,113 @@ from gdn.problem import CHUNK as C
 from ..tile.fragment_sums import multiply, put_aside, sum_columns, sum_rows
 from ..tile.gate_math import remaining_beta
 from ..tile.layout import LOG2_E
+from .factors import Factor
+from .gradients_memory import PairSum
 
 
-class Pairs:
-    """Registers of the warpgroup."""
+class IntraFragments:
+    """Registers of the intra-chunk warpgroup."""
 
     def __init__(self, dtype: str) -> None:
-        self.one, self.F, self.D = (T.alloc_fragment((C, C), "float32") for _ in range(3))
+        # product: the latest one
+        self.product, self.F, self.D = (T.alloc_fragment((C, C), "float32") for _ in range(3))
         self.half = T.alloc_fragment((C, C), dtype)
-        self.row = T.alloc_fragment((C,), "float32")
+        self.row_factor = T.alloc_fragment((C,), "float32")
 
 
 @T.macro
-def multiply_rows(x: Any, y: Any, into: Any) -> None:
-    """into = x y^T of the raw rows, which lie in blocks of 64 columns."""
-    T.wgmma_gemm(x[0, :, :], y[0, :, :], into, transpose_B=True, clear_accum=True)
+def multiply_raw_rows(x: Any, y: Any, product: Any) -> None:
+    """product = x y^T of rows in shared memory, in blocks of 64 columns."""
+    T.wgmma_gemm(x[0, :, :], y[0, :, :], product, transpose_B=True, clear_accum=True)
     if x.shape[0] == 2:
-        T.wgmma_gemm(x[1, :, :], y[1, :, :], into, transpose_B=True)
+        T.wgmma_gemm(x[1, :, :], y[1, :, :], product, transpose_B=True)
     T.wait_wgmma(0)
 
 
 @T.macro
-def keep_norms(m: Any, b: Any, even: Any, thread: Any) -> None:
-    """rq and rk, the same for all value heads, from the factors in place b."""
+def keep_norms(smem: Any, b: Any, parity: Any, thread: Any) -> None:
+    """Copy rq and rk from the factors in buffer b, for the whole chunk: value heads overwrite the
+    factors, but share the norms."""
     if thread < C:
-        m.norms[even, 0, thread] = m.factors[b, 2, thread]
-        m.norms[even, 1, thread] = m.factors[b, 3, thread]
+        smem.norms[parity, 0, thread] = smem.factors[b, Factor.RQ, thread]
+        smem.norms[parity, 1, thread] = smem.factors[b, Factor.RK, thread]
 
 
 @T.macro
-def multiply_keys(m: Any, p: Any, even: Any, scale: Any) -> None:
-    """The normalised rows of k with those of k and, times scale, q, put aside for all value
-    heads."""
-    multiply_rows(m.k, m.k, p.one)
+def compute_kk_qk(smem: Any, frag: Any, parity: Any, scale: Any) -> None:
+    """Compute kk and qk, which all value heads of the chunk use."""
+    multiply_raw_rows(smem.k, smem.k, frag.product)
     for i, j in T.Parallel(C, C):
-        p.one[i, j] *= m.norms[even, 1, i] * m.norms[even, 1, j]
-    put_aside(p.one, m.kk)
-    multiply_rows(m.q, m.k, p.one)
+        frag.product[i, j] *= smem.norms[parity, 1, i] * smem.norms[parity, 1, j]
+    put_aside(frag.product, smem.kk)
+    multiply_raw_rows(smem.q, smem.k, frag.product)
     for i, j in T.Parallel(C, C):
-        p.one[i, j] *= T.if_then_else(i > j, scale * m.norms[even, 0, i] * m.norms[even, 1, j], 0.0)
-    put_aside(p.one, m.qk)
+        frag.product[i, j] *= T.if_then_else(
+            i > j, scale * smem.norms[parity, 0, i] * smem.norms[parity, 1, j], 0.0
+        )
+    put_aside(frag.product, smem.qk)
 
 
 @T.macro
-def decay(m: Any, p: Any, b: Any) -> None:
-    """p.one *= L; what is above the diagonal may become infinite, and is to be dropped."""
+def apply_decay(smem: Any, frag: Any, b: Any) -> None:
+    """product *= L. Above the diagonal the result may be infinite: callers replace it by 0."""
     for i in T.Parallel(C):
-        p.row[i] = m.factors[b, 0, i] * LOG2_E
+        frag.row_factor[i] = smem.factors[b, Factor.G, i] * LOG2_E
     for i, j in T.Parallel(C, C):
-        p.one[i, j] *= T.exp2(p.row[i] - m.factors[b, 0, j] * LOG2_E)
+        frag.product[i, j] *= T.exp2(frag.row_factor[i] - smem.factors[b, Factor.G, j] * LOG2_E)
 
 
 @T.macro
-def couple_writes(m: Any, p: Any, b: Any, thread: Any) -> None:
-    """R U^T: what every update of the chunk owes to the earlier ones."""
-    T.wgmma_gemm(m.R[b, :, :], m.U[b, :, :], p.one, clear_accum=True)
+def accumulate_D(smem: Any, frag: Any, b: Any, thread: Any) -> None:
+    """Add a value head to D, and sum (R U^T) * N over rows and, times beta, over columns."""
+    T.wgmma_gemm(smem.R[b, :, :], smem.U[b, :, :], frag.product, clear_accum=True)
     T.wait_wgmma(0)
-    decay(m, p, b)
+    apply_decay(smem, frag, b)
     for i, j in T.Parallel(C, C):
-        p.one[i, j] = T.if_then_else(i > j, p.one[i, j], 0.0)
+        frag.product[i, j] = T.if_then_else(i > j, frag.product[i, j], 0.0)
     for i in T.Parallel(C):
-        p.row[i] = remaining_beta(m.factors[b, 1, i])
+        frag.row_factor[i] = remaining_beta(smem.factors[b, Factor.BETA, i])
     for i, j in T.Parallel(C, C):
-        p.D[i, j] -= p.row[i] * p.one[i, j]
-    multiply(p.one, m.kk)
-    sum_rows(p.one, T.address_of(m.rows[b, 0, thread // 32 * 16]))
+        frag.D[i, j] -= frag.row_factor[i] * frag.product[i, j]
+    multiply(frag.product, smem.kk)
+    # before beta: dbeta needs the sums over rows without it
+    sum_rows(frag.product, T.address_of(smem.pair_row_sums[b, PairSum.R_U, thread // 32 * 16]))
     for i, j in T.Parallel(C, C):
-        p.one[i, j] *= p.row[i]
-    sum_columns(p.one, T.address_of(m.columns[b, 0, thread // 32, 0]))
+        frag.product[i, j] *= frag.row_factor[i]
+    sum_columns(frag.product, T.address_of(smem.pair_column_sums[b, PairSum.R_U, thread // 32, 0]))
 
 
 @T.macro
-def couple_reads(m: Any, p: Any, b: Any, thread: Any) -> None:
-    """dO U^T: what every output of the chunk owes to the updates up to it."""
-    T.wgmma_gemm(m.do[b, :, :], m.U[b, :, :], p.one, clear_accum=True)
+def accumulate_F(smem: Any, frag: Any, b: Any, thread: Any) -> None:
+    """Add a value head to F, and sum tril(dO U^T * L) * qk over rows and columns."""
+    T.wgmma_gemm(smem.do[b, :, :], smem.U[b, :, :], frag.product, clear_accum=True)
     T.wait_wgmma(0)
-    decay(m, p, b)
+    apply_decay(smem, frag, b)
     for i, j in T.Parallel(C, C):
-        p.one[i, j] = T.if_then_else(i >= j, p.one[i, j], 0.0)
+        frag.product[i, j] = T.if_then_else(i >= j, frag.product[i, j], 0.0)
     for i, j in T.Parallel(C, C):
-        p.F[i, j] += p.one[i, j]
-    multiply(p.one, m.qk)
-    sum_rows(p.one, T.address_of(m.rows[b, 1, thread // 32 * 16]))
-    sum_columns(p.one, T.address_of(m.columns[b, 1, thread // 32, 0]))
+        frag.F[i, j] += frag.product[i, j]
+    multiply(frag.product, smem.qk)
+    sum_rows(frag.product, T.address_of(smem.pair_row_sums[b, PairSum.DO_U, thread // 32 * 16]))
+    sum_columns(frag.product, T.address_of(smem.pair_column_sums[b, PairSum.DO_U, thread // 32, 0]))
 
 
 @T.macro
-def hand_over(m: Any, p: Any, even: Any, scale: Any) -> None:
-    """The sums over the value heads, as left operands, with the norms of the rows they meet."""
+def stage_tiles(smem: Any, frag: Any, parity: Any, scale: Any) -> None:
+    """Write scale F and D to shared memory as operands. The rows of q and k that they are
+    multiplied by are not normalised, so their factors rq and rk go into the tiles."""
     for i, j in T.Parallel(C, C):
-        p.F[i, j] *= scale
+        frag.F[i, j] *= scale
     for i, j in T.Parallel(C, C):
-        p.half[i, j] = p.F[i, j] * m.norms[even, 1, j]
-    T.copy(p.half, m.F_q)
+        frag.half[i, j] = frag.F[i, j] * smem.norms[parity, 1, j]
+    T.copy(frag.half, smem.F_q)
     for i, j in T.Parallel(C, C):
-        p.half[i, j] = p.F[i, j] * m.norms[even, 0, i]
-    T.copy(p.half, m.F_k)
+        frag.half[i, j] = frag.F[i, j] * smem.norms[parity, 0, i]
+    T.copy(frag.half, smem.F_k)
     for i, j in T.Parallel(C, C):
-        p.half[i, j] = p.D[i, j] * m.norms[even, 1, j]
-    T.copy(p.half, m.D)
+        frag.half[i, j] = frag.D[i, j] * smem.norms[parity, 1, j]
+    T.copy(frag.half, smem.D)
     for i, j in T.Parallel(C, C):
-        p.half[i, j] = p.D[i, j] * m.norms[even, 1, i]
-    T.copy(p.half, m.D_turned)
+        frag.half[i, j] = frag.D[i, j] * smem.norms[parity, 1, i]
+    T.copy(frag.half, smem.D_t)
     T.fence_proxy_async()

@@ -1,4 +1,4 @@
-"""Where `gradients.py` keeps a chunk, and what tells its warps when it is there."""
+"""Shared memory and barriers of `gradients.py`, its chunks, and how its producer warp loads."""
 
 from typing import Any
 
@@ -7,91 +7,126 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from ..tile.layout import ROWS
-from .gradients_inter import COLUMNS
 
-BATCH, AT, LIVE, SLOT, KEY_HEAD, DONE, HEADS = range(7)
-"""Rows of `place`: where the chunk is, how many tokens of its sequence there are from its first one
-on, and how many chunks and value heads the program is done with."""
+COLUMNS = 64
+"""Columns of K of an inter-chunk warpgroup; q, k, S and dS lie in blocks of so many."""
 
 
-class Memory:
-    """Shared memory: operands in blocks of 64 columns of K; and, for even and odd value heads, what
-    is there of tokens and what warpgroups tell each other."""
+class Dot:
+    """Rows of `row_dots`: the inner products of the rows of two matrices [C, K]."""
+
+    DO_S = 0  # q and dO S^T
+    R_S = 1  # k and R S^T
+    U_DS = 2  # k and U dS^T
+    DQ, DK = 3, 4  # q and dQ, k and dK: for the L2 norm
+
+
+class PairSum:
+    """Rows of `pair_row_sums` and `pair_column_sums`: the sums of a matrix [C, C]."""
+
+    R_U = 0  # (R U^T) * N, for the sums of columns times beta
+    DO_U = 1  # tril(dO U^T * L) * qk
+
+
+CHUNK_PLACE = (
+    "batch", "token",  # where its first token is
+    "live",  # tokens of the sequence from there on
+    "slot", "key_head",
+    "chunks_done", "heads_done",  # chunks, and their value heads, that the thread block has done
+)  # fmt: skip
+"""The `Fields` of the current chunk of a thread block."""
+
+
+class GradientsSmem:
+    """Shared memory of a thread block. A first size of 2 means two buffers: value heads take them
+    in turn, or chunks those of `norms`."""
 
     def __init__(self, K: int, V: int, dtype: str, l2: bool) -> None:
         blocks = K // COLUMNS
+        # === loaded, for a chunk ===
+        # [C, K], blocks of 64 columns
         self.q, self.k = (T.alloc_shared((blocks, C, COLUMNS), dtype) for _ in range(2))
+        # === loaded, for a value head ===
         self.do, self.R = (T.alloc_shared((2, C, V), dtype) for _ in range(2))
-        self.U = T.alloc_shared((2, V, C), dtype)
+        self.U = T.alloc_shared((2, V, C), dtype)  # U^T [V, C]
+        self.factors = T.alloc_shared((2, 4 + V // ROWS, C), "float32")  # rows: see `Factor`
+        # S^T and dS^T [V, K], blocks of 64 columns
         self.S, self.dS = (T.alloc_shared((blocks, V, COLUMNS), dtype) for _ in range(2))
-        # what pairs of tokens owe each other takes the state's place when nobody needs it
+        # === computed by the intra-chunk warpgroup ===
+        # The tiles [C, C] have the memory of S if they fit: by then no warp reads S any more.
         self.tiles = self.S if blocks * V == 4 * C else T.alloc_shared((2, 2 * C, C), dtype)
-        self.F_q, self.F_k = self.tiles[0, 0:C, :], self.tiles[0, C : 2 * C, :]
-        self.D, self.D_turned = self.tiles[1, 0:C, :], self.tiles[1, C : 2 * C, :]
-        # products of normalised rows are not above 1, which float16 has with fewer errors
+        self.F_q = self.tiles[0, 0:C, :]  # scale F_ij rk_j, for dQ
+        self.F_k = self.tiles[0, C : 2 * C, :]  # scale F_ij rq_i, transposed for dK
+        self.D = self.tiles[1, 0:C, :]  # D_ij rk_j
+        self.D_t = self.tiles[1, C : 2 * C, :]  # D_ij rk_i, transposed for dK
+        # Products of rows, as `put_aside` stores them. Those of normalised rows are at most 1:
+        # there float16 has smaller errors.
         products = "float16" if l2 else dtype
         self.kk, self.qk = (T.alloc_shared((C * C,), products) for _ in range(2))
-        self.factors = T.alloc_shared((2, 4 + V // ROWS, C), "float32")
-        self.norms = T.alloc_shared((2, 2, C), "float32")  # rq and rk, for even and odd chunks
-        self.dots = T.alloc_shared((2, 5, blocks, C), "float32")
-        self.rows = T.alloc_shared((2, 2, C), "float32")
-        self.columns = T.alloc_shared((2, 2, 4, C), "float32")
-        self.carried = T.alloc_shared((2, 4 * blocks), "float32")
-        self.apart = V >= K  # dq and dk, once they are staged, are in nobody's way
+        self.norms = T.alloc_shared((2, 2, C), "float32")  # rq and rk
+        # === sums, of which the storing warp computes the gradients of gates and beta ===
+        self.row_dots = T.alloc_shared((2, 5, blocks, C), "float32")
+        self.pair_row_sums = T.alloc_shared((2, 2, C), "float32")
+        self.pair_column_sums = T.alloc_shared((2, 2, 4, C), "float32")  # one row a warp
+        self.S_dS = T.alloc_shared((2, 4 * blocks), "float32")  # shares of <S, dS>, one a warp
+        self.stage_in_inputs = V >= K  # whether dq and dk fit where U and dO were
 
-    def out(self, which: int, b: Any, h: Any) -> tuple[Any, Any, Any, Any]:
-        """Where [C, 64] of dq (which = 0) or dk wait for their way out, as a buffer and the indices
-        of their first element: in the place of U or dO of the chunk's last value head, b, or, where
-        those are too small, of what pairs of tokens owed each other."""
-        if not self.apart:
+    def staging(self, which: int, b: Any, h: Any) -> tuple[Any, Any, Any, Any]:
+        """Where block h of dq (which = 0) or dk (1), [C, 64], is staged for the storing warp: a
+        buffer and the indices of the first element. It is the memory of U and dO of the chunk's
+        last value head (in buffer b) or, if those are too small, that of the tiles."""
+        if not self.stage_in_inputs:
             return self.tiles, which, h * C, 0
         return (self.do, b, 0, h * COLUMNS) if which else (self.U, b, h * C, 0)
 
 
 class Barriers:
-    """Of what is loaded, for every chunk or value head, and used up; of what is told, likewise."""
+    """Barriers, with the number of threads that arrive. [2]: one a buffer of a value head."""
 
-    def __init__(self, columns: int) -> None:
-        self.keys, self.before, self.after = (T.alloc_barrier(32) for _ in range(3))
-        self.keys_free, self.staged = (T.alloc_barrier(columns) for _ in range(2))
-        self.stored = T.alloc_barrier(32)
-        # once a chunk; who waited for every group-th phase of before_free would take an earlier one
-        # of the same parity for it
-        self.tiles_free = T.alloc_barrier(columns)
-        self.tokens = T.alloc_barrier([32] * 2)
-        self.before_free, self.after_free = (T.alloc_barrier(columns) for _ in range(2))
-        everyone = columns + 128 + 64
-        self.free, self.told = (T.alloc_barrier([everyone] * 2) for _ in range(2))
-        self.used = T.alloc_barrier([32] * 2)
+    def __init__(self, inter: int) -> None:
+        """inter: threads of the inter-chunk warpgroups. readers: also those of the intra-chunk
+        warpgroup and the dv warps."""
+        self.qk_ready, self.S_ready, self.dS_ready = (T.alloc_barrier(32) for _ in range(3))
+        self.qk_free, self.dq_dk_ready = (T.alloc_barrier(inter) for _ in range(2))
+        self.dq_dk_free = T.alloc_barrier(32)  # dq and dk are in memory
+        # S of the chunk's last value head has been read, and its memory is free for the tiles. A
+        # barrier of its own: S_free has `group` phases a chunk, and a wait for one of them only can
+        # take an earlier phase of the same parity for it.
+        self.tiles_free = T.alloc_barrier(inter)
+        self.tokens_ready = T.alloc_barrier([32] * 2)  # dO, R, U and the factors
+        self.S_free, self.dS_free = (T.alloc_barrier(inter) for _ in range(2))
+        readers = inter + 128 + 64
+        self.tokens_free, self.sums_ready = (T.alloc_barrier([readers] * 2) for _ in range(2))
+        self.sums_free = T.alloc_barrier([32] * 2)  # and the factors and staged dq, dk
 
 
 @T.macro
-def load_rows(x: Any, into: Any, full: Any, batch: Any, at: Any, kh: Any) -> None:
-    """The chunk's rows of q or k, in blocks, by one warp that has yet to arrive."""
-    for b in T.unroll(into.shape[0]):
+def load_rows(x: Any, to: Any, ready: Any, batch: Any, token: Any, key_head: Any) -> None:
+    """Load the chunk's rows of q or k, block by block; by one warp, which arrives later."""
+    for b in T.unroll(to.shape[0]):
         T.tma_copy(
-            x[batch, at : at + C, kh, b * COLUMNS : b * COLUMNS + COLUMNS],
-            into[b, :, :], barrier=full, leader_scope_threads=32,
+            x[batch, token : token + C, key_head, b * COLUMNS : b * COLUMNS + COLUMNS],
+            to[b, :, :], barrier=ready, leader_scope_threads=32,
         )  # fmt: skip
 
 
 @T.macro
-def load_state(x: Any, into: Any, full: Any, slot: Any, head: Any) -> None:
-    """S or dS, in blocks, by one warp."""
-    for b in T.unroll(into.shape[0]):
+def load_state(x: Any, to: Any, ready: Any, slot: Any, head: Any) -> None:
+    """Load S^T or dS^T, block by block; by one warp."""
+    for b in T.unroll(to.shape[0]):
         T.tma_copy(
             x[slot, head, :, b * COLUMNS : b * COLUMNS + COLUMNS],
-            into[b, :, :], barrier=full, leader_scope_threads=32,
+            to[b, :, :], barrier=ready, leader_scope_threads=32,
         )  # fmt: skip
-    T.barrier_arrive(full)
+    T.barrier_arrive(ready)
 
 
 @T.macro
-def find_chunk(number: Any, spans: Any, L: Any, H: Any, place: Any, varlen: bool) -> None:
-    """The chunk and q/k head with this number."""
-    place[SLOT] = T.truncdiv(number, H)
-    slot, each = place[SLOT], T.ceildiv(L, C)
-    place[KEY_HEAD] = number - slot * H
-    place[BATCH] = 0 if varlen else T.truncdiv(slot, each)
-    place[AT] = spans[slot, 0] if varlen else (slot - place[BATCH] * each) * C
-    place[LIVE] = spans[slot, 1] if varlen else L - place[AT]
+def locate_chunk(number: Any, chunk_spans: Any, L: Any, H: Any, chunk: Any, varlen: bool) -> None:
+    """Find the chunk and q/k head with this number: write `CHUNK_PLACE` up to key_head."""
+    chunk["slot"] = T.truncdiv(number, H)
+    slot, each = chunk.slot, T.ceildiv(L, C)
+    chunk["key_head"] = number - slot * H
+    chunk["batch"] = 0 if varlen else T.truncdiv(slot, each)
+    chunk["token"] = chunk_spans[slot, 0] if varlen else (slot - chunk.batch * each) * C
+    chunk["live"] = chunk_spans[slot, 1] if varlen else L - chunk.token

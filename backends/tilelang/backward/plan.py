@@ -1,13 +1,18 @@
-"""Backward: its stages in order, and the buffers between them.
+"""Backward: the order of its kernels, and the buffers between them.
 
-Forward's states are computed again (`states.py`) while the gradient of the state goes back
-(`reverse_scan.py`); all else follows from both, chunk by chunk (`gradients.py`). Where the states
-would take much memory, that happens in rounds (`rounds.py`).
+    gate_sums          G and beta of all chunks, once
+    recompute_states   S before every chunk, and U    } at the same time, on two streams
+    reverse_scan       dS after every chunk, and R    }
+    gradients          all other gradients, from these
+
+The last three run once a memory round, since S, dS and U take most of backward's memory
+(`memory_rounds.py`). If forward cut sequences into pieces, reverse_scan runs twice, with
+`combine_pieces.py` in between, and there is one round.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +24,7 @@ from ...common.chunking import piece_length, piece_slots, sm_count
 from ..arguments import dtype_name, gate_options, tma_ready
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
-from ..memory_rounds import MemoryRound, memory_rounds, sequence_parts
+from ..memory_rounds import memory_rounds, sequence_parts
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
 from .gate_sums import gate_sums
@@ -27,12 +32,64 @@ from .gradients import gradients
 from .recompute_states import recompute_states
 from .reverse_scan import reverse_scan
 
-TAKEN = 10
-"""Chunks that a program of `gradients` takes at most."""
+MAX_CHUNKS = 10
+"""Chunks of a thread block of `gradients`, at most."""
+
+
+class Tokens(NamedTuple):
+    """Tensors [B, T, ...] of a round. dv holds the stored R until `gradients` is done."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    do: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dg: Tensor
+    dbeta: Tensor
+
+
+class Chunks(NamedTuple):
+    """Tensors [slots, ...] of a round; dA_log and ddt_bias as partial sums."""
+
+    G_beta: Tensor
+    norms: Tensor
+    A: Tensor
+    dA_log: Tensor | None
+    ddt_bias: Tensor | None
+
+
+class States(NamedTuple):
+    """States [sequences, ...] of a round, in the layout of the call. None: zero, or not wanted."""
+
+    begin: Tensor | None  # before the round's first chunks
+    d_end: Tensor | None  # gradient of the state after its last chunks
+    d_begin: Tensor | None  # gradient of `begin`
+
+
+class Scratch(NamedTuple):
+    """What the scans of a round write for its `gradients`."""
+
+    S: Tensor  # S^T before every chunk [slots, HV, V, K]
+    dS: Tensor  # dS^T after every chunk [slots, HV, V, K]
+    U: Tensor  # U^T [slots, HV, V, C]
+    rowsum_RV: Tensor  # float32 [slots, HV, V / 64, C]
+
+
+class Common(NamedTuple):
+    """Arguments of the call that all rounds share."""
+
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    cu_seqlens: Tensor | None
+    chunk_spans: Tensor | None
+    scale: float
 
 
 class BackwardPass:
-    """All that backward calls of one kind (shapes, dtypes, device, options) have in common."""
+    """What all backward calls of one kind (shapes, dtypes, device, options) have in common."""
 
     def __init__(self, call: Call) -> None:
         H, K = call.q.shape[2:]
@@ -45,134 +102,153 @@ class BackwardPass:
             "group": HV // H,
             "varlen": call.cu_seqlens is not None,
         }
-        self.length = piece_length(call, ROWS)
+        self.length = piece_length(call, ROWS)  # tokens of a piece; None: sequences are not cut
+        self.cut = self.length is not None
         self.pieces = self.sequences if self.length is None else piece_slots(call, self.length)
-        self.offsets, cut = dtype_name(call.cu_seqlens, "int32"), self.length is not None
+        self.rounds = memory_rounds(call)
+        self.split = len(sequence_parts(call)) > 1  # whether a round has a part of a sequence
+        self.round_slots = max(r.slots for r in self.rounds)
+        # As many thread blocks as SMs, or a multiple: otherwise some SMs would have more to do.
+        work, sms = self.round_slots * H, sm_count(call.q.device)
+        self.thread_blocks = min(work, sms * max(1, -(-work // (sms * MAX_CHUNKS))))
+        self.offsets = dtype_name(call.cu_seqlens, "int32")
         self.v_first = call.state_v_first
-        self.rounds, self.parted = memory_rounds(call), len(sequence_parts(call)) > 1
-        self.most = max(r.slots for r in self.rounds)
-        # as many as multiprocessors, or a multiple, lest the slowest of these has too much to do
-        work, available = self.most * H, sm_count(call.q.device)
-        self.programs = min(work, available * max(1, -(-work // (available * TAKEN))))
-        self.scan = self.shape | {
-            "offsets": self.offsets, "v_first": cut or call.state_v_first, "cut": cut,
+        self.scan_options = self.shape | {
+            # the states between pieces are always [V, K]
+            "offsets": self.offsets, "v_first": self.cut or self.v_first, "cut": self.cut,
         }  # fmt: skip
-        self.options = gate_options(call)
-        self.runs: dict[tuple[bool, bool], list[Any]] = {}
+        self.gate_options = gate_options(call)
+        self.launchers: dict[tuple[bool, bool], list[Any]] = {}
 
     def kernels(self, initial: bool, final: bool) -> list[Any]:
-        """The compiled stages. initial: there is a first state; final: the last has a gradient."""
-        if self.parted:
+        """The compiled kernels in the order of their launches. initial: whether the call has an
+        initial state; final: whether the final state has a gradient."""
+        if self.split:  # a round starts from states and gradients of its neighbours
             initial = final = True
-        options = {name: x for name, x in self.options.items() if name != "l2"}
+        options = {name: x for name, x in self.gate_options.items() if name != "l2"}
         first = (gate_sums, options | {"offsets": self.offsets, "varlen": self.shape["varlen"]})
-        last = (gradients, self.shape | self.options)
-        if self.length is None:
+        last = (gradients, self.shape | self.gate_options)
+        scan = self.scan_options
+        if not self.cut:
             return compile_together(
                 first,
-                (recompute_states, self.scan | {"initial": initial}),
-                (reverse_scan, self.scan | {"final": final, "initial": initial, "keep": True}),
+                (recompute_states, scan | {"initial": initial}),
+                (reverse_scan, scan | {"final": final, "initial": initial, "outputs": True}),
                 last,
             )
-        across = {name: self.shape[name] for name in ("K", "V", "varlen")} | {
+        combine = {name: self.shape[name] for name in ("K", "V", "varlen")} | {
             "offsets": self.offsets, "v_first": self.v_first, "reverse": True,
+            # backward begins with the final state
             "initial": final, "final": initial,
         }  # fmt: skip
         return compile_together(
             first,
-            (recompute_states, self.scan | {"initial": True}),
-            (reverse_scan, self.scan | {"final": False, "initial": True, "keep": False}),
-            (combine_pieces, across),
-            (reverse_scan, self.scan | {"final": True, "initial": False, "keep": True}),
+            (recompute_states, scan | {"initial": True}),
+            (reverse_scan, scan | {"final": False, "initial": True, "outputs": False}),
+            (combine_pieces, combine),
+            (reverse_scan, scan | {"final": True, "initial": False, "outputs": True}),
             last,
         )
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
-        """See `gdn.backend.Plan.backward`."""
+        """See `gdn.backend.Plan.backward`. saved: see `saved_shapes` in `forward/plan.py`."""
         q, k, v, g, beta, begin, A_log, dt_bias = (tma_ready(x) for x in call.differentiable)
-        do, end, cu_seqlens = (
-            tma_ready(grad_o),
-            tma_ready(grad_final_state),
-            tma_ready(call.cu_seqlens),
-        )
-        kind = begin is not None, end is not None
-        if kind not in self.runs:
-            self.runs[kind] = launchers(self.kernels(*kind))
+        do, d_end, cu_seqlens = (tma_ready(x) for x in (grad_o, grad_final_state, call.cu_seqlens))
+        kind = begin is not None, d_end is not None
+        if kind not in self.launchers:
+            self.launchers[kind] = launchers(self.kernels(*kind))
+        launch_gate_sums, *launch_round = self.launchers[kind]
 
-        grads = [torch.empty_like(x) for x in (q, k, v, g, beta)]
+        # === buffers ===
+        dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
         (HV, V), K, new = v.shape[2:], q.shape[3], q.new_empty
-        between = [
-            *(new((self.most, HV, V, columns)) for columns in (K, K, CHUNK)),
-            new((self.most, HV, V // ROWS, CHUNK), dtype=torch.float32),
-        ]
-        spans = None
+        rows = self.round_slots, HV, V
+        scratch = Scratch(
+            S=new((*rows, K)),
+            dS=new((*rows, K)),
+            U=new((*rows, CHUNK)),
+            rowsum_RV=new((self.round_slots, HV, V // ROWS, CHUNK), dtype=torch.float32),
+        )
+        chunk_spans = None
         if cu_seqlens is not None:
-            spans = new((self.slots, 2), dtype=torch.int32)
-        factors = new((self.slots, HV, 2, CHUNK), dtype=torch.float32)
-        partial = [
+            chunk_spans = new((self.slots, 2), dtype=torch.int32)
+        G_beta = new((self.slots, HV, 2, CHUNK), dtype=torch.float32)
+        # zeros, since nothing is written for unused slots
+        dA_log, ddt_bias = (
             None if x is None else x.new_zeros((self.slots, HV), dtype=torch.float32)
             for x in (A_log, dt_bias)
-        ]
+        )
         begin, A_log, dt_bias = (None if x is None else x.float() for x in (begin, A_log, dt_bias))
-        first = None if begin is None else torch.empty_like(begin)
-        if self.parted:  # the parts of a sequence hand each other states and their gradients
-            zeros = factors.new_zeros(call.state_shape)
-            begin, end = (zeros if x is None else x for x in (begin, end))
-            first, handed = torch.empty_like(begin), torch.empty_like(begin[:1])
+        d_begin = None if begin is None else torch.empty_like(begin)
+        if self.split:
+            zeros = G_beta.new_zeros(call.state_shape)
+            begin, d_end = (zeros if x is None else x for x in (begin, d_end))
+            d_begin, d_between = torch.empty_like(begin), torch.empty_like(begin[:1])
 
-        sum_gates, *kernels = self.runs[kind]
-        sum_gates(g, beta, A_log, dt_bias, cu_seqlens, factors, spans, self.sequences)
+        # === kernels ===
+        launch_gate_sums(g, beta, A_log, dt_bias, cu_seqlens, G_beta, chunk_spans, self.sequences)
+        norms, A, *states_saved = saved
+        common = Common(A_log, dt_bias, cu_seqlens, chunk_spans, call.scale)
         for r in self.rounds:
-            states = [r.of_states(x) for x in (begin, end, first)]
-            if r.start > 0:
-                states[0], states[2] = saved[2][r.part - 1, r.first : r.last], handed
-            if r.stop < r.chunks:
-                states[1] = handed
-            self.take(
-                r, kernels, [r.of_tokens(x) for x in (q, k, v, g, do, *grads)],
-                [r.of_slots(x) for x in (factors, *saved[:2], *partial)], saved[2:], states,
-                [r.of_work(x) for x in between], (A_log, dt_bias), cu_seqlens, spans, call.scale,
+            tokens = Tokens(*map(r.of_tokens, (q, k, v, g, do, dq, dk, dv, dg, dbeta)))
+            chunks = Chunks(*map(r.of_slots, (G_beta, norms, A, dA_log, ddt_bias)))
+            states = States(*map(r.of_states, (begin, d_end, d_begin)))
+            if r.start > 0:  # forward saved the state between two parts of a sequence
+                part_begin = states_saved[0][r.part - 1, r.first : r.last]
+                states = states._replace(begin=part_begin, d_begin=d_between)
+            if r.stop < r.chunks:  # the round before wrote the gradient of the state there
+                states = states._replace(d_end=d_between)
+            self._run_round(
+                launch_round, r.last - r.first, tokens, chunks, states,
+                Scratch(*map(r.of_work, scratch)), states_saved, common,
             )  # fmt: skip
-        state, dA_log, ddt_bias = (
+
+        # === sums and dtypes ===
+        d_initial_state, dA_log, ddt_bias = (
             None if x is None or like is None else x.to(like.dtype)
             for x, like in (
-                (first, call.initial_state),
-                (None if partial[0] is None else partial[0].sum(0), call.A_log),
-                (None if partial[1] is None else partial[1].sum(0), call.dt_bias),
+                (d_begin, call.initial_state),
+                (None if dA_log is None else dA_log.sum(0), call.A_log),
+                (None if ddt_bias is None else ddt_bias.sum(0), call.dt_bias),
             )
         )
-        dq, dk, dv, dg, dbeta = grads
-        return Gradients(dq, dk, dv, dg, dbeta, state, dA_log, ddt_bias)
+        return Gradients(dq, dk, dv, dg, dbeta, d_initial_state, dA_log, ddt_bias)
 
-    def take(
-        self, r: MemoryRound, kernels: list[Any], tokens: list[Tensor], slots: list[Any],
-        walked: list[Tensor], states: list[Any], between: list[Tensor], gate: tuple[Any, Any],
-        cu_seqlens: Tensor | None, spans: Tensor | None, scale: float,
+    def _run_round(
+        self, launch: list[Any], N: int, tokens: Tokens, chunks: Chunks, states: States,
+        scratch: Scratch, states_saved: list[Tensor], common: Common,
     ) -> None:  # fmt: skip
-        """One round."""
-        walk, *walks_back, finish = kernels
+        """Launch the kernels of a round of N sequences. states_saved: if sequences are cut, the
+        transfer matrices of all pieces and the states before them."""
+        launch_states, *launch_reverse, launch_gradients = launch
         q, k, v, g, do, dq, dk, dv, dg, dbeta = tokens
-        factors, norms, inverse, *partial = slots
-        (begin, end, first), (S, dS, U, given) = states, between
-        N, cut = r.last - r.first, self.length is not None
-        many = (N, self.pieces if cut else N, self.length or 0)
+        G_beta, norms, A, dA_log, ddt_bias = chunks
+        A_log, dt_bias, cu_seqlens, chunk_spans, scale = common
+        S, dS, U, rowsum_RV = scratch
+        grid = (N, self.pieces if self.cut else N, self.length or 0)
+        begin = states_saved[1] if self.cut else states.begin
         with side_stream(q.device):
-            coupled = (factors, norms, inverse, walked[1] if cut else begin, cu_seqlens)
-            walk(k, v, *coupled, S, U, *many)
-        chunks = (q, k, v, do, factors, norms, inverse)
-        keep = (cu_seqlens, dS, dv, given)
-        if cut:
-            own, ends = (torch.empty_like(walked[1]) for _ in range(2))
-            nothing = (None, None, None)
-            walks_back[0](*chunks, None, cu_seqlens, *nothing, own, scale, *many)
-            walks_back[1](walked[0], own, ends, end, first, cu_seqlens, N, q.shape[1], self.length)
-            walks_back[2](*chunks, ends, *keep, None, scale, *many)
+            launch_states(k, v, G_beta, norms, A, begin, cu_seqlens, S, U, *grid)
+
+        inputs = (q, k, v, do, G_beta, norms, A)
+        outputs = (dS, dv, rowsum_RV)
+        if self.cut:
+            transfer, begins = states_saved
+            d_own, d_ends = torch.empty_like(begins), torch.empty_like(begins)
+            launch_first, launch_combine, launch_second = launch_reverse
+            launch_first(*inputs, None, cu_seqlens, None, None, None, d_own, scale, *grid)
+            launch_combine(
+                transfer, d_own, d_ends, states.d_end, states.d_begin, cu_seqlens, N, q.shape[1],
+                self.length,
+            )  # fmt: skip
+            launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, scale, *grid)
         else:
-            walks_back[0](*chunks, end, *keep, first, scale, *many)
+            (launch_scan,) = launch_reverse
+            launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, states.d_begin, scale, *grid)
         join_side_stream(q.device)
-        finish(
-            q, k, g, *gate, do, factors, norms, given, U, S, dS, spans,
-            dq, dk, dv, dg, dbeta, *partial, scale, self.programs,
+        launch_gradients(
+            q, k, g, A_log, dt_bias, do, G_beta, norms, rowsum_RV, U, S, dS, chunk_spans,
+            dq, dk, dv, dg, dbeta, dA_log, ddt_bias, scale, self.thread_blocks,
         )  # fmt: skip

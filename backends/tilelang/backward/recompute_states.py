@@ -1,13 +1,24 @@
-"""The second stage of backward, a program a sequence (or piece, where forward walked pieces at the
-same time), value head and 64 columns of V: forward's states again, chunk by chunk.
+"""Backward, stage 2: the states of forward again, and the updates U, chunk by chunk.
 
     U = A (beta * (V - e^G rk * (K S)))
     S <- e^gamma S + K^T (e^{gamma - G} rk * U)
 
-One warpgroup holds S^T [64, K] in registers, where S^T and U^T are the left operands of their
-products; of another, one warp loads, two find the tokens' factors, ahead of it, and one stores.
-Reads k, v, `factors`, `norms` and `inverse`; writes U^T and, in the call's dtype, S^T before every
-chunk.
+K: [C, K], the chunk's rows of k; V, U: [C, 64], S: [K, 64] in a thread block; A: [C, C], from
+forward; beta, G, rk (1 / norm of k): [C]; gamma: the last G. All of it is computed transposed: S^T
+[64, K] and U^T [64, C] are then left operands, which WGMMA reads from registers, and S stays in
+registers in float32 for the whole scan.
+
+Reads k, v, `G_beta`, `norms`, A and the initial states; if forward cut sequences into pieces, the
+state before each piece. Writes S^T before every chunk, and U^T, both in the dtype of k.
+
+Thread block (sequence or piece, value head, 64 columns of V), two on an SM; its threads:
+
+      0..127  consumer warpgroup: holds S^T, computes U and S, stages both in shared memory
+    128..159  producer warp: prefetches chunks by TMA, into STAGES stages
+    160..191  storing warp: copies the staged S^T and U^T to memory by TMA
+    192..255  factor warps: one token a thread, ahead of the consumer warpgroup
+
+The thread blocks of a value head form a cluster, whose producer warps keep pace (`pacing.py`).
 """
 
 from typing import Any
@@ -19,57 +30,124 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.fragments import PRELUDE, load_transposed, store
-from ..tile.indexing import piece_bounds
+from ..tile.indexing import Fields, piece_bounds
 from ..tile.layout import LOG2_E, ROWS
 from ..tile.pacing import ClusterPace, wait_for_cluster
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
+from .factors import Factor
 
 STAGES = 2
-CARRY = 1
-"""A named barrier."""
+CONSUMERS = 1
+"""Named barrier of the consumer warpgroup."""
 REGISTERS = (224, 32)
-"""Registers a thread of those who carry and of the others; two programs share a multiprocessor."""
+"""Registers a thread: consumers, other warps. Two thread blocks then fit on an SM."""
 
 
-class Memory:
-    """Shared memory: what is loaded, STAGES chunks of it; factors of columns; what is stored."""
+class StatesSmem:
+    """Shared memory of a thread block."""
 
     def __init__(self, K: int, dtype: str) -> None:
+        # === loaded ===
         self.k = T.alloc_shared((STAGES, C, K), dtype)
         self.v = T.alloc_shared((STAGES, C, ROWS), dtype)
         self.A = T.alloc_shared((STAGES, C, C), dtype)
-        self.factors = T.alloc_shared((STAGES, 4, C), "float32")
-        self.through = T.alloc_shared((STAGES, C), "float32")  # -e^G rk
-        self.onto = T.alloc_shared((STAGES, C), "float32")  # e^{gamma - G} rk
-        self.S = T.alloc_shared((2, ROWS, K), dtype)  # of even and odd chunks
-        self.U = T.alloc_shared((1, ROWS, C), dtype)
+        self.factors = T.alloc_shared((STAGES, 4, C), "float32")  # rows: see `Factor`
+        # === computed: the factors of the rows of K S and of U ===
+        self.KS_factor = T.alloc_shared((STAGES, C), "float32")  # -e^G rk
+        self.U_factor = T.alloc_shared((STAGES, C), "float32")  # e^{gamma - G} rk
+        # === staged for the storing warp ===
+        self.S = T.alloc_shared((2, ROWS, K), dtype)  # S^T [64, K] of even and of odd chunks
+        self.U = T.alloc_shared((1, ROWS, C), dtype)  # U^T [64, C]
+
+
+class StatesFragments:
+    """Registers of the consumer warpgroup. *_half: the same in the dtype of k, as an operand."""
+
+    def __init__(self, K: int, dtype: str) -> None:
+        self.S = T.alloc_fragment((ROWS, K), "float32")  # S^T [64, K]
+        self.S_half = T.alloc_fragment((ROWS, K), dtype)
+        self.v = T.alloc_fragment((ROWS, C), dtype)  # V^T [64, C]
+        self.KS = T.alloc_fragment((ROWS, C), "float32")  # (K S)^T [64, C]
+        self.error = T.alloc_fragment((ROWS, C), dtype)  # (beta * (V - e^G rk * (K S)))^T
+        self.U = T.alloc_fragment((ROWS, C), "float32")  # U^T [64, C]
+        self.U_half = T.alloc_fragment((ROWS, C), dtype)
+        self.e_gamma = T.alloc_local((1,), "float32")
+
+
+class Barriers:
+    """Barriers, with the number of threads that arrive. [STAGES]: one a stage."""
+
+    def __init__(self) -> None:
+        self.inputs_ready = T.alloc_barrier([32] * STAGES)
+        self.inputs_free = T.alloc_barrier([128] * STAGES)
+        self.factors_ready = T.alloc_barrier([C] * STAGES)
+        self.outputs_ready = T.alloc_barrier(128)  # S and U are staged
+        self.outputs_free = T.alloc_barrier(32)  # S and U are in memory
 
 
 @T.macro
-def load(
-    k: Any, v: Any, factors: Any, norms: Any, inverse: Any, m: Any, full: Any,
-    batch: Any, at: Any, slot: Any, head: Any, kh: Any, first: Any, s: Any,
+def load_chunk(
+    k: Any, v: Any, G_beta: Any, norms: Any, A: Any, smem: Any, bars: Any,
+    batch: Any, token: Any, slot: Any, head: Any, key_head: Any, column: Any, s: Any,
 ) -> None:  # fmt: skip
-    """A chunk to stage s, by one warp."""
+    """Load a chunk, whose first token is `token`, to stage s; by one warp."""
     for source, target in (
-        (k[batch, at : at + C, kh, :], m.k[s, :, :]),
-        (v[batch, at : at + C, head, first : first + ROWS], m.v[s, :, :]),
-        (inverse[slot, head, :, :], m.A[s, :, :]),
-        (factors[slot, head, :, :], m.factors[s, 0:2, :]),
-        (norms[slot, kh, :, :], m.factors[s, 2:4, :]),
+        (k[batch, token : token + C, key_head, :], smem.k[s, :, :]),
+        (v[batch, token : token + C, head, column : column + ROWS], smem.v[s, :, :]),
+        (A[slot, head, :, :], smem.A[s, :, :]),
+        (G_beta[slot, head, :, :], smem.factors[s, Factor.G_BETA, :]),
+        (norms[slot, key_head, :, :], smem.factors[s, Factor.NORMS, :]),
     ):
-        T.tma_copy(source, target, barrier=full[s], leader_scope_threads=32)
-    T.barrier_arrive(full[s])
+        T.tma_copy(source, target, barrier=bars.inputs_ready[s], leader_scope_threads=32)
+    T.barrier_arrive(bars.inputs_ready[s])
 
 
 @T.macro
-def find_factors(m: Any, s: Any, token: Any) -> None:
-    """The factors of one token of the chunk in stage s."""
-    G = m.factors[s, 0, token] * LOG2_E
-    m.through[s, token] = -m.factors[s, 3, token] * T.exp2(G)
-    m.onto[s, token] = m.factors[s, 3, token] * T.exp2(m.factors[s, 0, C - 1] * LOG2_E - G)
+def compute_factors(smem: Any, s: Any, i: Any) -> None:
+    """Compute the factors of token i of the chunk in stage s."""
+    G = smem.factors[s, Factor.G, i] * LOG2_E
+    smem.KS_factor[s, i] = -smem.factors[s, Factor.RK, i] * T.exp2(G)
+    smem.U_factor[s, i] = smem.factors[s, Factor.RK, i] * T.exp2(
+        smem.factors[s, Factor.G, C - 1] * LOG2_E - G
+    )
+
+
+@T.macro
+def scan_step(smem: Any, frag: Any, bars: Any, chunk: Any, s: Any, tx: Any) -> None:
+    """Stage S^T and U^T of the chunk in stage s, and update S; by the consumer warpgroup."""
+    frag.e_gamma[0] = T.exp2(smem.factors[s, Factor.G, C - 1] * LOG2_E)
+
+    # === K S ===
+    T.copy(frag.S, frag.S_half)
+    for i, j in T.Parallel(*frag.S.shape):
+        frag.S[i, j] *= frag.e_gamma[0]
+    T.wgmma_gemm(frag.S_half, smem.k[s, :, :], frag.KS, transpose_B=True, clear_accum=True)
+    load_transposed(smem.v, s, frag.v, tx)
+    store(frag.S_half, smem.S, chunk % 2, tx)
+    T.wait_wgmma(0)
+
+    # === U ===
+    for i, j in T.Parallel(ROWS, C):
+        frag.error[i, j] = smem.factors[s, Factor.BETA, j] * (
+            frag.v[i, j] + smem.KS_factor[s, j] * frag.KS[i, j]
+        )
+    T.wgmma_gemm(frag.error, smem.A[s, :, :], frag.U, transpose_B=True, clear_accum=True)
+    T.wait_wgmma(0)
+    T.copy(frag.U, frag.U_half)
+    # U has one buffer, so the chunk before must be in memory. S has two: no wait before its store.
+    T.barrier_wait(bars.outputs_free, chunk % 2 ^ 1)
+    store(frag.U_half, smem.U, 0, tx)
+
+    # === S ===
+    for i, j in T.Parallel(ROWS, C):
+        frag.U_half[i, j] = smem.U_factor[s, j] * frag.U[i, j]
+    T.wgmma_gemm(frag.U_half, smem.k[s, :, :], frag.S)
+    fence()
+    T.barrier_arrive(bars.outputs_ready)
+    T.wait_wgmma(0)
+    T.barrier_arrive(bars.inputs_free[s])
 
 
 @kernel(own_barriers=True)
@@ -77,120 +155,92 @@ def recompute_states(
     *, dtype: str, offsets: str, K: int, V: int, group: int,
     varlen: bool, initial: bool, v_first: bool, cut: bool,
 ) -> Any:  # fmt: skip
-    """See the module. group: HV / H; initial: whether `begin` holds states, else it is not read;
-    cut: into pieces."""
+    """Build the kernel. group: HV / H; initial: whether there are first states in `S_begin`, else
+    they are 0 and `S_begin` is not read; v_first: whether its states are [V, K]; cut: whether a
+    thread block has a piece, else a sequence."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
     state, blocks = (N, HV, V, K) if v_first else (N, HV, K, V), V // ROWS
 
     @T.prim_func
-    def states_kernel(
+    def recompute_states_kernel(
         k: T.Tensor((B, L, H, K), dtype), v: T.Tensor((B, L, HV, V), dtype),
-        factors: T.Tensor((slots, HV, 2, C), "float32"),
-        norms: T.Tensor((slots, H, 2, C), "float32"),
-        inverse: T.Tensor((slots, HV, C, C), dtype),
-        begin: T.Tensor(state, "float32"), cu_seqlens: T.Tensor((bounds,), offsets),
+        G_beta: T.Tensor((slots, HV, 2, C), "float32"),
+        norms: T.Tensor((slots, H, 2, C), "float32"), A: T.Tensor((slots, HV, C, C), dtype),
+        S_begin: T.Tensor(state, "float32"), cu_seqlens: T.Tensor((bounds,), offsets),
         S_out: T.Tensor((slots, HV, V, K), dtype), U_out: T.Tensor((slots, HV, V, C), dtype),
         sequences: T.int32, pieces: T.int32, length: T.int32,
     ):  # fmt: skip
+        """length: tokens of a piece, if cut; pieces: their number, else that of sequences."""
         with T.Kernel(
             pieces, HV, blocks, threads=256, cluster_dims=(1, 1, blocks), prelude=FENCES + PRELUDE
-        ) as (n, head, block):
+        ) as (piece, head, block):
             T.annotate_min_blocks_per_sm(2)
-            first, kh = block * ROWS, head // group
-            place = T.alloc_local((4,), "int32")
-            piece_bounds(n, cu_seqlens, sequences, L, length, place, varlen, cut)
-            batch = 0 if varlen else place[0]
-            start, stop, slot = place[1], place[2], place[3]
-            chunks = T.ceildiv(T.max(stop - start, 0), C)
+            column, key_head = block * ROWS, head // group
+            place = Fields("sequence", "start", "stop", "slot")
+            piece_bounds(piece, cu_seqlens, sequences, L, length, place.array, varlen, cut)
+            batch = 0 if varlen else place.sequence
+            start, stop, slot = place.start, place.stop, place.slot
+            chunks = T.ceildiv(T.max(stop - start, 0), C)  # unused pieces have stop < start
 
-            m = Memory(K, dtype)
-            T.annotate_layout({m.v: make_full_bank_swizzled_layout(m.v)})
-            full = T.alloc_barrier([32] * STAGES)
-            used = T.alloc_barrier([128] * STAGES)
-            factored = T.alloc_barrier([C] * STAGES)
-            staged, left = T.alloc_barrier(128), T.alloc_barrier(32)
+            smem = StatesSmem(K, dtype)
+            T.annotate_layout({smem.v: make_full_bank_swizzled_layout(smem.v)})
+            bars = Barriers()
             pace = ClusterPace(blocks)
             tx = T.get_thread_binding()
 
             if tx < 128:
+                # === consumer warpgroup ===
                 T.set_max_nreg(REGISTERS[0], 1)
-                S = T.alloc_fragment((ROWS, K), "float32")
-                before = T.alloc_fragment((ROWS, K), dtype)
-                values = T.alloc_fragment((ROWS, C), dtype)
-                known = T.alloc_fragment((ROWS, C), "float32")
-                error = T.alloc_fragment((ROWS, C), dtype)
-                U = T.alloc_fragment((ROWS, C), "float32")
-                U_half = T.alloc_fragment((ROWS, C), dtype)
-                decay = T.alloc_local((1,), "float32")
+                frag = StatesFragments(K, dtype)
                 if initial:
                     for i, j in T.Parallel(ROWS, K):
-                        S[i, j] = (
-                            begin[n, head, first + i, j]
+                        frag.S[i, j] = (
+                            S_begin[piece, head, column + i, j]
                             if v_first
-                            else begin[n, head, j, first + i]
+                            else S_begin[piece, head, j, column + i]
                         )
                 else:
-                    T.clear(S)
+                    T.clear(frag.S)
                 for chunk in T.serial(chunks):
                     s = chunk % STAGES
-                    at = start + chunk * C
-                    T.barrier_wait(factored[s], chunk // STAGES % 2)  # and so loaded
-                    if at + C > stop:
-                        clear_rows_past_end((m.k,), s, stop - at)
-                        clear_rows_past_end((m.v,), s, stop - at)
+                    token = start + chunk * C
+                    # The factor warps have waited for `inputs_ready`.
+                    T.barrier_wait(bars.factors_ready[s], chunk // STAGES % 2)
+                    if token + C > stop:
+                        clear_rows_past_end((smem.k,), s, stop - token)
+                        clear_rows_past_end((smem.v,), s, stop - token)
                         fence()
-                        T.sync_threads(CARRY, 128)
-                    decay[0] = T.exp2(m.factors[s, 0, C - 1] * LOG2_E)
-
-                    T.copy(S, before)
-                    for i, j in T.Parallel(ROWS, K):
-                        S[i, j] *= decay[0]
-                    T.wgmma_gemm(before, m.k[s, :, :], known, transpose_B=True, clear_accum=True)
-                    load_transposed(m.v, s, values, tx)
-                    store(before, m.S, chunk % 2, tx)
-                    T.wait_wgmma(0)
-                    for i, j in T.Parallel(ROWS, C):
-                        error[i, j] = m.factors[s, 1, j] * (
-                            values[i, j] + m.through[s, j] * known[i, j]
-                        )
-                    T.wgmma_gemm(error, m.A[s, :, :], U, transpose_B=True, clear_accum=True)
-                    T.wait_wgmma(0)
-                    T.copy(U, U_half)
-                    T.barrier_wait(left, chunk % 2 ^ 1)
-                    store(U_half, m.U, 0, tx)
-                    for i, j in T.Parallel(ROWS, C):
-                        U_half[i, j] = m.onto[s, j] * U[i, j]
-                    T.wgmma_gemm(U_half, m.k[s, :, :], S)
-                    fence()
-                    T.barrier_arrive(staged)
-                    T.wait_wgmma(0)
-                    T.barrier_arrive(used[s])
+                        T.sync_threads(CONSUMERS, 128)
+                    scan_step(smem, frag, bars, chunk, s, tx)
             else:
                 T.set_max_nreg(REGISTERS[1], 0)
                 if tx < 128 + 32:
+                    # === producer warp ===
                     for chunk in T.serial(chunks):
                         s = chunk % STAGES
-                        T.barrier_wait(used[s], chunk // STAGES % 2 ^ 1)
+                        T.barrier_wait(bars.inputs_free[s], chunk // STAGES % 2 ^ 1)
                         wait_for_cluster(pace, chunk, tx == 128)
-                        load(
-                            k, v, factors, norms, inverse, m, full, batch, start + chunk * C,
-                            slot + chunk, head, kh, first, s,
+                        load_chunk(
+                            k, v, G_beta, norms, A, smem, bars, batch, start + chunk * C,
+                            slot + chunk, head, key_head, column, s,
                         )  # fmt: skip
                 elif tx < 128 + 64:
+                    # === storing warp ===
                     for chunk in T.serial(chunks):
-                        T.barrier_wait(staged, chunk % 2)
-                        to = slot + chunk, head, slice(first, first + ROWS)
-                        T.tma_copy(m.S[chunk % 2, :, :], S_out[*to, :], leader_scope_threads=32)
-                        T.tma_copy(m.U[0, :, :], U_out[*to, :], leader_scope_threads=32)
+                        T.barrier_wait(bars.outputs_ready, chunk % 2)
+                        to = slot + chunk, head, slice(column, column + ROWS)
+                        T.tma_copy(smem.S[chunk % 2, :, :], S_out[*to, :], leader_scope_threads=32)
+                        T.tma_copy(smem.U[0, :, :], U_out[*to, :], leader_scope_threads=32)
                         T.tma_store_wait(0)
-                        T.barrier_arrive(left)
+                        T.barrier_arrive(bars.outputs_free)
                 else:
+                    # === factor warps ===
                     for chunk in T.serial(chunks):
                         s = chunk % STAGES
-                        T.barrier_wait(used[s], chunk // STAGES % 2 ^ 1)
-                        T.barrier_wait(full[s], chunk // STAGES % 2)
-                        find_factors(m, s, tx - 128 - C)
-                        T.barrier_arrive(factored[s])
+                        T.barrier_wait(bars.inputs_free[s], chunk // STAGES % 2 ^ 1)
+                        T.barrier_wait(bars.inputs_ready[s], chunk // STAGES % 2)
+                        compute_factors(smem, s, tx - 128 - C)
+                        T.barrier_arrive(bars.factors_ready[s])
 
-    return states_kernel
+    return recompute_states_kernel

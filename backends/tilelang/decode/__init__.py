@@ -1,1 +1,1 @@
-"""Decode: the step of a server, from and into a pool of states."""
+"""Decode: the serving step, which reads states from a pool and writes them back."""

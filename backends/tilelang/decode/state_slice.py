@@ -1,8 +1,12 @@
-"""A thread's part of a state in decode: which numbers it holds, and how they are read, summed over
-K and written.
+"""A thread's slice of a state in decode: which numbers it holds, and how it loads, sums and stores
+them.
 
-[V, K] is shared by `lanes` threads a row, whose sums meet by shuffles; [K, V] by `lanes` threads
-across, `rows` rows of K each, whose sums meet by shuffles and, between warps, in shared memory.
+A pool holds states as [K, V] or [V, K]. The slice follows the pool's layout, so that every access
+is contiguous.
+
+- [V, K]: `lanes` threads share a row, and their sums over K meet by shuffles.
+- [K, V]: `lanes` threads lie across a row, with `rows` rows of K each. Their sums over K meet by
+  shuffles, and in shared memory where they are in several warps.
 """
 
 from __future__ import annotations
@@ -12,9 +16,9 @@ from typing import Any, NamedTuple
 import tilelang.language as T
 
 
-class Shape(NamedTuple):
-    """How the threads of a program share a state: `lanes` side by side along its contiguous
-    dimension, `rows` a thread along the other; `resident` programs at least a multiprocessor."""
+class ThreadShape(NamedTuple):
+    """How the threads of a thread block share a state: `lanes` threads along its contiguous
+    dimension, `rows` rows a thread along the other one; at least `resident` thread blocks an SM."""
 
     threads: int
     lanes: int
@@ -22,56 +26,62 @@ class Shape(NamedTuple):
     resident: int = 1
 
 
-class Part:
-    """A thread's part of a state: `keys` x `values` numbers, in the order of its loads."""
+class StateSlice:
+    """A thread's slice: `keys` x `values` numbers, stored in the order of their loads.
 
-    def __init__(self, shape: Shape, K: int, vec: int, v_first: bool) -> None:
+    vec: numbers of the pool that one access moves. key_run: keys that lie side by side. k_parts:
+    threads that share the sum over K of one column of V. width: columns of V of a thread block.
+    warps: warps that share a sum.
+    """
+
+    def __init__(self, shape: ThreadShape, K: int, vec: int, v_first: bool) -> None:
         threads, lanes, rows, _ = shape
         self.lanes, self.vec, self.v_first = lanes, vec, v_first
         self.keys, self.values = (K // lanes, rows) if v_first else (rows, vec)
-        self.run = min(vec if v_first else rows, 8)  # keys side by side
-        self.parts = lanes if v_first else K // rows  # threads that share a sum
-        self.across = threads // self.parts
+        self.key_run = min(vec if v_first else rows, 8)
+        self.k_parts = lanes if v_first else K // rows
+        self.across = threads // self.k_parts
         self.width = self.across * self.values
-        near, far = (1, lanes) if v_first else (lanes, min(32, lanes * self.parts))
-        self.steps = [near << i for i in range((far // near).bit_length() - 1)]
-        self.warps = 1 if v_first else -(-lanes * self.parts // 32)
+        near, far = (1, lanes) if v_first else (lanes, min(32, lanes * self.k_parts))
+        self.shuffles = [near << i for i in range((far // near).bit_length() - 1)]
+        self.warps = 1 if v_first else -(-lanes * self.k_parts // 32)
 
-    def stand(self, thread: Any, first: Any) -> None:
-        """Take the place of a thread in the block of columns of V from `first` on."""
-        self.first, self.lane = first, thread % self.lanes
+    def place_thread(self, thread: Any, v_start: Any) -> None:
+        """Find the slice of this thread in the columns of V from v_start on."""
+        self.v_start, self.lane = v_start, thread % self.lanes
         if self.v_first:
-            self.part, self.column = self.lane, thread // self.lanes
+            self.k_part, self.column = self.lane, thread // self.lanes
         else:
-            self.part = thread // self.lanes % self.parts
-            self.column = thread // (self.lanes * self.parts) * self.lanes + self.lane
+            self.k_part = thread // self.lanes % self.k_parts
+            self.column = thread // (self.lanes * self.k_parts) * self.lanes + self.lane
 
     def key(self, i: Any) -> Any:
-        """The key of the thread's i-th row of S."""
+        """The index along K of the thread's i-th key."""
         if self.v_first:
             return (i // self.vec * self.lanes + self.lane) * self.vec + i % self.vec
-        return self.part * self.keys + i
+        return self.k_part * self.keys + i
 
     def value(self, j: Any) -> Any:
-        """The column of V of the thread's j-th column of S."""
+        """The index along V of the thread's j-th value."""
         if self.v_first:
-            return self.first + j * self.across + self.column
-        return self.first + self.column * self.vec + j
+            return self.v_start + j * self.across + self.column
+        return self.v_start + self.column * self.vec + j
 
-    def at(self, i: Any, j: Any) -> Any:
-        """Where S[i, j] is kept."""
+    def register(self, i: Any, j: Any) -> Any:
+        """The register of the i-th key and j-th value."""
         return j * self.keys + i if self.v_first else i * self.values + j
 
-    def place(self, m: Any) -> tuple[Any, Any]:
-        """Row and column in the pool's layout of what is kept at m."""
+    def pool_index(self, m: Any) -> tuple[Any, Any]:
+        """Row and column in the pool's layout of the number in register m."""
         if self.v_first:
             return self.value(m // self.keys), self.key(m % self.keys)
         return self.key(m // self.values), self.value(m % self.values)
 
 
 @T.macro
-def load(to: Any, at: Any, source: Any, index: Any, n: int, wide: bool) -> None:
-    """to[at : at + n] = the numbers of source from index on, in one access if wide."""
+def load_run(to: Any, at: Any, source: Any, index: Any, n: int, wide: bool) -> None:
+    """to[at : at + n] = n neighbouring numbers of source from `index` on; in one access if wide and
+    they are 8 or 16 bytes."""
     bits = n * to.dtype.bits if wide else 0
     if bits == 128:
         to[T.Ramp(at, 1, n)] = T.reinterpret(f"{to.dtype}x{n}", T.ldg128(source[index]))
@@ -83,33 +93,38 @@ def load(to: Any, at: Any, source: Any, index: Any, n: int, wide: bool) -> None:
 
 
 @T.macro
-def keep(state: Any, slot: Any, head: Any, S: Any, raw: Any, part: Part, wide: bool) -> None:
-    """Write the thread's part of a state to a slot."""
+def store_slice(
+    state: Any, slot: Any, head: Any, S: Any, raw_S: Any, part: StateSlice, wide: bool
+) -> None:
+    """Store the thread's slice S to a slot of the pool. raw_S: registers in the pool's dtype."""
     for m in T.unroll(part.keys * part.values):
-        raw[m] = T.cast(S[m], raw.dtype)
+        raw_S[m] = T.cast(S[m], raw_S.dtype)
     for m in T.unroll(part.keys * part.values // part.vec):
-        row, column = part.place(m * part.vec)
+        row, column = part.pool_index(m * part.vec)
         if wide:
-            word = raw[T.Ramp(m * part.vec, 1, part.vec)]
+            word = raw_S[T.Ramp(m * part.vec, 1, part.vec)]
             T.stg128(state[slot, head, row, column], T.reinterpret("uint32x4", word))
         else:
-            state[slot, head, row, column] = raw[m]
+            state[slot, head, row, column] = raw_S[m]
 
 
 @T.macro
-def meet(sums: Any, count: int, between: Any, thread: Any, t: Any, part: Part) -> None:
-    """Add up the threads' sums over their keys."""
-    for step in part.steps:
+def reduce_over_keys(
+    sums: Any, count: int, partial_smem: Any, thread: Any, t: Any, part: StateSlice
+) -> None:
+    """Add up the sums of the threads that share them. partial_smem [2, ...] has a place for even
+    and one for odd tokens, so that one barrier a token is enough."""
+    for step in part.shuffles:
         for m in T.unroll(count):
             sums[m] += T.shfl_xor(sums[m], step)
     if part.warps > 1:
         tile, warp = thread // (32 * part.warps), thread // 32 % part.warps
         if thread % 32 < part.lanes:
             for m in T.unroll(count):
-                between[t % 2, tile, warp, m, part.lane] = sums[m]
+                partial_smem[t % 2, tile, warp, m, part.lane] = sums[m]
         T.sync_threads()
         for m in T.unroll(count):
             sums[m] = 0.0
         for w in T.unroll(part.warps):
             for m in T.unroll(count):
-                sums[m] += between[t % 2, tile, w, m, part.lane]
+                sums[m] += partial_smem[t % 2, tile, w, m, part.lane]

@@ -1,1 +1,1 @@
-"""Forward: what needs no state, the scan over the chunks, and their order."""
+"""Forward: `prepare`, which needs no state, then `scan`; `plan.py` chooses and launches them."""

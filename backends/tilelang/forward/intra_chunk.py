@@ -1,10 +1,13 @@
-"""Coupling the tokens of a chunk, by one warpgroup: all that needs no state.
+"""The intra-chunk stage of `prepare`, by one warpgroup: M, A, A_v and P of a chunk.
 
-    rq, rk = 1 / sqrt(sum x^2 + 1e-6) of the rows of q and k, where fused, else 1
-    L_ij = exp(G_i - G_j),  A = (I + tril(beta_i L_ij rk_i rk_j k_i.k_j, -1))^-1
-    A_v = A diag(beta),  P = scale tril(L_ij rq_i rk_j q_i.k_j)
+    rq, rk = 1 / sqrt(sum x^2 + 1e-6) over the rows of q and k if the L2 norm is fused, else 1
+    M_ij = beta_i e^{G_i - G_j} rk_i rk_j k_i.k_j  for i > j          [C, C]
+    A = (I + M)^-1,  A_v = A diag(beta)                                [C, C]
+    P_ij = scale e^{G_i - G_j} rq_i rk_j q_i.k_j  for i >= j           [C, C]
 
-A warp has 16 rows of each, and of them only what is not above the diagonal.
+A warp has 16 rows of each matrix and computes only the column blocks of 16 that are not above the
+diagonal. The exponential above the diagonal may be infinite; it is dropped by a selection, never by
+a product with zero.
 """
 
 from __future__ import annotations
@@ -17,134 +20,152 @@ from gdn.definition import L2_EPS
 from gdn.problem import CHUNK as C
 
 from ..tile.fragments import store
-from ..tile.layout import BETA, DECAY, INTO, ONTO, RK, SCORES, STRENGTH, THROUGH, G
-from .inverse import BLOCK, Inverse, Merge, spread
+from ..tile.layout import (
+    BETA,
+    BETA_RK,
+    COLUMN_EXPONENT,
+    KS_FACTOR,
+    RK,
+    S_FACTOR,
+    SCALE_RQ,
+    U_FACTOR,
+    G,
+)
+from .inverse import BLOCK, InverseSmem, MergeFragments, scatter_M
 
 
-class Memory:
-    """Shared memory of a chunk: P takes the place of q, A_v that of the inverse."""
+class IntraChunkSmem:
+    """Shared memory of one chunk."""
 
     def __init__(self, K: int, dtype: str) -> None:
         self.q, self.k = (T.alloc_shared((1, C, K), dtype) for _ in range(2))
-        self.inverse = Inverse()
-        self.gates = T.alloc_shared((2, 2, C), "float32")  # G and beta of this chunk and the next
-        self.tokens = T.alloc_shared((RK + 1, C), "float32")
-        self.P = self.q
-        whole = self.inverse.whole
-        self.A_v = whole if dtype == "float16" else T.view(whole, dtype=dtype)
+        self.inverse = InverseSmem()
+        self.gates = T.alloc_shared((2, 2, C), "float32")  # G and beta; of this chunk and the next
+        self.token_factors = T.alloc_shared((RK + 1, C), "float32")
+        self.P = self.q  # [1, C, C] in q's place
+        A = self.inverse.A
+        self.A_v = A if dtype == "float16" else T.view(A, dtype=dtype)  # in A's place
 
 
-class Registers:
-    """Of the warpgroup."""
+class IntraChunkFragments:
+    """Registers of the warpgroup."""
 
     def __init__(self, dtype: str) -> None:
-        self.x = T.alloc_fragment((C, C), "float32")  # of k and k: M
-        self.y = T.alloc_fragment((C, C), "float32")  # of q and k: P; then A
-        self.half = T.alloc_fragment((C, C), dtype)
-        self.row = T.alloc_fragment((C,), "float32")
-        self.factor = T.alloc_fragment((C,), "float32")
-        self.merge = Merge()
+        self.M = T.alloc_fragment((C, C), "float32")  # k k^T, then M
+        self.P = T.alloc_fragment((C, C), "float32")  # q k^T, then P
+        self.A = self.P  # once P is stored
+        self.half = T.alloc_fragment((C, C), dtype)  # what is stored of P and A_v
+        self.row_G = T.alloc_fragment((C,), "float32")
+        self.row_factor = T.alloc_fragment((C,), "float32")
+        self.merge = MergeFragments()
 
 
 @T.macro
-def norm_keys(m: Any, norms: Any, slot: Any, kh: Any, token: Any, l2: bool, save: bool) -> None:
-    """m.tokens[RK] of one token, of the sum of squares that is there."""
-    m.tokens[RK, token] = T.rsqrt(m.tokens[RK, token] + L2_EPS) if l2 else 1.0
-    if save:
-        norms[slot, kh, 1, token] = m.tokens[RK, token]
-
-
-@T.macro
-def factor_keys(m: Any, b: Any, walk: Any, slot: Any, head: Any, token: Any, l2: bool) -> None:
-    """The factors of one token that k and the gates give."""
-    at = T.alloc_local((3,), "float32")
-    at[0] = m.gates[b, G, token]
-    at[1] = T.exp2(at[0])
-    at[2] = m.tokens[RK, token]
-    m.tokens[INTO, token] = at[0] - (T.log2(at[2]) if l2 else 0.0)
-    m.tokens[STRENGTH, token] = m.gates[b, BETA, token] * at[2]
-    walk[slot, head, ONTO, token] = T.exp2(m.gates[b, G, C - 1] - at[0]) * at[2]
-    walk[slot, head, THROUGH, token] = -at[1] * at[2]
-    if token == C - 1:
-        walk[slot, head, DECAY, 0] = at[1]
-
-
-@T.macro
-def norm_queries(
-    m: Any, norms: Any, slot: Any, kh: Any, token: Any, scale: Any, l2: bool, save: bool
+def compute_k_norm(
+    smem: Any, norms: Any, slot: Any, key_head: Any, token: Any, l2: bool, save: bool
 ) -> None:
-    """m.tokens[SCORES] of one token, of the sum of squares that is there."""
-    rq = T.alloc_local((1,), "float32")
-    rq[0] = T.rsqrt(m.tokens[SCORES, token] + L2_EPS) if l2 else 1.0
-    m.tokens[SCORES, token] = scale * rq[0]
+    """token_factors[RK] of one token, from the sum of squares that stands there."""
+    smem.token_factors[RK, token] = T.rsqrt(smem.token_factors[RK, token] + L2_EPS) if l2 else 1.0
     if save:
-        norms[slot, kh, 0, token] = rq[0]
+        norms[slot, key_head, 1, token] = smem.token_factors[RK, token]
 
 
 @T.macro
-def find_rows(m: Any, r: Any, b: Any, factor: int) -> None:
-    """G and a factor of the rows, for `weigh`."""
+def compute_k_factors(
+    smem: Any, b: Any, scan_factors: Any, slot: Any, head: Any, token: Any, l2: bool
+) -> None:
+    """The factors of one token that need no q: for M and P to shared memory, for `scan` to memory.
+    gates[b] are the chunk's."""
+    at = T.alloc_local((3,), "float32")  # G, e^G, rk
+    at[0] = smem.gates[b, G, token]
+    at[1] = T.exp2(at[0])
+    at[2] = smem.token_factors[RK, token]
+    smem.token_factors[COLUMN_EXPONENT, token] = at[0] - (T.log2(at[2]) if l2 else 0.0)
+    smem.token_factors[BETA_RK, token] = smem.gates[b, BETA, token] * at[2]
+    scan_factors[slot, head, U_FACTOR, token] = T.exp2(smem.gates[b, G, C - 1] - at[0]) * at[2]
+    scan_factors[slot, head, KS_FACTOR, token] = -at[1] * at[2]
+    if token == C - 1:
+        scan_factors[slot, head, S_FACTOR, 0] = at[1]
+
+
+@T.macro
+def compute_q_norm(
+    smem: Any, norms: Any, slot: Any, key_head: Any, token: Any, scale: Any, l2: bool, save: bool
+) -> None:
+    """token_factors[SCALE_RQ] of one token, from the sum of squares that stands there."""
+    rq = T.alloc_local((1,), "float32")
+    rq[0] = T.rsqrt(smem.token_factors[SCALE_RQ, token] + L2_EPS) if l2 else 1.0
+    smem.token_factors[SCALE_RQ, token] = scale * rq[0]
+    if save:
+        norms[slot, key_head, 0, token] = rq[0]
+
+
+@T.macro
+def load_row_factors(smem: Any, frag: Any, b: Any, factor: int) -> None:
+    """G and a factor of the rows, to the registers that `scale_block` reads."""
     for i in T.Parallel(C):
-        r.row[i] = m.gates[b, G, i]
-        r.factor[i] = m.tokens[factor, i]
+        frag.row_G[i] = smem.gates[b, G, i]
+        frag.row_factor[i] = smem.token_factors[factor, i]
 
 
 @T.macro
-def weigh(x: Any, m: Any, r: Any, block: Any) -> None:
-    """16 columns of x times L and the factors of rows and columns."""
+def scale_block(x: Any, smem: Any, frag: Any, block: Any) -> None:
+    """Multiply a column block of x by e^{G_i - G_j} rk_j and the factor of row i."""
     for i, j in T.Parallel(C, BLOCK):
         x[i, block * BLOCK + j] *= (
-            T.exp2(r.row[i] - m.tokens[INTO, block * BLOCK + j]) * r.factor[i]
+            T.exp2(frag.row_G[i] - smem.token_factors[COLUMN_EXPONENT, block * BLOCK + j])
+            * frag.row_factor[i]
         )
 
 
 @T.macro
-def clear_columns(x: Any, block: Any) -> None:
+def clear_block(x: Any, block: Any) -> None:
+    """Zero a column block of x."""
     for i, j in T.Parallel(C, BLOCK):
         x[i, block * BLOCK + j] = 0.0
 
 
 @T.macro
-def couple_keys(m: Any, r: Any, b: Any, warp: Any) -> None:
-    """M in registers, on its way to where `inverse.py` wants it; r.x is k and k."""
-    find_rows(m, r, b, STRENGTH)
+def compute_M(smem: Any, frag: Any, b: Any, warp: Any) -> None:
+    """M in frag.M, which holds k k^T, and in the buffers of the inverse. In a diagonal block, what
+    is above the diagonal may be infinite; nothing reads it."""
+    load_row_factors(smem, frag, b, BETA_RK)
     T.wait_wgmma(0)
-    # above the diagonal, where it may be infinite, it is dropped
     for block in T.unroll(C // BLOCK):
         if warp >= block:
-            weigh(r.x, m, r, block)
-            spread(r.x, m.inverse, block, warp)
+            scale_block(frag.M, smem, frag, block)
+            scatter_M(frag.M, smem.inverse, block, warp)
 
 
 @T.macro
-def couple_queries(m: Any, r: Any, b: Any, warp: Any, thread: Any) -> None:
-    """P in q's place; r.y is q and k."""
-    find_rows(m, r, b, SCORES)
+def compute_P(smem: Any, frag: Any, b: Any, warp: Any, thread: Any) -> None:
+    """P in smem.P; frag.P holds q k^T."""
+    load_row_factors(smem, frag, b, SCALE_RQ)
     for block in T.unroll(C // BLOCK):
         if warp >= block:
-            weigh(r.y, m, r, block)
+            scale_block(frag.P, smem, frag, block)
         else:
-            clear_columns(r.y, block)
+            clear_block(frag.P, block)
         if warp == block:
             for i, j in T.Parallel(C, BLOCK):
-                r.y[i, block * BLOCK + j] = T.if_then_else(
-                    i % BLOCK >= j, r.y[i, block * BLOCK + j], 0.0
+                frag.P[i, block * BLOCK + j] = T.if_then_else(
+                    i % BLOCK >= j, frag.P[i, block * BLOCK + j], 0.0
                 )
-    T.copy(r.y, r.half)
-    store(r.half, m.P, 0, thread)
+    T.copy(frag.P, frag.half)
+    store(frag.half, smem.P, 0, thread)
 
 
 @T.macro
-def find_strengths(m: Any, r: Any, b: Any, warp: Any, refined: bool) -> None:
-    """A_v in r.half, of A, in r.y if refined, else in m.inverse.whole."""
+def compute_A_v(smem: Any, frag: Any, b: Any, warp: Any, refined: bool) -> None:
+    """A_v in frag.half. A is in frag.A if refined, else in smem.inverse.A."""
     for block in T.unroll(C // BLOCK):
         if not refined:
             if warp >= block:
                 for i, j in T.Parallel(C, BLOCK):
-                    r.y[i, block * BLOCK + j] = m.inverse.whole[0, i, block * BLOCK + j]
+                    frag.A[i, block * BLOCK + j] = smem.inverse.A[0, i, block * BLOCK + j]
             else:
-                clear_columns(r.y, block)
+                clear_block(frag.A, block)
         if warp >= block:
             for i, j in T.Parallel(C, BLOCK):
-                r.y[i, block * BLOCK + j] *= m.gates[b, BETA, block * BLOCK + j]
-    T.copy(r.y, r.half)
+                frag.A[i, block * BLOCK + j] *= smem.gates[b, BETA, block * BLOCK + j]
+    T.copy(frag.A, frag.half)

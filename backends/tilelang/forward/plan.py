@@ -1,10 +1,20 @@
-"""Forward: which kernels a kind of call takes, and their buffers."""
+"""Which kernels a forward call needs, their buffers, and their launches.
+
+There are three ways to run `prepare` and `scan`, chosen from shapes alone:
+
+- whole sequences: `prepare` of all chunks, then one scan;
+- segments: every sequence is divided into segments that are scanned one after another, while
+  `prepare` of the next segment runs beside the scan of this one;
+- pieces: sequences are cut into pieces that are scanned in parallel, by a transfer scan,
+  `combine_pieces` and a final scan.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gdn.backend import Forward
 from gdn.problem import CHUNK, Call
@@ -17,185 +27,206 @@ from ..compile import compile_together, launchers
 from ..memory_rounds import sequence_chunks, sequence_parts
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
-from .prepare import PROGRAMS, prepare
+from .prepare import BLOCKS_PER_SM, prepare
 from .scan import scan
 
-SEGMENT, SEGMENTS = 32, 4
-"""Chunks of a segment at least, and segments at most."""
-HALF = 32
-"""Chunks of half a piece, at least, where pieces are halved."""
+MIN_SEGMENT_CHUNKS, MAX_SEGMENTS = 32, 4
+MIN_HALF_PIECE_CHUNKS = 32
+"""Pieces are halved only if the halves have at least this many chunks."""
 
 
-def warpgroups(V: int, walks: int, device: torch.device) -> int:
-    """How many warpgroups a program of the scan gets: one where that leaves fewer multiprocessors
-    idle."""
-    return 2 if V == 128 and 2 * walks > sm_count(device) else 1
+def choose_warpgroups(V: int, scans: int, device: torch.device) -> int:
+    """Consumer warpgroups of a thread block of `scan`: 1 where 2 would leave more SMs idle. scans:
+    sequences times value heads."""
+    return 2 if V == 128 and 2 * scans > sm_count(device) else 1
 
 
-def segments(call: Call, walks: int, save: bool) -> list[tuple[int, int]]:
-    """First chunk and number of chunks of the parts of every sequence that are coupled while the
-    one before is walked: those that backward takes apart, or some where `walks` programs leave
-    multiprocessors idle; none where they do not, or the sequences are short."""
+def choose_segments(call: Call, scans: int, save: bool) -> list[tuple[int, int]]:
+    """First chunk and number of chunks of each segment; an empty list means whole sequences.
+
+    The parts of backward's memory rounds become segments, since forward saves the states between
+    them. Else there are segments where `scans` thread blocks leave a quarter of the SMs idle and
+    sequences are long.
+    """
     if save and len(sequence_parts(call)) > 1:
         return sequence_parts(call)
     chunks = sequence_chunks(call)
-    span = max(SEGMENT, -(-chunks // SEGMENTS))
+    span = max(MIN_SEGMENT_CHUNKS, -(-chunks // MAX_SEGMENTS))
     packed = call.cu_seqlens is not None
-    if packed or span >= chunks or 4 * walks > 3 * sm_count(call.q.device):
+    if packed or span >= chunks or 4 * scans > 3 * sm_count(call.q.device):
         return []
     return [(first, min(span, chunks - first)) for first in range(0, chunks, span)]
 
 
-def shares(call: Call, chunks: int) -> tuple[int, int]:
-    """Programs of `prepare`, and value heads of a q/k head that each takes at a time: all, or as
-    many as leave no multiprocessor idle."""
+def choose_prepare_grid(call: Call, chunks: int) -> tuple[int, int]:
+    """Thread blocks of `prepare`, and how many value heads of a q/k head each takes at once: as
+    many as possible without leaving an SM idle."""
     HV, group = call.v.shape[2], call.v.shape[2] // call.q.shape[2]
-    most, taken = PROGRAMS[dtype_name(call.q)] * sm_count(call.q.device), group
-    while taken > 1 and (group % taken or chunks * HV < most * taken):
-        taken -= 1
-    return min(most, chunks * HV // taken), taken
+    most = BLOCKS_PER_SM[dtype_name(call.q)] * sm_count(call.q.device)
+    heads_at_once = group
+    while heads_at_once > 1 and (group % heads_at_once or chunks * HV < most * heads_at_once):
+        heads_at_once -= 1
+    return min(most, chunks * HV // heads_at_once), heads_at_once
 
 
-def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """What forward hands on: of every chunk and q/k head the reciprocal norms of q and k, of every
-    value head the inverse that couples its tokens; the states between the parts that backward takes
-    apart; and `walked_shapes`."""
-    number, H, HV = piece_slots(call, CHUNK), call.q.shape[2], call.v.shape[2]
-    apart = len(sequence_parts(call)) - 1
-    states = [((apart, *call.state_shape), torch.float32)] if apart else []
-    return [
-        ((number, H, 2, CHUNK), torch.float32),
-        ((number, HV, CHUNK, CHUNK), call.q.dtype),
-        *states,
-        *walked_shapes(call, True),
-    ]
+def choose_pieces(call: Call, save: bool) -> tuple[int | None, int]:
+    """Tokens of a piece (None: sequences are not cut), and consumer warpgroups of the final scan.
 
-
-def cut(call: Call, save: bool) -> tuple[int | None, int]:
-    """Tokens of a piece if pieces are walked at the same time, and warpgroups of a program of their
-    last walk. Long ones are halved: twice as many programs of twice the columns load q, k and the
-    matrices half as often. Backward, whose programs have 64 columns, wants them whole."""
+    Long pieces are halved: twice as many thread blocks with twice the columns of V each read q, k,
+    P and A_v half as often. With save they stay whole: backward uses the same pieces, and its
+    thread blocks have 64 columns.
+    """
     length = piece_length(call, ROWS)
     half = -(-(length or 0) // (2 * CHUNK)) * CHUNK
-    if save or call.v.shape[3] == ROWS or half < HALF * CHUNK:
+    if save or call.v.shape[3] == ROWS or half < MIN_HALF_PIECE_CHUNKS * CHUNK:
         return length, 1
     return half, 2
 
 
-def walked_shapes(call: Call, save: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """If pieces are walked at the same time, what each does to a state, and the state that it
-    begins with (`carry.py`)."""
-    length, _ = cut(call, save)
+def piece_shapes(call: Call, save: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """If sequences are cut: the transfer matrices of all pieces, and the state that each starts
+    from (`combine_pieces.py`)."""
+    length, _ = choose_pieces(call, save)
     if length is None:
         return []
-    number, (HV, V), K = piece_slots(call, length), call.v.shape[2:], call.q.shape[3]
-    return [((number, HV, rows, K), torch.float32) for rows in (V + K, V)]
+    pieces, (HV, V), K = piece_slots(call, length), call.v.shape[2:], call.q.shape[3]
+    return [((pieces, HV, rows, K), torch.float32) for rows in (V + K, V)]
+
+
+def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """What forward saves for backward: the norms rq and rk of every chunk and q/k head; A of every
+    chunk and value head; the states between the parts of memory rounds, if there are parts; and
+    `piece_shapes`."""
+    slots, H, HV = piece_slots(call, CHUNK), call.q.shape[2], call.v.shape[2]
+    boundaries = len(sequence_parts(call)) - 1
+    states = [((boundaries, *call.state_shape), torch.float32)] if boundaries else []
+    return [
+        ((slots, H, 2, CHUNK), torch.float32),
+        ((slots, HV, CHUNK, CHUNK), call.q.dtype),
+        *states,
+        *piece_shapes(call, True),
+    ]
 
 
 class ForwardPass:
-    """All that forward calls of one kind (shapes, dtypes, device, options) have in common."""
+    """What all forward calls of one kind (shapes, dtypes, device, options) have in common. With
+    save, a call saves tensors for backward."""
 
     def __init__(self, call: Call) -> None:
         K, (HV, V) = call.q.shape[3], call.v.shape[2:]
         self.sequences = call.sequences
-        self.cuts = {save: cut(call, save) for save in (False, True)}
+        self.pieces = {save: choose_pieces(call, save) for save in (False, True)}
         exact = (call.initial_state, call.A_log, call.dt_bias)
         self.casts = any(x is not None and x.dtype != torch.float32 for x in exact)
         self.slots, low, device = piece_slots(call, CHUNK), call.q.dtype, call.q.device
-        self.shares = shares(call, self.slots)
+        self.prepare_grid = choose_prepare_grid(call, self.slots)
         self.new_o = allocator(call.v.shape, low, device)
-        self.new_end = allocator(call.state_shape, torch.float32, device)
-        self.new_matrices = allocator((self.slots, HV, 2, CHUNK, CHUNK), low, device)
-        self.new_walk = allocator((self.slots, HV, 4, CHUNK), torch.float32, device)
+        self.new_state = allocator(call.state_shape, torch.float32, device)
+        self.new_P_A_v = allocator((self.slots, HV, 2, CHUNK, CHUNK), low, device)
+        self.new_scan_factors = allocator((self.slots, HV, 4, CHUNK), torch.float32, device)
         self.new_saved = {
             save: [allocator(*kind, device) for kind in kinds]
-            for save, kinds in ((False, walked_shapes(call, False)), (True, saved_shapes(call)))
+            for save, kinds in ((False, piece_shapes(call, False)), (True, saved_shapes(call)))
         }
-        shared = {
-            "dtype": dtype_name(call.q),
-            "offsets": dtype_name(call.cu_seqlens, "int32"),
-            "K": K,
-            "V": V,
+        shape = {
+            "offsets": dtype_name(call.cu_seqlens, "int32"), "K": K, "V": V,
             "varlen": call.cu_seqlens is not None,
-        }
-        self.prepare: dict[str, Any] = shared | gate_options(call)
-        walk = {n: shared[n] for n in ("offsets", "K", "V", "varlen")} | {
+        }  # fmt: skip
+        dtype = dtype_name(call.q)
+        self.prepare_options: dict[str, Any] = shape | {"dtype": dtype} | gate_options(call)
+        states = {
             "initial": call.initial_state is not None,
             "final": call.output_final_state,
             "v_first": call.state_v_first,
         }
-        common = {"dtype": shared["dtype"], "transfer": False}
         self.segments: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
-        self.walks: dict[bool, list[tuple[Any, dict[str, Any]]]] = {}
-        if self.cuts[True][0] is None:
-            several = warpgroups(V, self.sequences * HV, device)
-            common |= {"warpgroups": several, "cut": False}
-            for save, found in self.segments.items():
-                number = self.sequences * HV * V // (ROWS * several)
-                found += [
-                    (first, span, *shares(call, self.sequences * span))
-                    for first, span in segments(call, number, save)
+        self.scan_jobs: dict[bool, list[tuple[Any, dict[str, Any]]]] = {}
+        options = shape | states | {"dtype": dtype, "transfer": False}
+        if self.pieces[True][0] is None:
+            warpgroups = choose_warpgroups(V, self.sequences * HV, device)
+            options |= {"warpgroups": warpgroups, "cut": False}
+            scans = self.sequences * HV * V // (ROWS * warpgroups)
+            for save, segments in self.segments.items():
+                segments += [
+                    (first, span, *choose_prepare_grid(call, self.sequences * span))
+                    for first, span in choose_segments(call, scans, save)
                 ]
-                own = common | ({"final": True} if found else {})  # each hands the next its state
-                self.walks[save] = [(scan, walk | own)]
-                if found and call.initial_state is None:
-                    self.walks[save] += [(scan, walk | own | {"initial": True})]
+                # each segment but the first starts from the final state of the one before
+                first_scan = options | ({"final": True} if segments else {})
+                self.scan_jobs[save] = [(scan, first_scan)]
+                if segments and call.initial_state is None:
+                    self.scan_jobs[save] += [(scan, first_scan | {"initial": True})]
         else:
-            common |= {"warpgroups": 1, "cut": True}
-            transfer = walk | common | {"final": True, "transfer": True}
-            across = (combine_pieces, walk | {"final": False, "reverse": False})
-            for save, (_, several) in self.cuts.items():
-                again = walk | common | {"initial": True, "warpgroups": several}
-                self.walks[save] = [(scan, transfer), across, (scan, again)]
-        self.runs: dict[bool, list[Any]] = {}
+            options |= {"warpgroups": 1, "cut": True}
+            transfer_scan = options | {"final": True, "transfer": True}
+            combine = shape | states | {"final": False, "reverse": False}
+            for save, (_, warpgroups) in self.pieces.items():
+                final_scan = options | {"initial": True, "warpgroups": warpgroups}
+                self.scan_jobs[save] = [
+                    (scan, transfer_scan), (combine_pieces, combine), (scan, final_scan)
+                ]  # fmt: skip
+        self.launchers: dict[bool, list[Any]] = {}
 
     def kernels(self, save: bool) -> list[Any]:
         """The compiled kernels, in the order of their launches."""
-        return compile_together((prepare, self.prepare | {"save": save}), *self.walks[save])
+        prepare_job = (prepare, self.prepare_options | {"save": save})
+        return compile_together(prepare_job, *self.scan_jobs[save])
 
     def forward(self, call: Call, save: bool) -> Forward:
         """See `gdn.backend.Plan.forward`."""
-        begin, A_log, dt_bias = call.initial_state, call.A_log, call.dt_bias
+        initial, A_log, dt_bias = call.initial_state, call.A_log, call.dt_bias
         if self.casts:
-            begin, A_log, dt_bias = (
-                None if x is None else x.float() for x in (begin, A_log, dt_bias)
+            initial, A_log, dt_bias = (
+                None if x is None else x.float() for x in (initial, A_log, dt_bias)
             )
         q, k, v, g, beta = (tma_ready(x) for x in (call.q, call.k, call.v, call.g, call.beta))
-        begin, A_log, dt_bias = tma_ready(begin), tma_ready(A_log), tma_ready(dt_bias)
+        initial, A_log, dt_bias = tma_ready(initial), tma_ready(A_log), tma_ready(dt_bias)
         cu_seqlens = tma_ready(call.cu_seqlens)
         o = self.new_o()
-        end = self.new_end() if call.output_final_state else None
-        matrices, walk = self.new_matrices(), self.new_walk()
+        final = self.new_state() if call.output_final_state else None
+        P_A_v, scan_factors = self.new_P_A_v(), self.new_scan_factors()
         saved = [new() for new in self.new_saved[save]]
-        if save not in self.runs:
-            self.runs[save] = launchers(self.kernels(save))
-        prepare_chunks, *walks = self.runs[save]
-        coupled = (
-            q, k, g, beta, A_log, dt_bias, cu_seqlens, matrices, walk,
+        if save not in self.launchers:
+            self.launchers[save] = launchers(self.kernels(save))
+        run_prepare, *run_scans = self.launchers[save]
+        prepared = (
+            q, k, g, beta, A_log, dt_bias, cu_seqlens, P_A_v, scan_factors,
             *(saved[:2] if save else (None, None)), self.sequences,
         )  # fmt: skip
-        tensors, N = (q, k, v, matrices, walk), self.sequences
+        inputs, N, T = (q, k, v, P_A_v, scan_factors), self.sequences, q.shape[1]
         if self.segments[save]:
-            state, last = begin, self.new_end() if end is None else end
-            apart = len(saved) > 2
-            for number, (first, span, *share) in enumerate(self.segments[save], 1):
-                into = saved[2][number - 1] if apart and number < len(self.segments[save]) else last
-                prepare_chunks(*coupled, N * span, first, span, *share, call.scale)
-                with side_stream(q.device):
-                    run = walks[0 if first == 0 else -1]
-                    part = (span * CHUNK, 0, first * CHUNK)
-                    run(*tensors, state, cu_seqlens, o, into, N, N, *part)
-                state = into
-            join_side_stream(q.device)
-            return Forward(o, end, saved if save else [])
-        prepare_chunks(*coupled, self.slots, 0, self.slots, *self.shares, call.scale)
-        length, _ = self.cuts[save]
+            # the states between parts, if backward has parts, are the final states of segments
+            between = saved[2] if len(saved) > 2 else None
+            self._run_segments(
+                save, call.scale, run_prepare, run_scans, prepared, inputs, initial, between,
+                cu_seqlens, o, self.new_state() if final is None else final,
+            )  # fmt: skip
+            return Forward(o, final, saved if save else [])
+        run_prepare(*prepared, self.slots, 0, self.slots, *self.prepare_grid, call.scale)
+        length, _ = self.pieces[save]
         if length is None:
-            walks[0](*tensors, begin, cu_seqlens, o, end, N, N, q.shape[1], 0, 0)
+            run_scans[0](*inputs, initial, cu_seqlens, o, final, N, N, T, 0, 0)
         else:
-            walked, begins = saved[-2:]
-            many = (N, walked.shape[0], length)
-            walks[0](*tensors, begin, cu_seqlens, o, walked, *many, int(save), 0)
-            walks[1](walked, None, begins, begin, None, cu_seqlens, N, q.shape[1], length)
-            walks[2](*tensors, begins, cu_seqlens, o, end, *many, 0, 0)
-        return Forward(o, end, saved if save else [])
+            transfer, starts = saved[-2:]
+            sizes = (N, transfer.shape[0], length)
+            run_scans[0](*inputs, initial, cu_seqlens, o, transfer, *sizes, int(save), 0)
+            run_scans[1](transfer, None, starts, initial, None, cu_seqlens, N, T, length)
+            run_scans[2](*inputs, starts, cu_seqlens, o, final, *sizes, 0, 0)
+        return Forward(o, final, saved if save else [])
+
+    def _run_segments(
+        self, save: bool, scale: float, run_prepare: Any, run_scans: list[Any],
+        prepared: tuple[Any, ...], inputs: tuple[Tensor, ...], initial: Tensor | None,
+        between: Tensor | None, cu_seqlens: Tensor | None, o: Tensor, final: Tensor,
+    ) -> None:  # fmt: skip
+        """`prepare` of every segment on this stream, and its scan on the second one."""
+        segments, N, state = self.segments[save], self.sequences, initial
+        for number, (first, span, *grid) in enumerate(segments):
+            into = final if between is None or number == len(segments) - 1 else between[number]
+            run_prepare(*prepared, N * span, first, span, *grid, scale)
+            with side_stream(o.device):
+                run = run_scans[0 if first == 0 else -1]
+                tokens = (span * CHUNK, 0, first * CHUNK)
+                run(*inputs, state, cu_seqlens, o, into, N, N, *tokens)
+            state = into
+        join_side_stream(o.device)

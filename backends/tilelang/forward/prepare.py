@@ -1,12 +1,18 @@
-"""Stage 1 of forward: all that needs no state, chunk by chunk and value head by value head
-(`couple.py`).
+"""Forward, stage 1: all that needs no state, for every chunk and value head.
 
-Reads q, k, g and beta; writes `matrices` [slots, HV, 2, C, C], P and A_v, and `walk` [slots, HV, 4,
-C] in float32, the factors of every token; for backward (SAVE) also `norms`, once a q/k head, and A.
+`intra_chunk.py` has the equations. A slot is the number of a chunk.
 
-A program takes several, one after another, and loads the next as soon as this one's place is free:
-k after its two products, q once P, which takes its place, is on its way to memory. Value heads of a
-q/k head follow one another, so that k and the norms are found once.
+    reads   q, k [B, L, H, K]; g, beta [B, L, HV]
+    writes  P_A_v [slots, HV, 2, C, C]: P and A_v
+            scan_factors [slots, HV, 4, C], float32: what `scan` multiplies by (`tile/layout.py`)
+            for backward (save): norms [slots, H, 2, C], float32: rq and rk, once a q/k head;
+            A_out [slots, HV, C, C]: A
+
+Thread block: one warpgroup, three or four on an SM. Warp 0 issues the TMA copies, warp 2 computes
+the gates, all four compute the matrices, 16 rows each. An item is a chunk and a value head. A
+thread block takes item after item, `heads_at_once` value heads of a q/k head in a row, so that k is
+loaded and the norms are computed once for all of them. It loads the next k and q as soon as their
+place is free: k after its two products, q once P, which takes q's place, has been copied to memory.
 """
 
 from typing import Any
@@ -18,36 +24,39 @@ from gdn.problem import CHUNK as C
 from ..compile import kernel
 from ..tile.fragments import PRELUDE, store
 from ..tile.gate_math import load_gates, sum_gates
-from ..tile.indexing import locate_piece
-from ..tile.layout import READ, RK, SCORES, G
+from ..tile.indexing import Fields, locate_piece
+from ..tile.layout import QS_FACTOR, RK, SCALE_RQ, G
 from ..tile.ragged_rows import clear_past_end
 from .intra_chunk import (
-    Memory,
-    Registers,
-    couple_keys,
-    couple_queries,
-    factor_keys,
-    find_strengths,
-    norm_keys,
-    norm_queries,
+    IntraChunkFragments,
+    IntraChunkSmem,
+    compute_A_v,
+    compute_k_factors,
+    compute_k_norm,
+    compute_M,
+    compute_P,
+    compute_q_norm,
 )
 from .inverse import (
-    begin_first_merge,
-    begin_last_merge,
+    begin_merge_to_32,
+    begin_merge_to_64,
     clear_inverse,
-    end_first_merge,
-    end_last_merge,
-    refine,
-    substitute,
+    end_merge_to_32,
+    end_merge_to_64,
+    invert_diagonal_blocks,
+    refine_inverse,
 )
-from .row_norms import PRELUDE as SQUARES_PRELUDE
+from .row_norms import PRELUDE as NORMS_PRELUDE
 from .row_norms import sum_squares
 
-SEQUENCE, AT, LIVE, NUMBER, SLOT, BLOCK, LEFT, HEAD, KEY_HEAD = range(9)
-"""What is known of a chunk and value head: `locate`'s; the chunk's number, and where it goes; the
-block of value heads, how many of those are left, the head, and whose q and k it reads."""
-PROGRAMS = {"bfloat16": 4, "float16": 3}
-"""How many share a multiprocessor, by its registers and shared memory; `refine` takes more."""
+ITEM = (
+    "sequence", "token", "live", "chunk", "slot", "head_block", "heads_left", "head", "key_head"
+)  # fmt: skip
+"""Fields of an item. sequence, token (the chunk's first) and live (tokens from there to the end of
+the sequence) are what `locate_piece` writes. chunk counts the chunks of the launch, head_block the
+blocks of `heads_at_once` value heads, heads_left the heads of the block that are not done."""
+BLOCKS_PER_SM = {"bfloat16": 4, "float16": 3}
+"""Thread blocks on an SM, limited by registers and shared memory; `refine_inverse` takes more."""
 
 
 @T.macro
@@ -62,184 +71,204 @@ def prepare(
     *, dtype: str, gates: str, strengths: str, offsets: str, K: int, V: int, varlen: bool, l2: bool,
     gate: bool, bias: bool, sigmoid: bool, double: bool, save: bool,
 ) -> Any:  # fmt: skip
-    """See the module."""
+    """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots, refined = T.dynamic("slots"), dtype == "float16"
 
     @T.macro
-    def find(place, first, span, taken, cu_seqlens, sequences, group):
-        """The first value head of a chunk's block; NUMBER and BLOCK are there."""
-        place[LEFT] = taken
-        place[HEAD] = place[BLOCK] * taken
-        place[KEY_HEAD] = place[HEAD] // group
-        sequence = place[NUMBER] // span
-        place[SLOT] = sequence * T.ceildiv(L, C) + first + place[NUMBER] - sequence * span
-        locate_piece(place[SLOT], cu_seqlens, sequences, L, C, place, varlen)
+    def locate_item(item, first_chunk, span, heads_at_once, cu_seqlens, sequences, group):
+        """From the chunk and the head block, find the first item of the block."""
+        item["heads_left"] = heads_at_once
+        item["head"] = item.head_block * heads_at_once
+        item["key_head"] = item.head // group
+        sequence = item.chunk // span
+        item["slot"] = sequence * T.ceildiv(L, C) + first_chunk + item.chunk - sequence * span
+        locate_piece(item.slot, cu_seqlens, sequences, L, C, item.array, varlen)
 
     @T.macro
-    def step(place, first, span, taken, cu_seqlens, sequences, blocks, group, programs):
-        """On to the next value head, of the program's next block after the last."""
-        place[LEFT] -= 1
-        place[HEAD] += 1
-        if place[LEFT] == 0:
-            place[BLOCK] += programs % blocks
-            place[NUMBER] += programs // blocks
-            if place[BLOCK] >= blocks:
-                place[BLOCK] -= blocks
-                place[NUMBER] += 1
-            find(place, first, span, taken, cu_seqlens, sequences, group)
+    def advance_item(
+        item, first_chunk, span, heads_at_once, cu_seqlens, sequences, head_blocks, group, ctas
+    ):
+        """To the next value head; after the last one of a block, to the thread block's next block,
+        which is `ctas` blocks further."""
+        item["heads_left"] -= 1
+        item["head"] += 1
+        if item.heads_left == 0:
+            item["head_block"] += ctas % head_blocks
+            item["chunk"] += ctas // head_blocks
+            if item.head_block >= head_blocks:
+                item["head_block"] -= head_blocks
+                item["chunk"] += 1
+            locate_item(item, first_chunk, span, heads_at_once, cu_seqlens, sequences, group)
 
     @T.macro
-    def load_next_gates(g, beta, A_log, dt_bias, place, raw, lane):
-        batch = 0 if varlen else place[SEQUENCE]
+    def load_item_gates(g, beta, A_log, dt_bias, item, raw, lane):
+        batch = 0 if varlen else item.sequence
         load_gates(
-            g, beta, A_log, dt_bias, batch, place[HEAD], place[AT], place[LIVE], raw, lane,
+            g, beta, A_log, dt_bias, batch, item.head, item.token, item.live, raw, lane,
             gate, bias,
         )  # fmt: skip
 
     @T.macro
-    def load(x, place, to, full):
-        batch = 0 if varlen else place[SEQUENCE]
+    def load_rows(x, item, x_smem, ready):
+        """The chunk's rows of q or k, by one warp."""
+        batch = 0 if varlen else item.sequence
         T.tma_copy(
-            x[batch, place[AT] : place[AT] + C, place[KEY_HEAD], :], to[0, :, :], barrier=full,
+            x[batch, item.token : item.token + C, item.key_head, :], x_smem[0, :, :], barrier=ready,
             leader_scope_threads=32,
         )  # fmt: skip
-        T.barrier_arrive(full)
+        T.barrier_arrive(ready)
 
     @T.prim_func
     def prepare_kernel(
         q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
         g: T.Tensor((B, L, HV), gates), beta: T.Tensor((B, L, HV), strengths),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV,), "float32"),
-        cu_seqlens: T.Tensor((N + 1,), offsets), matrices: T.Tensor((slots, HV, 2, C, C), dtype),
-        walk: T.Tensor((slots, HV, 4, C), "float32"),
+        cu_seqlens: T.Tensor((N + 1,), offsets), P_A_v: T.Tensor((slots, HV, 2, C, C), dtype),
+        scan_factors: T.Tensor((slots, HV, 4, C), "float32"),
         norms: T.Tensor((slots, H, 2, C), "float32"),
-        inverses: T.Tensor((slots, HV, C, C), dtype), sequences: T.int32, number: T.int32,
-        first: T.int32, span: T.int32, programs: T.int32, taken: T.int32, scale: T.float32,
+        A_out: T.Tensor((slots, HV, C, C), dtype), sequences: T.int32, chunks: T.int32,
+        first_chunk: T.int32, span: T.int32, ctas: T.int32, heads_at_once: T.int32,
+        scale: T.float32,
     ):  # fmt: skip
-        """number: how many chunks; span: how many of each sequence, from its chunk `first` on;
-        taken: value heads of a q/k head that a program takes at a time."""
-        with T.Kernel(programs, threads=128, prelude=PRELUDE + SQUARES_PRELUDE) as program:
-            T.annotate_min_blocks_per_sm(PROGRAMS[dtype])
-            m, r = Memory(K, dtype), Registers(dtype)
-            w = m.inverse
-            here, there = (T.alloc_local((9,), "int32") for _ in range(2))
-            raw = T.alloc_local((6,), "float32")
-            loads = T.alloc_local((1,), "int32")  # of k
-            k_full, q_full = T.alloc_barrier(32), T.alloc_barrier(32)
+        """chunks: how many in all; span: how many of each sequence, from first_chunk on; ctas:
+        thread blocks."""
+        with T.Kernel(ctas, threads=128, prelude=PRELUDE + NORMS_PRELUDE) as cta:
+            T.annotate_min_blocks_per_sm(BLOCKS_PER_SM[dtype])
+            smem, frag = IntraChunkSmem(K, dtype), IntraChunkFragments(dtype)
+            inv = smem.inverse
+            item, next_item = (Fields(*ITEM) for _ in range(2))
+            raw_gates = T.alloc_local((6,), "float32")
+            k_loads = T.alloc_local((1,), "int32")  # loads of k that were waited for
+            k_ready, q_ready = T.alloc_barrier(32), T.alloc_barrier(32)
             tx = T.get_thread_binding()
             warp, lane = tx // 32, tx % 32
-            blocks = HV // taken
-            work = T.ceildiv(number * blocks - program, programs) * taken
+            head_blocks = HV // heads_at_once
+            items = T.ceildiv(chunks * head_blocks - cta, ctas) * heads_at_once
 
-            there[NUMBER] = program // blocks
-            there[BLOCK] = program % blocks
-            find(there, first, span, taken, cu_seqlens, sequences, HV // H)
-            loads[0] = 0
+            # === the first item: its loads and gates ===
+            next_item["chunk"] = cta // head_blocks
+            next_item["head_block"] = cta % head_blocks
+            locate_item(next_item, first_chunk, span, heads_at_once, cu_seqlens, sequences, HV // H)
+            k_loads[0] = 0
             if warp == 0:
-                load(k, there, m.k, k_full)
-                load(q, there, m.q, q_full)
+                load_rows(k, next_item, smem.k, k_ready)
+                load_rows(q, next_item, smem.q, q_ready)
             if warp == 2:
-                load_next_gates(g, beta, A_log, dt_bias, there, raw, lane)
-                sum_gates(raw, there[LIVE], m.gates, 0, lane, gate, bias, sigmoid, double)
-            clear_inverse(w)
+                load_item_gates(g, beta, A_log, dt_bias, next_item, raw_gates, lane)
+                sum_gates(
+                    raw_gates, next_item.live, smem.gates, 0, lane, gate, bias, sigmoid, double
+                )
+            clear_inverse(inv)
             T.sync_threads(1, 128)
-            for n in T.serial(work):
+            for n in T.serial(items):
                 b = n % 2
-                for i in T.unroll(9):
-                    here[i] = there[i]
-                slot, head, kh, live = here[SLOT], here[HEAD], here[KEY_HEAD], here[LIVE]
-                fresh = here[LEFT] == taken  # another k and q than before
-                more = n + 1 < work
-                step(there, first, span, taken, cu_seqlens, sequences, blocks, HV // H, programs)
+                for i in T.unroll(len(ITEM)):
+                    item.array[i] = next_item.array[i]
+                slot, head, key_head, live = item.slot, item.head, item.key_head, item.live
+                first_head = item.heads_left == heads_at_once  # k and the norms are new
+                more = n + 1 < items
+                advance_item(
+                    next_item, first_chunk, span, heads_at_once, cu_seqlens, sequences,
+                    head_blocks, HV // H, ctas,
+                )  # fmt: skip
 
-                # M, of k alone
-                if fresh:
-                    T.barrier_wait(k_full, loads[0] % 2)
-                    loads[0] += 1
+                # === k k^T; the norms of k and the factors that need no q; M ===
+                if first_head:
+                    T.barrier_wait(k_ready, k_loads[0] % 2)
+                    k_loads[0] += 1
                     if live < C:
-                        clear_before_products(m.k, live)
-                T.wgmma_gemm(m.k[0, :, :], m.k[0, :, :], r.x, transpose_B=True, clear_accum=True)
-                if l2 and fresh:
-                    sum_squares(m.k, warp * 16, T.address_of(m.tokens[RK, warp * 16]), lane)
+                        clear_before_products(smem.k, live)
+                T.wgmma_gemm(
+                    smem.k[0, :, :], smem.k[0, :, :], frag.M, transpose_B=True, clear_accum=True
+                )
+                if l2 and first_head:
+                    sum_squares(
+                        smem.k, warp * 16, T.address_of(smem.token_factors[RK, warp * 16]), lane
+                    )
                     T.sync_warp()
                 if lane < 16:
-                    if fresh:
-                        norm_keys(m, norms, slot, kh, warp * 16 + lane, l2, save)
-                    factor_keys(m, b, walk, slot, head, warp * 16 + lane, l2)
+                    if first_head:
+                        compute_k_norm(smem, norms, slot, key_head, warp * 16 + lane, l2, save)
+                    compute_k_factors(smem, b, scan_factors, slot, head, warp * 16 + lane, l2)
                 T.sync_threads(1, 128)
-                if warp == 2 and more:  # not before a product, which would wait for it
-                    load_next_gates(g, beta, A_log, dt_bias, there, raw, lane)
-                couple_keys(m, r, b, warp)
+                if warp == 2 and more:  # after the product: it would wait for loads before it
+                    load_item_gates(g, beta, A_log, dt_bias, next_item, raw_gates, lane)
+                compute_M(smem, frag, b, warp)
                 if warp == 0:
-                    T.tma_store_wait(0)  # A_v of the chunk before has left
+                    T.tma_store_wait(0)  # A_v of the item before has left
                 T.sync_threads(1, 128)
 
-                # half the warps: the inverse's diagonal; the others: q's norms, the next gates
+                # === warps 0, 1: diagonal blocks of A; warps 2, 3: norms of q, the next gates ===
                 if live < C:
-                    T.barrier_wait(q_full, b)
-                    clear_before_products(m.q, live)
+                    T.barrier_wait(q_ready, b)
+                    clear_before_products(smem.q, live)
                 if warp < 2:
-                    substitute(w, tx)
+                    invert_diagonal_blocks(inv, tx)
                 else:
-                    if l2 and fresh:
-                        T.barrier_wait(q_full, b)
+                    if l2 and first_head:
+                        T.barrier_wait(q_ready, b)
                         for half in T.unroll(2):
                             row = (warp - 2) * 32 + half * 16
-                            sum_squares(m.q, row, T.address_of(m.tokens[SCORES, row]), lane)
+                            sum_squares(
+                                smem.q, row, T.address_of(smem.token_factors[SCALE_RQ, row]), lane
+                            )
                         T.sync_warp()
                     token = tx - 64
-                    if fresh:
-                        norm_queries(m, norms, slot, kh, token, scale, l2, save)
-                    walk[slot, head, READ, token] = (
-                        T.exp2(m.gates[b, G, token]) * m.tokens[SCORES, token]
+                    if first_head:
+                        compute_q_norm(smem, norms, slot, key_head, token, scale, l2, save)
+                    scan_factors[slot, head, QS_FACTOR, token] = (
+                        T.exp2(smem.gates[b, G, token]) * smem.token_factors[SCALE_RQ, token]
                     )
                     if warp == 2 and more:
                         sum_gates(
-                            raw, there[LIVE], m.gates, b ^ 1, lane, gate, bias, sigmoid, double
-                        )
+                            raw_gates, next_item.live, smem.gates, b ^ 1, lane, gate, bias,
+                            sigmoid, double,
+                        )  # fmt: skip
                 T.fence_proxy_async()
                 T.sync_threads(1, 128)
 
-                # the rest of the inverse, and P in between
-                begin_first_merge(w, r.merge)
-                T.barrier_wait(q_full, b)
-                T.wgmma_gemm(m.q[0, :, :], m.k[0, :, :], r.y, transpose_B=True, clear_accum=True)
-                end_first_merge(w, r.merge)
+                # === the rest of A, with q k^T and P in between ===
+                begin_merge_to_32(inv, frag.merge)
+                T.barrier_wait(q_ready, b)
+                T.wgmma_gemm(
+                    smem.q[0, :, :], smem.k[0, :, :], frag.P, transpose_B=True, clear_accum=True
+                )
+                end_merge_to_32(inv, frag.merge)
                 T.fence_proxy_async()
                 T.sync_threads(1, 128)
 
-                if warp == 0 and more and there[LEFT] == taken:
-                    load(k, there, m.k, k_full)
-                begin_last_merge(w, r.merge)
-                couple_queries(m, r, b, warp, tx)
-                end_last_merge(w, r.merge)
+                if warp == 0 and more and next_item.heads_left == heads_at_once:
+                    load_rows(k, next_item, smem.k, k_ready)
+                begin_merge_to_64(inv, frag.merge)
+                compute_P(smem, frag, b, warp, tx)
+                end_merge_to_64(inv, frag.merge)
                 T.fence_proxy_async()
                 T.sync_threads(1, 128)
 
-                # A_v
+                # === P to memory; A_v, and to memory ===
                 if warp == 0:
                     T.tma_copy(
-                        m.P[0, :, 0:C], matrices[slot, head, 0, :, :], leader_scope_threads=32
+                        smem.P[0, :, 0:C], P_A_v[slot, head, 0, :, :], leader_scope_threads=32
                     )
                 if refined:
-                    refine(w, r.x, r.y)
+                    refine_inverse(inv, frag.M, frag.A)
                     T.sync_threads(1, 128)
                 if save:
                     for i, j in T.Parallel(C, C):
-                        inverses[slot, head, i, j] = T.cast(w.whole[0, i, j], "float32")
-                find_strengths(m, r, b, warp, refined)
+                        A_out[slot, head, i, j] = T.cast(inv.A[0, i, j], "float32")
+                compute_A_v(smem, frag, b, warp, refined)
                 T.sync_threads(1, 128)
-                store(r.half, m.A_v, 0, tx)
+                store(frag.half, smem.A_v, 0, tx)
                 T.fence_proxy_async()
                 if warp == 0:
-                    T.tma_store_wait(0)
+                    T.tma_store_wait(0)  # P has left q's place
                     if more:
-                        load(q, there, m.q, q_full)
+                        load_rows(q, next_item, smem.q, q_ready)
                 T.sync_threads(1, 128)
                 if warp == 0:
                     T.tma_copy(
-                        m.A_v[0, :, :], matrices[slot, head, 1, :, :], leader_scope_threads=32
+                        smem.A_v[0, :, :], P_A_v[slot, head, 1, :, :], leader_scope_threads=32
                     )
             if warp == 0:
                 T.tma_store_wait(0)

@@ -1,7 +1,7 @@
-"""The sums of squares of rows in shared memory, by tensor cores that warps have to themselves.
+"""The sums of squares of rows in shared memory, on the tensor cores.
 
-16 rows times themselves: the sums are on the diagonal. As both operands of the product lie the same
-way in registers, what is loaded once serves as either.
+A warp multiplies 16 rows by themselves with `mma`; the sums are the diagonal of the product. Both
+operands have the same layout in registers, so one load serves as both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tilelang.language as T
 PRELUDE = """
 #include <tl_templates/cuda/ldsm.h>
 #include <tl_templates/cuda/instruction/mma.h>
-// sums: of rows 0 to 7 with rows 0 to 7, in its first half; of 8 to 15 with 8 to 15, in the last
+// The first half of sums: rows 0 to 7 times rows 0 to 7; the other half: 8 to 15 times 8 to 15.
 template <tl::DataType type>
 __device__ __forceinline__ void gdn_square(const void *from, float *sums) {
   unsigned x[4];
@@ -35,7 +35,8 @@ TYPES = {"bfloat16": "tl::DataType::kBFloat16", "float16": "tl::DataType::kFloat
 
 @T.macro
 def sum_squares(x: Any, first: Any, to: Any, lane: Any) -> None:
-    """Of rows `first` to `first` + 15 of x[0], by one warp, to 16 numbers from the address `to`."""
+    """Store the sums of squares of the rows `first` to `first` + 15 of x[0], from the address `to`
+    on; by one warp."""
     sums = T.alloc_local((8,), "float32")
     for i in T.unroll(8):
         sums[i] = 0.0

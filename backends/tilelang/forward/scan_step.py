@@ -1,11 +1,11 @@
-"""Taking 64 rows of the transposed state through a chunk, by one warpgroup.
+"""One chunk of a scan, by one consumer warpgroup that holds 64 rows of the transposed state.
 
-    U = A_v (V - e^G rk * (K S))
-    O = scale e^G rq * (Q S) + P U
-    S <- e^gamma S + K^T (e^{gamma - G} rk * U)
+    U = A_v (V - e^G rk * (K S))                  [C, 64]
+    O = scale e^G rq * (Q S) + P U                [C, 64]
+    S <- e^gamma S + K^T (e^{gamma - G} rk * U)   [K, 64]
 
-All of it transposed: S^T [64, K] and U^T [64, C] are the left operands of their products, which
-tensor cores take from registers, so that the state never leaves them.
+All products are computed transposed. S^T [64, K] and U^T [64, C] are then left operands, which a
+WGMMA can take from registers, so the float32 state stays in registers for the whole scan.
 """
 
 from __future__ import annotations
@@ -17,91 +17,92 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from ..tile.fragments import load_transposed, store_transposed
-from ..tile.layout import DECAY, ONTO, READ, ROWS, THROUGH
+from ..tile.layout import KS_FACTOR, QS_FACTOR, ROWS, S_FACTOR, U_FACTOR
 
 
-class Tile:
-    """Registers of the warpgroup."""
+class ScanFragments:
+    """Registers of the warpgroup; everything is transposed."""
 
     def __init__(self, K: int, dtype: str) -> None:
         self.S = T.alloc_fragment((ROWS, K), "float32")
-        self.before = T.alloc_fragment((ROWS, K), dtype)
-        self.known = T.alloc_fragment((ROWS, C), "float32")
+        self.S_half = T.alloc_fragment((ROWS, K), dtype)  # S before the chunk
+        self.KS = T.alloc_fragment((ROWS, C), "float32")
         self.U = T.alloc_fragment((ROWS, C), "float32")
-        self.values = T.alloc_fragment((ROWS, C), dtype)
-        self.half = T.alloc_fragment((ROWS, C), dtype)
-        self.written = T.alloc_fragment((ROWS, C), dtype)
+        self.V = T.alloc_fragment((ROWS, C), dtype)
+        self.half = T.alloc_fragment((ROWS, C), dtype)  # V - e^G rk K S, then U, then O
+        self.scaled_U = T.alloc_fragment((ROWS, C), dtype)  # e^{gamma - G} rk U
         self.O = T.alloc_fragment((ROWS, C), "float32")
 
 
 @T.macro
-def load_state(t: Any, begin: Any, n: Any, head: Any, row: Any, v_first: bool) -> None:
-    """t.S from `row` of V of the state [N, HV, K, V] ([N, HV, V, K] if v_first)."""
-    for i, j in T.Parallel(*t.S.shape):
+def load_state(frag: Any, S_in: Any, n: Any, head: Any, row: Any, v_first: bool) -> None:
+    """Load 64 columns of V from `row` on of a state [N, HV, K, V] ([N, HV, V, K] if v_first)."""
+    for i, j in T.Parallel(*frag.S.shape):
         if v_first:
-            t.S[i, j] = begin[n, head, row + i, j]
+            frag.S[i, j] = S_in[n, head, row + i, j]
         else:
-            t.S[i, j] = begin[n, head, j, row + i]
+            frag.S[i, j] = S_in[n, head, j, row + i]
 
 
 @T.macro
-def unit_state(t: Any, row: Any) -> None:
-    """t.S as the rows from `row` of a unit matrix [K, K]; zero if row is below 0."""
-    for i, j in T.Parallel(*t.S.shape):
-        t.S[i, j] = T.if_then_else(row + i == j, 1.0, 0.0)
+def set_unit_state(frag: Any, row: Any) -> None:
+    """Set S^T to 64 rows of a unit matrix [K, K], from `row`, a multiple of 64; to 0 if row < 0."""
+    for i, j in T.Parallel(*frag.S.shape):
+        frag.S[i, j] = T.if_then_else(row + i == j, 1.0, 0.0)
 
 
 @T.macro
-def store_state(t: Any, end: Any, n: Any, head: Any, row: Any, v_first: bool) -> None:
+def store_state(frag: Any, S_out: Any, n: Any, head: Any, row: Any, v_first: bool) -> None:
     """The inverse of `load_state`."""
-    for i, j in T.Parallel(*t.S.shape):
+    for i, j in T.Parallel(*frag.S.shape):
         if v_first:
-            end[n, head, row + i, j] = t.S[i, j]
+            S_out[n, head, row + i, j] = frag.S[i, j]
         else:
-            end[n, head, j, row + i] = t.S[i, j]
+            S_out[n, head, j, row + i] = frag.S[i, j]
 
 
 @T.macro
-def compute_KS(t: Any, m: Any, s: Any, v: Any, thread: Any) -> None:
-    """The first half of a chunk, in place s of shared memory m: K S, and V in place v, which is not
-    read again."""
-    T.wgmma_gemm(t.before, m.k[s, :, :], t.known, transpose_B=True, clear_accum=True)
-    load_transposed(m.v, v, t.values, thread)
-    for i, j in T.Parallel(*t.S.shape):
-        t.S[i, j] *= m.walk[s, DECAY, 0]
+def compute_KS(frag: Any, smem: Any, s: Any, v_tile: Any, thread: Any) -> None:
+    """K S of the chunk in stage s, and e^gamma S. Load V from its tile, which is not read again."""
+    T.wgmma_gemm(frag.S_half, smem.k[s, :, :], frag.KS, transpose_B=True, clear_accum=True)
+    load_transposed(smem.v, v_tile, frag.V, thread)
+    for i, j in T.Parallel(*frag.S.shape):
+        frag.S[i, j] *= smem.scan_factors[s, S_FACTOR, 0]
     T.wait_wgmma(0)
 
 
 @T.macro
-def compute_U(t: Any, m: Any, s: Any) -> None:
-    """U and Q S, on their way."""
+def compute_U(frag: Any, smem: Any, s: Any) -> None:
+    """Start the products for U and Q S."""
     for i, j in T.Parallel(ROWS, C):
-        t.half[i, j] = t.values[i, j] + m.walk[s, THROUGH, j] * t.known[i, j]
-    T.wgmma_gemm(t.half, m.A_v[s, :, :], t.U, transpose_B=True, clear_accum=True)
-    T.wgmma_gemm(t.before, m.q[s, :, :], t.O, transpose_B=True, clear_accum=True)
+        frag.half[i, j] = frag.V[i, j] + smem.scan_factors[s, KS_FACTOR, j] * frag.KS[i, j]
+    T.wgmma_gemm(frag.half, smem.A_v[s, :, :], frag.U, transpose_B=True, clear_accum=True)
+    T.wgmma_gemm(frag.S_half, smem.q[s, :, :], frag.O, transpose_B=True, clear_accum=True)
 
 
 @T.macro
-def scan_step(t: Any, m: Any, s: Any, scored: Any, p: Any, parity: Any, output: bool) -> None:
-    """The other half: t.S after the chunk, and t.O (output); scored[p] says that P is there."""
-    T.wait_wgmma(1)
+def scan_step(
+    frag: Any, smem: Any, s: Any, P_ready: Any, p: Any, parity: Any, output: bool
+) -> None:
+    """S after the chunk, and O (output) with P from stage p of P."""
+    T.wait_wgmma(1)  # U
     for i, j in T.Parallel(ROWS, C):
-        t.written[i, j] = t.U[i, j] * m.walk[s, ONTO, j]
-    T.wgmma_gemm(t.written, m.k[s, :, :], t.S)
-    T.copy(t.U, t.half)
-    T.wait_wgmma(1)
+        frag.scaled_U[i, j] = frag.U[i, j] * smem.scan_factors[s, U_FACTOR, j]
+    T.wgmma_gemm(frag.scaled_U, smem.k[s, :, :], frag.S)
+    T.copy(frag.U, frag.half)
+    T.wait_wgmma(1)  # Q S
     for i, j in T.Parallel(ROWS, C):
-        t.O[i, j] *= m.walk[s, READ, j]
+        frag.O[i, j] *= smem.scan_factors[s, QS_FACTOR, j]
     if output:
-        T.barrier_wait(scored[p], parity)
-    T.wgmma_gemm(t.half, m.P[p, :, :], t.O, transpose_B=True)
-    T.wait_wgmma(1)
-    T.copy(t.S, t.before)
-    T.wait_wgmma(0)
+        T.barrier_wait(P_ready[p], parity)
+    T.wgmma_gemm(frag.half, smem.P[p, :, :], frag.O, transpose_B=True)
+    T.wait_wgmma(1)  # S
+    T.copy(frag.S, frag.S_half)
+    T.wait_wgmma(0)  # O
 
 
 @T.macro
-def stage_output(t: Any, o: Any, place: Any, thread: Any) -> None:
-    """t.O to o[place], shared memory of [C, ROWS]."""
-    T.copy(t.O, t.half)
-    store_transposed(t.half, o, place, thread, 0)
+def stage_output(frag: Any, o: Any, tile: Any, thread: Any) -> None:
+    """Store O to o[tile], [C, ROWS] in shared memory."""
+    T.copy(frag.O, frag.half)
+    store_transposed(frag.half, o, tile, thread, 0)

@@ -1,1 +1,1 @@
-"""Parts that kernels of several passes share."""
+"""Building blocks that kernels of several stages share."""

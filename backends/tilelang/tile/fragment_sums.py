@@ -1,7 +1,9 @@
-"""What a warpgroup holds of a product, [C, N] in float32: sums over its rows and columns, and
-products with another that was put aside.
+"""Sums over the rows and columns of a float32 fragment [C, N], and products with a stored one.
 
-A thread holds two rows of it, eight apart, and two neighbouring columns of every eight.
+A fragment is distributed over a warpgroup as WGMMA leaves its result: a thread has two rows, eight
+apart, and two neighbouring columns of every eight. TileLang's reductions would go through shared
+memory; these are CUDA templates, in which every index is known, so that no array is put into local
+memory.
 """
 
 from typing import Any
@@ -27,14 +29,14 @@ template <int N> __device__ __forceinline__ void gdn_sum_rows(const float *x, vo
     to[threadIdx.x / 4 % 8 + 8] = lower;
   }
 }
-// Of lanes that hold the same columns, each sends the half that it does not keep.
+// Lanes with the same columns halve their sums: each sends one half and keeps the other.
 template <int HALF, int LANES>
 __device__ __forceinline__ void gdn_halve(float *sums, int &first) {
   bool upper = threadIdx.x & LANES;
 #pragma unroll
   for (int n = 0; n < HALF; ++n) {
-    float sent = upper ? sums[n] : sums[n + HALF], kept = upper ? sums[n + HALF] : sums[n];
-    sums[n] = kept + __shfl_xor_sync(0xffffffff, sent, LANES);
+    float send = upper ? sums[n] : sums[n + HALF], keep = upper ? sums[n + HALF] : sums[n];
+    sums[n] = keep + __shfl_xor_sync(0xffffffff, send, LANES);
   }
   first += upper ? HALF * 4 : 0;
 }
@@ -83,33 +85,38 @@ C_TYPES = {"bfloat16": "bfloat16_t", "float16": "half_t"}
 
 
 @T.macro
-def put_aside(x: Any, kept: Any) -> None:
-    """x to kept, shared memory of as many numbers; each thread its own."""
+def put_aside(x: Any, stored: Any) -> None:
+    """Store the fragment x to `stored`, shared memory for as many numbers, a thread's side by side
+    in fours."""
     T.call_extern(
-        "handle", f"gdn_put_aside<{C_TYPES[kept.dtype]}, {x.shape[1]}>", x.data, kept.data
+        "handle", f"gdn_put_aside<{C_TYPES[stored.dtype]}, {x.shape[1]}>", x.data, stored.data
     )
 
 
 @T.macro
-def multiply(x: Any, kept: Any) -> None:
-    """x *= what `put_aside` has kept."""
-    T.call_extern("handle", f"gdn_multiply<{C_TYPES[kept.dtype]}, {x.shape[1]}>", x.data, kept.data)
+def multiply(x: Any, stored: Any) -> None:
+    """x *= the fragment that `put_aside` stored."""
+    T.call_extern(
+        "handle", f"gdn_multiply<{C_TYPES[stored.dtype]}, {x.shape[1]}>", x.data, stored.data
+    )
 
 
 @T.macro
 def sum_rows(x: Any, to: Any) -> None:
-    """The sums of the rows that a warp holds of x, to 16 numbers from the address `to`."""
+    """Store the sums over the columns of x, one for each of the 16 rows of a warp. to: address of
+    the first."""
     T.call_extern("handle", f"gdn_sum_rows<{x.shape[1]}>", x.data, to)
 
 
 @T.macro
 def sum_columns(x: Any, to: Any) -> None:
-    """The sums of the columns of x over the rows that a warp holds, to the address `to`."""
+    """Store the sums over the 16 rows of a warp, one for each column of x. to: address of the
+    first."""
     T.call_extern("handle", f"gdn_sum_columns<{x.shape[1]}>", x.data, to)
 
 
 @T.macro
 def put_row(x: Any, to: Any) -> None:
-    """The sum of the two rows of x that a thread holds, of its columns, to where they are in a row
-    that starts at the address `to` with the first of them."""
+    """Store the sum of a thread's two rows, for each of its columns of x. to: address of the
+    thread's first column in a row of N numbers."""
     T.call_extern("handle", f"gdn_put_row<{x.shape[1]}>", x.data, to)

@@ -1,7 +1,8 @@
-"""Tiles that cross between rows of tokens in shared memory and, mostly transposed, registers.
+"""Copies between fragments in registers and tiles in shared memory, as they are or transposed.
 
-A fragment [64, C] of a warpgroup, as WGMMA takes its left operand and leaves its result, is the
-transpose of C rows of 64 columns. Eight instructions a warp move it either way.
+A fragment [64, C] is distributed over a warpgroup as WGMMA takes its left operand and leaves its
+result. Its transpose in shared memory is a tile [C, 64], a row a token. Four instructions a warp
+(`ldmatrix`, `stmatrix`) move a fragment either way.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from gdn.problem import CHUNK as C
 
 PRELUDE = """
 #include <tl_templates/cuda/ldsm.h>
-// 16 columns, number `pair`, of a fragment, from or to 16 rows of shared memory; `gdn_store` leaves
-// them columns
+// Each moves the 16 columns number `pair` of a fragment: from or to 16 rows of shared memory
+// (transposed), or to 16 columns (`gdn_store`).
 __device__ __forceinline__ void gdn_load_transposed(const void *from, void *to, int pair) {
   tl::ptx_ldmatrix_x4_trans(from, reinterpret_cast<int *>(to) + 4 * pair);
 }
@@ -28,13 +29,13 @@ __device__ __forceinline__ void gdn_store_transposed(void *to, const void *from,
   tl::ptx_stmatrix_m8n8_x4_trans(to, x[0], x[1], x[2], x[3]);
 }
 """
-"""CUDA that goes before a kernel: what TileLang would load and store two bytes at a time."""
+"""CUDA that goes before a kernel. TileLang's own copies would move 2 bytes at a time."""
 
 
 @T.macro
 def load_transposed(rows: Any, s: Any, fragment: Any, thread: Any) -> None:
-    """fragment [64, C] = rows[s]^T, rows[s] [C, 64] in shared memory; thread counts in the
-    warpgroup."""
+    """fragment [64, C] = rows[s]^T, where rows[s] is [C, 64] in shared memory. thread: its number
+    in the warpgroup."""
     warp, lane = thread // 32, thread % 32
     for pair in T.unroll(C // 16):
         T.call_extern(
@@ -50,7 +51,7 @@ def load_transposed(rows: Any, s: Any, fragment: Any, thread: Any) -> None:
 
 @T.macro
 def store_transposed(fragment: Any, rows: Any, s: Any, thread: Any, first: Any) -> None:
-    """The inverse of `load_transposed`, to the 64 columns of rows[s] from `first` on."""
+    """rows[s][:, first : first + 64] = fragment^T: the inverse of `load_transposed`."""
     warp, lane = thread // 32, thread % 32
     for pair in T.unroll(C // 16):
         T.call_extern(
@@ -68,7 +69,7 @@ def store_transposed(fragment: Any, rows: Any, s: Any, thread: Any, first: Any) 
 
 @T.macro
 def store(fragment: Any, tile: Any, s: Any, thread: Any) -> None:
-    """A fragment [64, N] to tile[s], [64, N] in shared memory, as it is."""
+    """tile[s] = fragment, both [64, N]; the tile is in shared memory."""
     warp, lane = thread // 32, thread % 32
     for pair in T.unroll(fragment.shape[1] // 16):
         T.call_extern(

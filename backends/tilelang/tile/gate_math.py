@@ -1,9 +1,11 @@
-"""The gates of a chunk and their sums.
+"""The gates of a chunk and their running sum.
 
-    g = -exp(A_log) softplus(g_raw + dt_bias), beta = c sigmoid(beta_raw)    where fused
-    G = cumsum(g) / ln 2 within the chunk
+    g = -exp(A_log) softplus(g_raw + dt_bias)    if the gate is fused, else g = g_raw
+    beta = c sigmoid(beta_raw)                   if the sigmoid is fused, else beta = beta_raw
+    G = cumsum(g) / ln 2                         within the chunk
 
-Past the end of the sequence g and beta are 0, so that G stays at its last value.
+c is 1, or 2 with allow_neg_eigval. Past the end of the sequence g and beta are 0, so that G keeps
+its last value.
 """
 
 from __future__ import annotations
@@ -17,49 +19,54 @@ from gdn.definition import GATE_FLOOR
 from .layout import BETA, LOG2_E, G
 
 WEAK = 0.0625
-"""Where beta is not larger, nothing is divided by it."""
+"""Where beta is at most this, nothing is divided by beta."""
+RAW_G, RAW_BETA, RAW_A_LOG, RAW_DT_BIAS = 0, 2, 4, 5
+"""Where `load_gates` writes: two tokens' g, two tokens' beta, A_log and dt_bias, six numbers."""
 
 
 def stored_R_scale(beta: Any) -> Any:
-    """What backward's R is multiplied by before it goes through memory: beta, which makes it dv,
-    unless that is too weak to be divided by again."""
+    """What R is multiplied by when backward stores it: beta, which makes it dv = beta R. 1 where
+    beta <= 1/16, since R is recovered by division."""
     return T.if_then_else(beta > WEAK, beta, 1.0)
 
 
 def remaining_beta(beta: Any) -> Any:
-    """What is left of beta to multiply `kept` R by."""
+    """What makes dv of the stored R: beta where beta <= 1/16, else 1."""
     return T.if_then_else(beta > WEAK, 1.0, beta)
 
 
 def log_decay(x: Any, y: Any, A_log: Any) -> Any:
-    """-exp(A_log) softplus(x), given y = e^-|x|. softplus(x) is x + log(1 + y) or, below zero, e^x
-    times log(1 + y) / y; that e^x goes into the other exponential, since one factor may overflow
-    where the other vanishes."""
+    """-exp(A_log) softplus(x), given y = e^-|x|.
+
+    softplus(x) is x + log(1 + y) if x > 0, else e^x log(1 + y) / y. There e^x is merged with
+    e^A_log, since one of them may overflow where the other vanishes.
+    """
     below = T.if_then_else(y < 1e-4, 1 - y / 2, T.log(1 + y) / y)
     return -T.exp(A_log + T.min(x, 0.0)) * T.if_then_else(x > 0, x + T.log(1 + y), below)
 
 
 def log_decay_slope(x: Any, y: Any, A_log: Any) -> Any:
-    """Its derivative, -exp(A_log) sigmoid(x)."""
+    """The derivative of `log_decay` by x: -exp(A_log) sigmoid(x)."""
     return -T.exp(A_log + T.min(x, 0.0)) / (1 + y)
 
 
 @T.macro
 def load_gates(
-    g: Any, beta: Any, A_log: Any, dt_bias: Any, batch: Any, head: Any, at: Any, live: Any,
+    g: Any, beta: Any, A_log: Any, dt_bias: Any, batch: Any, head: Any, token: Any, live: Any,
     raw: Any, lane: Any, gate: bool, bias: bool,
 ) -> None:  # fmt: skip
-    """raw = g and beta of the `live` tokens from `at`, two a lane of one warp; A_log, dt_bias."""
+    """Load g and beta of a chunk to registers, two tokens a lane of one warp, with A_log and
+    dt_bias. token, live: the first token of the chunk, and how many belong to the sequence."""
     for i in T.unroll(2):
-        raw[i] = 0.0
-        raw[2 + i] = 0.0
+        raw[RAW_G + i] = 0.0
+        raw[RAW_BETA + i] = 0.0
         if lane * 2 + i < live:
-            raw[i] = T.cast(g[batch, at + lane * 2 + i, head], "float32")
-            raw[2 + i] = T.cast(beta[batch, at + lane * 2 + i, head], "float32")
+            raw[RAW_G + i] = T.cast(g[batch, token + lane * 2 + i, head], "float32")
+            raw[RAW_BETA + i] = T.cast(beta[batch, token + lane * 2 + i, head], "float32")
     if gate:
-        raw[4] = A_log[head]
+        raw[RAW_A_LOG] = A_log[head]
         if bias:
-            raw[5] = dt_bias[head]
+            raw[RAW_DT_BIAS] = dt_bias[head]
 
 
 @T.macro
@@ -67,30 +74,32 @@ def sum_gates(
     raw: Any, live: Any, gates: Any, b: Any, lane: Any, gate: bool, bias: bool, sigmoid: bool,
     double: bool,
 ) -> None:  # fmt: skip
-    """Rows G and BETA of gates[b], of what `load_gates` has loaded."""
-    step = T.alloc_local((2,), "float32")
-    written = T.alloc_local((2,), "float32")
+    """Compute g and beta from what `load_gates` loaded, sum g over the chunk, and write the rows G
+    and BETA of gates[b]."""
+    g = T.alloc_local((2,), "float32")
+    beta = T.alloc_local((2,), "float32")
     y = T.alloc_local((1,), "float32")
     for i in T.unroll(2):
-        step[i] = raw[i]
-        written[i] = raw[2 + i]
+        g[i] = raw[RAW_G + i]
+        beta[i] = raw[RAW_BETA + i]
         if gate:
             if bias:
-                step[i] += raw[5]
-            y[0] = T.exp(-T.abs(step[i]))
-            step[i] = log_decay(step[i], y[0], raw[4])
-        if step[i] < GATE_FLOOR:  # so that sums keep their digits; NaN stays
-            step[i] = GATE_FLOOR
+                g[i] += raw[RAW_DT_BIAS]
+            y[0] = T.exp(-T.abs(g[i]))
+            g[i] = log_decay(g[i], y[0], raw[RAW_A_LOG])
+        if g[i] < GATE_FLOOR:  # so that sums keep their digits; NaN stays
+            g[i] = GATE_FLOOR
         if sigmoid:
-            written[i] = (2.0 if double else 1.0) / (1.0 + T.exp(-written[i]))
+            beta[i] = (2.0 if double else 1.0) / (1.0 + T.exp(-beta[i]))
         if lane * 2 + i >= live:
-            step[i] = 0.0
-            written[i] = 0.0
+            g[i] = 0.0
+            beta[i] = 0.0
+    # an inclusive scan over the lanes, each with the sum of its two tokens
     total = T.alloc_local((1,), "float32")
     other = T.alloc_local((1,), "float32")
     for i in T.unroll(2):
-        step[i] *= LOG2_E
-    total[0] = step[0] + step[1]
+        g[i] *= LOG2_E
+    total[0] = g[0] + g[1]
     for power in T.unroll(5):
         other[0] = T.shfl_up(total[0], 1 << power)
         if lane >= (1 << power):
@@ -98,7 +107,7 @@ def sum_gates(
     other[0] = T.shfl_up(total[0], 1)
     if lane == 0:
         other[0] = 0.0
-    gates[b, G, lane * 2] = other[0] + step[0]
+    gates[b, G, lane * 2] = other[0] + g[0]
     gates[b, G, lane * 2 + 1] = total[0]
     for i in T.unroll(2):
-        gates[b, BETA, lane * 2 + i] = written[i]
+        gates[b, BETA, lane * 2 + i] = beta[i]

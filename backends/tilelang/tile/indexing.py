@@ -1,4 +1,9 @@
-"""Where the tokens of a chunk or piece lie."""
+"""Where the tokens of a chunk or a piece lie in the tensors of a call.
+
+A piece is a sequence or a part of one that is scanned in parallel with the other parts; a chunk is
+numbered like a piece of 64 tokens (`common/chunking.py`). A slot is the number of a chunk: tensors
+that hold something for every chunk are [slots, ...].
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,40 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
+SEQUENCE, START, LIVE = range(3)
+"""What `locate_piece` writes: the sequence, the first token of the piece, and the number of tokens
+from there to the end of the sequence. LIVE is 0 or less if no piece has this number."""
+STOP, SLOT = 2, 3
+"""What `piece_bounds` writes after SEQUENCE and START: the token after the last one, and the slot
+of the first chunk. STOP is at most START if no piece has this number."""
+
+
+class Fields:
+    """Named int32 variables of a thread, in one array of registers.
+
+    TileLang repeats an expression wherever it is used; a value in this array is computed once.
+    Kernels read `x.head` and write `x["head"] = ...`, since TileLang does not translate assignments
+    to attributes.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        self.array = T.alloc_local((len(names),), "int32")
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.names:
+            raise AttributeError(name)
+        return self[name]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.array[self.names.index(name)]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        T.buffer_store(self.array, value, [self.names.index(name)])
+
 
 def rolled_loop(count: Any) -> Any:
-    """A loop that nvcc does not unroll: multiprocessors keep little code at hand."""
+    """A loop that nvcc does not unroll: the instruction caches of an SM are small."""
     return T.unroll(count, annotations={"pragma_unroll_factor": 1})
 
 
@@ -18,9 +54,10 @@ def rolled_loop(count: Any) -> Any:
 def locate_piece(
     number: Any, cu_seqlens: Any, sequences: Any, length: Any, size: Any, place: Any, varlen: bool
 ) -> None:
-    """place = sequence, first token and tokens left (0 or less: not in use) of the piece of `size`
-    tokens that has this number (see `cut.py`)."""
+    """Find the piece of `size` tokens that has this number: write SEQUENCE, START and LIVE to
+    `place`. length: tokens of a sequence if all have equally many (not varlen)."""
     if varlen:
+        # binary search for the last sequence whose first piece has at most this number
         low = T.alloc_local((1,), "int32")
         high = T.alloc_local((1,), "int32")
         low[0] = 0
@@ -32,14 +69,14 @@ def locate_piece(
             else:
                 high[0] = middle
         start = T.cast(cu_seqlens[low[0]], "int32")
-        place[0] = low[0]
-        place[1] = start + (number - start // size - low[0]) * size
-        place[2] = T.cast(cu_seqlens[low[0] + 1], "int32") - place[1]
+        place[SEQUENCE] = low[0]
+        place[START] = start + (number - start // size - low[0]) * size
+        place[LIVE] = T.cast(cu_seqlens[low[0] + 1], "int32") - place[START]
     else:
         each = T.ceildiv(length, size)
-        place[0] = number // each
-        place[1] = number % each * size
-        place[2] = length - place[1]
+        place[SEQUENCE] = number // each
+        place[START] = number % each * size
+        place[LIVE] = length - place[START]
 
 
 @T.macro
@@ -47,26 +84,27 @@ def piece_bounds(
     piece: Any, cu_seqlens: Any, sequences: Any, L: Any, length: Any, place: Any,
     varlen: bool, cut: bool,
 ) -> None:  # fmt: skip
-    """place = sequence, first token, end, and number of the first chunk of a piece of at most
-    `length` tokens, or (not cut) of a whole sequence. Not in use: the end comes first."""
+    """Find a piece of at most `length` tokens (cut) or a whole sequence (not cut): write SEQUENCE,
+    START, STOP and SLOT to `place`."""
     if cut:
         locate_piece(piece, cu_seqlens, sequences, L, length, place, varlen)
-        place[2] = place[1] + T.min(place[2], length)
+        place[STOP] = place[START] + T.min(place[LIVE], length)
     else:
-        place[0] = piece
-        place[1] = T.cast(cu_seqlens[piece], "int32") if varlen else 0
-        place[2] = T.cast(cu_seqlens[piece + 1], "int32") if varlen else L
+        place[SEQUENCE] = piece
+        place[START] = T.cast(cu_seqlens[piece], "int32") if varlen else 0
+        place[STOP] = T.cast(cu_seqlens[piece + 1], "int32") if varlen else L
     if varlen:
-        before = T.cast(cu_seqlens[place[0]], "int32")
-        place[3] = before // C + place[0] + (place[1] - before) // C
+        before = T.cast(cu_seqlens[place[SEQUENCE]], "int32")
+        place[SLOT] = before // C + place[SEQUENCE] + (place[START] - before) // C
     else:
-        place[3] = place[0] * T.ceildiv(L, C) + place[1] // C
+        place[SLOT] = place[SEQUENCE] * T.ceildiv(L, C) + place[START] // C
 
 
 @T.macro
 def piece_number(cu_seqlens: Any, L: Any, length: Any, place: Any, varlen: bool) -> None:
-    """place[7] = which piece of its sequence `span` found, place[8] = which is the last."""
-    before = T.cast(cu_seqlens[place[0]], "int32") if varlen else 0
-    after = T.cast(cu_seqlens[place[0] + 1], "int32") if varlen else L
-    place[7] = (place[1] - before) // length
-    place[8] = T.max(T.ceildiv(after - before, length) - 1, 0)
+    """Number the pieces of a sequence from 0: write number, of this piece, and last_number to
+    `place`, a `Fields`."""
+    before = T.cast(cu_seqlens[place.sequence], "int32") if varlen else 0
+    after = T.cast(cu_seqlens[place.sequence + 1], "int32") if varlen else L
+    place["number"] = (place.start - before) // length
+    place["last_number"] = T.max(T.ceildiv(after - before, length) - 1, 0)

@@ -1,14 +1,14 @@
-"""Numbers that several kernels share."""
+"""Constants that several kernels share: tile sizes, and rows of buffers with several vectors."""
 
 ROWS = 64
-"""Rows of a transposed state, columns of V, that a warpgroup keeps: as many as a product on the
-tensor cores of Hopper wants of its left operand."""
+"""Rows of S^T [V, K] that one warpgroup holds, which are columns of V: the left operand of a WGMMA
+has 64 rows."""
 LOG2_E = 1.4426950408889634
-"""Turns natural logarithms into those to the base 2, whose exponential is one instruction."""
+"""Converts an exponent from base e to base 2, whose exponential is one instruction."""
 G, BETA = range(2)
-"""Rows of `Memory.gates`: the gates' sums, times log2(e), and the strengths."""
-INTO, SCORES, STRENGTH, RK = range(4)
-"""Rows of `Memory.tokens`: factors of columns and rows, and the norms of k."""
-ONTO, READ, THROUGH, DECAY = range(4)
-"""Rows of `walk`, the factors with which `scan` takes a chunk's tokens: e^{gamma - G} rk, scale
-e^G rq, -e^G rk; and e^gamma, in its first column."""
+"""Rows of `gates` [2, C]: the running sum of the gates times log2(e), and beta."""
+COLUMN_EXPONENT, SCALE_RQ, BETA_RK, RK = range(4)
+"""Rows of `IntraChunkSmem.token_factors` [4, C]: G - log2 rk, scale rq, beta rk and rk."""
+U_FACTOR, QS_FACTOR, KS_FACTOR, S_FACTOR = range(4)
+"""Rows of `scan_factors` [slots, HV, 4, C], what a scan multiplies by: U by e^{gamma - G} rk, Q S
+by scale e^G rq, K S by -e^G rk, and S by e^gamma, which stands in column 0."""

@@ -1,4 +1,4 @@
-"""Neighbouring thread blocks kept within a chunk of each other."""
+"""Neighbouring thread blocks kept within one chunk of each other."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ import tilelang.language as T
 
 
 class ClusterPace:
-    """What keeps the programs of neighbouring columns of V, a cluster, a chunk apart at most: their
-    halves of a token's row then come from memory together."""
+    """A barrier over a cluster, the thread blocks of neighbouring columns of V.
 
-    def __init__(self, programs: int) -> None:
-        self.programs = programs
-        if programs > 1:
-            self.ready = T.alloc_cluster_barrier(programs)
+    It keeps their producer warps within one chunk of each other. The halves of a token's row are
+    then read from memory together, while its memory page is open.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        if size > 1:
+            self.ready = T.alloc_cluster_barrier(size)
 
 
 @T.macro
 def wait_for_cluster(pace: Any, chunk: Any, leads: Any) -> None:
-    """Until all of them may load the chunk, by the warps that load; leads: one thread of each."""
-    if pace.programs > 1:
+    """Wait until every producer warp of the cluster may load this chunk. leads: true for one thread
+    of each producer warp."""
+    if pace.size > 1:
         if leads:
-            for program in T.unroll(pace.programs):
-                T.mbarrier_arrive(pace.ready[0], program)
+            for cta in T.unroll(pace.size):
+                T.mbarrier_arrive(pace.ready[0], cta)
         T.barrier_wait(pace.ready[0], chunk % 2)
-        T.sync_warp()  # or the one who leads is two phases on before all have seen this one
+        # Without this, the leading thread could be two phases ahead before its warp sees this one.
+        T.sync_warp()

@@ -1,8 +1,8 @@
-"""Fences between what threads write to shared memory and what products and copies read there.
+"""Fences that let WGMMA and TMA read what threads wrote to shared memory.
 
-TileLang puts one before every product that follows any other access to shared memory, a load too.
-Each makes a warp wait until all its stores are done, 50 cycles of a walk's chunk. The walks do
-without those and say where they need one.
+TileLang places a fence before every product that follows any other access to shared memory, even a
+load. A fence makes a warp wait for all its stores: 50 cycles a chunk in a scan. The scans switch
+TileLang's fences off and place their own.
 """
 
 import tilelang.language as T
@@ -15,10 +15,11 @@ __device__ __forceinline__ void gdn_no_fence() {}
 }
 #define fence_proxy_async gdn_no_fence
 """
-"""CUDA that goes before a kernel, after which TileLang's own fences are none."""
+"""CUDA that goes before a kernel: it makes TileLang's own fences do nothing."""
 
 
 @T.macro
 def fence() -> None:
-    """What this thread wrote, products and copies see after the next barrier."""
+    """Make this thread's stores to shared memory visible to the products and copies that follow the
+    next barrier."""
     T.call_extern("handle", "gdn_fence")

@@ -1,4 +1,8 @@
-"""Rows past the end of a sequence: cleared after a load, left out of a store."""
+"""Rows past the end of a sequence: cleared after a load, left out of a store.
+
+A copy of a whole chunk also brings rows of the next sequence, or of no tensor. `live` is the number
+of rows that belong to the sequence; it may exceed C.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import tilelang.language as T
 
 @T.macro
 def clear_past_end(x: Any, live: Any) -> None:
-    """Zero x [., C, .] past the end of the sequence: the rows there may hold anything, NaN too."""
+    """Zero the rows past the end of x [., C, .]: they may hold NaN, and 0 times NaN is NaN."""
     for b, i, j in T.Parallel(*x.shape):
         if i >= live:
             x[b, i, j] = 0
@@ -17,7 +21,7 @@ def clear_past_end(x: Any, live: Any) -> None:
 
 @T.macro
 def clear_rows_past_end(xs: Any, s: Any, live: Any) -> None:
-    """The same of stage s of several buffers [stages, C, .] of one shape."""
+    """Zero the rows past the end in stage s of several buffers [stages, C, .] of one shape."""
     for i, j in T.Parallel(*xs[0].shape[1:]):
         if i >= live:
             for x in xs:
@@ -26,19 +30,20 @@ def clear_rows_past_end(xs: Any, s: Any, live: Any) -> None:
 
 @T.macro
 def store_row(
-    x: Any, s: Any, i: Any, column: Any, to: Any, batch: Any, at: Any, head: Any, first: Any,
+    x: Any, s: Any, i: Any, column: Any, to: Any, batch: Any, token: Any, head: Any, first: Any,
     lane: Any,
 ) -> None:  # fmt: skip
-    """64 columns of x[s, i] in shared memory to those from `first` of token `at`, by one warp."""
+    """Store 64 columns of x[s, i] in shared memory, from `column` on, to the columns of
+    to[batch, token, head] from `first` on; by one warp."""
     for j in T.vectorized(2):
-        to[batch, at, head, first + lane * 2 + j] = x[s, i, column + lane * 2 + j]
+        to[batch, token, head, first + lane * 2 + j] = x[s, i, column + lane * 2 + j]
 
 
 @T.macro
 def store_live_rows(
-    x: Any, s: Any, to: Any, batch: Any, at: Any, live: Any, head: Any, first: Any, lane: Any
+    x: Any, s: Any, to: Any, batch: Any, token: Any, live: Any, head: Any, first: Any, lane: Any
 ) -> None:
-    """The live rows of x[s], [C, 64] in shared memory, to the tokens from `at` of to [B, L, HV, V],
-    by one warp: what copies a whole chunk would write on."""
+    """Store the live rows of x[s], [C, 64] in shared memory, to the tokens from `token` on of
+    to [B, L, HV, V]; by one warp. A copy of the whole chunk would overwrite the next sequence."""
     for i in T.serial(live):
-        store_row(x, s, i, 0, to, batch, at + i, head, first, lane)
+        store_row(x, s, i, 0, to, batch, token + i, head, first, lane)

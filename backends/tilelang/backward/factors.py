@@ -1,0 +1,13 @@
+"""The rows of `factors`, an array that several backward kernels keep in shared memory."""
+
+
+class Factor:
+    """Rows of `factors`, the factors of a chunk's tokens in shared memory: float32 [rows, C]."""
+
+    G = 0  # the gates' running sum, natural logarithm
+    BETA = 1
+    RQ, RK = 2, 3  # 1 / norm of q and of k, or 1 without the L2 norm
+    RV = 4  # rowsum(R * V), one row for every 64 columns of V; only in `gradients`
+
+    G_BETA = slice(0, 2)  # written together by `gate_sums`
+    NORMS = slice(2, 4)  # written together by forward

@@ -1,0 +1,141 @@
+"""`reverse_scan.py`: what its warpgroups compute for a chunk. The equations are there."""
+
+from typing import Any
+
+import tilelang.language as T
+
+from gdn.problem import CHUNK as C
+
+from ..tile.fragment_sums import put_row
+from ..tile.fragments import load_transposed, store, store_transposed
+from ..tile.gate_math import stored_R_scale
+from ..tile.layout import LOG2_E, ROWS
+from ..tile.proxy_fence import fence
+from ..tile.ragged_rows import clear_rows_past_end
+from .factors import Factor
+
+P_WARPGROUP = 1
+"""Named barrier of the P warpgroup."""
+
+
+class ReverseScanFragments:
+    """Registers of the consumer warpgroup. *_half: the same in the dtype of q, as an operand."""
+
+    def __init__(self, K: int, dtype: str) -> None:
+        self.dS = T.alloc_fragment((ROWS, K), "float32")  # dS^T [64, K]
+        self.dS_half = T.alloc_fragment((ROWS, K), dtype)
+        # the others are transposes too, [64, C]; dO_scaled: scale e^G rq * dO
+        self.dO, self.dO_scaled, self.dU_half, self.R_half, self.v = (
+            T.alloc_fragment((ROWS, C), dtype) for _ in range(5)
+        )
+        self.dU, self.KdS, self.R = (T.alloc_fragment((ROWS, C), "float32") for _ in range(3))
+        self.e_gamma = T.alloc_local((1,), "float32")
+
+
+@T.macro
+def compute_factors(smem: Any, s: Any, i: Any, scale: Any) -> None:
+    """Compute the factors of token i of the chunk in stage s."""
+    smem.G2[s, i] = smem.factors[s, Factor.G, i] * LOG2_E
+    e_G = T.exp2(smem.G2[s, i])
+    rk = smem.factors[s, Factor.RK, i]
+    smem.P_factor[s, i] = scale * smem.factors[s, Factor.RQ, i]
+    smem.KdS_factor[s, i] = rk * T.exp2(smem.factors[s, Factor.G, C - 1] * LOG2_E - smem.G2[s, i])
+    smem.dO_factor[s, i] = smem.P_factor[s, i] * e_G
+    smem.R_factor[s, i] = -smem.factors[s, Factor.BETA, i] * rk * e_G
+    smem.R_scale[s, i] = stored_R_scale(smem.factors[s, Factor.BETA, i])
+
+
+@T.macro
+def compute_P(
+    smem: Any, P_frag: Any, P_half: Any, bars: Any, s: Any, live: Any, scale: Any, parity: Any,
+    thread: Any,
+) -> None:  # fmt: skip
+    """Compute P and the factors of the chunk in stage s, and clear its rows past the end; by the P
+    warpgroup. parity: that of `P_free`'s phase for the chunk before."""
+    if live < C:
+        clear_rows_past_end((smem.q, smem.k), s, live)
+        clear_rows_past_end((smem.do,), s, live)
+        fence()
+    if thread < C:
+        compute_factors(smem, s, thread, scale)
+    T.sync_threads(P_WARPGROUP, 128)
+    T.wgmma_gemm(smem.q[s, :, :], smem.k[s, :, :], P_frag, transpose_B=True, clear_accum=True)
+    T.wait_wgmma(0)
+    for i, j in T.Parallel(C, C):
+        P_frag[i, j] *= smem.factors[s, Factor.RK, j] * T.exp2(
+            T.if_then_else(i >= j, smem.G2[s, i] - smem.G2[s, j], -T.infinity("float32"))
+        )
+    for i, j in T.Parallel(C, C):
+        P_half[i, j] = smem.P_factor[s, i] * P_frag[i, j]
+    T.barrier_wait(bars.P_free, parity)
+    T.copy(P_half, smem.P)
+    fence()
+
+
+@T.macro
+def scan_step(
+    smem: Any, frag: Any, bars: Any, s: Any, parity: Any, thread: Any, outputs: bool
+) -> None:
+    """Stage the outputs and update dS from after to before the chunk in stage s; by the consumer
+    warpgroup. parity: that of the phases of `dS_R_free` and `RV_free` for the chunk before."""
+    # === K dS, P^T dO, and dS += Q^T (scale e^G rq * dO): three products in flight ===
+    T.copy(frag.dS, frag.dS_half)
+    T.wgmma_gemm(frag.dS_half, smem.k[s, :, :], frag.KdS, transpose_B=True, clear_accum=True)
+    load_transposed(smem.do, s, frag.dO, thread)
+    frag.e_gamma[0] = T.exp2(smem.factors[s, Factor.G, C - 1] * LOG2_E)
+    for i, j in T.Parallel(*frag.dS.shape):
+        frag.dS[i, j] *= frag.e_gamma[0]
+    for i, j in T.Parallel(ROWS, C):
+        frag.dO_scaled[i, j] = smem.dO_factor[s, j] * frag.dO[i, j]
+    T.wgmma_gemm(frag.dO, smem.P, frag.dU, clear_accum=True)
+    T.wgmma_gemm(frag.dO_scaled, smem.q[s, :, :], frag.dS)
+    if outputs:
+        T.barrier_wait(bars.dS_R_free, parity)
+        store(frag.dS_half, smem.dS, 0, thread)
+    T.wait_wgmma(1)
+    T.barrier_arrive(bars.P_free)
+
+    # === dU and R ===
+    for i, j in T.Parallel(ROWS, C):
+        frag.dU_half[i, j] = frag.dU[i, j] + smem.KdS_factor[s, j] * frag.KdS[i, j]
+    T.wgmma_gemm(frag.dU_half, smem.A[s, :, :], frag.R, clear_accum=True)
+    if outputs:
+        load_transposed(smem.v, s, frag.v, thread)
+    T.wait_wgmma(0)
+
+    # === dS -= K^T (beta e^G rk * R); the outputs R and R * V meanwhile ===
+    for i, j in T.Parallel(ROWS, C):
+        frag.R_half[i, j] = smem.R_factor[s, j] * frag.R[i, j]
+    T.wgmma_gemm(frag.R_half, smem.k[s, :, :], frag.dS)
+    if outputs:
+        for i, j in T.Parallel(ROWS, C):
+            frag.dU_half[i, j] = smem.R_scale[s, j] * frag.R[i, j]
+        store_transposed(frag.dU_half, smem.R, 0, thread, 0)
+        for i, j in T.Parallel(ROWS, C):
+            frag.R[i, j] *= frag.v[i, j]
+        T.barrier_wait(bars.RV_free, parity)
+        put_row(frag.R, T.address_of(smem.RV[thread // 4, thread % 4 * 2]))
+        fence()
+        T.barrier_arrive(bars.outputs_ready)
+    T.wait_wgmma(0)
+
+
+@T.macro
+def add_rounding_residual(smem: Any, frag: Any, s: Any, thread: Any) -> None:
+    """Add to dS what the last step lost when it rounded scale e^G rq * dO to the dtype of q.
+
+    If the first token decays strongly, that product is nearly all of the gradient of the initial
+    state.
+
+    dO and dO_scaled are computed again: if they lived from the loop to here, they would take 32
+    registers in the loop.
+    """
+    load_transposed(smem.do, s, frag.dO, thread)
+    exact = frag.KdS
+    for i, j in T.Parallel(ROWS, C):
+        exact[i, j] = smem.dO_factor[s, j] * frag.dO[i, j]
+    T.copy(exact, frag.dO_scaled)
+    for i, j in T.Parallel(ROWS, C):
+        frag.dO_scaled[i, j] = exact[i, j] - frag.dO_scaled[i, j]
+    T.wgmma_gemm(frag.dO_scaled, smem.q[s, :, :], frag.dS)
+    T.wait_wgmma(0)
