@@ -45,24 +45,24 @@ def gate_sums(
         chunk_spans: T.Tensor((rows, 2), "int32"), sequences: T.int32,
     ):  # fmt: skip
         with T.Kernel(slots, T.ceildiv(HV, WARPS), threads=32 * WARPS) as (slot, heads):
-            place = Fields("sequence", "start", "live")
+            task = Fields("sequence", "start", "live")
             raw = T.alloc_local((6,), "float32")
             # [warps, G or beta, C]; a lane reads only what it wrote
             sums_smem = T.alloc_shared((WARPS, 2, C), "float32")
             tx = T.get_thread_binding()
             warp, lane = tx // 32, tx % 32
             head = heads * WARPS + warp
-            locate_piece(slot, cu_seqlens, sequences, L, C, place.array, varlen)
+            locate_piece(slot, cu_seqlens, sequences, L, C, task.array, varlen)
             if varlen and tx == 0 and heads == 0:
-                chunk_spans[slot, 0] = place.start
-                chunk_spans[slot, 1] = place.live
+                chunk_spans[slot, 0] = task.start
+                chunk_spans[slot, 1] = task.live
             if head < HV:
-                batch = 0 if varlen else place.sequence
+                batch = 0 if varlen else task.sequence
                 load_gates(
-                    g, beta, A_log, dt_bias, batch, head, place.start, place.live, raw, lane,
+                    g, beta, A_log, dt_bias, batch, head, task.start, task.live, raw, lane,
                     gate, bias,
                 )  # fmt: skip
-                sum_gates(raw, place.live, sums_smem, warp, lane, gate, bias, sigmoid, double)
+                sum_gates(raw, task.live, sums_smem, warp, lane, gate, bias, sigmoid, double)
                 for e in T.unroll(2):
                     i = lane * 2 + e
                     G_beta[slot, head, Factor.G, i] = sums_smem[warp, G, i] / LOG2_E

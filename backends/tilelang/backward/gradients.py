@@ -52,7 +52,7 @@ from .gradients_intra import (
     stage_tiles,
 )
 from .gradients_memory import (
-    CHUNK_PLACE,
+    CHUNK_FIELDS,
     COLUMNS,
     Barriers,
     GradientsSmem,
@@ -234,7 +234,7 @@ def gradients(
     ):  # fmt: skip
         """dv: holds the stored R when the kernel starts."""
         with T.Kernel(thread_blocks, threads=(128, blocks + 2), prelude=PRELUDE) as first:
-            chunk = Fields(*CHUNK_PLACE)
+            chunk = Fields(*CHUNK_FIELDS)
             chunk["chunks_done"] = 0
             chunk["heads_done"] = 0
             smem = GradientsSmem(K, V, dtype, l2)

@@ -28,7 +28,7 @@ class PairSum:
     DO_U = 1  # tril(dO U^T * L) * qk
 
 
-CHUNK_PLACE = (
+CHUNK_FIELDS = (
     "batch", "token",  # where its first token is
     "live",  # tokens of the sequence from there on
     "slot", "key_head",
@@ -123,7 +123,7 @@ def load_state(x: Any, to: Any, ready: Any, slot: Any, head: Any) -> None:
 
 @T.macro
 def locate_chunk(number: Any, chunk_spans: Any, L: Any, H: Any, chunk: Any, varlen: bool) -> None:
-    """Find the chunk and q/k head with this number: write `CHUNK_PLACE` up to key_head."""
+    """Find the chunk and q/k head with this number: write `CHUNK_FIELDS` up to key_head."""
     chunk["slot"] = T.truncdiv(number, H)
     slot, each = chunk.slot, T.ceildiv(L, C)
     chunk["key_head"] = number - slot * H

@@ -236,11 +236,11 @@ class BackwardPass:
         outputs = (dS, dv, rowsum_RV)
         if self.cut:
             transfer, begins = states_saved
-            d_own, d_ends = torch.empty_like(begins), torch.empty_like(begins)
+            dN, d_ends = torch.empty_like(begins), torch.empty_like(begins)
             launch_first, launch_combine, launch_second = launch_reverse
-            launch_first(*inputs, None, cu_seqlens, None, None, None, d_own, scale, *grid)
+            launch_first(*inputs, None, cu_seqlens, None, None, None, dN, scale, *grid)
             launch_combine(
-                transfer, d_own, d_ends, states.d_end, states.d_begin, cu_seqlens, N, q.shape[1],
+                transfer, dN, d_ends, states.d_end, states.d_begin, cu_seqlens, N, q.shape[1],
                 self.length,
             )  # fmt: skip
             launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, scale, *grid)

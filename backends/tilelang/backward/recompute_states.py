@@ -177,10 +177,10 @@ def recompute_states(
         ) as (piece, head, block):
             T.annotate_min_blocks_per_sm(2)
             column, key_head = block * ROWS, head // group
-            place = Fields("sequence", "start", "stop", "slot")
-            piece_bounds(piece, cu_seqlens, sequences, L, length, place.array, varlen, cut)
-            batch = 0 if varlen else place.sequence
-            start, stop, slot = place.start, place.stop, place.slot
+            task = Fields("sequence", "start", "stop", "slot")
+            piece_bounds(piece, cu_seqlens, sequences, L, length, task.array, varlen, cut)
+            batch = 0 if varlen else task.sequence
+            start, stop, slot = task.start, task.stop, task.slot
             chunks = T.ceildiv(T.max(stop - start, 0), C)  # unused pieces have stop < start
 
             smem = StatesSmem(K, dtype)

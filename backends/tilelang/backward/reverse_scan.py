@@ -77,10 +77,10 @@ def reverse_scan(
             pieces, HV, blocks, threads=384, cluster_dims=(1, 1, blocks), prelude=CUDA
         ) as (piece, head, block):
             column, key_head = block * ROWS, head // group
-            place = Fields("sequence", "start", "stop", "slot")
-            piece_bounds(piece, cu_seqlens, sequences, L, length, place.array, varlen, cut)
-            batch = 0 if varlen else place.sequence
-            start, stop, slot = place.start, place.stop, place.slot
+            task = Fields("sequence", "start", "stop", "slot")
+            piece_bounds(piece, cu_seqlens, sequences, L, length, task.array, varlen, cut)
+            batch = 0 if varlen else task.sequence
+            start, stop, slot = task.start, task.stop, task.slot
             chunks = T.ceildiv(T.max(stop - start, 0), C)  # unused pieces have stop < start
 
             smem = ReverseScanSmem(K, dtype)
