@@ -118,9 +118,6 @@ def test_compare_checks_times_writes_and_draws(
     for found in row["passes"].values():
         assert found["roofline"] > 0
         assert found["wall"]["ms"] > 0
-    # compares the work: at this size another process can reverse the order of the times
-    work = {n: found["tflops"] * found["wall"]["ms"] for n, found in row["passes"].items()}
-    assert work["fwd+bwd"] > 1.9 * work["fwd"]
     assert report["environment"]["versions"]["torch"] == torch.__version__
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert cli.main(["compare", *quick, "--markdown", "--lengths", "3,0,70"]) == 0

@@ -46,14 +46,15 @@ _FOR_NEW_LAYERS = {
 }
 _AROUND: dict[str, Callable[..., Any]]
 _AROUND = {_CONVOLUTION: run_convolution, _FORWARD: run_forward}
-_installed: list[_Seat] = []
+_installed: list[_Patch] = []
 
 
 @dataclass(eq=False)
-class _Seat:
-    """A name of a layer, class or module that holds one of the functions, and what is put there.
+class _Patch:
+    """One patched name: the layer, class or module that holds it, and what it held before.
 
-    What was made from it while it was patched keeps `ours`, which calls `original` once it is off.
+    A layer made while the patch is on keeps the replacement. That calls `original` once the patch
+    is off.
     """
 
     owner: nn.Module | type | ModuleType
@@ -64,7 +65,9 @@ class _Seat:
     on: bool = False
     backend: str | None = None
 
-    def ours(self) -> Callable[..., Any]:
+    def make_replacement(self) -> Callable[..., Any]:
+        """The function that takes the name: gdn's while the patch is on, else the original."""
+
         @functools.wraps(self.original)
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self.on:
@@ -75,15 +78,15 @@ class _Seat:
             run = _run_prefill if self.role == _PREFILL else _run_step
             return run(self.backend, *args, **kwargs)
 
-        call.gdn_seat = self  # type: ignore[attr-defined]
+        call.gdn_patch = self  # type: ignore[attr-defined]
         return call
 
 
 class Patched:
     """What `patch` returns: a context manager at whose end things are as they were before it."""
 
-    def __init__(self, seats: list[tuple[_Seat, bool, str | None]]) -> None:
-        self._before = seats
+    def __init__(self, patches: list[tuple[_Patch, bool, str | None]]) -> None:
+        self._before = patches
 
     def __enter__(self) -> Patched:
         return self
@@ -94,10 +97,10 @@ class Patched:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
-        for seat, on, backend in self._before:
-            seat.on, seat.backend = on, backend
+        for entry, on, backend in self._before:
+            entry.on, entry.backend = on, backend
             if not on:
-                _leave(seat)
+                _restore(entry)
 
 
 def patch(model: nn.Module | None = None, backend: str | None = None) -> Patched:
@@ -121,27 +124,27 @@ def patch(model: nn.Module | None = None, backend: str | None = None) -> Patched
     before = []
     for owner, name, original, role in _find(model):
         holder = getattr(owner, name)
-        seat = getattr(holder, "gdn_seat", None)
-        if seat is None or seat.owner is not owner:
-            seat = _Seat(owner, name, holder, original, role)
-            setattr(owner, name, seat.ours())
-            _installed.append(seat)
-        before.append((seat, seat.on, seat.backend))
-        seat.on, seat.backend = True, backend
+        entry = getattr(holder, "gdn_patch", None)
+        if entry is None or entry.owner is not owner:
+            entry = _Patch(owner, name, holder, original, role)
+            setattr(owner, name, entry.make_replacement())
+            _installed.append(entry)
+        before.append((entry, entry.on, entry.backend))
+        entry.on, entry.backend = True, backend
     return Patched(before)
 
 
 def unpatch() -> None:
     """Undo every `patch`, of transformers and of models."""
-    for seat in list(_installed):
-        seat.on = False
-        _leave(seat)
+    for entry in list(_installed):
+        entry.on = False
+        _restore(entry)
 
 
-def _leave(seat: _Seat) -> None:
-    setattr(seat.owner, seat.name, seat.before)
-    if seat in _installed:
-        _installed.remove(seat)
+def _restore(entry: _Patch) -> None:
+    setattr(entry.owner, entry.name, entry.before)
+    if entry in _installed:
+        _installed.remove(entry)
 
 
 def _modules() -> dict[str, ModuleType]:

@@ -48,8 +48,8 @@ def run_forward(original: Callable[..., Any], layer: nn.Module, *args: Any, **kw
     packed sequences, unless causal-conv1d keeps them apart."""
     given = [x for x in ("cu_seq_lens_q", "seq_idx") if kwargs.get(x) is not None]
     delta_net = getattr(layer, "linear_attn", layer)
-    seat = getattr(getattr(delta_net, "chunk_gated_delta_rule", None), "gdn_seat", None)
-    if given and seat is not None and seat.on:
+    entry = getattr(getattr(delta_net, "chunk_gated_delta_rule", None), "gdn_patch", None)
+    if given and entry is not None and entry.on:
         apart = delta_net is layer and delta_net.causal_conv1d_fn is not None
         if not (apart and len(given) == 2):
             raise ValueError(
