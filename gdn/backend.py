@@ -134,8 +134,9 @@ class Plan:
     """How a backend runs all calls of the same shapes, dtypes, devices and options (for decode
     steps also the same strides).
 
-    The backend makes a plan from the first such call, and dispatch keeps it. A plan must not keep
-    the call's tensors. Its methods run below autograd, with autocast off and the device of q
+    The backend makes a plan from the first such call, and dispatch keeps it (at most 4096 of them;
+    calls with and without gradients have plans of their own). A plan must not keep the call's
+    tensors. Its methods run below autograd, with autocast off and the device of q
     current. B, T, H, HV, K, V are at least 1. Inputs may be non-contiguous and must not be written
     to. A plan of a `Step` needs only `decode`.
     """
@@ -149,7 +150,8 @@ class Plan:
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
         """Compute the gradients of the differentiable inputs from those of o and of the final state
-        (None: zero). The plan that ran forward also runs its backward."""
+        (None: zero). The backend whose plan ran forward also runs backward: with that plan, or with
+        one made again for the same kind of call, if dispatch has dropped it."""
         raise NotImplementedError(f"{type(self).__name__} has no backward")
 
     def decode(self, step: Step) -> Tensor:

@@ -92,7 +92,7 @@ class Explanation:
 
 def parse_request(request: str) -> list[str]:
     """The names in a request, in order. A request is one name, a comma-separated list, or
-    "auto"."""
+    "auto". (Pinned requests, which only autograd makes, never come here.)"""
     names: list[str] = []
     for part in (part.strip() for part in request.split(",")):
         if part == "auto":

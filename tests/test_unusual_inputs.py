@@ -131,3 +131,20 @@ def test_a_reset_drops_all_earlier_tokens(backend: str, device: str, dtype: torc
         step = {n: inputs[n][:, 70:71].detach() for n in tokens}
         out = gdn.gated_delta_net_decode(**step, state=pool, backend=backend)
         assert_close("decode", out, o[:, 70:71].detach(), dtype)
+
+
+@pytest.mark.parametrize("low", ["v", "qk", "q"])
+def test_mixed_dtypes_are_computed_in_that_of_v(backend: str, device: str, low: str) -> None:
+    """As in fla: q and k are cast to the dtype of v, and o and gradients come back in theirs."""
+    inputs = make_inputs(Case("mixed", T=5, H=1, dtype=torch.float32), device)
+    mixed = inputs | {name: inputs[name].bfloat16() for name in low}
+    expected = inputs | {name: mixed[name].to(mixed["v"].dtype) for name in ("q", "k", "v")}
+    require(backend, expected)
+    mixed["q"].requires_grad_()
+    got = gdn.gated_delta_net(**mixed, backend=backend)
+    right = gdn.gated_delta_net(**expected, backend=backend)
+    assert got.o.dtype == mixed["v"].dtype
+    assert torch.equal(got.o, right.o)
+    got.o.sum().backward()
+    assert mixed["q"].grad.dtype == mixed["q"].dtype
+    assert gdn.explain(**mixed, backend=backend).chosen == backend

@@ -18,9 +18,8 @@ from ..common.chunking import piece_length, piece_slots, sm_count
 from .tile.layout import ROWS
 
 MIN_ROUND_BYTES, MAX_ROUNDS = 400 << 20, 4
-"""Rounds have at least so many bytes of S, dS and U, and there are at most so many rounds. If
-several sequences go one by one, all in the same number of parts, there may be more and smaller
-rounds."""
+"""Bytes of S, dS and U in a round, at least, and rounds, at most: for a whole batch, or for each
+sequence where sequences go one by one."""
 
 
 def sequence_chunks(call: Call) -> int:

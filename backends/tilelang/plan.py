@@ -1,4 +1,4 @@
-"""The plan of a call: a forward pass, and a backward pass that is built when it is first needed."""
+"""The plan of one kind of call: a `ForwardPass`, and a `BackwardPass` built when it is needed."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ All of a chunk and value head. K: normalised rows [C, K]; R, V, U: [C, V]; N: [C
 `gradients_intra.py`. If the sigmoid or the gate is fused, the gradients then pass through it. Those
 of A_log and dt_bias are sums over tokens, one number a chunk and value head.
 
-`reverse_scan.py` computes rowsum(R * V) from R in float32. dbeta is rowsum(R * U) / beta as well,
+R is the true one here, not the stored one (`stored_R_scale`). `reverse_scan.py` computes
+rowsum(R * V) from R in float32. dbeta is rowsum(R * U) / beta as well,
 but U has the rounding error of the right-hand side that it is solved from.
 """
 

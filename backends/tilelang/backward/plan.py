@@ -33,7 +33,7 @@ from .recompute_states import recompute_states
 from .reverse_scan import reverse_scan
 
 MAX_CHUNKS = 10
-"""Chunks of a thread block of `gradients`, at most."""
+"""Pairs of a chunk and a q/k head that a thread block of `gradients` takes, at most."""
 
 
 class Tokens(NamedTuple):

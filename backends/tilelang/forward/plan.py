@@ -59,8 +59,8 @@ def choose_segments(call: Call, scans: int, save: bool) -> list[tuple[int, int]]
 
 
 def choose_prepare_grid(call: Call, chunks: int) -> tuple[int, int]:
-    """Thread blocks of `prepare`, and how many value heads of a q/k head each takes at once: as
-    many as possible without leaving an SM idle."""
+    """Thread blocks of `prepare`, and how many value heads of a q/k head each takes in
+    turn: as many as possible while all SMs stay full."""
     HV, group = call.v.shape[2], call.v.shape[2] // call.q.shape[2]
     most = BLOCKS_PER_SM[dtype_name(call.q)] * sm_count(call.q.device)
     heads_at_once = group
@@ -72,8 +72,8 @@ def choose_prepare_grid(call: Call, chunks: int) -> tuple[int, int]:
 def choose_pieces(call: Call, save: bool) -> tuple[int | None, int]:
     """Tokens of a piece (None: sequences are not cut), and consumer warpgroups of the final scan.
 
-    Long pieces are halved: twice as many thread blocks with twice the columns of V each read q, k,
-    P and A_v half as often. With save they stay whole: backward uses the same pieces, and its
+    Long pieces are halved: as many thread blocks, with twice the columns of V each, read q, k, P
+    and A_v half as often. With save they stay whole: backward uses the same pieces, and its
     thread blocks have 64 columns.
     """
     length = piece_length(call, ROWS)

@@ -131,8 +131,8 @@ def prepare(
         first_chunk: T.int32, span: T.int32, ctas: T.int32, heads_at_once: T.int32,
         scale: T.float32,
     ):  # fmt: skip
-        """chunks: how many in all; span: how many of each sequence, from first_chunk on; ctas:
-        thread blocks."""
+        """chunks: how many in all; span: how many of each sequence, from first_chunk on (of a
+        whole call: all of them, as if there were one sequence); ctas: thread blocks."""
         with T.Kernel(ctas, threads=128, prelude=PRELUDE + NORMS_PRELUDE) as cta:
             T.annotate_min_blocks_per_sm(BLOCKS_PER_SM[dtype])
             smem, frag = IntraChunkSmem(K, dtype), IntraChunkFragments(dtype)
