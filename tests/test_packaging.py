@@ -117,3 +117,26 @@ def test_files_are_short_and_have_a_docstring(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 300
     assert text.startswith('"""')
+
+
+BARE = f"""
+import sys
+for name in ("rich", "matplotlib", "triton", "tilelang", "fla", "einops", "transformers"):
+    sys.modules[name] = None  # any import of it is an ImportError
+sys.path.insert(0, {str(ROOT)!r})
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch, gdn; x = torch.rand(1, 3, 2, 4); g = -torch.rand(1, 3, 2); "
+        "print(gdn.gated_delta_net(x, x, x, g, -g).o.shape, gdn.__file__)",
+        "from gdn.cli import main; import gdn; main(['info']); print(gdn.__file__)",
+    ],
+    ids=["op", "info"],
+)
+def test_the_root_of_a_clone_runs_with_torch_alone(code: str) -> None:
+    """Whatever is installed: there, Python finds ./gdn first."""
+    out = subprocess.check_output([sys.executable, "-c", BARE + code], cwd=ROOT, text=True)
+    assert str(ROOT / "gdn") in out
