@@ -101,8 +101,8 @@ def test_programs_of_prepare_fit_beside_each_other(name: str) -> None:
 @pytest.mark.parametrize("name", ["many", "packed", "cut"])
 def test_backward_neither_spills_nor_serialises(name: str, tmp_path: Path) -> None:
     _, call = plan_of(PLANS[name])
-    *walks, gradients = BackwardPass(call).kernels(initial=True, final=True)
-    for kernel in (*walks, gradients):
+    *scans, gradients = BackwardPass(call).kernels(initial=True, final=True)
+    for kernel in (*scans, gradients):
         said = verdict(kernel, tmp_path)
         assert_registers_suffice(kernel.get_kernel_source(), said)
         spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))
@@ -111,7 +111,7 @@ def test_backward_neither_spills_nor_serialises(name: str, tmp_path: Path) -> No
         assert "serialized" not in said, said
 
 
-def test_walks_have_the_fences_that_they_place_and_no_other(tmp_path: Path) -> None:
+def test_scans_have_only_the_fences_that_they_place(tmp_path: Path) -> None:
     """TileLang's fences are in the CUDA, but compile to nothing (`tile/proxy_fence.py`)."""
     plan, call = plan_of(SMALL)
     _, scan = plan.kernels(save=False)
@@ -227,7 +227,7 @@ def test_calls_bind_their_arguments(name: str) -> None:
     ids=lambda case: case.name,
 )  # fmt: skip
 @pytest.mark.parametrize("halved", [False, True], ids=["whole", "halved"])
-def test_pieces_walked_at_the_same_time(
+def test_pieces_scanned_in_parallel(
     monkeypatch: pytest.MonkeyPatch, case: Case, halved: bool
 ) -> None:
     inputs = make_inputs(case, "cuda")

@@ -22,11 +22,11 @@ from gdn.backends.tilelang.decode.kernel import DecodePlan, decode_kernel  # noq
 NO_SPILLS = ["-Xptxas", "--warn-on-spills,--warning-as-error"]
 LAYERS = [
     StepCase(
-        f"{walks}-{str(pool).removeprefix('torch.')}-{'VK' if v_first else 'KV'}",
-        B=walks // 8, HV=8, K=128, V=128, dtype=torch.bfloat16, pool=pool, fused=True,
+        f"{states}-{str(pool).removeprefix('torch.')}-{'VK' if v_first else 'KV'}",
+        B=states // 8, HV=8, K=128, V=128, dtype=torch.bfloat16, pool=pool, fused=True,
         state_v_first=v_first,
     )
-    for walks in (8, 512)
+    for states in (8, 512)
     for pool in (torch.float32, torch.bfloat16)
     for v_first in (False, True)
 ]  # fmt: skip

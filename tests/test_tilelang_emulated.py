@@ -129,7 +129,7 @@ def test_two_warpgroups(world: Callable[..., None], late: bool) -> None:
 
 @WORLDS
 @pytest.mark.parametrize("initial", [False, True])
-def test_coupled_while_the_part_before_is_walked(
+def test_prepare_runs_beside_the_scan_of_the_segment_before(
     world: Callable[..., None], monkeypatch: pytest.MonkeyPatch, late: bool, initial: bool
 ) -> None:
     world(late)
@@ -139,7 +139,7 @@ def test_coupled_while_the_part_before_is_walked(
 
 
 @WORLDS
-def test_pieces_walked_at_the_same_time(world: Callable[..., None], late: bool) -> None:
+def test_pieces_scanned_in_parallel(world: Callable[..., None], late: bool) -> None:
     """Forward and backward."""
     world(late)
     check(CUT, with_gradients(make_inputs(CUT)))
