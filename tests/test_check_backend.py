@@ -64,10 +64,13 @@ class Modest(Faulty):
     capabilities = Capabilities(dtypes=(torch.float32,))
 
 
-def test_a_correct_backend_passes() -> None:
+def test_a_correct_backend_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a third of the cases: the definition goes token by token."""
+    monkeypatch.setattr("gdn.testing.check.CASES", CASES[::3])
+    monkeypatch.setattr("gdn.testing.check.STEPS", STEPS[::3])
     agreed, refused = check_backend(Faulty(), "cpu")
-    assert agreed + refused == DTYPES * (len(CASES) + len(STEPS))
-    assert agreed == len(CASES) + len(STEPS)
+    assert agreed == len(CASES[::3]) + len(STEPS[::3])
+    assert refused == (DTYPES - 1) * agreed
     assert "faulty" not in {info.name for info in gdn.list_backends()}
 
 
