@@ -47,8 +47,12 @@ def test_the_schemas_name_every_field() -> None:
 def test_every_flag_reaches_its_field(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
     """The public functions hand their arguments over by position."""
     seen: list[Call] = []
-    nothing = torch.zeros(0), None
-    monkeypatch.setattr(ops, "run_forward", lambda call, *_: seen.append(call) or nothing)
+
+    def run_forward(call: Call, *_: object) -> tuple[torch.Tensor, None]:
+        seen.append(call)
+        return torch.zeros(0), None
+
+    monkeypatch.setattr(ops, "run_forward", run_forward)
     monkeypatch.setattr(ops, "run_decode", lambda step, _: seen.append(step.call))
     cases: list[tuple[Any, dict[str, Any]]] = [
         (OPS[0], make_inputs(Case("call", T=1))),
