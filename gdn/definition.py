@@ -22,6 +22,8 @@ from gdn.problem import Call
 
 L2_EPS = 1e-6
 """Added to the sum of squares before the root in the fused L2 norm."""
+TAIL = -40.0
+"""Below it softplus(x) is e^x, in float64 too."""
 GATE_FLOOR = -104.0
 """A log decay whose exponential is zero in float32."""
 
@@ -45,7 +47,7 @@ def log_decay(g_raw: Tensor, A_log: Tensor, dt_bias: Tensor | None) -> Tensor:
 def log_softplus(x: Tensor) -> Tensor:
     """log(log(1 + e^x)). Below -40, where 1 + e^x rounds to 1, the result is x."""
     # threshold 80: by default F.softplus is linear from 20 on, but float64 still resolves exp(-20)
-    return torch.where(x < -40, x, F.softplus(x.clamp(min=-40), threshold=80.0).log())
+    return torch.where(x < TAIL, x, F.softplus(x.clamp(min=TAIL), threshold=80.0).log())
 
 
 def gate_floor(dtype: torch.dtype) -> float:

@@ -52,7 +52,7 @@ def test_agrees_with_the_definition(
     if reasons_against(backend, inputs):
         inputs = make_inputs(case, device)  # the backend may claim forward only
     require(backend, inputs)
-    if case.gates in ("resets", "steep") and not capabilities_of(backend).resets:
+    if case.needs_resets and not capabilities_of(backend).resets:
         pytest.skip("does not claim resets")
     if reason := DEVIATIONS.get((backend, case.name, case.dtype)):
         request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))

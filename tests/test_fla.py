@@ -11,7 +11,7 @@ import torch
 from gdn.backends import fla
 
 import gdn
-from gdn.problem import Problem
+from gdn.problem import Call, Problem
 from gdn.testing import Case, make_inputs
 
 HOPPER = Problem(
@@ -71,3 +71,23 @@ def test_the_explained_path_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch
         gdn.gated_delta_net(**inputs, backend="fla")
         assert paths["fla"] == expected
         assert bool(calls) == (expected == "FlashQLA")
+
+
+def test_fla_gets_contiguous_lengths_whose_identity_follows_their_values() -> None:
+    """fla's kernels read them side by side, and it keeps its chunk tables by identity."""
+    pytest.importorskip("fla")
+    from gdn.backends.fla.prefill import _for_fla
+
+    inputs = make_inputs(Case("lengths", lengths=(64, 192)))
+    plain = inputs["cu_seqlens"]
+    strided = torch.stack([plain, plain + 7], -1)[:, 0]
+    for lengths in (plain, strided):
+        given = _for_fla(Call(**inputs | {"cu_seqlens": lengths})).cu_seqlens
+        assert given is not None
+        assert given.is_contiguous()
+        assert torch.equal(given, lengths)
+    call = Call(**inputs)
+    before = _for_fla(call).cu_seqlens
+    assert _for_fla(call).cu_seqlens is before
+    plain[1] = 192
+    assert _for_fla(call).cu_seqlens is not before

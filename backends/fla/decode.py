@@ -11,8 +11,6 @@ from torch import Tensor
 
 from gdn.problem import Step
 
-from .prefill import alias
-
 
 def _live_tokens(step: Step, live: Tensor) -> Tensor:
     """[B, T, 1, 1]: whether each token's sequence is live."""
@@ -28,8 +26,6 @@ def decode(step: Step) -> Tensor:
     """See `gdn.backend.Plan.decode`."""
     call, pool, slots = step.call, step.state, step.state_indices
     options: dict[str, Any] = call._asdict()
-    if call.cu_seqlens is not None:
-        options["cu_seqlens"] = alias(call.cu_seqlens)
     live = None
     if slots is None:
         states = pool

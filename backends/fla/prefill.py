@@ -68,7 +68,9 @@ def _for_fla(call: Call) -> Call:
     changed."""
     tensors = {n: x.contiguous() for n, x in call._asdict().items() if isinstance(x, Tensor)}
     lengths = ("cu_seqlens", "cu_seqlens_cpu")
-    tensors |= {name: alias(x) for name in lengths if (x := getattr(call, name)) is not None}
+    tensors |= {
+        name: alias(x).contiguous() for name in lengths if (x := getattr(call, name)) is not None
+    }
     return call._replace(**tensors)  # type: ignore[arg-type]
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdn.definition import L2_EPS, gate_floor, log_decay, write_strength
+from gdn.definition import L2_EPS, TAIL, gate_floor, log_decay, write_strength
 from gdn.problem import Call
 
 
@@ -55,8 +55,8 @@ def backpropagate_activation(
         x = raw if call.dt_bias is None else raw + call.dt_bias.to(raw)
         g_dg = g * dg
         dA_log = g_dg.sum((0, 1))
-        ratio = torch.sigmoid(x) / F.softplus(x.clamp(min=-40.0))
-        dg = torch.where(x < -40.0, 1.0, ratio) * g_dg  # below -40 both factors are e^x
+        ratio = torch.sigmoid(x) / F.softplus(x.clamp(min=TAIL))
+        dg = torch.where(x < TAIL, 1.0, ratio) * g_dg  # there both factors are e^x
         ddt_bias = None if call.dt_bias is None else dg.sum((0, 1))
     if call.use_beta_sigmoid_in_kernel:
         beta = write_strength(call.beta.to(dbeta.dtype), call.allow_neg_eigval)

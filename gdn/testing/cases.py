@@ -56,6 +56,11 @@ class Case:
         return self.T if self.lengths is None else sum(self.lengths)
 
     @property
+    def needs_resets(self) -> bool:
+        """Whether only a backend that claims `resets` keeps the digits."""
+        return self.gates in ("resets", "steep")
+
+    @property
     def sequences(self) -> int:
         """N, the number of sequences."""
         return self.B if self.lengths is None else len(self.lengths)
