@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -71,6 +72,33 @@ def test_the_explained_path_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch
         gdn.gated_delta_net(**inputs, backend="fla")
         assert paths["fla"] == expected
         assert bool(calls) == (expected == "FlashQLA")
+
+
+@pytest.mark.parametrize(("value", "asked"), [(None, False), ("0", False), ("1", True)])
+def test_flash_qla_is_asked_for_without_touching_the_environment(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, asked: bool
+) -> None:
+    """Threads share the environment, so a call must not set and unset the variable."""
+    pytest.importorskip("fla")
+    from gdn.backends.fla import prefill
+
+    monkeypatch.delenv("FLA_FLASH_QLA", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FLA_FLASH_QLA", value)
+    before, seen = dict(os.environ), []
+
+    def marker(name: str) -> Any:
+        def run(v: torch.Tensor, **options: Any) -> tuple[torch.Tensor, None]:
+            seen.append((name, dict(os.environ) == before))
+            return v, None
+
+        return run
+
+    assert prefill._own_entry is not prefill.chunk_gated_delta_rule
+    monkeypatch.setattr(prefill, "chunk_gated_delta_rule", marker("dispatched"))
+    monkeypatch.setattr(prefill, "_own_entry", marker("own"))
+    prefill.forward_only(Call(**make_inputs(Case("asked", T=3))))
+    assert seen == [("dispatched" if asked else "own", True)]
 
 
 def test_fla_gets_contiguous_lengths_whose_identity_follows_their_values() -> None:

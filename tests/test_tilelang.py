@@ -146,6 +146,41 @@ def test_kernels_are_read_in_turn_and_compiled_side_by_side(
     assert compilation.compile_together(*jobs) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("failures", [1, 7, 8])
+def test_a_kernel_compiles_again_if_another_thread_parsed_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    outcomes = iter(
+        [RuntimeError(f"SystemError: {compilation._PARSED_TOGETHER} (1, 2)")] * failures
+    )
+
+    def compile_(name: str, **options: Any) -> str:
+        if error := next(outcomes, None):
+            raise error
+        return name
+
+    monkeypatch.setattr(tilelang, "compile", compile_)
+    job = compilation.kernel(lambda name: name)
+    if failures < compilation._ATTEMPTS:
+        assert job(name="a") == "a"
+        return
+    with pytest.raises(RuntimeError, match="AST constructor"):
+        job(name="a")
+
+
+def test_other_errors_of_a_compilation_are_raised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def compile_(name: str, **options: Any) -> str:
+        calls.append(name)
+        raise SystemError("something else")
+
+    monkeypatch.setattr(tilelang, "compile", compile_)
+    with pytest.raises(SystemError, match="something else"):
+        compilation.kernel(lambda name: name)(name="a")
+    assert calls == ["a"]
+
+
 def test_pieces_and_warpgroups_follow_from_shapes_alone() -> None:
     chosen = {name: plan_of(case)[0] for name, case in PLANS.items()}
     assert {name: plan.pieces[True][0] for name, plan in chosen.items()} == {

@@ -20,7 +20,7 @@ class FlaBackend(Backend):
     - in backward on Hopper, one TileLang kernel in place of a Triton one that Triton 3.4 to 3.7.0
       miscompiles;
     - FlashQLA, where installed, for calls without gradients, if FLA_FLASH_QLA=1 asks for it (fla's
-      own default is on; gdn turns it off for the length of the call, so that "fla" means fla).
+      own default is on; gdn otherwise calls past it, so that "fla" means fla).
 
     fla also accepts float32, but multiplies it as TF32 (10 bits of mantissa), which is not what
     gdn promises for float32; so it is not offered here.

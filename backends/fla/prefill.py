@@ -7,11 +7,11 @@ intermediates (no second forward), which an op behind torch.ops cannot get from 
 
 from __future__ import annotations
 
+import inspect
 import os
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from fla.modules.norm.l2norm import l2norm_bwd, l2norm_fwd
@@ -24,18 +24,15 @@ from torch import Tensor
 from gdn.backend import Forward, Gradients
 from gdn.problem import CHUNK, Call
 
+_own_entry: Callable[..., Any] = inspect.unwrap(chunk_gated_delta_rule)
 
-@contextmanager
-def _flash_qla_off_unless_asked() -> Iterator[None]:
-    """fla's default is on; a value that the user has set stays in force."""
-    if "FLA_FLASH_QLA" in os.environ:
-        yield
-        return
-    os.environ["FLA_FLASH_QLA"] = "0"
-    try:
-        yield
-    finally:
-        del os.environ["FLA_FLASH_QLA"]
+
+def entry() -> Callable[..., Any]:
+    """fla's public entry, where FlashQLA may answer, if FLA_FLASH_QLA asks for that (fla's own
+    default is on); else the function behind it, which is fla's own path."""
+    if os.environ.get("FLA_FLASH_QLA", "0") != "0":
+        return cast(Callable[..., Any], chunk_gated_delta_rule)
+    return _own_entry
 
 
 def _beta_scale(call: Call) -> float:
@@ -75,10 +72,9 @@ def _for_fla(call: Call) -> Call:
 
 
 def forward_only(call: Call) -> Forward:
-    """The public entry, with `call`'s names, which are fla's."""
+    """fla's entry, with `call`'s names, which are fla's."""
     options: dict[str, Any] = _for_fla(call)._asdict()
-    with _flash_qla_off_unless_asked():
-        o, final_state = chunk_gated_delta_rule(**options)
+    o, final_state = entry()(**options)
     return Forward(o, final_state, [])
 
 

@@ -17,9 +17,12 @@ from tilelang import PassConfigKey
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 """Always named, never guessed from the device: a cache filled without a GPU then serves one."""
 _BUILD_LOCK = Lock()
-"""Builders run one after another: CPython 3.11 counts the depth of `ast.parse` for all threads
-together and raises a SystemError if two of them parse. Compiling takes most of the time and runs in
-parallel."""
+"""Builders run one after another, since all of them parse Python (see `_PARSED_TOGETHER`).
+Compiling takes most of the time and runs in parallel."""
+_PARSED_TOGETHER = "AST constructor recursion depth mismatch"
+"""CPython counts the depth of `ast.parse` for all threads together and raises a SystemError with
+this text if one parses while another one does. TileLang also parses while it lowers."""
+_ATTEMPTS = 8
 _FAST = {
     PassConfigKey.TL_ENABLE_FAST_MATH: True,
     PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,  # kernels check their bounds
@@ -35,6 +38,17 @@ def compile_together(*jobs: tuple[Any, dict[str, Any]]) -> list[Any]:
     """Compile the kernels of several builders, each with its static options, in parallel."""
     with ThreadPoolExecutor(len(jobs)) as pool:
         return list(pool.map(lambda job: job[0](**job[1]), jobs))
+
+
+def _until_parsed_alone(make: Callable[[], Any]) -> Any:
+    """The result of `make`, which runs again if another thread parses at the same time."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return make()
+        except Exception as error:  # TVM passes a SystemError on as an error of its own
+            if _PARSED_TOGETHER not in str(error):
+                raise
+    return make()
 
 
 def launchers(kernels: list[Any]) -> list[Callable[..., None]]:
@@ -56,12 +70,15 @@ def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = Fals
 
     @functools.cache
     def compiled(**statics: Any) -> Any:
-        with _BUILD_LOCK:
-            function = build(**statics)
-        return tilelang.compile(
-            function, target=TARGET, execution_backend="tvm_ffi",
-            pass_configs=_OWN_BARRIERS if own_barriers else _FAST,
-        )  # fmt: skip
+        def make() -> Any:
+            with _BUILD_LOCK:
+                function = build(**statics)
+            return tilelang.compile(
+                function, target=TARGET, execution_backend="tvm_ffi",
+                pass_configs=_OWN_BARRIERS if own_barriers else _FAST,
+            )  # fmt: skip
+
+        return _until_parsed_alone(make)
 
     compiled.build = build  # type: ignore[attr-defined]
     return compiled
