@@ -3,9 +3,9 @@ module, and its cache."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,26 +18,43 @@ _STEP = 8
 """Tokens up to which a call with a cache is a decode step rather than a sequence."""
 
 
-@dataclass
 class Cache:
     """What a layer remembers of B sequences between calls, updated in place.
 
     conv [B, channels, conv_size - 1]: the last inputs of the short convolution. state [B, HV, K, V]
-    in float32.
+    in float32 (float64 for a layer in float64).
+
+    Not a dataclass: FSDP's mixed precision replaces the tensors in one by copies in its
+    param_dtype, so that updates would be lost.
     """
 
-    conv: Tensor
-    state: Tensor
+    def __init__(self, conv: Tensor, state: Tensor) -> None:
+        self.conv, self.state = conv, state
 
 
 class GatedRMSNorm(nn.Module):
     """y = weight x / sqrt(mean x^2 + eps) * silu(gate), over the last dimension; the norm and the
     gate in float32."""
 
-    def __init__(self, size: int, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        size: int,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to ones."""
+        nn.init.ones_(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         wide = x.float()
@@ -53,6 +70,9 @@ class GatedDeltaNet(nn.Module):
     of Qwen3-Next's (whose projections are interleaved by head) loads as it is. The convolution runs
     on causal-conv1d where that is installed and the input is on a GPU, else on torch.
 
+    The module and its submodules have `reset_parameters`, so that a layer built on the meta device
+    can be sharded (`fully_shard`), given memory (`to_empty`) and then initialised.
+
     Args:
         hidden_size: width of the input and output.
         num_k_heads, num_v_heads: H and HV; HV is a multiple of H.
@@ -60,6 +80,7 @@ class GatedDeltaNet(nn.Module):
         conv_size: taps of the convolution.
         norm_eps: of the gated RMS norm.
         allow_neg_eigval, backend: as in `gdn.gated_delta_net`.
+        device, dtype: of the parameters, as in torch's layers.
     """
 
     def __init__(
@@ -74,6 +95,8 @@ class GatedDeltaNet(nn.Module):
         norm_eps: float = 1e-6,
         allow_neg_eigval: bool = False,
         backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.H, self.HV, self.K, self.V = num_k_heads, num_v_heads, head_k_dim, head_v_dim
@@ -82,24 +105,58 @@ class GatedDeltaNet(nn.Module):
         self.options: dict[str, Any]
         self.options = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True}
         self.options |= {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": allow_neg_eigval}
-        channels = sum(self.sizes)
-        self.in_proj_qkv = nn.Linear(hidden_size, channels, bias=False)
-        self.in_proj_z = nn.Linear(hidden_size, self.HV * self.V, bias=False)
-        self.in_proj_b = nn.Linear(hidden_size, self.HV, bias=False)
-        self.in_proj_a = nn.Linear(hidden_size, self.HV, bias=False)
-        self.conv1d = nn.Conv1d(channels, channels, conv_size, groups=channels, bias=False)
-        self.A_log = nn.Parameter(torch.empty(self.HV).uniform_(1e-2, 16).log())
-        self.dt_bias = nn.Parameter(torch.ones(self.HV))
-        self.norm = GatedRMSNorm(self.V, norm_eps)
-        self.out_proj = nn.Linear(self.HV * self.V, hidden_size, bias=False)
+        channels, values = sum(self.sizes), self.HV * self.V
+        own: dict[str, Any] = {"device": device, "dtype": dtype}
+        linear: Any = functools.partial(nn.Linear, bias=False, **own)
+        self.in_proj_qkv = linear(hidden_size, channels)
+        self.in_proj_z = linear(hidden_size, values)
+        self.in_proj_b = linear(hidden_size, self.HV)
+        self.in_proj_a = linear(hidden_size, self.HV)
+        self.conv1d = nn.Conv1d(channels, channels, conv_size, groups=channels, bias=False, **own)
+        self.A_log = nn.Parameter(torch.empty(self.HV, **own))
+        self.dt_bias = nn.Parameter(torch.empty(self.HV, **own))
+        self.norm = GatedRMSNorm(self.V, norm_eps, **own)
+        self.out_proj = linear(values, hidden_size)
+        self.reset_parameters()
 
-    def make_cache(self, batch: int) -> Cache:
-        """An empty cache for `batch` sequences, on the layer's device."""
+    def reset_parameters(self) -> None:
+        """Initialise the layer's own parameters as Qwen3.5's layer does: A_log is the log of
+        uniform numbers in (0.01, 16), dt_bias is ones. Submodules have a `reset_parameters` of
+        their own."""
+        with torch.no_grad():
+            self.A_log.uniform_(1e-2, 16).log_()
+            self.dt_bias.fill_(1)
+
+    def extra_repr(self) -> str:
+        sizes = (
+            f"hidden_size={self.in_proj_qkv.in_features}, num_k_heads={self.H}, "
+            f"num_v_heads={self.HV}, head_k_dim={self.K}, head_v_dim={self.V}, "
+            f"conv_size={self.conv_size}"
+        )
+        options = {"allow_neg_eigval": self.options["allow_neg_eigval"], "backend": self.backend}
+        return sizes + "".join(f", {name}={x!r}" for name, x in options.items() if x)
+
+    def make_cache(
+        self,
+        batch: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Cache:
+        """An empty cache for `batch` sequences: ordinary tensors of full size, also when the
+        parameters are sharded.
+
+        device, dtype: where the layer computes, and in which dtype; None means the parameters'. The
+        defaults suit mixed precision; FSDP's CPU offload needs device=. conv has this dtype, state
+        float32 (float64 with float64).
+        """
         weight = self.conv1d.weight
-        conv = weight.new_zeros((batch, sum(self.sizes), self.conv_size - 1))
-        shape = (batch, self.HV, self.K, self.V)
-        exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return Cache(conv, weight.new_zeros(shape, dtype=exact))
+        device = weight.device if device is None else device
+        dtype = weight.dtype if dtype is None else dtype
+        conv = torch.zeros(batch, sum(self.sizes), self.conv_size - 1, device=device, dtype=dtype)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        state = torch.zeros(batch, self.HV, self.K, self.V, device=device, dtype=exact)
+        return Cache(conv, state)
 
     def forward(
         self, x: Tensor, *, cache: Cache | None = None, cu_seqlens: Tensor | None = None
