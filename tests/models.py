@@ -149,3 +149,12 @@ def make_tokenizer() -> Any:
     return importlib.import_module("transformers").PreTrainedTokenizerFast(
         tokenizer_object=tokenizer
     )
+
+
+def padded(device: str, T: int = 70) -> dict[str, torch.Tensor]:
+    """Two sequences, the second shorter and padded on the left."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(SIZES["vocab_size"], (2, T), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

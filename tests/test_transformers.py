@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import gdn
 from gdn.testing import TOLERANCE, relative_error
@@ -18,6 +17,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 models = importlib.import_module("models")
 integration = importlib.import_module("gdn.integrations.transformers")
 make_model, modelling, run_pieces = models.make_model, models.modelling, models.run_pieces
+padded = models.padded
 
 
 @pytest.fixture(autouse=True)
@@ -41,15 +41,6 @@ def require(backend: str, device: str, dtype: torch.dtype) -> None:
     reasons = {v.name: v.reasons for v in gdn.explain(*tensors).verdicts}[backend]
     if reasons:
         pytest.skip("; ".join(reasons))
-
-
-def padded(device: str, T: int = 70) -> dict[str, torch.Tensor]:
-    """Two sequences, the second shorter and padded on the left."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(models.SIZES["vocab_size"], (2, T), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, :9] = 0
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def logits_and_gradients(model: Any, inputs: Any) -> dict[str, torch.Tensor]:
@@ -178,68 +169,6 @@ def test_copies_and_saved_models(tmp_path: Path, kind: str) -> None:
     assert torch.equal(type(model).from_pretrained(tmp_path)(**inputs).logits, expected)
     assert torch.equal(copied(**inputs).logits, expected)
     assert relative_error(patched, expected) <= TOLERANCE[torch.float32]
-
-
-def functions(model: Any, kind: str) -> list[object]:
-    """Whatever `patch` puts functions into in this version."""
-    holders = [modelling(kind), *(x for x in model.modules() if type(x).__module__.endswith(kind))]
-    holders += {type(x) for x in holders[1:]}
-    names: tuple[str, ...]
-    names = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule", "causal_conv1d_fn", "forward")
-    names += ("fused_recurrent_gated_delta_rule", *(f"torch_{name}" for name in names))
-    return [vars(holder)[name] for holder in holders for name in names if name in vars(holder)]
-
-
-def test_patching_is_idempotent_and_undone(kind: str) -> None:
-    model = make_model(kind, "cpu")
-    before = functions(model, kind)
-    integration.patch(model)
-    once = functions(model, kind)
-    assert once != before
-    integration.patch(model, backend="torch")
-    assert functions(model, kind) == once
-    with integration.patch(), integration.patch(model):
-        pass
-    assert functions(model, kind) == once
-    integration.unpatch()
-    assert functions(model, kind) == before
-    integration.unpatch()
-    with integration.patch(model), pytest.raises(ZeroDivisionError), integration.patch():
-        raise ZeroDivisionError
-    assert functions(model, kind) == before
-
-
-def test_the_backend_is_the_one_asked_for_last(kind: str) -> None:
-    model, inputs = make_model(kind, "cpu"), padded("cpu", 20)
-    with integration.patch(model, backend="fla"):
-        with pytest.raises(gdn.BackendUnsupportedError, match="fla"):
-            model(**inputs)
-        with integration.patch(model, backend="torch"):
-            model(**inputs)
-        with pytest.raises(gdn.BackendUnsupportedError, match="fla"):
-            model(**inputs)
-    model(**inputs)
-
-
-def test_models_made_while_patched_and_used_afterwards(kind: str) -> None:
-    inputs = padded("cpu", 20)
-    expected = make_model(kind, "cpu")(**inputs).logits
-    with integration.patch(backend="torch"):
-        model = make_model(kind, "cpu")
-        patched = model(**inputs).logits
-    assert not torch.equal(patched, expected)
-    assert relative_error(patched, expected) <= TOLERANCE[torch.float32]
-    assert torch.equal(model(**inputs).logits, expected)
-
-
-def test_other_models_and_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"layers of Qwen3-Next or Qwen3.5.*got Linear"):
-        integration.patch(nn.Linear(2, 2))
-    module = modelling("qwen3_next")
-    for name in ("torch_chunk_gated_delta_rule", "chunk_gated_delta_rule"):
-        monkeypatch.delattr(module, name, raising=False)
-    with pytest.raises(RuntimeError, match=r"a version that gdn knows, got \d.*in another way"):
-        integration.patch()
 
 
 def test_stray_arguments_are_dropped() -> None:

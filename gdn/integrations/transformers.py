@@ -15,7 +15,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn.api import gated_delta_net, gated_delta_net_decode
+from gdn.dispatch import parse_request
 from gdn.integrations.transformers_packed import (
     check_state,
     find_layer_class,
@@ -51,7 +52,8 @@ _installed: list[_Patch] = []
 
 @dataclass(eq=False)
 class _Patch:
-    """One patched name: the layer, class or module that holds it, and what it held before.
+    """One patched name: the layer, class or module that holds it, what it held before, and the
+    backend of each `patch` that is on; the last one counts.
 
     A layer made while the patch is on keeps the replacement. That calls `original` once the patch
     is off.
@@ -62,8 +64,12 @@ class _Patch:
     before: object
     original: Callable[..., Any]
     role: str
-    on: bool = False
-    backend: str | None = None
+    backends: dict[Patched, str | None] = field(default_factory=dict)
+
+    @property
+    def on(self) -> bool:
+        """Whether a `patch` of this name is on."""
+        return bool(self.backends)
 
     def make_replacement(self) -> Callable[..., Any]:
         """The function that takes the name: gdn's while the patch is on, else the original."""
@@ -76,17 +82,15 @@ class _Patch:
                 return _AROUND[self.role](self.original, *args, **kwargs)
             check_state(**kwargs)
             run = _run_prefill if self.role == _PREFILL else _run_step
-            return run(self.backend, *args, **kwargs)
+            return run([*self.backends.values()][-1], *args, **kwargs)
 
         call.gdn_patch = self  # type: ignore[attr-defined]
         return call
 
 
 class Patched:
-    """What `patch` returns: a context manager at whose end things are as they were before it."""
-
-    def __init__(self, patches: list[tuple[_Patch, bool, str | None]]) -> None:
-        self._before = patches
+    """What `patch` returns: a context manager that takes back its patch at its end. Patches may end
+    in any order; of those that are on the last one counts."""
 
     def __enter__(self) -> Patched:
         return self
@@ -97,9 +101,9 @@ class Patched:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
-        for entry, on, backend in self._before:
-            entry.on, entry.backend = on, backend
-            if not on:
+        for entry in list(_installed):
+            entry.backends.pop(self, None)
+            if not entry.on:
                 _restore(entry)
 
 
@@ -117,11 +121,19 @@ def patch(model: nn.Module | None = None, backend: str | None = None) -> Patched
         Patching again changes the backend and nothing else.
 
     Raises:
-        ValueError: the model has no such layer.
+        TypeError: model is not a module, or backend not a str.
+        ValueError: the model has no such layer, or no backend has the name.
         RuntimeError: transformers is missing, older than 4.57, or has changed in a way unknown
             here.
     """
-    before = []
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module or None, got {type(model).__name__}; "
+            "name a backend as backend='triton'"
+        )
+    if backend is not None:
+        parse_request(backend)
+    patched = Patched()
     for owner, name, original, role in _find(model):
         holder = getattr(owner, name)
         entry = getattr(holder, "gdn_patch", None)
@@ -129,22 +141,20 @@ def patch(model: nn.Module | None = None, backend: str | None = None) -> Patched
             entry = _Patch(owner, name, holder, original, role)
             setattr(owner, name, entry.make_replacement())
             _installed.append(entry)
-        before.append((entry, entry.on, entry.backend))
-        entry.on, entry.backend = True, backend
-    return Patched(before)
+        entry.backends[patched] = backend
+    return patched
 
 
 def unpatch() -> None:
     """Undo every `patch`, of transformers and of models."""
     for entry in list(_installed):
-        entry.on = False
+        entry.backends.clear()
         _restore(entry)
 
 
 def _restore(entry: _Patch) -> None:
     setattr(entry.owner, entry.name, entry.before)
-    if entry in _installed:
-        _installed.remove(entry)
+    _installed.remove(entry)
 
 
 def _modules() -> dict[str, ModuleType]:
