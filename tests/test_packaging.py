@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,25 @@ def test_every_package_is_in_the_wheel() -> None:
             inner = path.parent.relative_to(ROOT / top).parts
             found.add(".".join((name, *inner)))
     assert set(project()["tool"]["setuptools"]["packages"]) == found
+
+
+def test_the_sdist_is_the_repository(tmp_path: Path) -> None:
+    """So its tests run from it."""
+    pytest.importorskip("setuptools")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not in a clone")
+    names = [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+    for name in names:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / "tree" / name)
+    build = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    command = [sys.executable, "-c", build]
+    subprocess.run(command, cwd=tmp_path / "tree", check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        packed = {name.partition("/")[2] for name in files.getnames()}
+    assert set(names) <= packed
 
 
 def test_every_builtin_backend_has_a_package_and_an_extra_if_it_needs_one() -> None:
