@@ -1,6 +1,6 @@
 """gdn: the gated delta rule (Gated DeltaNet, arXiv 2412.06464) as one op with many backends."""
 
-from gdn import _checkout
+from gdn import _checkout, definition, nn
 from gdn.api import GDNOutput, explain, gated_delta_net, gated_delta_net_decode, warmup
 from gdn.backend import Backend, Capabilities, Plan
 from gdn.dispatch import (
@@ -32,10 +32,12 @@ __all__ = [
     "Plan",
     "UnknownBackendError",
     "Verdict",
+    "definition",
     "explain",
     "gated_delta_net",
     "gated_delta_net_decode",
     "list_backends",
+    "nn",
     "register_backend",
     "set_default_backend",
     "unregister_backend",

@@ -106,7 +106,9 @@ def gated_delta_net(
     only once). Under autocast q, k and v are cast to its dtype, as for
     scaled_dot_product_attention. torch.func's transforms and forward-mode derivatives are not
     supported. torch.compile fixes the request when it traces the call: put `use_backend` around the
-    compiled function, or pass backend= inside it.
+    compiled function, or pass backend= inside it. Tensors on the meta device and fake tensors give
+    results of the right shapes and dtypes, and no backend runs; a backend that needs a GPU refuses
+    meta tensors ("auto" then chooses torch).
     """
     q, k, v, scale = calls.prepare(q, k, v, g, beta, scale)
     if transpose_state_layout is not None:
@@ -152,8 +154,9 @@ def gated_delta_net_decode(
         state_indices: int32 or int64. [N]: the slot that each sequence reads and writes. None means
             0, 1, ..., N - 1, for a pool of N slots. [N, 1 + T], for speculative decoding: column c
             is the slot of the state after c tokens of the step. A step reads column 0 and writes
-            the other columns. With cu_seqlens there may be fewer columns than tokens; states past
-            the last column are not kept.
+            the other columns, so several sequences may start from one slot (branches of a prefix).
+            With cu_seqlens there may be fewer columns than tokens; states past the last column are
+            not kept.
         null_index: a sequence with this slot (padding of a batch) is skipped: its o is zero, and no
             slot changes.
         num_accepted_tokens: [N], only with state_indices [N, 1 + T]: how many tokens of the
@@ -168,8 +171,9 @@ def gated_delta_net_decode(
         ValueError, TypeError, BackendUnsupportedError, UnknownBackendError: as `gated_delta_net`.
         RuntimeError: an input requires grad while gradients are on.
 
-    On the CPU the values of state_indices and num_accepted_tokens are checked. On a GPU a slot
-    outside the pool counts as null_index, and two sequences with the same slot are a race.
+    No sequence may write to a slot that another one reads or writes. On the CPU this and the values
+    of state_indices and num_accepted_tokens are checked. On a GPU a slot outside the pool counts as
+    null_index, and a slot that one sequence writes and another one uses is a race.
     """
     calls.require_pool(state)
     q, k, v, scale = calls.prepare(q, k, v, g, beta, scale)

@@ -103,6 +103,14 @@ def reasons_against(capabilities: Capabilities, problem: Problem) -> list[str]:
     return reasons
 
 
+def _is_installed(name: str) -> bool:
+    """Whether a module can be found. For a dotted name Python imports the packages around it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
+
+
 class Forward(NamedTuple):
     """What `Plan.forward` returns.
 
@@ -182,8 +190,9 @@ class Backend(ABC):
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run in this process at all, or None. Must not import packages or
-        touch a device."""
-        missing = [p for p in self.capabilities.packages if importlib.util.find_spec(p) is None]
+        touch a device. An exception here, in `unsupported` or in `path` counts as a reason against
+        the backend."""
+        missing = [name for name in self.capabilities.packages if not _is_installed(name)]
         return f"not installed: {', '.join(missing)}" if missing else None
 
     def unsupported(self, problem: Problem) -> list[str]:

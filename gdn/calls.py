@@ -50,11 +50,15 @@ def make(
     if transposed is not None:
         given = options.get("state_v_first", False)
         options["state_v_first"] = from_former_name(transposed, given, stacklevel=4)
-    if "state" not in options:
-        return Call(q, k, v, g, beta, scale=scale, **options)
-    own = {name: options.pop(name) for name in Step._fields if name in options}
-    require_pool(own["state"])
-    return Step(Call(q, k, v, g, beta, scale=scale, **options), **own)
+    made: Call | Step
+    if "state" in options:
+        own = {name: options.pop(name) for name in Step._fields if name in options}
+        require_pool(own["state"])
+        made = Step(Call(q, k, v, g, beta, scale=scale, **options), **own)
+    else:
+        made = Call(q, k, v, g, beta, scale=scale, **options)
+    check_types(made)
+    return made
 
 
 def full_signature(function: Any, *ops: Any) -> inspect.Signature:

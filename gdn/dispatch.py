@@ -17,10 +17,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gdn import registry
 from gdn.backend import Backend, Plan, reasons_against
+from gdn.checked import CheckedPlan
 from gdn.problem import CALL_TENSORS, Call, Problem, Step, describe, describe_step
 from gdn.registry import UnknownBackendError, backend_names, find_backend
 from gdn.validation import validate, validate_step
@@ -90,39 +92,57 @@ class Explanation:
         return "\n".join(lines)
 
 
-def parse_request(request: str) -> list[str]:
+def parse_request(request: str, argument: str = "backend") -> list[str]:
     """The names in a request, in order. A request is one name, a comma-separated list, or
     "auto". (Pinned requests, which only autograd makes, never come here.)"""
+    _check_request(request, argument)
     names: list[str] = []
-    for part in (part.strip() for part in request.split(",")):
-        if part == "auto":
-            names += [name for name in backend_names() if find_backend(name).priority is not None]
-        elif part:
-            names.append(find_backend(part).name)
-    if not names:
-        raise UnknownBackendError(
-            f"backend must name at least one backend, got {request!r}; try 'auto'"
-        )
+    try:
+        for part in (part.strip() for part in request.split(",")):
+            if part == "auto":
+                every = backend_names()
+                names += [name for name in every if find_backend(name).priority is not None]
+            elif part:
+                names.append(find_backend(part).name)
+        if not names:
+            raise UnknownBackendError(
+                f"backend must name at least one backend, got {request!r}; try 'auto'"
+            )
+    except UnknownBackendError as error:
+        if request == _from_environment():
+            raise UnknownBackendError(f"environment variable GDN_BACKEND: {error}") from None
+        raise
     return list(dict.fromkeys(names))
+
+
+def _check_request(request: object, argument: str) -> None:
+    """TypeError unless the request is a str."""
+    if not isinstance(request, str):
+        raise TypeError(
+            f"{argument} must be a str, got {type(request).__name__}; "
+            "write several backends as 'tilelang,triton'"
+        )
+
+
+def _from_environment() -> str | None:
+    """GDN_BACKEND, read now; None if it is not set or empty."""
+    value = _environment.get(_VARIABLE)
+    return _decoded(value) if value else None
 
 
 def request_in_force(backend: str | None = None) -> tuple[str, str]:
     """The request that a call with this backend= argument makes, and where it comes from."""
     if backend is not None:
-        if not isinstance(backend, str):
-            raise TypeError(
-                f"backend must be a str, got {type(backend).__name__}; "
-                "write several as 'tilelang,triton'"
-            )
+        _check_request(backend, "backend")
         return backend, "backend= argument"
     from_context = _context.get()
     if from_context is not None:
         return from_context, "use_backend"
     if _default is not None:
         return _default, "set_default_backend"
-    from_environment = _environment.get(_VARIABLE)
-    if from_environment:
-        return _decoded(from_environment), "GDN_BACKEND"
+    from_environment = _from_environment()
+    if from_environment is not None:
+        return from_environment, "GDN_BACKEND"
     return "auto", "default"
 
 
@@ -130,7 +150,7 @@ def request_in_force(backend: str | None = None) -> tuple[str, str]:
 def use_backend(name: str) -> Iterator[None]:
     """Within the block (and this thread or task), calls without backend= use this name, list or
     "auto"."""
-    parse_request(name)
+    parse_request(name, "name")
     token = _context.set(name)
     try:
         yield
@@ -143,17 +163,22 @@ def set_default_backend(name: str | None) -> None:
     the default."""
     global _default
     if name is not None:
-        parse_request(name)
+        parse_request(name, "name")
     _default = name
 
 
 def find_reasons(name: str, problem: Problem) -> list[str]:
     """Every reason why the named backend cannot run the problem; empty if it can."""
     backend = find_backend(name)
-    unavailable = backend.unavailable()
+    unavailable = registry.why_unavailable(backend)
     reasons = [] if unavailable is None else [unavailable]
     reasons += reasons_against(backend.capabilities, problem)
-    return reasons or backend.unsupported(problem)
+    if reasons:
+        return reasons
+    try:
+        return backend.unsupported(problem)
+    except Exception as error:  # another package's error must not break gdn
+        return [registry.raised("unsupported", error)]
 
 
 def resolve(request: str, problem: Problem) -> Backend:
@@ -165,7 +190,8 @@ def resolve(request: str, problem: Problem) -> Backend:
     for name in parse_request(request):
         why = find_reasons(name, problem)
         if not why:
-            if name == "torch" and problem.device == "cuda" and "torch" not in request:
+            slow = name == "torch" and problem.device == "cuda" and "torch" not in request
+            if slow and torch.cuda.is_available():  # else the tensors are fake, and nothing runs
                 _warn_slow(reasons)
             return find_backend(name)
         reasons[name] = why
@@ -232,7 +258,8 @@ def choose_decode(request: str, step: Step) -> Chosen:
 def _remember(key: tuple[object, ...], backend: Backend, call: Call | Step) -> Chosen:
     if len(_chosen) >= _CHOSEN_LIMIT:
         _chosen.clear()
-    _chosen[key] = chosen = Chosen(backend.plan(call), registry.pin(backend))
+    plan = CheckedPlan(backend, backend.plan(call))
+    _chosen[key] = chosen = Chosen(plan, registry.pin(backend))
     return chosen
 
 
@@ -246,7 +273,12 @@ def precompile(request: str, call: Call | Step, problem: Problem) -> tuple[str, 
 def verdict(name: str, problem: Problem) -> Verdict:
     """Whether the named backend can run the problem, and by which path."""
     reasons = find_reasons(name, problem)
-    return Verdict(name, tuple(reasons), None if reasons else find_backend(name).path(problem))
+    if reasons:
+        return Verdict(name, tuple(reasons), None)
+    try:
+        return Verdict(name, (), find_backend(name).path(problem))
+    except Exception as error:  # the path is for readers; the call runs without it
+        return Verdict(name, (), f"unknown, {registry.raised('path', error)}")
 
 
 def explain(request: str, source: str, problem: Problem) -> Explanation:

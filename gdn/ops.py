@@ -9,7 +9,6 @@ for both passes.
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NoReturn
 
@@ -21,12 +20,13 @@ from gdn import dispatch, registry
 from gdn.backend import Forward, Gradients
 from gdn.calls import autocasts
 from gdn.problem import CALL_TENSORS, Call, Step, argument_types, describe, describe_step
+from gdn.shortcut import CALL_ARGUMENTS, as_step, needs_dispatcher
 from gdn.validation import (
     DEFINITION,
     check_cu_seqlens,
     check_slots,
-    check_types,
     refuse_tangents,
+    refuse_transforms,
     validate,
     validate_step,
 )
@@ -34,13 +34,6 @@ from gdn.validation import (
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool",
 }  # fmt: skip
-_TENSORS: dict[Any, set[type]] = {Tensor: {Tensor, torch.nn.Parameter}}
-_TENSORS[Tensor | None] = _TENSORS[Tensor] | {type(None)}
-_ALLOWED = {
-    kind: [_TENSORS.get(hint, {hint}) for hint in argument_types(kind).values()]
-    for kind in (Call, Step)
-}
-_CALL = len(argument_types(Call))
 
 
 def _schema(kind: type[Call | Step], **mutated: str) -> str:
@@ -65,7 +58,7 @@ def run_forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor | 
     backward needs."""
     if forward_ad._current_level >= 0:
         refuse_tangents(call)
-    if save or torch.compiler.is_compiling() or _needs_dispatcher(Call, call):
+    if save or torch.compiler.is_compiling() or needs_dispatcher(Call, call):
         o, final_state, _ = torch.ops.gdn.forward(*call, request, save)
     else:
         with torch._C._AutoDispatchBelowAutograd():
@@ -78,50 +71,10 @@ def run_decode(step: Step, request: str) -> Tensor:
     if forward_ad._current_level >= 0:
         refuse_tangents(step)
     arguments = (*step.call, *step[1:])
-    if torch.compiler.is_compiling() or _needs_dispatcher(Step, arguments):
+    if torch.compiler.is_compiling() or needs_dispatcher(Step, arguments):
         return torch.ops.gdn.decode(*arguments, request)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         return _decode(step, request)
-
-
-def _needs_dispatcher(kind: Any, arguments: tuple[Any, ...]) -> bool:
-    """Whether the call must go through PyTorch's dispatcher.
-
-    It must if a mode, a transform, a tracer or a profiler is active, if an argument is of a Tensor
-    subclass or not of the schema's type, or if a tensor is a negated view (`z.conj().imag`).
-    Conjugated, sparse, nested and quantised tensors are refused by their dtype or layout. All other
-    calls skip the dispatcher, which takes a quarter of a call's time on the host, mostly to convert
-    the arguments to its own types and back.
-    """
-    if not _are_plain(kind, *map(type, arguments)):
-        check_types(Call(*arguments) if kind is Call else _step(*arguments))
-        return True
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._is_tracing()
-        or torch._C._autograd._profiler_enabled()
-        or _any_negative(arguments[:CALL_TENSORS] + arguments[_CALL:-1])
-    )
-
-
-def _any_negative(tensors: tuple[Tensor | None, ...]) -> bool:
-    for x in tensors:  # noqa: SIM110, since any() takes half as long again
-        if x is not None and x.is_neg():
-            return True
-    return False
-
-
-@functools.lru_cache(maxsize=256)
-def _are_plain(kind: Any, *types: type[Any]) -> bool:
-    """Whether the arguments of an op have the types that the schema names."""
-    return all(found in allowed for found, allowed in zip(types, _ALLOWED[kind], strict=True))
-
-
-def _step(*arguments: Any) -> Step:
-    """The Step of the arguments of `torch.ops.gdn.decode`."""
-    return Step(Call(*arguments[:_CALL]), *arguments[_CALL:])
 
 
 def _surroundings(x: Tensor) -> AbstractContextManager[object]:
@@ -157,8 +110,8 @@ def _forward(call: Call, request: str, save: bool) -> Forward:
 
 @torch.library.impl("gdn::forward", "CompositeExplicitAutograd")
 def _forward_op(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    call = Call(*args[:_CALL])
-    o, final_state, saved = _forward(call, *args[_CALL:])
+    call = Call(*args[:CALL_ARGUMENTS])
+    o, final_state, saved = _forward(call, *args[CALL_ARGUMENTS:])
     if final_state is None or not call.output_final_state:
         final_state = call.q.new_empty(0)
     return o, final_state, saved
@@ -166,7 +119,7 @@ def _forward_op(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 @torch.library.register_fake("gdn::forward")
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    call, (request, save) = Call(*args[:_CALL]), args[_CALL:]
+    call, (request, save) = Call(*args[:CALL_ARGUMENTS]), args[CALL_ARGUMENTS:]
     validate(call)
     backend = dispatch.resolve(request, describe(call, save))
     shape = call.state_shape if call.output_final_state else (0,)
@@ -177,7 +130,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 def _pin(request: str, call: Call) -> str:
     """The pinned request of the backend that runs this call and its gradients."""
-    if not _needs_dispatcher(Call, call):
+    if not needs_dispatcher(Call, call):
         return dispatch.choose(request, call, True).pinned
     validate(call)  # while tracing, sizes may be symbols, and a plan needs numbers
     return registry.pin(dispatch.resolve(request, describe(call, True)))
@@ -219,11 +172,18 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _forward_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    below, (request, save) = keys & torch._C._after_autograd_keyset, args[_CALL:]
-    if not (save and torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:CALL_TENSORS])):
+    below, (request, save) = keys & torch._C._after_autograd_keyset, args[CALL_ARGUMENTS:]
+    refuse_transforms()
+    needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:CALL_TENSORS])
+    if needed and not save:
+        raise RuntimeError(
+            "gdn.gated_delta_net was traced or exported without gradients, and an input requires "
+            "grad now; trace it with gradients on, or run it under torch.no_grad()"
+        )
+    if not needed:
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.gdn.forward.default.redispatch(below, *args)  # type: ignore[no-any-return]
-    options = (*args[CALL_TENSORS:_CALL], _pin(request, Call(*args[:_CALL])))
+    options = (*args[CALL_TENSORS:CALL_ARGUMENTS], _pin(request, Call(*args[:CALL_ARGUMENTS])))
     o, final_state, *saved = _Differentiable.apply(options, below, *args[:CALL_TENSORS])  # type: ignore[no-untyped-call]
     return o, final_state, saved
 
@@ -239,7 +199,10 @@ def _gradients_like(call: Call) -> list[Tensor]:
 
 @torch.library.impl("gdn::backward", "CompositeExplicitAutograd")
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    call, (request, saved, grad_o, grad_final_state) = Call(*args[:_CALL]), args[_CALL:]
+    call, (request, saved, grad_o, grad_final_state) = (
+        Call(*args[:CALL_ARGUMENTS]),
+        args[CALL_ARGUMENTS:],
+    )
     plan = dispatch.choose(request, call, True).plan
     with _surroundings(call.q):
         if _has_tokens(call):
@@ -253,7 +216,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("gdn::backward")
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(_gradients_like(Call(*args[:_CALL])))
+    return tuple(_gradients_like(Call(*args[:CALL_ARGUMENTS])))
 
 
 def _refuse_double_backward(ctx: Any, *grads: object) -> NoReturn:
@@ -266,11 +229,12 @@ def _refuse_double_backward(ctx: Any, *grads: object) -> NoReturn:
 torch.library.register_autograd("gdn::backward", _refuse_double_backward)
 
 
-@torch.library.register_vmap("gdn::forward")
 def _refuse_vmap(*args: object) -> NoReturn:
-    raise RuntimeError(
-        "gdn.gated_delta_net does not support torch.func.vmap; fold the mapped dimension into B"
-    )
+    raise RuntimeError("gdn does not support torch.func.vmap; fold the mapped dimension into B")
+
+
+for _op in ("gdn::forward", "gdn::decode"):
+    torch.library.register_vmap(_op, _refuse_vmap)
 
 
 def _decode(step: Step, request: str) -> Tensor:
@@ -289,12 +253,12 @@ def _decode(step: Step, request: str) -> Tensor:
 
 @torch.library.impl("gdn::decode", "CompositeExplicitAutograd")
 def _decode_op(*args: Any) -> Tensor:
-    return _decode(_step(*args[:-1]), args[-1])
+    return _decode(as_step(*args[:-1]), args[-1])
 
 
 @torch.library.register_fake("gdn::decode")
 def _decode_fake(*args: Any) -> Tensor:
-    step = _step(*args[:-1])
+    step = as_step(*args[:-1])
     validate_step(step)
     dispatch.resolve(args[-1], describe_step(step))
     return step.call.v.new_empty(step.call.v.shape)

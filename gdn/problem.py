@@ -152,8 +152,11 @@ class Problem:
 
 @functools.cache
 def compute_capability(device: torch.device) -> int | None:
-    """Compute capability of an NVIDIA device times ten, or None for any other device."""
+    """Compute capability of an NVIDIA device times ten. None for any other device, and for a GPU
+    that this process does not have (fake tensors may name one)."""
     if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    if (device.index or 0) >= torch.cuda.device_count():
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor

@@ -42,9 +42,10 @@ class BackendInfo:
 
 
 def register_backend(backend: Backend, *, replace: bool = False) -> None:
-    """Add a backend under `backend.name`. ValueError if the name is taken (unless replace) or not a
-    plain word."""
+    """Add a backend under `backend.name`. TypeError if it is not an instance of Backend with the
+    class variables of one; ValueError if the name is taken (unless replace) or not a plain word."""
     global generation
+    _check_backend_type(backend)
     name = backend.name
     if not name.isidentifier() or name == "auto":
         raise ValueError(
@@ -56,6 +57,34 @@ def register_backend(backend: Backend, *, replace: bool = False) -> None:
         )
     _backends[name] = backend
     generation += 1
+
+
+_CLASS_VARIABLES = {"name": str, "summary": str, "capabilities": Capabilities}
+
+
+def _check_backend_type(backend: object) -> None:
+    """TypeError unless the object is a Backend that says what dispatch needs to know of it."""
+    if isinstance(backend, type):
+        raise TypeError(
+            f"backend must be an instance, got the class {backend.__name__}; "
+            f"pass {backend.__name__}()"
+        )
+    if not isinstance(backend, Backend):
+        raise TypeError(
+            f"backend must be a gdn.Backend, got {type(backend).__name__}; derive a class from it"
+        )
+    for name, wanted in _CLASS_VARIABLES.items():
+        value = getattr(backend, name, None)
+        if not isinstance(value, wanted):
+            raise TypeError(
+                f"{name} of backend {type(backend).__name__} must be a {wanted.__name__}, got "
+                f"{value!r}; set it in the class"
+            )
+    if not isinstance(backend.priority, int | float | None):
+        raise TypeError(
+            f"priority of backend {backend.name!r} must be a number or None, got "
+            f"{backend.priority!r}; None keeps it out of 'auto'"
+        )
 
 
 def unregister_backend(name: str) -> None:
@@ -87,13 +116,8 @@ def _load_entry_points() -> None:
             continue
         try:
             loaded = entry.load()
-            backend = loaded() if isinstance(loaded, type) else loaded
-            if not isinstance(backend, Backend):
-                raise TypeError(
-                    f"{entry.value} is a {type(backend).__name__}, not a gdn.backend.Backend"
-                )
-            register_backend(backend)
-        except Exception as error:  # an error in another package must not break gdn
+            register_backend(loaded() if isinstance(loaded, type) else loaded)
+        except (Exception, SystemExit) as error:  # another package's error must not break gdn
             warnings.warn(
                 f"entry point {entry.name!r} ({entry.value}) of group {ENTRY_POINT_GROUP} gave "
                 f"no backend: {type(error).__name__}: {error}",
@@ -134,13 +158,26 @@ def backend_names() -> list[str]:
     return sorted(_backends, key=rank)
 
 
+def why_unavailable(backend: Backend) -> str | None:
+    """`backend.unavailable()`, or the exception that it raises as a reason."""
+    try:
+        return backend.unavailable()
+    except Exception as error:  # another package's error must not break gdn
+        return raised("unavailable", error)
+
+
+def raised(method: str, error: Exception) -> str:
+    """The reason against a backend whose method raises."""
+    return f"its {method}() raises {type(error).__name__}: {error}"
+
+
 def list_backends() -> tuple[BackendInfo, ...]:
     """Every backend, with whether it can run in this process and why not; first the backends of
     "auto", in its order."""
     rows = []
     for name in backend_names():
         backend = find_backend(name)
-        reason = backend.unavailable()
+        reason = why_unavailable(backend)
         rows.append(
             BackendInfo(
                 name,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -108,7 +109,14 @@ BAD_STEPS = {
     "indices-columns": (STEP, {"state_indices": ints([1, 2], [3, 4])}, "= (2, 3), got (2, 2)"),
     "indices-high": (STEP, {"state_indices": ints(0, 6)}, "lie in 0..5", "got 6", "6 slots"),
     "indices-low": (STEP, {"state_indices": ints(0, -2)}, "null_index = -1", "got -2"),
-    "indices-twice": (STEP, {"state_indices": ints(3, 3)}, "name each slot once", "got 3 twice"),
+    "indices-twice": (STEP, {"state_indices": ints(3, 3)}, "written once", "got 3 twice"),
+    "columns-twice": (EACH, {"state_indices": ints([0, 1, 2], [3, 4, 1])}, "got 1 twice"),
+    "column-twice": (EACH, {"state_indices": ints([0, 1, 1], [3, 4, 5])}, "got 1 twice"),
+    "start-written": (
+        EACH,
+        {"state_indices": ints([0, 1, 2], [2, 4, 5]), "num_accepted_tokens": None},
+        "another",
+    ),
     "accepted-alone": (STEP, {"num_accepted_tokens": ints(0, 0)}, "[N, 1 + T], got (2,)"),
     "accepted-shape": (EACH, {"num_accepted_tokens": ints(0)}, "[N] = (2,), got (1,)"),
     "accepted-high": (EACH, {"num_accepted_tokens": ints(0, 3)}, "lie in 0..T = 2, got 3"),
@@ -172,9 +180,53 @@ def test_a_step_argument_that_is_not_a_tensor_is_a_type_error(name: str) -> None
         gdn.gated_delta_net_decode(**make_step(STEP) | {name: 1.0})
 
 
-def test_a_backend_that_is_not_a_str_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="backend must be a str, got list"):
-        gdn.gated_delta_net(**make_inputs(DENSE), backend=["torch"])
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("backend", ["torch"], "backend must be a str, got list.*write several backends as"),
+        ("scale", "x", "scale must be a number, got str 'x'; leave it out"),
+        ("scale", 1j, "scale must be a number, got complex 1j"),
+        ("scale", torch.ones(2), "scale must be a number, got Tensor"),
+        (
+            "output_final_state",
+            "yes",
+            "output_final_state must be a bool, got str 'yes'; pass True",
+        ),
+        ("use_qk_l2norm_in_kernel", [1], r"use_qk_l2norm_in_kernel must be a bool, got list \[1\]"),
+    ],
+)
+def test_other_arguments_of_a_wrong_type_are_type_errors(name: str, value: Any, words: str) -> None:
+    for function in (gdn.gated_delta_net, gdn.explain, gdn.warmup):
+        with pytest.raises(TypeError, match=words):
+            function(**make_inputs(DENSE) | {name: value})
+
+
+@pytest.mark.parametrize("value", ["0", 1.5, None])
+def test_a_null_index_that_is_not_an_int_is_a_type_error(value: Any) -> None:
+    for function in (gdn.gated_delta_net_decode, gdn.explain):
+        with pytest.raises(TypeError, match="null_index must be an int, got"):
+            function(**make_step(STEP) | {"null_index": value})
+
+
+@pytest.mark.parametrize("scale", [1, True, np.float32(1), torch.tensor(1.0)])
+def test_what_converts_to_a_number_is_taken(scale: Any) -> None:
+    inputs = make_inputs(DENSE) | {"output_final_state": np.bool_(True)}
+    expected = gdn.gated_delta_net(**inputs, scale=1.0)
+    got = gdn.gated_delta_net(**inputs, scale=scale)
+    assert torch.equal(got.o, expected.o)
+    assert got.final_state is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", ["q", "v"])
+def test_autocast_leaves_other_dtypes_to_the_ordinary_error(name: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(DENSE)
+    inputs[name] = inputs[name].to(dtype)
+    with (
+        torch.autocast("cpu"),
+        pytest.raises(ValueError, match=rf"{name} must be float16.*{dtype}"),
+    ):
+        gdn.gated_delta_net(**inputs)
 
 
 def test_options_come_by_keyword() -> None:

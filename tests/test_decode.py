@@ -109,6 +109,23 @@ def test_rejected_tokens_leave_no_trace(backend: str, device: str, short: StepCa
     assert_close("state", kept, expected, torch.float32)
 
 
+def test_branches_of_a_prefix_start_from_one_slot(
+    backend: str, device: str, short: StepCase
+) -> None:
+    """The slot is read and not written; a start in the own row may be written."""
+    inputs = make_step(replace(short, slots="each", T=1), device)
+    require(backend, inputs)
+    table = torch.tensor([[0, 1], [0, 2], [0, 3], [5, 5]], dtype=torch.int32, device=device)
+    inputs |= {"state_indices": table, "num_accepted_tokens": None}
+    before = copy_pool(inputs["state"])
+    o = gdn.gated_delta_net_decode(**inputs, backend=backend)
+    assert torch.equal(inputs["state"][0], before[0])
+    starts = before[table[:, 0].long()].clone()
+    alone = inputs | {"state_indices": None, "state": starts}
+    assert_close("o", o, gdn.gated_delta_net_decode(**alone, backend=backend), short.dtype)
+    assert_close("state", inputs["state"][table[:, 1].long()], starts, torch.float32)
+
+
 def test_slices_of_one_tensor_give_the_same(backend: str, device: str, short: StepCase) -> None:
     inputs, again = make_step(short, device), make_step(short, device)
     require(backend, inputs)

@@ -50,6 +50,10 @@ def test_imports_nothing_optional_and_touches_no_device() -> None:
     assert not with_gdn & set(OPTIONAL) - with_torch
 
 
+def test_submodules_that_the_readme_names_need_no_import_of_their_own() -> None:
+    python("import gdn\ngdn.nn.GatedDeltaNet, gdn.definition.gated_delta_rule\n")
+
+
 def test_a_call_for_a_backend_that_is_not_installed_says_so() -> None:
     python(
         BLOCK + "import gdn\nfrom gdn.testing import Case, make_inputs\n"

@@ -1,4 +1,4 @@
-"""torch.ops.gdn inside PyTorch: opcheck, torch.compile, autocast, no_grad, vmap, profilers, CUDA
+"""torch.ops.gdn inside PyTorch: opcheck, torch.compile, autocast, no_grad, profilers, CUDA
 graphs."""
 
 from __future__ import annotations
@@ -125,41 +125,6 @@ def test_double_backward_is_refused_clearly(backend: str, device: str, dense: Ca
     (dq,) = torch.autograd.grad(o.square().sum(), inputs["q"], create_graph=True)
     with pytest.raises(RuntimeError, match="no double backward"):
         torch.autograd.grad(dq.sum(), inputs["q"])
-
-
-def test_vmap_is_refused(device: str) -> None:
-    inputs = make_inputs(CASES[0], device)
-    v = torch.stack([inputs["v"]] * 2)
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(lambda v: gdn.gated_delta_net(**inputs | {"v": v}, backend="torch").o)(v)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of torch.jit
-def test_forward_mode_is_refused(device: str) -> None:
-    inputs = make_inputs(CASES[0], device)
-
-    def function(v: torch.Tensor) -> torch.Tensor:
-        return gdn.gated_delta_net(**inputs | {"v": v}, backend="torch").o
-
-    with pytest.raises(RuntimeError, match="v has a tangent"):
-        torch.func.jvp(function, (inputs["v"],), (inputs["v"],))
-    expected = function(inputs["v"])
-    with torch.autograd.forward_ad.dual_level():  # no tangent, no refusal
-        assert torch.equal(function(inputs["v"]), expected)
-        with pytest.raises(RuntimeError, match="v has a tangent"):
-            function(torch.autograd.forward_ad.make_dual(inputs["v"], inputs["v"]))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of torch.jit
-@pytest.mark.parametrize("name", ["q", "g", "state"])
-def test_forward_mode_is_refused_in_decode(device: str, name: str) -> None:
-    inputs = make_step(STEPS[0], device)
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return gdn.gated_delta_net_decode(**inputs | {name: x}, backend="torch")
-
-    with pytest.raises(RuntimeError, match=f"decode has no forward-mode .* {name} has a tangent"):
-        torch.func.jvp(function, (inputs[name],), (inputs[name],))
 
 
 class Seen(TorchDispatchMode):

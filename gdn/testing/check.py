@@ -14,6 +14,7 @@ from torch import Tensor
 import gdn
 from gdn import registry
 from gdn.backend import Backend, Capabilities
+from gdn.backend import reasons_against as reasons_of
 
 from .cases import CASES, TOLERANCE, Case
 from .decode import STEPS, StepCase, make_step, run_step_definition
@@ -188,6 +189,15 @@ def check_backend(backend: Backend | str, device: torch.device | str | None = No
         return Checked(agreed, refused)
 
 
+def _ask_all(backend: str, inputs: dict[str, Any]) -> None:
+    """Let the backend's exceptions through, which dispatch takes for reasons."""
+    found, problem = registry.find_backend(backend), gdn.explain(**inputs).problem
+    found.unavailable()
+    if not reasons_of(found.capabilities, problem):
+        found.unsupported(problem)
+        found.path(problem)
+
+
 def _check_case(
     backend: str, case: Case, device: torch.device | str, able: Capabilities
 ) -> bool | None:
@@ -200,6 +210,7 @@ def _check_case(
         if able.backward:
             inputs = with_gradients(inputs)
     reasons = reasons_against(backend, inputs)
+    _ask_all(backend, inputs)
     if reasons:
         assert_refused(backend, inputs, reasons)
         return False

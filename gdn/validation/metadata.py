@@ -190,7 +190,9 @@ def validate_step(step: Step) -> None:
     slots = state.shape[0] if state.dim() == 4 else 0
     _require_state("state", state, "slots", (slots, *call.state_shape[1:]), call.state_v_first)
     inner = state.shape[1] * state.shape[2] * state.shape[3]
-    if not state[:1].is_contiguous() or (slots > 1 and state.stride(0) < inner):
+    # state[:1] would ask for a fake tensor's GPU
+    contiguous = state.narrow(0, 0, 1 if slots else 0).is_contiguous()
+    if not contiguous or (slots > 1 and state.stride(0) < inner):
         raise ValueError(
             "state must have contiguous slots that do not overlap (slots may be padded), "
             f"got strides {state.stride()}; it is updated in place, and a copy would be lost"

@@ -1,14 +1,17 @@
-"""Checks that come before those of shapes: arguments are tensors, without forward-mode tangents,
-and in decode without gradients."""
+"""Checks that come before those of shapes: arguments have the right types, and tensors are without
+forward-mode tangents, in decode also without gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gdn.problem import CALL_TENSORS, DIFFERENTIABLE, Call, Step
+from gdn.problem import CALL_TENSORS, DIFFERENTIABLE, FLAGS, Call, Step
 
 DEFINITION = "gdn.definition.gated_delta_rule(gdn.problem.Call(q, k, v, g, beta, scale=K**-0.5))"
 """What error messages recommend where the op has no derivative. A Call's default scale is 1."""
@@ -29,10 +32,35 @@ def tensors_of(call: Call | Step) -> Iterable[tuple[str, Tensor | None]]:
 
 
 def check_types(call: Call | Step) -> None:
-    """TypeError if a tensor argument is not a tensor. The op's schema checks all other types."""
+    """TypeError if a tensor argument is not a tensor, a flag not a bool, or scale or null_index not
+    a number. What converts without loss is taken: 1 for True, numpy's numbers, 0-d tensors."""
     for name, x in tensors_of(call):
         if not (x is None or isinstance(x, Tensor)):
             raise no_tensor(name, x)
+    own = call.call if isinstance(call, Step) else call
+    for name in FLAGS:
+        x = getattr(own, name)
+        if not (x is None or _converts(x, float)):
+            raise TypeError(f"{name} must be a bool, got {_shown(x)}; pass True or False")
+    if not _converts(own.scale, float):
+        raise TypeError(f"scale must be a number, got {_shown(own.scale)}; leave it out for K^-0.5")
+    if isinstance(call, Step) and not _converts(call.null_index, operator.index):
+        raise TypeError(f"null_index must be an int, got {_shown(call.null_index)}; pass -1")
+
+
+def _shown(x: object) -> str:
+    return f"{type(x).__name__} {x!r}"
+
+
+def _converts(x: Any, into: Callable[[Any], object]) -> bool:
+    """Whether x is a number, a symbol of one, or converts to one; a text never does."""
+    if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return True
+    try:
+        into(x)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return not isinstance(x, str | bytes)
 
 
 def refuse_tangents(call: Call | Step) -> None:
@@ -57,3 +85,12 @@ def refuse_gradients(step: Step) -> None:
                 f"gdn.gated_delta_net_decode is not differentiable, and {name} requires grad; "
                 "call it under torch.no_grad(), or use gdn.gated_delta_net"
             )
+
+
+def refuse_transforms() -> None:
+    """RuntimeError under torch.func.grad, vjp and the like, which cannot see into the op."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "gdn.gated_delta_net does not support the transforms of torch.func, such as grad and "
+            f"vjp; use torch.autograd.grad, or {DEFINITION}"
+        )

@@ -7,10 +7,16 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gdn.problem import Call, Step
 
 _checked: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether x has data. Tensors on the meta device and fake tensors have none."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
 
 
 def check_cu_seqlens(call: Call) -> None:
@@ -22,7 +28,7 @@ def check_cu_seqlens(call: Call) -> None:
     changes. Changes of a tensor that was made in inference mode are not noticed.
     """
     cu_seqlens = call.cu_seqlens
-    if cu_seqlens is None or cu_seqlens.is_meta:
+    if cu_seqlens is None or not _has_values(cu_seqlens):
         return
     T = call.q.shape[1]
     given = call.cu_seqlens_cpu
@@ -62,32 +68,55 @@ def check_cu_seqlens(call: Call) -> None:
 
 
 def check_slots(step: Step) -> None:
-    """Check that state_indices holds null_index and different slots of the pool, and that
-    num_accepted_tokens holds columns of state_indices.
+    """Check that state_indices holds null_index and slots of the pool, that num_accepted_tokens
+    holds columns of state_indices, and that no sequence writes to a slot that another one reads or
+    writes. Sequences may start from one slot, as the branches of a prefix do.
 
     Only on the CPU. On a GPU the indices change with every step, and even an assertion would take
     longer than the step; there a slot outside the pool counts as null_index.
     """
     indices, accepted = step.state_indices, step.num_accepted_tokens
-    if indices is None or not indices.is_cpu:
+    if indices is None or not (indices.is_cpu and _has_values(indices)):
         return
-    slots = step.state.shape[0]
-    used = indices[indices != step.null_index].tolist()
-    for slot in used:
-        if not 0 <= slot < slots:
+    slots, null = step.state.shape[0], step.null_index
+    table = indices.tolist() if step.speculative else [[slot] for slot in indices.tolist()]
+    for slot in itertools.chain.from_iterable(table):
+        if slot != null and not 0 <= slot < slots:
             raise ValueError(
-                f"state_indices must lie in 0..{slots - 1}, or be null_index = {step.null_index}, "
+                f"state_indices must lie in 0..{slots - 1}, or be null_index = {null}, "
                 f"got {slot}; the pool has {slots} slots"
             )
-    if len(set(used)) < len(used):
-        slot = next(slot for slot in used if used.count(slot) > 1)
-        raise ValueError(
-            f"state_indices must name each slot once, got {slot} twice; "
-            "two sequences would write to one state"
-        )
-    for count in [] if accepted is None else accepted.tolist():
-        if not 0 <= count < indices.shape[1]:
+    starts = [0] * len(table) if accepted is None else accepted.tolist()
+    for count in starts:
+        if not 0 <= count < indices.shape[-1]:
             raise ValueError(
-                f"num_accepted_tokens must lie in 0..T = {indices.shape[1] - 1}, got {count}; "
+                f"num_accepted_tokens must lie in 0..T = {indices.shape[-1] - 1}, got {count}; "
                 "it picks a column of state_indices"
             )
+    live = [n for n, row in enumerate(table) if row[starts[n]] != null]
+    writers: dict[int, int] = {}
+    for n in live:
+        for slot in _written(step, table[n], n):
+            if slot in writers:
+                raise ValueError(
+                    f"state_indices must name each slot that is written once, got {slot} twice; "
+                    "two states would be written to one slot"
+                )
+            writers[slot] = n
+    for n in live:
+        slot = table[n][starts[n]]
+        if writers.get(slot, n) != n:
+            raise ValueError(
+                "state_indices must not start a sequence from a slot that another one writes, got "
+                f"{slot}; copy that state to a free slot first"
+            )
+
+
+def _written(step: Step, row: list[int], n: int) -> list[int]:
+    """The slots that sequence n writes, given its row of state_indices."""
+    if not step.speculative:
+        return row
+    bounds, tokens = step.call.cu_seqlens, step.call.q.shape[1]
+    if bounds is not None:
+        tokens = int(bounds[n + 1] - bounds[n])
+    return [slot for slot in row[1 : 1 + tokens] if slot != step.null_index]
