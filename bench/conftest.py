@@ -25,7 +25,7 @@ from suite import (
     selected_steps,
 )
 
-from gdn.compare import tables
+from gdn.compare import files, tables
 from gdn.compare.comparison import plain_case, rates
 from gdn.compare.environment import gpu_state
 from gdn.compare.roofline import Work, ceilings
@@ -56,6 +56,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_TIMED] = []
+    target = config.getoption("benchmark_json", None)  # pytest-benchmark opens it after measuring
+    if target is not None:
+        try:
+            files.require_writable("--benchmark-json", target)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -177,10 +183,11 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """Keep only medians and spreads, and add the rows that were not timed, with the reasons."""
+    """Keep only medians and spreads, with null for NaN, and add the rows that were not timed, with
+    the reasons."""
     for row in output_json["benchmarks"]:
         kept = {name: row["stats"][name] for name in ("median", "iqr", "rounds")}
-        extra, name = row["extra_info"], row["name"]
+        extra, name = files.without_nan(row["extra_info"]), row["name"]
         row.clear()
         row |= {"name": name, "extra_info": extra, "stats": kept}
     output_json["not_timed"] = config.stash[NOT_TIMED]

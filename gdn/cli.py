@@ -3,76 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import gdn
 from gdn import dispatch
-from gdn.compare import comparison, console, tables
+from gdn.compare import comparison, console, files, tables
 from gdn.compare.environment import environment
+from gdn.compare.options import (
+    QWEN,
+    default_device,
+    make_call,
+    make_case,
+    parse_device,
+    parse_lengths,
+    parse_shape,
+    require_device,
+    require_room,
+)
 from gdn.problem import Call, Problem, compute_capability, describe
-from gdn.testing import Case, make_inputs
-from gdn.validation import validate
-
-SIZES = ("B", "T", "H", "HV", "K", "V")
-QWEN: dict[str, Any] = {"B": 1, "H": 16, "HV": 32, "K": 128, "V": 128}
-"""The linear-attention heads of Qwen3-Next and Qwen3.5, by default of their configurations."""
-
-
-def _shape(text: str) -> dict[str, int]:
-    """{"T": 8192, "HV": 64} from "T=8192,HV=64"."""
-    sizes = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name.strip() not in SIZES or not value.strip().isdigit():
-            raise argparse.ArgumentTypeError(
-                f"must be like T=8192,H=16,HV=64 with names of {' '.join(SIZES)}, got {text!r}"
-            )
-        sizes[name.strip()] = int(value)
-    return sizes
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    if not all(part.strip().isdigit() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"must be like 100,2000,31, got {text!r}")
-    return tuple(int(part) for part in text.split(","))
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"must be like cuda:1 or cpu, got {text!r}") from None
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _make_case(args: argparse.Namespace) -> Case:
-    on_gpu = args.device.type == "cuda"
-    sizes = QWEN | {"T": 8192 if on_gpu else 512} | args.shape
-    if args.lengths is not None:
-        sizes |= {"B": 1, "T": sum(args.lengths)}
-    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    return Case(
-        "command-line",
-        **sizes,
-        lengths=args.lengths,
-        dtype=getattr(torch, dtype),
-        gates="model" if args.raw else "mixed",
-        fused=args.raw,
-        initial_state=False,
-        state_v_first=args.state_v_first,
-    )
+from gdn.testing import Case
 
 
 def info(args: argparse.Namespace) -> int:
@@ -81,7 +35,7 @@ def info(args: argparse.Namespace) -> int:
     if args.markdown:
         print(tables.markdown(tables.CAPABILITIES, tables.capability_rows(backends)))
         return 0
-    device = _default_device()
+    device = default_device()
     about, sm = environment(device), compute_capability(device)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     print(f"device    {about['device']}" + (f" (sm_{sm})" if sm else ""))
@@ -91,7 +45,7 @@ def info(args: argparse.Namespace) -> int:
     rows = []
     for backend in backends:
         case = Case("info", T=8192, dtype=torch.bfloat16, **QWEN)
-        problems = [_describe(_call(case), device.type, grad, sm) for grad in (False, True)]
+        problems = [_describe(make_call(case), device.type, grad, sm) for grad in (False, True)]
         verdicts = [dispatch.verdict(backend.name, problem) for problem in problems]
         cells = ["no: " + "; ".join(v.reasons) if v.reasons else f"yes: {v.path}" for v in verdicts]
         rows.append([backend.name, backend.summary, *cells])
@@ -99,27 +53,18 @@ def info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _call(case: Case) -> Call:
-    """The call of a case, with tensors on the meta device."""
-    inputs = make_inputs(replace(case, T=0, lengths=None), "meta")
-    for name in ("q", "k", "v", "g", "beta"):
-        x = inputs[name]
-        inputs[name] = x.new_empty((case.B, case.tokens, *x.shape[2:]))
-    if case.lengths is not None:
-        inputs["cu_seqlens"] = torch.empty(case.sequences + 1, dtype=torch.int32, device="meta")
-    return Call(**inputs)
-
-
 def _describe(call: Call, device: str, needs_grad: bool, sm: int | None) -> Problem:
-    """Validate a call and describe it as a call on this device."""
-    validate(call)
+    """Describe a call as one on this device."""
     return replace(describe(call, needs_grad), device=device, sm=sm)
 
 
 def explain(args: argparse.Namespace) -> int:
     """Show which backend would run a call or a decode step, and why the others would not."""
-    sm = args.sm or (compute_capability(args.device) if torch.cuda.is_available() else None)
-    problem = _describe(_call(_make_case(args)), args.device.type, args.gradients, sm)
+    sm = args.sm
+    if sm is None and args.device.type == "cuda" and torch.cuda.is_available():
+        require_device(args.device)
+        sm = compute_capability(args.device)
+    problem = _describe(make_call(make_case(args)), args.device.type, args.gradients, sm)
     if args.decode:
         flags = problem.flags - {"output_final_state"}
         problem = replace(problem, needs_grad=False, flags=flags, pool=torch.float32)
@@ -130,8 +75,9 @@ def explain(args: argparse.Namespace) -> int:
 
 def run_warmup(args: argparse.Namespace) -> int:
     """Compile the kernels of calls of the given shape before the first call. Needs no GPU."""
-    sm = args.sm or compute_capability(_default_device()) or 90  # 90: Hopper, for TileLang
-    call, request = _call(_make_case(args)), dispatch.request_in_force(args.backend)[0]
+    sm = args.sm or compute_capability(default_device()) or 90  # 90: Hopper, for TileLang
+    call = make_call(make_case(args))
+    request, _ = dispatch.request_in_force(args.backend)
     with console.progress(1) as step:
         step("forward and backward" if args.gradients else "forward")
         start = time.perf_counter()
@@ -144,20 +90,18 @@ def run_warmup(args: argparse.Namespace) -> int:
     return 0
 
 
-def _need_matplotlib(what: str) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(
-            f'{what} needs matplotlib, which is not installed; pip install "gdn[plot]"'
-        )
-
-
 def run_compare(args: argparse.Namespace) -> int:
     """Check every backend that can run here against float64, and time those that agree."""
+    if args.json is not None:
+        files.require_writable("--json", args.json)
     if args.plot is not None:
-        _need_matplotlib("--plot")
-    case = _make_case(args)
+        files.require_picture("--plot", args.plot)
+    require_device(args.device)
+    case = make_case(args)
     if not case.B * case.tokens:
         raise ValueError("--shape and --lengths must leave a token to compare")
+    make_call(case)  # a case that is not well-formed is refused before any measurement
+    require_room(case, args.device)
     names = dispatch.parse_request(args.backends) if args.backends else None
     total = comparison.steps(len(names or gdn.list_backends()))
     with console.progress(total) as step:
@@ -167,11 +111,11 @@ def run_compare(args: argparse.Namespace) -> int:
     if args.markdown:
         print(tables.markdown(tables.COMPARISON, rows), *notes, *title.splitlines(), sep="\n\n")
     else:
-        print(title)
-        console.print_table(tables.COMPARISON, rows)
-        print(*notes, sep="\n", end="\n" if notes else "")
+        console.print_lines(title.splitlines())
+        console.print_table(tables.COMPARISON, rows, keys=2)
+        console.print_lines(notes)
     if args.json is not None:
-        args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+        files.write_json(args.json, report.as_dict())
     if args.plot is not None:
         tables.plot(report, args.plot)
     return 0 if report.ok else 1
@@ -185,11 +129,14 @@ def make_parser() -> argparse.ArgumentParser:
 
     problem = argparse.ArgumentParser(add_help=False)
     problem.add_argument(
-        "--shape", type=_shape, default={}, metavar="T=8192,H=16,HV=32",
+        "--shape", type=parse_shape, default={}, metavar="T=8192,H=16,HV=32",
         help="sizes, any of B T H HV K V; by default Qwen3.5's heads and T=512 (on a GPU T=8192)",
     )  # fmt: skip
     problem.add_argument(
-        "--lengths", type=_lengths, metavar="N,N,...", help="lengths of packed sequences"
+        "--lengths",
+        type=parse_lengths,
+        metavar="N,N,...",
+        help="lengths of packed sequences",
     )
     problem.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
     problem.add_argument("--state-v-first", action="store_true", help="states [N, HV, V, K]")
@@ -205,7 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=info)
 
     here = argparse.ArgumentParser(add_help=False)
-    here.add_argument("--device", type=_device, default=_default_device())
+    here.add_argument("--device", type=parse_device, default=default_device())
     request = argparse.ArgumentParser(add_help=False)
     request.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
     request.add_argument("--backend", help="a name, a list, or auto")
@@ -231,10 +178,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Return 0 on success, 1 if a backend failed or none can run, 2 on bad
-    options."""
+    options, 130 after Ctrl-C."""
     args = make_parser().parse_args(argv)
-    try:
-        return int(args.run(args))
-    except (ValueError, OSError, dispatch.BackendUnsupportedError) as error:
-        print(f"gdn: {error}", file=sys.stderr)  # no traceback: the message is complete
-        return 1 if isinstance(error, RuntimeError) else 2
+    return console.run_command("gdn", lambda: int(args.run(args)))

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +19,11 @@ import gdn
 from gdn import cli
 from gdn.backend import Forward
 from gdn.compare import comparison
+from gdn.compare.options import make_case
 from gdn.problem import Call, Step
 
-SMALL = ["--shape", "T=70,H=1,HV=2,K=16,V=16", "--device", "cpu"]
+HEADS = "H=1,HV=2,K=16,V=16"
+SMALL = ["--shape", f"T=70,{HEADS}", "--device", "cpu"]
 
 
 class Wrong(TorchBackend):
@@ -68,7 +76,8 @@ def test_explain_gives_reasons_and_needs_no_gpu(capsys: pytest.CaptureFixture[st
     assert cli.main(["explain", *SMALL, "--backend", "fla"]) == 1
     assert "must be on cuda, got cpu" in capsys.readouterr().out
     assert cli.main([*hopper, "--decode"]) == 0
-    assert "states gathered and scattered" in capsys.readouterr().out
+    has_fla = importlib.util.find_spec("fla") is not None
+    assert ("states gathered and scattered" in capsys.readouterr().out) == has_fla
     assert cli.main(["explain", "--lengths", "3,4", "--device", "cpu"]) == 0
     assert "T=7" in capsys.readouterr().out
 
@@ -84,19 +93,127 @@ def test_explain_gives_reasons_and_needs_no_gpu(capsys: pytest.CaptureFixture[st
         (["explain", "--device", "gpu"], "must be like cuda:1"),
         (["compare", "--backends", "troch"], "did you mean 'torch'"),
         (["compare", "--lengths", "0,0"], "leave a token"),
+        (["compare", "--shape", "H=0,HV=0,T=3"], "HV must be a multiple of H"),
+        (["compare", "--shape", "K=0,T=3"], "HV must be a multiple of H"),
+        (["compare", "--device", "cuda:99"], "got cuda:99; it sees "),
+        (["compare", "--device", "cpu:3"], "--device must be cpu or an NVIDIA GPU"),
+        (["compare", "--device", "mps"], "--device must be cpu or an NVIDIA GPU"),
+        (["compare", "--device", "meta"], "--device must be cpu or an NVIDIA GPU"),
+        (["compare", "--json", "nowhere/out.json"], "--json must name a file that can be written"),
+        (["compare", "--plot", "nowhere/out.png"], "nowhere; make it first"),
+        (["compare", "--json", "."], "which is a folder"),
+        (["compare", "--json", "/proc/out.json"], "out.json, which you may not write"),
+        (["compare", "--plot", "out.txt"], "--plot must end in a picture's format"),
+        (["compare", "--plot", "out"], "got out; add .png"),
+        (["compare", "--device", "cpu", "--shape", "T=100000000"], "fit in the memory of cpu"),
+        (["compare", "--lengths", "2147483648"], "less than 2^31"),
         ([], "COMMAND"),
     ],
 )
 def test_bad_options_end_with_2_and_a_reason(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    status: object
-    try:
-        status = cli.main(arguments)
-    except SystemExit as exit_:  # argparse's own
-        status = exit_.code
-    assert status == 2
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib")
+    if "/proc/out.json" in arguments:  # as anyone but root sees it
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(comparison, "compare", lambda *_: pytest.fail("it measures"))
+    assert status_of(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def status_of(arguments: list[str]) -> object:
+    try:
+        return cli.main(arguments)
+    except SystemExit as exit_:  # argparse's own
+        return exit_.code
+
+
+@pytest.mark.parametrize("command", ["explain", "warmup", "compare"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--lengths", "3,4", "--shape", "T=9"], "which give B=1 and their sum as T=7, got T=9;"),
+        (["--lengths", "3,4", "--shape", "H=16,B=2"], "which give B=1 and their sum as T=7, got B"),
+        (["--shape", "T=1000000000000000"], "(1, 1000000000000000, 16, 128)"),
+        (["--shape", f"T={10**30}"], "q below 2^63 bytes"),
+        (["--shape", f"T=3,V={10**17}"], "v below 2^63 bytes"),
+        (["--shape", f"T=0,K={10**9},V={10**9}"], "the state below 2^63 bytes"),
+        (["--lengths", f"{10**30}"], "q below 2^63 bytes"),
+        (["--shape", "T=²"], "must be like T=8192"),
+    ],
+)
+def test_calls_that_cannot_be_are_refused_by_every_command(
+    command: str, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of([command, *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["explain", "compare"])
+def test_a_gpu_that_is_not_there_is_refused_beside_others(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert cli.main([command, "--device", "cuda:7"]) == 2
+    assert "got cuda:7; it sees cuda:0, cuda:1 here" in capsys.readouterr().err
+
+
+def test_explain_allocates_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "--device", "cpu", "--shape", f"H={10**11},HV={10**11}"]) == 0
+    assert "HV=100000000000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at x] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        MemoryError(),
+        OverflowError("int too big to convert"),
+    ],
+)
+def test_what_does_not_fit_in_memory_ends_in_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(comparison, "compare", raising(error))
+    assert cli.main(["compare", *SMALL]) == 1
+    assert capsys.readouterr().err.startswith("gdn: the tensors do not fit in memory; give smaller")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "compare", raising(RuntimeError("fix the torch backend first")))
+    with pytest.raises(RuntimeError, match="fix the torch backend"):
+        cli.main(["compare", *SMALL])
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def function(*arguments: Any) -> Any:
+        raise error
+
+    return function
+
+
+def test_ctrl_c_ends_in_one_line_and_gives_the_cursor_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("rich")
+    control, terminal = os.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(comparison, "compare", raising(KeyboardInterrupt()))
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert cli.main(["compare", *SMALL]) == 130
+    shown = ""
+    with contextlib.suppress(OSError), os.fdopen(control) as screen:  # EIO at its end
+        while text := screen.readline():
+            shown += text
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") > -1
+    assert shown.endswith("gdn: interrupted\n")
 
 
 def test_compare_checks_times_writes_and_draws(
@@ -120,7 +237,8 @@ def test_compare_checks_times_writes_and_draws(
         assert found["wall"]["ms"] > 0
     assert report["environment"]["versions"]["torch"] == torch.__version__
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert cli.main(["compare", *quick, "--markdown", "--lengths", "3,0,70"]) == 0
+    quick += ["--shape", HEADS, "--lengths", "3,0,70"]
+    assert cli.main(["compare", *quick, "--markdown"]) == 0
     assert "| torch | fwd+bwd | torch |" in capsys.readouterr().out
 
 
@@ -146,7 +264,7 @@ def test_compare_fails_loudly_and_times_only_what_agrees(
     out = capsys.readouterr().out
     assert "wrong: FAILED, and was not timed: relative error above 0.0001: o 1.0e-02" in out
     assert "broken: FAILED, and was not timed: ZeroDivisionError: no luck" in out
-    case = cli._make_case(cli.make_parser().parse_args(["compare", *SMALL]))
+    case = make_case(cli.make_parser().parse_args(["compare", *SMALL]))
     report = comparison.compare(case, torch.device("cpu"), ["wrong", "torch"])
     timed = {row.backend: bool(row.passes) for row in report.rows}
     assert timed == {"wrong": False, "torch": True}

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from gdn.compare import tables
 
-from . import plots
+from . import plots, reading
 from . import rows as results
 from .page import provenance
 from .rows import Results, by_setting
@@ -29,9 +29,10 @@ from .style import backends_of, by_size
 
 Table = tuple[list[str], list[list[str]]]
 
+BEGIN, END = "<!-- bench.report: ", "<!-- end of bench.report -->"
 SECTION = re.compile(
-    r"(?P<begin><!-- bench\.report: (?P<files>\S+) (?P<name>[^>]+?) -->\n)(?P<text>.*?)"
-    r"(?P<end><!-- end of bench\.report -->)",
+    rf"(?P<begin>{re.escape(BEGIN)}(?P<files>\S+) (?P<name>[^>]+?) -->\n)(?P<text>.*?)"
+    rf"(?P<end>{re.escape(END)})",
     re.DOTALL,
 )
 """A marked section: the files of its numbers, its name, and its present text."""
@@ -46,8 +47,11 @@ class Picture(NamedTuple):
 
     def write(self) -> None:
         """Draw it."""
-        found = results.join(map(results.load, self.files))
-        plots.draw(self.figure, found).savefig(self.path, dpi=150)
+        drawn = plots.draw(self.figure, results.join(map(reading.load, self.files)))
+        if drawn is None:
+            names = ", ".join(map(str, self.files))
+            raise ValueError(f"there are no rows for the figure {self.figure!r} in {names}")
+        drawn.savefig(self.path, dpi=150)
 
 
 def _speed(found: Results) -> Table:
@@ -59,8 +63,9 @@ def _speed(found: Results) -> Table:
     for group in sorted(by_setting(rows).values(), key=lambda group: by_size(group[0])):
         here, some = {row["backend"]: row for row in group}, group[0]
         cells = [results.latency(here[name]) if name in here else "-" for name in names]
-        floor, ratio = some["roofline"] * some["latency_ms"], results.over_peers(group)
-        cells += [f"{floor:.3f}", f"{ratio:.2f}x" if ratio else "-"]
+        share, ratio = some.get("roofline"), results.over_peers(group)
+        cells.append("-" if share is None else f"{share * some['latency_ms']:.3f}")
+        cells.append(f"{ratio:.2f}x" if ratio else "-")
         lines.append([some["shape"], some["gates"], some["pass"], *cells])
     return ["H/HV:sequences", "gates", "pass", *names, "floor", "ours over peers"], lines
 
@@ -97,6 +102,9 @@ def render(name: str, runs: Sequence[Results], picture: str) -> str:
     origin = _origin(runs)
     if name.startswith("plot "):
         figure = name.removeprefix("plot ")
+        if figure not in plots.FIGURES:
+            known = ", ".join(plots.FIGURES)
+            raise ValueError(f"a plot must be one of {known}, got the section {name!r}")
         return f"![{plots.FIGURES[figure].heading}]({picture})\n\n{origin}\n"
     if name == "standing":
         table = _standing(runs)
@@ -106,7 +114,7 @@ def render(name: str, runs: Sequence[Results], picture: str) -> str:
             raise ValueError(f"there are no rows for the section {name!r}")
         table = _speed(found) if name == "speed" else results.table(found.of(name))
         facts = provenance(found)
-        about = "; ".join(facts[x] for x in ("device", "versions", "ceilings"))
+        about = "; ".join(facts[x] for x in ("device", "versions", "ceilings") if x in facts)
         commands = "; ".join(f"`{command}`" for command in found.every("command"))
         origin = f"({commands} at commit {facts['commit']}: {about}.)"
     return f"\n{tables.markdown(*table)}\n\n{origin}\n\n"
@@ -119,9 +127,16 @@ def root_of(document: Path) -> Path:
 
 
 def _sections(document: Path) -> Iterator[tuple[re.Match[str], list[Path], Path]]:
-    """Each section whose files exist: the match, its files, and the path of its picture."""
-    root = root_of(document)
-    for match in SECTION.finditer(document.read_text()):
+    """Each section whose files exist: the match, its files, and the path of its picture. ValueError
+    if a marker has no end: its section would reach into the next one."""
+    root, text = root_of(document), document.read_text()
+    found = list(SECTION.finditer(text))
+    if any(text.count(marker) != len(found) for marker in (BEGIN, END)):
+        raise ValueError(
+            f"{document} must hold pairs of {BEGIN}FILES NAME --> and {END}, got "
+            f"{text.count(BEGIN)} and {text.count(END)}, {len(found)} of them in pairs"
+        )
+    for match in found:
         files = [root / name for name in match["files"].split(",")]
         if all(file.exists() for file in files):
             figure = match["name"].removeprefix("plot ")
@@ -135,7 +150,7 @@ def rewritten(document: Path) -> str:
     text, parts, end = document.read_text(), [], 0
     for match, files, picture in _sections(document):
         link = Path(os.path.relpath(picture, document.resolve().parent)).as_posix()
-        body = render(match["name"], [results.load(file) for file in files], link)
+        body = render(match["name"], [reading.load(file) for file in files], link)
         parts += [text[end : match.start()], match["begin"], body, match["end"]]
         end = match.end()
     return "".join([*parts, text[end:]])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import plots
 from . import rows as results
-from .rows import Regression, Results, Row, baseline, identity, setting, speed_ups
+from .rows import SLOWER, Changes, Results, Row, baseline, identity, setting, speed_ups
 
 DPI = 150
 LATENCY = ("ms", "us", "first forward s")
@@ -53,9 +53,10 @@ def provenance(found: Results) -> dict[str, str]:
         "commit": ", ".join(found.every("commit")),
         "command": "; ".join(found.every("command")),
         "time": about["time"],
-        "ceilings": f"{limits['flops'] / 1e12:.3g} TFLOPS in a product, "
-        f"{limits['bytes'] / 1e9:.0f} GB/s in a copy",
     }
+    if limits:
+        product, copy = limits["flops"] / 1e12, limits["bytes"] / 1e9
+        facts["ceilings"] = f"{product:.3g} TFLOPS in a product, {copy:.0f} GB/s in a copy"
     return facts | ({"clocks": f"{clocks[0]} to {clocks[-1]}"} if clocks else {})
 
 
@@ -163,10 +164,20 @@ def write(found: Results, folder: Path) -> Path:
     return target
 
 
-def regression_lines(found: Sequence[Regression]) -> list[str]:
-    """A line for each row that became slower."""
-    return [
-        f"{' '.join(str(x) for x in identity(r.row) if x is not None)}: {r.before_ms:.3f} -> "
-        f"{r.row['latency_ms']:.3f} ms, {100 * r.slower:.0f} % slower"
-        for r in found
+def _row_name(row: Row) -> str:
+    return " ".join(str(x) for x in identity(row) if x is not None)
+
+
+def change_lines(found: Changes) -> list[str]:
+    """A line for each row that became slower, one for each that vanished, and the counts."""
+    slower = [
+        f"{_row_name(r.row)}: {r.before_ms:.3f} -> {r.row['latency_ms']:.3f} ms, "
+        f"{100 * r.slower:.0f} % slower"
+        for r in found.slower
     ]
+    vanished = [f"{_row_name(row)}: vanished, not in the new run" for row in found.vanished]
+    counts = (
+        f"{found.compared} rows compared, {len(slower)} rows slower by more than "
+        f"{100 * SLOWER:.0f} %, {len(vanished)} rows vanished"
+    )
+    return [*slower, *vanished, counts]

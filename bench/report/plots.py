@@ -166,7 +166,7 @@ def error(results: Results) -> Any:
 
 def decode(results: Results) -> Any:
     """Bandwidth of a decode step against the number of requests."""
-    rows = results.of("decode")
+    rows = [row for row in results.of("decode") if row.get("gbytes")]
     heads = list(dict.fromkeys(map(heads_of, rows)))
     if not rows:
         return None

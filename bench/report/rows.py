@@ -1,15 +1,13 @@
-"""The rows that `pytest bench --benchmark-json` wrote: reading them, tables of them, and comparison
-with an older run."""
+"""The rows that `pytest bench --benchmark-json` wrote: tables of them, and comparison with an older
+run."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from gdn.compare.tables import MARKS
+from gdn.compare import tables
 
 Row = dict[str, Any]
 IDENTITY = (
@@ -21,7 +19,12 @@ BASELINE = ("fla", "torch")
 PEERS = ("fla", "flashqla", "flashinfer")
 """Backends that are adapters of other libraries. Every other backend of a run is ours."""
 SLOWER = 0.10
-"""Share of the latency by which a row may be slower before `regressions` lists it."""
+"""Share of the latency by which a row may be slower before `changes` lists it."""
+UNKNOWN: Row = {
+    "device": "unknown", "cuda": None, "python": "unknown", "versions": {}, "commit": None,
+    "command": "unknown", "time": "unknown",
+}  # fmt: skip
+"""The environment of rows that do not hold theirs."""
 
 
 class Results(NamedTuple):
@@ -36,12 +39,14 @@ class Results(NamedTuple):
 
     @property
     def environment(self) -> Row:
-        """Device, versions, commit and command; of several runs, those of the first."""
-        return next((row["environment"] for row in self.rows if "environment" in row), {})
+        """Device, versions, commit and command; of several runs, those of the first. `UNKNOWN` if
+        no row holds them (rows of dispatch and of cold starts do not)."""
+        return next((row["environment"] for row in self.rows if "environment" in row), UNKNOWN)
 
     def every(self, field: str) -> list[str]:
         """The values of a field of the environment, one for each run, without repeats."""
-        found = (row["environment"][field] for row in self.rows if "environment" in row)
+        found = [row["environment"][field] for row in self.rows if "environment" in row]
+        found = found or [self.environment[field]]
         return list(dict.fromkeys(str(value or "unknown") for value in found))
 
     @property
@@ -54,32 +59,21 @@ def rows_of(document: dict[str, Any]) -> list[Row]:
     """The rows of a pytest-benchmark document that have a kind, with their wall time."""
     return [
         row["extra_info"] | {"wall_ms": 1e3 * row["stats"]["median"]}
-        for row in document["benchmarks"]
+        for row in document.get("benchmarks", [])
         if "kind" in row["extra_info"]
     ]
-
-
-def load(path: Path) -> Results:
-    """Read a file, or all those of a folder together. ValueError if it holds no rows of this suite,
-    or one twice."""
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    documents = [json.loads(file.read_text()) for file in files]
-    rows = [row for found in documents if "benchmarks" in found for row in rows_of(found)]
-    if not rows:
-        raise ValueError(f"{path} holds no rows; write it by pytest bench --benchmark-json={path}")
-    _require_once(rows, str(path))
-    return Results(rows, [row for found in documents for row in found.get("not_timed", [])])
 
 
 def join(runs: Iterable[Results]) -> Results:
     """Several runs as one. ValueError if they hold a row twice."""
     found = list(runs)
     rows = [row for run in found for row in run.rows]
-    _require_once(rows, "what is shown together")
+    require_once(rows, "what is shown together")
     return Results(rows, [row for run in found for row in run.not_timed])
 
 
-def _require_once(rows: Iterable[Row], where: str) -> None:
+def require_once(rows: Iterable[Row], where: str) -> None:
+    """ValueError if a row is there twice."""
     seen = set[tuple[Any, ...]]()
     for row in rows:
         if identity(row) in seen:
@@ -157,22 +151,38 @@ class Regression(NamedTuple):
     slower: float
 
 
-def regressions(new: Results, old: Results, limit: float = SLOWER) -> list[Regression]:
-    """Rows of both runs that are slower by more than `limit` now, the worst first."""
-    before = {identity(row): row["latency_ms"] for row in old.rows}
+class Changes(NamedTuple):
+    """What became of the rows of an older run: how many were timed again, which of them are slower
+    now, the worst first, and which are not in the new run."""
+
+    compared: int
+    slower: list[Regression]
+    vanished: list[Row]
+
+
+def changes(new: Results, old: Results, limit: float = SLOWER) -> Changes:
+    """Compare two runs row by row. A row is slower if its latency grew by more than `limit`.
+    ValueError if the runs have no row in common."""
+    now, before = ({identity(row): row for row in run.rows} for run in (new, old))
     found = [
-        Regression(row, before[identity(row)], row["latency_ms"] / before[identity(row)] - 1)
-        for row in new.rows
-        if identity(row) in before
+        Regression(row, past["latency_ms"], row["latency_ms"] / past["latency_ms"] - 1)
+        for key, row in now.items()
+        if (past := before.get(key)) is not None
     ]
-    return sorted((r for r in found if r.slower > limit), key=lambda r: -r.slower)
+    if not found:
+        raise ValueError(
+            f"the runs must have rows in common to be compared, got none among {len(now)} new and "
+            f"{len(before)} old ones; choose the same shapes, passes and backends"
+        )
+    slower = sorted((r for r in found if r.slower > limit), key=lambda r: -r.slower)
+    return Changes(len(found), slower, [x for key, x in before.items() if key not in now])
 
 
 def worst(row: Row, outputs: bool) -> float | None:
     """The largest relative error among the outputs, or among the gradients."""
     names = ("o", "final_state", "state")
-    found = [x for name, x in row.get("errors", {}).items() if (name in names) == outputs]
-    return max(found, default=None)
+    errors = row.get("errors", {}).items()
+    return tables.worst(x for name, x in errors if (name in names) == outputs)
 
 
 def _number(field: str, digits: str, scale: float = 1.0) -> Callable[[Row], str]:
@@ -197,7 +207,7 @@ def _word(field: str) -> Callable[[Row], str]:
 
 def latency(row: Row) -> str:
     """Milliseconds, with a mark unless they are from graph replay."""
-    return f"{row['latency_ms']:.3f}{MARKS.get(row['clock'], '')}"
+    return f"{row['latency_ms']:.3f}{tables.MARKS.get(row['clock'], '')}"
 
 
 def _error(outputs: bool) -> Callable[[Row], str]:

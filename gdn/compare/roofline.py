@@ -4,6 +4,7 @@ that follows from both."""
 from __future__ import annotations
 
 import functools
+import time
 from typing import NamedTuple
 
 import torch
@@ -73,12 +74,35 @@ class Ceilings(NamedTuple):
         return 1e3 * max(work.flops / self.flops, work.bytes / self.bytes)
 
 
+LARGEST_PRODUCT, SMALLEST_PRODUCT = 1536, 192
+"""Rows of the matrices whose product is timed on a CPU."""
+PRODUCT_SECONDS = 0.2
+"""What one product on a CPU may take. PyTorch has no fast float16 kernel for most CPUs."""
+
+
+def _product_size(device: torch.device, dtype: torch.dtype) -> int:
+    """The rows of the largest product that does not take long, up to `LARGEST_PRODUCT`: doubled
+    rows take eight times as long."""
+    n = SMALLEST_PRODUCT
+    while n < LARGEST_PRODUCT:
+        a = torch.randn(n, n, device=device).to(dtype)
+        seconds = []
+        for _ in range(2):  # the first one also starts threads
+            start = time.perf_counter()
+            a @ a
+            seconds.append(time.perf_counter() - start)
+        if 8 * min(seconds) > PRODUCT_SECONDS:
+            break
+        n *= 2
+    return n
+
+
 @functools.cache
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Measure the ceilings on random numbers: by a product of `dtype` matrices, and by negating an
     array larger than any cache (a plain copy may run on a slower copy engine)."""
     gpu = device.type == "cuda"
-    n, size = (8192, 2**28) if gpu else (1536, 2**25)
+    n, size = (8192, 2**28) if gpu else (_product_size(device, dtype), 2**25)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.randn(size, device=device)
     target = torch.empty_like(source)
@@ -90,6 +114,6 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         with torch.cuda.device(device):
             times = gpu_times(runs, dict.fromkeys(runs, True))
     else:
-        times = wall_times(runs, device)
+        times = wall_times(runs, device, budget=1.0)
     seconds = {name: timing.ms / 1e3 for name, timing in times.items()}
     return Ceilings(2 * n**3 / seconds["product"], 2 * source.nbytes / seconds["copy"])

@@ -3,7 +3,8 @@ Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -58,6 +59,12 @@ def markdown(headers: Sequence[str], rows: Table) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def worst(errors: Iterable[float | None]) -> float | None:
+    """The largest error, or None without errors. NaN, which JSON holds as null, is the largest."""
+    found = [math.nan if x is None else x for x in errors]
+    return max(found, key=lambda x: math.inf if math.isnan(x) else x, default=None)
+
+
 def _milliseconds(timing: Timing | None) -> str:
     if timing is None:
         return "-"
@@ -70,7 +77,7 @@ def comparison_rows(report: Report) -> Table:
     rows = []
     for row in report.rows:
         gradients = [error for name, error in row.errors.items() if name not in OUTPUTS]
-        values = [row.errors.get(name) for name in OUTPUTS], [max(gradients, default=None)]
+        values = [row.errors.get(name) for name in OUTPUTS], [worst(gradients)]
         errors = [["-" if x is None else f"{x:.1e}" for x in found] for found in values]
         for which, found in row.passes.items():
             forward = which == "fwd"
@@ -187,11 +194,11 @@ def plot(report: Report, path: Path) -> None:
             text = f"  {found.ms:.3g} ms ({found.roofline:.1%})"
             latency.annotate(text, (found.ms, y), va="center", fontsize=9)
     for n, label in enumerate(("outputs", "gradients")):
-        worst = [
-            max((x for name, x in row.errors.items() if (name in OUTPUTS) == (n == 0)), default=0.0)
+        lengths = [
+            worst(x for name, x in row.errors.items() if (name in OUTPUTS) == (n == 0)) or 0.0
             for row in rows
         ]
-        error.barh([y + 0.3 * (n - 0.5) for y in range(len(rows))], worst, 0.28, label=label)
+        error.barh([y + 0.3 * (n - 0.5) for y in range(len(rows))], lengths, 0.28, label=label)
     for axes in (latency, error):
         axes.set_yticks(range(len(rows)), [row.backend for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)

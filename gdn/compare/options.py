@@ -1,0 +1,153 @@
+"""The options of the command line that name a call: reading them, and the call that they give."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from gdn.problem import Call
+from gdn.testing import Case, make_inputs
+from gdn.validation import validate
+
+from .roofline import PASSES, least_work
+
+SIZES = ("B", "T", "H", "HV", "K", "V")
+QWEN: dict[str, Any] = {"B": 1, "H": 16, "HV": 32, "K": 128, "V": 128}
+"""The linear-attention heads of Qwen3-Next and Qwen3.5, by default of their configurations."""
+LARGEST = 2**63
+"""Bytes of a tensor, which PyTorch counts in int64, are fewer."""
+
+
+def parse_shape(text: str) -> dict[str, int]:
+    """{"T": 8192, "HV": 64} from "T=8192,HV=64"."""
+    sizes = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name.strip() not in SIZES or not value.strip().isdecimal():
+            raise argparse.ArgumentTypeError(
+                f"must be like T=8192,H=16,HV=64 with names of {' '.join(SIZES)}, got {text!r}"
+            )
+        sizes[name.strip()] = int(value)
+    return sizes
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """(100, 2000, 31) from "100,2000,31"."""
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be like 100,2000,31, got {text!r}")
+    return tuple(int(part) for part in text.split(","))
+
+
+def parse_device(text: str) -> torch.device:
+    """A device's name; it need not be there."""
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be like cuda:1 or cpu, got {text!r}") from None
+
+
+def default_device() -> torch.device:
+    """The current GPU, or else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_case(args: argparse.Namespace) -> Case:
+    """The case that --shape, --lengths, --dtype, --raw and --state-v-first give. ValueError if they
+    contradict each other or PyTorch cannot count the bytes."""
+    on_gpu = args.device.type == "cuda"
+    sizes = QWEN | {"T": 8192 if on_gpu else 512} | args.shape
+    if args.lengths is not None:
+        both = [f"{name}={args.shape[name]}" for name in ("B", "T") if name in args.shape]
+        if both:
+            raise ValueError(
+                f"--shape must not hold B or T beside --lengths, which give B=1 and their sum as "
+                f"T={sum(args.lengths)}, got {','.join(both)}; leave out one of the two"
+            )
+        sizes |= {"B": 1, "T": sum(args.lengths)}
+    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    case = Case(
+        "command-line",
+        **sizes,
+        lengths=args.lengths,
+        dtype=getattr(torch, dtype),
+        gates="model" if args.raw else "mixed",
+        fused=args.raw,
+        initial_state=False,
+        state_v_first=args.state_v_first,
+    )
+    _require_countable(case)
+    return case
+
+
+def _require_countable(case: Case) -> None:
+    """PyTorch raises from within its allocator where this does not hold, even for meta tensors."""
+    for name, form, shape in (
+        ("q", "[B, T, H, K]", (case.B, case.T, case.H, case.K)),
+        ("v", "[B, T, HV, V]", (case.B, case.T, case.HV, case.V)),
+        ("the state", "[N, HV, K, V]", (case.sequences, case.HV, case.K, case.V)),
+    ):
+        if math.prod(max(1, n) for n in shape) * torch.float64.itemsize >= LARGEST:
+            raise ValueError(
+                f"--shape and --lengths must leave {name} below 2^63 bytes in float64, got {form} "
+                f"= {shape}; give smaller sizes"
+            )
+    if case.lengths is not None and case.T >= 2**31:
+        raise ValueError(
+            f"--lengths must add up to less than 2^31, since cu_seqlens are int32, got {case.T}; "
+            "give shorter ones"
+        )
+
+
+def make_call(case: Case) -> Call:
+    """The call of a case, with tensors on the meta device. ValueError if it is not well-formed."""
+    small = replace(case, B=1, T=0, H=1, HV=1, K=1, V=1, lengths=None)  # drawn, and so allocated
+    sizes = {"q": (case.H, case.K), "k": (case.H, case.K), "v": (case.HV, case.V)}
+    inputs = make_inputs(small, "meta")
+    for name in ("q", "k", "v", "g", "beta"):
+        shape = case.B, case.T, *sizes.get(name, (case.HV,))
+        inputs[name] = inputs[name].new_empty(shape)
+    for name in ("A_log", "dt_bias"):
+        if name in inputs:
+            inputs[name] = inputs[name].new_empty(case.HV)
+    if case.lengths is not None:
+        inputs["cu_seqlens"] = torch.empty(case.sequences + 1, dtype=torch.int32, device="meta")
+    call = Call(**inputs)
+    if call.initial_state is not None:
+        call = call._replace(initial_state=call.initial_state.new_empty(call.state_shape))
+    validate(call)
+    return call
+
+
+def require_device(device: torch.device) -> None:
+    """ValueError unless backends can be measured on the device that --device names."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) < gpus:
+        return
+    if device.type == "cpu" and not device.index:
+        return
+    seen = ", ".join(f"cuda:{n}" for n in range(gpus)) or "no GPU"
+    raise ValueError(
+        f"--device must be cpu or an NVIDIA GPU that PyTorch sees, got {device}; "
+        f"it sees {seen} here"
+    )
+
+
+def require_room(case: Case, device: torch.device) -> None:
+    """ValueError if the tensors of a comparison cannot fit in the device's memory. They need at
+    least twice what the passes read and write: inputs with and without gradients, and results in
+    the case's dtype and in float64."""
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 2 * least_work(case, PASSES[-1]).bytes
+    if needed > room:
+        raise ValueError(
+            f"--shape and --lengths must leave tensors that fit in the memory of {device}, "
+            f"{room / 1e9:.0f} GB, got at least {needed / 1e9:.0f} GB; give smaller sizes"
+        )
