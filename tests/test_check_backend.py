@@ -89,7 +89,7 @@ def _is_plain(case: inputs.Case) -> bool:
     ("fault", "words"),
     [
         ("o", "faulty on case packed, .*: o: "),
-        ("dtype", "faulty on case one-token, .* must return o as torch.float32 .* got torch.float64"),
+        ("dtype", "faulty on case one-token, .*must return o as torch.float32 .*torch.float64"),
         ("beta", "faulty on case one-token, .*: beta: "),
         ("pool", "faulty on case one-token, .*: a slot changed that is not named"),
     ],
