@@ -1,6 +1,7 @@
 """Which kernels a forward call needs, their buffers, and their launches.
 
-There are three ways to run `prepare` and `scan`, chosen from shapes alone:
+`fused` computes all in one kernel, where `choose_fused` says so. Else there are three ways to run
+`prepare` and `scan`, chosen from shapes alone:
 
 - whole sequences: `prepare` of all chunks, then one scan;
 - segments: every sequence is divided into segments that are scanned one after another, while
@@ -27,18 +28,29 @@ from ..compile import compile_together, launchers
 from ..memory_rounds import sequence_chunks, sequence_parts
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
+from .fused import fused_forward
 from .prepare import BLOCKS_PER_SM, prepare
 from .scan import scan
 
 MIN_SEGMENT_CHUNKS, MAX_SEGMENTS = 32, 4
 MIN_HALF_PIECE_CHUNKS = 32
 """Pieces are halved only if the halves have at least this many chunks."""
+FUSED_SHARE: float | None = None
+"""The share of the SMs that whole scans must fill for one kernel to compute all; None: never, since
+it has not been timed yet."""
 
 
 def choose_warpgroups(V: int, scans: int, device: torch.device) -> int:
     """Consumer warpgroups of a thread block of `scan`: 1 where 2 would leave more SMs idle. scans:
     sequences times value heads."""
     return 2 if V == 128 and 2 * scans > sm_count(device) else 1
+
+
+def choose_fused(call: Call, scans: int) -> bool:
+    """Whether one kernel computes a call that saves nothing. scans: sequences times value heads."""
+    if FUSED_SHARE is None or call.v.shape[3] != 2 * ROWS:
+        return False
+    return scans >= FUSED_SHARE * sm_count(call.q.device)
 
 
 def choose_segments(call: Call, scans: int, save: bool) -> list[tuple[int, int]]:
@@ -139,6 +151,9 @@ class ForwardPass:
             "final": call.output_final_state,
             "v_first": call.state_v_first,
         }
+        scans, whole = self.sequences * HV, self.pieces[False][0] is None
+        self.fused = whole and choose_fused(call, scans)
+        self.fused_job = (fused_forward, self.prepare_options | states)
         self.segments: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
         self.scan_jobs: dict[bool, list[tuple[Any, dict[str, Any]]]] = {}
         options = shape | states | {"dtype": dtype, "transfer": False}
@@ -169,6 +184,8 @@ class ForwardPass:
 
     def kernels(self, save: bool) -> list[Any]:
         """The compiled kernels, in the order of their launches."""
+        if self.fused and not save:
+            return compile_together(self.fused_job)
         prepare_job = (prepare, self.prepare_options | {"save": save})
         return compile_together(prepare_job, *self.scan_jobs[save])
 
@@ -184,10 +201,14 @@ class ForwardPass:
         cu_seqlens = tma_ready(call.cu_seqlens)
         o = self.new_o()
         final = self.new_state() if call.output_final_state else None
-        P_A_v, scan_factors = self.new_P_A_v(), self.new_scan_factors()
-        saved = [new() for new in self.new_saved[save]]
         if save not in self.launchers:
             self.launchers[save] = launchers(self.kernels(save))
+        if self.fused and not save:
+            gates = (g, beta, A_log, dt_bias, initial, cu_seqlens)
+            self.launchers[save][0](q, k, v, *gates, o, final, self.sequences, call.scale)
+            return Forward(o, final, [])
+        P_A_v, scan_factors = self.new_P_A_v(), self.new_scan_factors()
+        saved = [new() for new in self.new_saved[save]]
         run_prepare, *run_scans = self.launchers[save]
         prepared = (
             q, k, g, beta, A_log, dt_bias, cu_seqlens, P_A_v, scan_factors,

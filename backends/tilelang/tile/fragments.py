@@ -13,8 +13,20 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
+PAIRS = {"bfloat16": "__nv_bfloat162", "float16": "half2"}
+"""CUDA's types of two numbers."""
 PRELUDE = """
 #include <tl_templates/cuda/ldsm.h>
+// Two numbers in float32 to and from a type of `PAIRS`.
+template <class Pair> __device__ __forceinline__ Pair gdn_narrow(float2 x);
+template <> __device__ __forceinline__ __nv_bfloat162 gdn_narrow<__nv_bfloat162>(float2 x) {
+  return __float22bfloat162_rn(x);
+}
+template <> __device__ __forceinline__ half2 gdn_narrow<half2>(float2 x) {
+  return __float22half2_rn(x);
+}
+__device__ __forceinline__ float2 gdn_widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+__device__ __forceinline__ float2 gdn_widen(half2 x) { return __half22float2(x); }
 // Each moves the 16 columns number `pair` of a fragment: from or to 16 rows of shared memory
 // (transposed), or to 16 columns (`gdn_store`).
 __device__ __forceinline__ void gdn_load_transposed(const void *from, void *to, int pair) {
