@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterator
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -158,3 +159,18 @@ def padded(device: str, T: int = 70) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Unpatched means transformers' own PyTorch; and no test leaves a patch behind."""
+    make_plain(monkeypatch)
+    yield
+    importlib.import_module("gdn.integrations.transformers").unpatch()
+
+
+@pytest.fixture(params=CLASSES)
+def kind(request: pytest.FixtureRequest) -> str:
+    """A model that the installed transformers has."""
+    modelling(request.param)
+    return request.param

@@ -54,19 +54,23 @@ def cells(rows: tables.Table) -> set[str]:
     return {cell for row in rows for n, cell in enumerate(row) if tables.COMPARISON[n] != "path"}
 
 
-@pytest.mark.parametrize("rich", [True, False])
+@pytest.fixture(params=[True, False], ids=["rich", "plain"])
+def printer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are printed by rich, or as plain text."""
+    if request.param:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setattr(console, "_has_rich", lambda: False)
+
+
+@pytest.mark.usefixtures("printer")
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_a_narrow_terminal_gets_the_table_in_parts(
     compare: Any,
-    rich: bool,
     width: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if rich:
-        pytest.importorskip("rich")
-    else:
-        monkeypatch.setattr(console, "_has_rich", lambda: False)
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert compare() == 0
@@ -79,17 +83,10 @@ def test_a_narrow_terminal_gets_the_table_in_parts(
     assert all(cell in words for cell in cells(tables.comparison_rows(make_report())))
 
 
-@pytest.mark.parametrize("rich", [True, False])
+@pytest.mark.usefixtures("printer")
 def test_a_pipe_gets_all_columns_beside_each_other(
-    compare: Any,
-    rich: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    compare: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if rich:
-        pytest.importorskip("rich")
-    else:
-        monkeypatch.setattr(console, "_has_rich", lambda: False)
     monkeypatch.setenv("COLUMNS", "80")
     assert compare() == 0
     lines = capsys.readouterr().out.splitlines()

@@ -20,18 +20,7 @@ make_model, modelling, run_pieces = models.make_model, models.modelling, models.
 padded = models.padded
 
 
-@pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Unpatched means transformers' own PyTorch; and no test leaves a patch behind."""
-    models.make_plain(monkeypatch)
-    yield
-    integration.unpatch()
-
-
-@pytest.fixture(params=models.CLASSES)
-def kind(request: pytest.FixtureRequest) -> str:
-    modelling(request.param)
-    return request.param
+kind, plain = models.kind, models.plain  # fixtures
 
 
 def require(backend: str, device: str, dtype: torch.dtype) -> None:

@@ -18,18 +18,7 @@ integration = importlib.import_module("gdn.integrations.transformers")
 make_model, modelling, padded = models.make_model, models.modelling, models.padded
 
 
-@pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Unpatched means transformers' own PyTorch; and no test leaves a patch behind."""
-    models.make_plain(monkeypatch)
-    yield
-    integration.unpatch()
-
-
-@pytest.fixture(params=models.CLASSES)
-def kind(request: pytest.FixtureRequest) -> str:
-    modelling(request.param)
-    return request.param
+kind, plain = models.kind, models.plain  # fixtures
 
 
 def functions(model: Any, kind: str) -> list[object]:

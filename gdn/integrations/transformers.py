@@ -53,7 +53,7 @@ _installed: list[_Patch] = []
 @dataclass(eq=False)
 class _Patch:
     """One patched name: the layer, class or module that holds it, what it held before, and the
-    backend of each `patch` that is on; the last one counts.
+    backend of each `patch` that has not ended, the latest one last.
 
     A layer made while the patch is on keeps the replacement. That calls `original` once the patch
     is off.
@@ -90,7 +90,7 @@ class _Patch:
 
 class Patched:
     """What `patch` returns: a context manager that takes back its patch at its end. Patches may end
-    in any order; of those that are on the last one counts."""
+    in any order. The latest patch that has not ended names the backend."""
 
     def __enter__(self) -> Patched:
         return self

@@ -30,7 +30,7 @@ from ..tile.indexing import piece_bounds
 from ..tile.layout import ROWS
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
-from ..tile.ragged_rows import clear_rows_past_end, store_live_rows
+from ..tile.ragged_rows import clear_rows_past_end
 from .block_inverse import PRELUDE as INVERSE_PRELUDE
 from .block_inverse import BlockInverseSmem
 from .coupling import CouplingFragments, compute_token_factors, couple
@@ -38,6 +38,7 @@ from .fused_scan import PRELUDE as SCAN_PRELUDE
 from .fused_scan import finish_chunk, start_chunk
 from .row_norms import PRELUDE as NORMS_PRELUDE
 from .row_norms import sum_squares
+from .scan_memory import store_chunk
 from .scan_step import ScanFragments, load_state, stage_output, store_state
 
 STAGES = 3
@@ -160,29 +161,7 @@ def fused_forward(
         for chunk in T.serial(task[CHUNKS]):
             s, token = chunk % STAGES, task[START] + chunk * C
             T.barrier_wait(o_ready[s], chunk // STAGES % 2)
-            if token + C <= task[STOP]:
-                for wg in T.unroll(2):
-                    column = wg * ROWS
-                    T.tma_copy(
-                        smem.v[s * 2 + wg, :, :],
-                        o[batch, token : token + C, task[HEAD], column : column + ROWS],
-                        leader_scope_threads=32,
-                    )
-            else:
-                for wg in T.unroll(2):
-                    column, v_tile = wg * ROWS, s * 2 + wg
-                    store_live_rows(
-                        smem.v,
-                        v_tile,
-                        o,
-                        batch,
-                        token,
-                        task[STOP] - token,
-                        task[HEAD],
-                        column,
-                        lane,
-                    )
-            T.tma_store_wait(0)
+            store_chunk(o, smem.v, batch, token, task[STOP], task[HEAD], 0, s, 2, lane)
             T.barrier_arrive(v_free[s])
 
     @T.macro

@@ -151,8 +151,7 @@ class ForwardPass:
             "final": call.output_final_state,
             "v_first": call.state_v_first,
         }
-        scans, whole = self.sequences * HV, self.pieces[False][0] is None
-        self.fused = whole and choose_fused(call, scans)
+        self.fused = self.pieces[False][0] is None and choose_fused(call, self.sequences * HV)
         self.fused_job = (fused_forward, self.prepare_options | states)
         self.segments: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
         self.scan_jobs: dict[bool, list[tuple[Any, dict[str, Any]]]] = {}

@@ -32,8 +32,8 @@ from ..tile.indexing import Fields, piece_bounds, piece_number
 from ..tile.layout import ROWS
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
-from ..tile.ragged_rows import clear_rows_past_end, store_live_rows
-from .scan_memory import ScanSmem, load_chunk, load_P
+from ..tile.ragged_rows import clear_rows_past_end
+from .scan_memory import ScanSmem, load_chunk, load_P, store_chunk
 from .scan_step import (
     ScanFragments,
     compute_KS,
@@ -140,21 +140,7 @@ def scan(
             s, token = chunk % stages, start + chunk * C
             T.barrier_wait(o_ready[s], chunk // stages % 2)
             if output:
-                if token + C <= stop:
-                    for wg in T.unroll(warpgroups):
-                        column = row + wg * ROWS
-                        T.tma_copy(
-                            smem.v[s * warpgroups + wg, :, :],
-                            o[batch, token : token + C, head, column : column + ROWS],
-                            leader_scope_threads=32,
-                        )
-                else:
-                    for wg in T.unroll(warpgroups):
-                        column, v_tile = row + wg * ROWS, s * warpgroups + wg
-                        store_live_rows(
-                            smem.v, v_tile, o, batch, token, stop - token, head, column, lane
-                        )
-                T.tma_store_wait(0)
+                store_chunk(o, smem.v, batch, token, stop, head, row, s, warpgroups, lane)
             T.barrier_arrive(stage_free[s])
 
     @T.prim_func
