@@ -2,16 +2,18 @@
 
 M is [C, C] and strictly lower triangular. M_kj stands for its blocks [16, 16], A_kj for those of A.
 
-    A_kk = (I + M_kk)^-1                              by substitution in float32
-    A_rj = (sum_k A_rk (-M_kj)) A_jj  for j < k <= r   from j = r - 1 down to 0
+    A_kk = D - D L D    where D has the inverses of the two diagonal blocks [8, 8] of I + M_kk,
+                        by substitution in float32, and L the block of M_kk below them
+    A_rj = (sum_k A_rk (-M_kj)) A_jj  for j < k <= r    from j = r - 1 down to 0
 
 A row of blocks needs no other one, only M and the A_jj. So each warp computes the row of blocks of
-its 16 rows, after one barrier. The products are those of the tensor cores (`mma`). Their operands
-are split: x = high + low, both bfloat16, and a product is three: high high + high low + low high.
-That keeps 16 bits of the mantissa and the range of float32.
+its 16 rows, after one barrier. The products are those of the tensor cores (`mma`), with float16
+operands, or with operands of two parts: x = high + low, both bfloat16. Then a product is three:
+high high + high low + low high, which keeps 16 bits of the mantissa and the range of float32. Two
+parts are needed where any beta exceeds 1, and for results in float16.
 
-A stored block is 1 KB: high, then low; each is four tiles of 8 x 8, left ones first, in which a row
-follows the other. So lane n of a warp reads and writes from byte 16 n on.
+A stored block is 512 bytes a part: four tiles of 8 x 8, left ones first, in which a row follows the
+other. So lane n of a warp reads and writes from byte 16 n on.
 """
 
 from __future__ import annotations
@@ -28,114 +30,153 @@ BLOCK = 16
 BLOCKS = C // BLOCK
 BELOW = BLOCKS * (BLOCKS - 1) // 2
 """Blocks below the diagonal. Block (k, j) is number k (k - 1) / 2 + j."""
-STORED = 2 * BLOCK * BLOCK
-"""Numbers of a stored block: high and low."""
 
 PRELUDE = """
 #include <tl_templates/cuda/ldsm.h>
 #include <tl_templates/cuda/instruction/mma.h>
-// x and y as bfloat16 in one word, and what that leaves of them.
-__device__ __forceinline__ void gdn_split(float x, float y, unsigned &high, unsigned &low) {
-  __nv_bfloat162 pair = __float22bfloat162_rn(make_float2(x, y));
-  float2 given = __bfloat1622float2(pair);
-  __nv_bfloat162 rest = __float22bfloat162_rn(make_float2(x - given.x, y - given.y));
-  high = *reinterpret_cast<unsigned *>(&pair);
-  low = *reinterpret_cast<unsigned *>(&rest);
+// x, so that nothing computed from it stays in registers from one chunk to the next.
+__device__ __forceinline__ int gdn_forget(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
-struct GdnBlock {  // of a warp: a block as left operand, or as it is stored
-  unsigned high[4], low[4];
-  __device__ __forceinline__ void set(const float *x) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) gdn_split(x[2 * n], x[2 * n + 1], high[n], low[n]);
-  }
-  __device__ __forceinline__ void load(const bfloat16_t *from) {
-    tl::ptx_ldmatrix_x4(from + threadIdx.x % 32 * 8, high);
-    tl::ptx_ldmatrix_x4(from + 256 + threadIdx.x % 32 * 8, low);
-  }
-  __device__ __forceinline__ void load_right(const bfloat16_t *from) {
-    tl::ptx_ldmatrix_x4_trans(from + threadIdx.x % 32 * 8, high);
-    tl::ptx_ldmatrix_x4_trans(from + 256 + threadIdx.x % 32 * 8, low);
-  }
-  __device__ __forceinline__ void store(bfloat16_t *to) const {
-    tl::ptx_stmatrix_m8n8_x4(to + threadIdx.x % 32 * 8, high[0], high[1], high[2], high[3]);
-    tl::ptx_stmatrix_m8n8_x4(to + 256 + threadIdx.x % 32 * 8, low[0], low[1], low[2], low[3]);
-  }
-  __device__ __forceinline__ void get(float *x) const {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      float2 h = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(high + n));
-      float2 l = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(low + n));
-      x[2 * n] = h.x + l.x, x[2 * n + 1] = h.y + l.y;
+// A block as a warp has it in registers: 8 numbers a lane, as left operand or as it is stored. One
+// part: float16. Two: what bfloat16 keeps of a number, and what it keeps of the rest.
+template <int parts> struct GdnBlock {
+  unsigned x[parts][4];
+  __device__ __forceinline__ static void narrow(float a, float b, unsigned *to, int stride) {
+    if (parts == 1) {
+      half2 pair = gdn_narrow<half2>(make_float2(a, b));
+      to[0] = *reinterpret_cast<unsigned *>(&pair);
+    } else {
+      auto pair = gdn_narrow<__nv_bfloat162>(make_float2(a, b));
+      float2 kept = gdn_widen(pair);
+      auto rest = gdn_narrow<__nv_bfloat162>(make_float2(a - kept.x, b - kept.y));
+      to[0] = *reinterpret_cast<unsigned *>(&pair);
+      to[stride] = *reinterpret_cast<unsigned *>(&rest);
     }
   }
+  __device__ __forceinline__ void set(const float *from) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) narrow(from[2 * n], from[2 * n + 1], &x[0][n], 4);
+  }
+  __device__ __forceinline__ void get(float *to) const {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      float2 pair = make_float2(0, 0);
+#pragma unroll
+      for (int p = 0; p < parts; ++p) {
+        float2 more = parts == 1
+            ? gdn_widen(*reinterpret_cast<const half2 *>(&x[p][n]))
+            : gdn_widen(*reinterpret_cast<const __nv_bfloat162 *>(&x[p][n]));
+        pair.x += more.x, pair.y += more.y;
+      }
+      to[2 * n] = pair.x, to[2 * n + 1] = pair.y;
+    }
+  }
+  __device__ __forceinline__ void load(const uint4 *from) {
+#pragma unroll
+    for (int p = 0; p < parts; ++p) tl::ptx_ldmatrix_x4(from + 32 * p + threadIdx.x % 32, x[p]);
+  }
+  __device__ __forceinline__ void load_right(const uint4 *from) {
+#pragma unroll
+    for (int p = 0; p < parts; ++p)
+      tl::ptx_ldmatrix_x4_trans(from + 32 * p + threadIdx.x % 32, x[p]);
+  }
+  __device__ __forceinline__ void store(uint4 *to) const {
+#pragma unroll
+    for (int p = 0; p < parts; ++p)
+      tl::ptx_stmatrix_m8n8_x4(
+          to + 32 * p + threadIdx.x % 32, x[p][0], x[p][1], x[p][2], x[p][3]);
+  }
 };
-__device__ __forceinline__ void gdn_mma(float *sum, const unsigned *a, const unsigned *b) {
+__device__ __forceinline__ void gdn_mma(
+    GdnBlock<1>, float *sum, const unsigned *a, const unsigned *b) {
+  constexpr auto type = tl::DataType::kFloat16, wide = tl::DataType::kFloat32;
+  tl::mma_sync<type, type, wide, 16, 8, 16, false, true>(sum, a, b);
+}
+__device__ __forceinline__ void gdn_mma(
+    GdnBlock<2>, float *sum, const unsigned *a, const unsigned *b) {
   constexpr auto type = tl::DataType::kBFloat16, wide = tl::DataType::kFloat32;
   tl::mma_sync<type, type, wide, 16, 8, 16, false, true>(sum, a, b);
 }
-// sum [16, 16] += a b; b was loaded by `load_right`.
-__device__ __forceinline__ void gdn_multiply_blocks(
-    float *sum, const GdnBlock &a, const GdnBlock &b) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    gdn_mma(sum + 4 * half, a.low, b.high + 2 * half);
-    gdn_mma(sum + 4 * half, a.high, b.low + 2 * half);
-    gdn_mma(sum + 4 * half, a.high, b.high + 2 * half);
+// sum += a b: columns 8 half to 8 half + 7 of the product; b was loaded by `load_right`.
+template <int parts>
+__device__ __forceinline__ void gdn_multiply(
+    float *sum, const GdnBlock<parts> &a, const GdnBlock<parts> &b, int half) {
+  if (parts == 2) {
+    gdn_mma(a, sum + 4 * half, a.x[parts - 1], b.x[0] + 2 * half);
+    gdn_mma(a, sum + 4 * half, a.x[0], b.x[parts - 1] + 2 * half);
   }
+  gdn_mma(a, sum + 4 * half, a.x[0], b.x[0] + 2 * half);
 }
-// Minus a block of M below the diagonal, from 8 numbers of each lane.
-__device__ __forceinline__ void gdn_store_below(const float *x, void *to, int block) {
-  float minus[8];
+// A block on the diagonal of (I + M)^-1, from 8 numbers of M a lane. `scratch`: [2][8][8] float32.
+template <int parts>
+__device__ __forceinline__ void gdn_invert_diagonal(const float *M, void *scratch, void *to) {
+  int lane = gdn_forget(threadIdx.x % 32), row = lane % 8;
+  auto *block = static_cast<uint4 *>(to);
+  float2 *pairs = static_cast<float2 *>(scratch);
+  pairs[lane] = make_float2(M[0], M[1]);
+  pairs[32 + lane] = make_float2(M[6], M[7]);
+  unsigned minus_L[parts];
+  GdnBlock<parts>::narrow(-M[2], -M[3], minus_L, 1);
 #pragma unroll
-  for (int n = 0; n < 8; ++n) minus[n] = -x[8 * block + n];
-  GdnBlock b;
-  b.set(minus);
-  b.store(static_cast<bfloat16_t *>(to));
-}
-// A block of M on the diagonal, [16][16] in float32.
-__device__ __forceinline__ void gdn_store_diagonal(const float *x, void *to, int block) {
-  float2 *rows = static_cast<float2 *>(to) + threadIdx.x % 32 / 4 * 8 + threadIdx.x % 4;
+  for (int p = 0; p < parts; ++p)
+    reinterpret_cast<unsigned *>(block + 32 * p + 8)[lane] = minus_L[p];
+  __syncwarp();
+  // a row of D: x (I + M) = a row of I. Lanes 16 to 31 do as lanes 0 to 15.
+  const float4 *m = static_cast<const float4 *>(scratch) + lane / 8 % 2 * 16;
+  float x[8];
 #pragma unroll
-  for (int n = 0; n < 4; ++n)
-    rows[n % 2 * 64 + n / 2 * 4] = make_float2(x[8 * block + 2 * n], x[8 * block + 2 * n + 1]);
-}
-// A row of (I + M)^-1 of a block on the diagonal: x (I + M) = a row of I.
-__device__ __forceinline__ void gdn_invert_diagonal(const void *from, void *to, int row) {
-  const float4 *M = static_cast<const float4 *>(from);
-  float x[16];
+  for (int j = 0; j < 8; ++j) x[j] = row == j;
 #pragma unroll
-  for (int j = 0; j < 16; ++j) x[j] = row == j;
-#pragma unroll
-  for (int k = 15; k > 0; --k) {
+  for (int k = 7; k > 0; --k) {
 #pragma unroll
     for (int four = 0; four < (k + 3) / 4; ++four) {
-      float4 m = M[k * 4 + four];
-      x[4 * four] -= x[k] * m.x;
-      if (4 * four + 1 < k) x[4 * four + 1] -= x[k] * m.y;
-      if (4 * four + 2 < k) x[4 * four + 2] -= x[k] * m.z;
-      if (4 * four + 3 < k) x[4 * four + 3] -= x[k] * m.w;
+      float4 m_k = m[k * 2 + four];
+      x[4 * four] -= x[k] * m_k.x;
+      if (4 * four + 1 < k) x[4 * four + 1] -= x[k] * m_k.y;
+      if (4 * four + 2 < k) x[4 * four + 2] -= x[k] * m_k.z;
+      if (4 * four + 3 < k) x[4 * four + 3] -= x[k] * m_k.w;
     }
   }
-  uint4 *rows = static_cast<uint4 *>(to) + row;
+  GdnBlock<parts> D, right;
+  D.set(x);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    unsigned high[4], low[4];
+  for (int p = 0; p < parts; ++p)  // the upper left tile, and the lower right one
+    block[32 * p + lane / 8 % 2 * 24 + row] =
+        make_uint4(D.x[p][0], D.x[p][1], D.x[p][2], D.x[p][3]);
+  __syncwarp();
+  D.load(block);
+  right.load_right(block);
+  // -D L, and that times D: all in the lower left tile
+  GdnBlock<parts> left;
+  float product[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
-      gdn_split(x[8 * half + 2 * n], x[8 * half + 2 * n + 1], high[n], low[n]);
-    rows[16 * half] = make_uint4(high[0], high[1], high[2], high[3]);
-    rows[16 * half + 32] = make_uint4(low[0], low[1], low[2], low[3]);
+  for (int p = 0; p < parts; ++p) {
+    left.x[p][0] = left.x[p][1] = left.x[p][2] = 0, left.x[p][3] = D.x[p][3];
+    D.x[p][2] = 0;
   }
+  GdnBlock<parts> below = right;
+#pragma unroll
+  for (int p = 0; p < parts; ++p) below.x[p][0] = 0;
+  gdn_multiply(product, left, below, 0);
+#pragma unroll
+  for (int p = 0; p < parts; ++p) left.x[p][3] = right.x[p][1] = 0;
+  GdnBlock<parts>::narrow(product[2], product[3], &left.x[0][1], 4);
+#pragma unroll
+  for (int n = 0; n < 4; ++n) product[n] = 0;
+  gdn_multiply(product, left, right, 0);
+  GdnBlock<parts>::narrow(product[2], product[3], &D.x[0][1], 4);
+  D.store(block);
 }
-// A lane's 8 numbers of a block, times beta of their columns, to the columns from 16 block on of
-// the rows from `first` on of a tile [64][64], which has the swizzle of 128 bytes.
+// A lane's 8 numbers of a block, times beta of their columns, to `to`, where the lane's row of 8
+// numbers begins.
 template <class Pair>
-__device__ __forceinline__ void gdn_put_block(
-    const float *x, const float *beta, void *tile, int first, int block) {
+__device__ __forceinline__ void gdn_put_block(const float *x, const float *beta, void *to) {
   unsigned word[4];
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    float2 b = reinterpret_cast<const float2 *>(beta + 16 * block + 8 * n)[threadIdx.x % 4];
+    float2 b = reinterpret_cast<const float2 *>(beta + 8 * n)[threadIdx.x % 4];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       const float *from = x + 4 * n + 2 * m;
@@ -143,88 +184,65 @@ __device__ __forceinline__ void gdn_put_block(
       word[2 * n + m] = *reinterpret_cast<unsigned *>(&pair);
     }
   }
-  int lane = threadIdx.x % 32, row = first + lane % 16, part = 2 * block + lane / 16;
-  uint4 *to = static_cast<uint4 *>(tile) + 8 * row + (part ^ row % 8);
   tl::ptx_stmatrix_m8n8_x4(to, word[0], word[1], word[2], word[3]);
 }
-// A row of blocks of A diag(beta), up to the diagonal.
-template <class Pair, int row>
+// A row of blocks of A diag(beta), up to the diagonal, to a tile [64][64] that has the swizzle of
+// 128 bytes. All warps run the same code, without a branch: of columns left of the tile it reads
+// any block, and what it computes goes to `dump`.
+template <int parts, class Pair>
 __device__ __forceinline__ void gdn_solve_row(
-    const bfloat16_t *below, const bfloat16_t *diagonal, const float *beta, void *tile) {
-  GdnBlock left[row + 1];
-  left[row].load(diagonal + 512 * row);
-  float x[8];
-  left[row].get(x);
-  gdn_put_block<Pair>(x, beta, tile, 16 * row, row);
+    const void *below, const void *diagonal, const void *beta, void *tile, void *dump, int row) {
+  auto M = static_cast<const uint4 *>(below), X = static_cast<const uint4 *>(diagonal);
+  row = gdn_forget(row);
+  int lane = threadIdx.x % 32, token = 16 * row + lane % 16;
+  float sum[4][8];
 #pragma unroll
-  for (int j = row - 1; j >= 0; --j) {
-    GdnBlock right;
+  for (int n = 0; n < 32; ++n) sum[n / 8][n % 8] = 0;
+  GdnBlock<parts> left, right;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) x[n] = 0;
+  for (int d = 0; d < 4; ++d) {  // column `row - d`
+    int column = row < d ? 0 : row - d;
+    if (d == 0) {
+      left.load(X + 32 * parts * row);
+      left.get(sum[0]);
+    } else {
+      left.set(sum[d]);
+      right.load_right(X + 32 * parts * column);
 #pragma unroll
-    for (int k = row; k > j; --k) {
-      right.load_right(below + 512 * (k * (k - 1) / 2 + j));
-      gdn_multiply_blocks(x, left[k], right);
+      for (int n = 0; n < 8; ++n) sum[d][n] = 0;
+      for (int half = 0; half < 2; ++half) gdn_multiply(sum[d], left, right, half);
+      if (d < 3) left.set(sum[d]);
     }
-    left[j].set(x);
-    right.load_right(diagonal + 512 * j);
 #pragma unroll
-    for (int n = 0; n < 8; ++n) x[n] = 0;
-    gdn_multiply_blocks(x, left[j], right);
-    if (j) left[j].set(x);
-    gdn_put_block<Pair>(x, beta, tile, 16 * row, j);
+    for (int e = d + 1; e < 4; ++e) {
+      right.load_right(M + 32 * parts * (row < e ? 0 : column * (column - 1) / 2 + row - e));
+      for (int half = 0; half < 2; ++half) gdn_multiply(sum[e], left, right, half);
+    }
+    uint4 *place = static_cast<uint4 *>(tile) + 8 * token + (2 * column + lane / 16 ^ token % 8);
+    gdn_put_block<Pair>(
+        sum[d], static_cast<const float *>(beta) + 16 * column,
+        row < d ? static_cast<uint4 *>(dump) + lane : place);
   }
-}
-template <class Pair>
-__device__ __forceinline__ void gdn_solve(
-    const void *below, const void *diagonal, const void *beta, void *tile, int row) {
-  auto M = static_cast<const bfloat16_t *>(below), X = static_cast<const bfloat16_t *>(diagonal);
-  auto b = static_cast<const float *>(beta);
-  if (row == 0) gdn_solve_row<Pair, 0>(M, X, b, tile);
-  if (row == 1) gdn_solve_row<Pair, 1>(M, X, b, tile);
-  if (row == 2) gdn_solve_row<Pair, 2>(M, X, b, tile);
-  if (row == 3) gdn_solve_row<Pair, 3>(M, X, b, tile);
 }
 """
 
 
 class BlockInverseSmem:
-    """Shared memory of one inverse at a time."""
+    """Shared memory of the inverses of two chunks: a warp may be one chunk ahead of another."""
 
-    def __init__(self) -> None:
-        self.below = T.alloc_shared((BELOW * STORED,), "bfloat16")  # -M, below the diagonal
-        self.M_diagonal = T.alloc_shared((BLOCKS * BLOCK * BLOCK,), "float32")
-        self.A_diagonal = T.alloc_shared((BLOCKS * STORED,), "bfloat16")
-
-
-@T.macro
-def store_M_block(M: Any, inv: Any, block: Any, warp: Any) -> None:
-    """Store the column block number `block` of a warp's rows of the fragment M; at most `warp`."""
-    if warp == block:
-        T.call_extern(
-            "handle", "gdn_store_diagonal", M.data,
-            T.address_of(inv.M_diagonal[block * BLOCK * BLOCK]), block,
-        )  # fmt: skip
-    else:
-        T.call_extern(
-            "handle", "gdn_store_below", M.data,
-            T.address_of(inv.below[(warp * (warp - 1) // 2 + block) * STORED]), block,
-        )  # fmt: skip
+    def __init__(self, parts: int) -> None:
+        stored = parts * BLOCK * BLOCK
+        self.below = T.alloc_shared((2, BELOW, stored), "float16")  # -M, below the diagonal
+        self.A_diagonal = T.alloc_shared((2, BLOCKS, stored), "float16")
+        self.scratch = T.alloc_shared((BLOCKS, 2 * 8 * 8), "float32")  # a warp's own
 
 
 @T.macro
-def invert_diagonal_block(inv: Any, block: Any, row: Any) -> None:
-    """One row of A_bb, by one thread."""
-    T.call_extern(
-        "handle", "gdn_invert_diagonal", T.address_of(inv.M_diagonal[block * BLOCK * BLOCK]),
-        T.address_of(inv.A_diagonal[block * STORED]), row,
-    )  # fmt: skip
-
-
-@T.macro
-def solve_rows(inv: Any, beta: Any, A_v: Any, warp: Any, dtype: str) -> None:
+def solve_row(parts: int, inv: Any, half: Any, beta: Any, A_v: Any, warp: Any, dtype: str) -> None:
     """A warp's rows of A diag(beta), up to the diagonal block. beta: address of C numbers; A_v: of
     a tile [C, C] of `dtype` with the swizzle of 128 bytes."""
     T.call_extern(
-        "handle", f"gdn_solve<{PAIRS[dtype]}>", inv.below.data, inv.A_diagonal.data, beta, A_v, warp
-    )
+        "handle", f"gdn_solve_row<{parts}, {PAIRS[dtype]}>",
+        T.address_of(inv.below[half, 0, 0]), T.address_of(inv.A_diagonal[half, 0, 0]), beta, A_v,
+        T.address_of(inv.scratch[warp, 0]), warp,
+    )  # fmt: skip

@@ -1,11 +1,13 @@
 """The coupling of the tokens of a chunk, for `fused.py`: P and A_v, by one warpgroup.
 
-`intra_chunk.py` has the equations. A warp has 16 rows of each matrix, and only blocks of 16 columns
-that are not above the diagonal. Let R_b be G at the last token of block b. Left of the diagonal
+`intra_chunk.py` has the equations. A warp has 16 rows of k k^T, and makes M of the blocks of 16
+columns that are not above the diagonal. It has 16 rows of k q^T, the transpose of P, too: so a warp
+with few blocks of M has many of P. Let R_b be G at the last token of block b. In the block of rows
+a and columns b < a
 
-    e^{G_i - G_j} = e^{G_i - R_b} e^{R_b - G_j}    for j in block b
+    e^{G_i - G_j} = e^{G_i - R_(a-1)} e^{R_(a-1) - R_b} e^{R_b - G_j}
 
-needs no exponential a matrix element, and neither factor exceeds 1.
+needs one exponential, since the first and the last factor are a token's own. None exceeds 1.
 """
 
 from __future__ import annotations
@@ -17,134 +19,231 @@ import tilelang.language as T
 from gdn.definition import L2_EPS
 from gdn.problem import CHUNK as C
 
+from ..tile.fragments import PAIRS
 from ..tile.layout import BETA, KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR, G
-from .block_inverse import (
-    BLOCK,
-    BLOCKS,
-    BlockInverseSmem,
-    invert_diagonal_block,
-    solve_rows,
-    store_M_block,
-)
+from .block_inverse import BLOCK
 
-SUM, COLUMN_EXPONENT, COLUMN_FACTOR, M_FACTOR, P_FACTOR, STRENGTH = range(6)
-"""Rows of `tokens` [stages, 6, C], of each token: G, G - log2 rk, e^{R_b - G} rk, beta rk,
-scale rq, and beta."""
+SUM, EXPONENT, FROM, TO_M, TO_P, M_FACTOR, P_FACTOR, STRENGTH = range(8)
+"""Rows of `tokens` [stages, 8, C], of each token: G; G - log2 rk; e^{R_b - G} rk; the factor
+e^{G - R_(a-1)} times that of M, and times that of P; -beta rk, scale rq, and beta. The gate warp
+knows no rk: the coupling warpgroup multiplies it in, since k k^T has the norms of k."""
+SQUARES = TO_P
+"""The row in which the sums of squares of q wait for the gate warp."""
 
-
-class CouplingFragments:
-    """Registers of the warpgroup."""
-
-    def __init__(self, dtype: str) -> None:
-        self.M = T.alloc_fragment((C, C), "float32")  # k k^T, then M
-        self.P = T.alloc_fragment((C, C), "float32")  # q k^T, then P
-        self.half = T.alloc_fragment((C, C), dtype)  # what is stored of P
-        self.row_G = T.alloc_fragment((C,), "float32")
-        self.factor = T.alloc_fragment((C,), "float32")
-        self.decay = T.alloc_fragment((C,), "float32")
+PRELUDE = """
+// What a lane has of 16 columns of a fragment [64, 64]: x[4 n + 2 m + e] is in row 8 m + lane / 4,
+// column 8 n + lane % 4 * 2 + e of the block. Each function is for the rows of one warp.
+struct GdnTokens {  // the rows of `tokens`
+  const float *sum, *exponent, *from, *to_M, *to_P, *M_factor, *P_factor;
+  __device__ __forceinline__ GdnTokens(const void *tokens)
+      : sum(static_cast<const float *>(tokens)), exponent(sum + 64), from(sum + 128),
+        to_M(sum + 192), to_P(sum + 256), M_factor(sum + 320), P_factor(sum + 384) {}
+};
+// y = x, a column block, times a factor of each row and one of each column.
+__device__ __forceinline__ void gdn_scale(
+    const float *x, float row0, float row1, const float *columns, float *y) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    float2 f = reinterpret_cast<const float2 *>(columns + 8 * n)[threadIdx.x % 4];
+    y[4 * n] = x[4 * n] * (row0 * f.x), y[4 * n + 1] = x[4 * n + 1] * (row0 * f.y);
+    y[4 * n + 2] = x[4 * n + 2] * (row1 * f.x), y[4 * n + 3] = x[4 * n + 3] * (row1 * f.y);
+  }
+}
+// The column block on the diagonal.
+__device__ __forceinline__ void gdn_diagonal(const float *x, int warp, float *y) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    float low = warp % 2 ? x[8 + n] : x[n], high = warp % 2 ? x[24 + n] : x[16 + n];
+    y[n] = warp < 2 ? low : high;
+  }
+}
+// Multiply the factors of the warp's tokens by rk, which the diagonal of k k^T gives.
+__device__ __forceinline__ void gdn_apply_key_norms(
+    const float *x, void *tokens, void *scan_factors, float eps, int warp) {
+  int lane = threadIdx.x % 32, row = lane % 16, upper = lane < 16;
+  float y[8];
+  gdn_diagonal(x, warp, y);
+  int odd = lane / 4 % 2, owner = row % 8 * 4 + row % 8 / 2;  // of the rows `row` and `row` + 8
+  float first = __shfl_sync(0xffffffff, odd ? y[1] : y[0], owner);
+  float second = __shfl_sync(0xffffffff, odd ? y[7] : y[6], owner);
+  float rk = rsqrtf((row < 8 ? first : second) + eps);
+  float *t = static_cast<float *>(tokens) + 16 * warp + row;
+  float *f = static_cast<float *>(scan_factors) + 16 * warp + row;
+  float *to[3] = {upper ? t + 128 : t + 64, upper ? t + 192 : f, upper ? t + 320 : f + 128};
+  *to[0] = upper ? *to[0] * rk : *to[0] - log2f(rk);
+  *to[1] *= rk;
+  *to[2] *= rk;
+}
+// Store the blocks of -M below the diagonal, from those of k k^T.
+template <int parts>
+__device__ __forceinline__ void gdn_store_M(
+    const float *x, const void *tokens, void *to, int warp) {
+  GdnTokens t(tokens);
+  warp = gdn_forget(warp);
+  int row = 16 * warp + threadIdx.x % 32 / 4;
+  float row0 = t.to_M[row], row1 = t.to_M[row + 8], before = t.sum[16 * warp - (warp > 0)];
+  uint4 *place = static_cast<uint4 *>(to) + 32 * parts * (warp * (warp - 1) / 2);
+  float y[8], step[3];
+#pragma unroll
+  for (int b = 0; b < 3; ++b) step[b] = exp2f(before - t.sum[16 * b + 15]);
+#pragma unroll
+  for (int b = 0; b < 3; ++b)
+    if (b < warp) {
+      gdn_scale(x + 8 * b, row0 * step[b], row1 * step[b], t.from + 16 * b, y);
+      GdnBlock<parts> block;
+      block.set(y);
+      block.store(place + 32 * parts * b);
+    }
+}
+// Invert the block on the diagonal.
+template <int parts>
+__device__ __forceinline__ void gdn_invert(
+    const float *x, const void *tokens, void *scratch, void *to, int warp) {
+  GdnTokens t(tokens);
+  warp = gdn_forget(warp);
+  int row = 16 * warp + threadIdx.x % 32 / 4;
+  float y[8];
+  gdn_diagonal(x, warp, y);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    float2 G = reinterpret_cast<const float2 *>(t.exponent + 16 * warp + 8 * n)[threadIdx.x % 4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      float own = t.sum[row + 8 * m], factor = -t.M_factor[row + 8 * m];
+      y[4 * n + 2 * m] *= factor * exp2f(own - G.x);
+      y[4 * n + 2 * m + 1] *= factor * exp2f(own - G.y);
+    }
+  }
+  gdn_invert_diagonal<parts>(y, scratch, static_cast<uint4 *>(to) + 32 * parts * warp);
+}
+// Whether any of the chunk's beta is above 1.
+__device__ __forceinline__ int gdn_any_above_1(const void *beta) {
+  float2 pair = static_cast<const float2 *>(beta)[threadIdx.x % 32];
+  return __any_sync(0xffffffff, fmaxf(pair.x, pair.y) > 1);
+}
+// Store the blocks of P from those of k q^T, its transpose. `tile` has the swizzle of 128 bytes.
+template <class Pair>
+__device__ __forceinline__ void gdn_store_P(
+    const float *x, const void *tokens, void *tile, int warp) {
+  GdnTokens t(tokens);
+  warp = gdn_forget(warp);
+  int lane = gdn_forget(threadIdx.x % 32), row = 16 * warp + lane / 4;
+  int token = lane / 16 * 8 + lane % 8, part = 2 * warp + lane / 8 % 2;
+  uint4 *place = static_cast<uint4 *>(tile) + 8 * token + (part ^ token % 8);
+  float y[8], step[4], row0 = t.from[row], row1 = t.from[row + 8];
+#pragma unroll
+  for (int b = 1; b < 4; ++b) step[b] = exp2f(t.sum[16 * b - 1] - t.sum[16 * warp + 15]);
+  auto put = [&](int block) {
+    unsigned word[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      Pair pair = gdn_narrow<Pair>(make_float2(y[2 * n], y[2 * n + 1]));
+      word[n] = *reinterpret_cast<unsigned *>(&pair);
+    }
+    tl::ptx_stmatrix_m8n8_x4_trans(place + 128 * block, word[0], word[1], word[2], word[3]);
+  };
+#pragma unroll
+  for (int b = 1; b < 4; ++b)
+    if (b > warp) {
+      gdn_scale(x + 8 * b, row0 * step[b], row1 * step[b], t.to_P + 16 * b, y);
+      put(b);
+    }
+  gdn_diagonal(x, warp, y);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    int column = 16 * warp + 8 * n;
+    float2 G = reinterpret_cast<const float2 *>(t.sum + column)[threadIdx.x % 4];
+    float2 f = reinterpret_cast<const float2 *>(t.P_factor + column)[threadIdx.x % 4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {  // above the diagonal, the product may be infinite
+      float exponent = t.exponent[row + 8 * m];
+      int ahead = 8 * n + lane % 4 * 2 - 8 * m - lane / 4;
+      float *z = y + 4 * n + 2 * m;
+      z[0] = ahead >= 0 ? z[0] * (f.x * exp2f(G.x - exponent)) : 0;
+      z[1] = ahead >= -1 ? z[1] * (f.y * exp2f(G.y - exponent)) : 0;
+    }
+  }
+  put(warp);
+}
+"""
+"""CUDA that goes before the kernel."""
 
 
 @T.macro
-def load_row_factors(tokens: Any, s: Any, frag: Any, row: int) -> None:
-    """What the rows are multiplied by."""
-    for i in T.Parallel(C):
-        frag.row_G[i] = tokens[s, SUM, i]
-        frag.factor[i] = tokens[s, row, i]
+def any_above_1(tokens: Any, s: Any) -> Any:
+    """Whether any beta of the chunk is above 1."""
+    return T.call_extern("int32", "gdn_any_above_1", T.address_of(tokens[s, STRENGTH, 0]))
 
 
 @T.macro
-def scale_block(x: Any, tokens: Any, s: Any, frag: Any, block: Any, warp: Any) -> None:
-    """Multiply a column block of x by e^{G_i - G_j} rk_j and the factor of row i. In the diagonal
-    block, what is above the diagonal may be infinite."""
-    if warp == block:
-        for i, j in T.Parallel(C, BLOCK):
-            x[i, block * BLOCK + j] *= (
-                T.exp2(frag.row_G[i] - tokens[s, COLUMN_EXPONENT, block * BLOCK + j])
-                * frag.factor[i]
-            )
-    else:
-        for i in T.Parallel(C):
-            frag.decay[i] = frag.factor[i] * T.exp2(
-                frag.row_G[i] - tokens[s, SUM, block * BLOCK + BLOCK - 1]
-            )
-        for i, j in T.Parallel(C, BLOCK):
-            x[i, block * BLOCK + j] *= frag.decay[i] * tokens[s, COLUMN_FACTOR, block * BLOCK + j]
+def begin_inverse(parts: int, M: Any, inv: Any, half: Any, tokens: Any, s: Any, warp: Any) -> None:
+    """Store a warp's blocks of M below the diagonal, and of A on the diagonal; the fragment M is
+    k k^T."""
+    T.call_extern(
+        "handle", f"gdn_store_M<{parts}>", M.data, T.address_of(tokens[s, 0, 0]),
+        T.address_of(inv.below[half, 0, 0]), warp,
+    )  # fmt: skip
+    T.call_extern(
+        "handle", f"gdn_invert<{parts}>", M.data, T.address_of(tokens[s, 0, 0]),
+        T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[half, 0, 0]), warp,
+    )  # fmt: skip
 
 
 @T.macro
-def store_blocks(half: Any, tile: Any, s: Any, warp: Any, lane: Any) -> None:
-    """Store a warp's rows of a fragment to tile[s], up to the diagonal block."""
-    for pair in T.unroll(BLOCKS):
-        if pair <= warp:
-            T.call_extern(
-                "handle",
-                "gdn_store",
-                T.address_of(tile[s, warp * 16 + lane % 16, pair * 16 + lane // 16 * 8]),
-                half.data,
-                pair,
-            )
+def store_P(kqT: Any, P: Any, tokens: Any, s: Any, warp: Any) -> None:
+    """Store a warp's columns of P; the fragment kqT is k q^T."""
+    T.call_extern(
+        "handle", f"gdn_store_P<{PAIRS[P.dtype]}>", kqT.data, T.address_of(tokens[s, 0, 0]),
+        T.address_of(P[s, 0, 0]), warp,
+    )  # fmt: skip
 
 
 @T.macro
-def couple(
-    frag: Any, inv: BlockInverseSmem, q: Any, k: Any, P: Any, A_v: Any, tokens: Any, s: Any,
-    warp: Any, lane: Any, barrier: int,
-) -> None:  # fmt: skip
-    """P[s] and A_v[s] from q[s] and k[s]; what is above their diagonal blocks stays. barrier: a
-    named one for the warpgroup."""
-    T.wgmma_gemm(k[s, :, :], k[s, :, :], frag.M, transpose_B=True, clear_accum=True)
-    T.wgmma_gemm(q[s, :, :], k[s, :, :], frag.P, transpose_B=True, clear_accum=True)
-    load_row_factors(tokens, s, frag, M_FACTOR)
-    T.wait_wgmma(0)  # for both: ptxas serialises all products if one is in flight over branches
-    for block in T.unroll(BLOCKS):
-        if block <= warp:
-            scale_block(frag.M, tokens, s, frag, block, warp)
-            store_M_block(frag.M, inv, block, warp)
-    T.sync_warp()
-    invert_diagonal_block(inv, warp, lane % BLOCK)  # two lanes each compute the same row
-    load_row_factors(tokens, s, frag, P_FACTOR)
-    for block in T.unroll(BLOCKS):
-        if block <= warp:
-            scale_block(frag.P, tokens, s, frag, block, warp)
-        if block == warp:
-            for i, j in T.Parallel(C, BLOCK):
-                frag.P[i, block * BLOCK + j] = T.if_then_else(
-                    i % BLOCK >= j, frag.P[i, block * BLOCK + j], 0.0
-                )
-    T.copy(frag.P, frag.half)
-    store_blocks(frag.half, P, s, warp, lane)
-    T.sync_threads(barrier, 128)
-    solve_rows(
-        inv, T.address_of(tokens[s, STRENGTH, 0]), T.address_of(A_v[s, 0, 0]), warp, A_v.dtype
-    )
-    T.sync_threads(barrier, 128)
+def apply_key_norms(M: Any, smem: Any, s: Any, warp: Any) -> None:
+    """Multiply the factors of a warp's tokens by rk; the fragment M is k k^T."""
+    T.call_extern(
+        "handle", "gdn_apply_key_norms", M.data, T.address_of(smem.tokens[s, 0, 0]),
+        T.address_of(smem.scan_factors[s, 0, 0]), T.float32(L2_EPS), warp,
+    )  # fmt: skip
 
 
 @T.macro
-def compute_token_factors(smem: Any, s: Any, live: Any, scale: Any, lane: Any, l2: bool) -> None:
-    """The factors of two tokens a lane, from the gates and the sums of squares."""
-    at = T.alloc_local((5,), "float32")  # G, e^G, rk, rq, beta
+def compute_token_factors(smem: Any, s: Any, lane: Any) -> None:
+    """The factors of two tokens a lane, but for rk and those that the next function computes."""
+    at = T.alloc_local((3,), "float32")  # G, e^{G - R_(a-1)}, beta
     for n in T.unroll(2):
         token = lane * 2 + n
         at[0] = smem.gates[0, G, token]
+        at[2] = smem.gates[0, BETA, token]
+        smem.scan_factors[s, U_FACTOR, token] = T.exp2(smem.gates[0, G, C - 1] - at[0])
         at[1] = T.exp2(at[0])
-        at[2] = 1.0
-        at[3] = scale
-        at[4] = smem.gates[0, BETA, token]
-        if l2:  # noqa: SIM102, known before the kernel is; the next is not
-            if token < live:  # else the row may hold anything
-                at[3] = scale * T.rsqrt(smem.norms[s, 0, token] + L2_EPS)
-                at[2] = T.rsqrt(smem.norms[s, 1, token] + L2_EPS)
-        smem.tokens[s, SUM, token] = at[0]
-        smem.tokens[s, COLUMN_EXPONENT, token] = at[0] - (T.log2(at[2]) if l2 else 0.0)
-        smem.tokens[s, COLUMN_FACTOR, token] = at[2] * T.exp2(
-            smem.gates[0, G, token // BLOCK * BLOCK + BLOCK - 1] - at[0]
-        )
-        smem.tokens[s, M_FACTOR, token] = at[4] * at[2]
-        smem.tokens[s, P_FACTOR, token] = at[3]
-        smem.tokens[s, STRENGTH, token] = at[4]
-        smem.scan_factors[s, U_FACTOR, token] = T.exp2(smem.gates[0, G, C - 1] - at[0]) * at[2]
-        smem.scan_factors[s, QS_FACTOR, token] = at[1] * at[3]
-        smem.scan_factors[s, KS_FACTOR, token] = -at[1] * at[2]
+        smem.scan_factors[s, KS_FACTOR, token] = -at[1]
         if token == C - 1:
             smem.scan_factors[s, S_FACTOR, 0] = at[1]
+        if token >= BLOCK:
+            at[1] = T.exp2(at[0] - smem.gates[0, G, token // BLOCK * BLOCK - 1])
+        smem.tokens[s, SUM, token] = at[0]
+        smem.tokens[s, EXPONENT, token] = at[0]
+        smem.tokens[s, FROM, token] = T.exp2(
+            smem.gates[0, G, token // BLOCK * BLOCK + BLOCK - 1] - at[0]
+        )
+        smem.tokens[s, STRENGTH, token] = at[2]
+        smem.tokens[s, M_FACTOR, token] = -at[2]
+        smem.tokens[s, TO_M, token] = -at[2] * at[1]
+
+
+@T.macro
+def compute_query_factors(smem: Any, s: Any, scale: Any, lane: Any, l2: bool) -> None:
+    """The factors of two tokens a lane that have rq, from the sums of squares."""
+    at = T.alloc_local((2,), "float32")  # scale rq, e^{G - R_(a-1)}
+    for n in T.unroll(2):
+        token = lane * 2 + n
+        at[0] = scale
+        if l2:
+            at[0] = scale * T.rsqrt(smem.tokens[s, SQUARES, token] + L2_EPS)
+        smem.scan_factors[s, QS_FACTOR, token] = -smem.scan_factors[s, KS_FACTOR, token] * at[0]
+        smem.tokens[s, P_FACTOR, token] = at[0]
+        at[1] = T.exp2(smem.gates[0, G, token])
+        if token >= BLOCK:
+            at[1] = T.exp2(smem.gates[0, G, token] - smem.gates[0, G, token // BLOCK * BLOCK - 1])
+        smem.tokens[s, TO_P, token] = at[0] * at[1]

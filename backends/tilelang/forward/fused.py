@@ -8,60 +8,64 @@ states goes through memory.
 
 Thread block (sequence and value head; V = 128), alone on an SM; its threads:
 
+    128  the coupling warpgroup: P and A_v of a chunk ahead
     256  two consumer warpgroups: each holds 64 rows of S^T and computes U, O and S
-    128  the coupling warpgroup: P and A_v of the next chunk
     32   loading warp: prefetches chunks by TMA into a ring of stages
     32   storing warp: copies o to memory by TMA
     32   gate warp: the factors of a chunk's tokens
-    32   norm warp: the norms of q and k, if they are fused
+    32   norm warp: the norms of q, if they are fused
 """
 
 from typing import Any
 
 import tilelang.language as T
-from tilelang.layout import make_full_bank_swizzled_layout
 
 from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.fragments import PRELUDE
 from ..tile.gate_math import load_gates, sum_gates
-from ..tile.indexing import piece_bounds
 from ..tile.layout import ROWS
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
 from .block_inverse import PRELUDE as INVERSE_PRELUDE
-from .block_inverse import BlockInverseSmem
-from .coupling import CouplingFragments, compute_token_factors, couple
+from .block_inverse import solve_row
+from .coupling import PRELUDE as COUPLING_PRELUDE
+from .coupling import (
+    SQUARES,
+    STRENGTH,
+    any_above_1,
+    apply_key_norms,
+    begin_inverse,
+    compute_query_factors,
+    compute_token_factors,
+    store_P,
+)
+from .fused_memory import (
+    CHUNKS,
+    HEAD,
+    KEY_HEAD,
+    LAST,
+    SEQUENCE,
+    STAGES,
+    START,
+    STOP,
+    FusedSmem,
+    find_task,
+)
 from .fused_scan import PRELUDE as SCAN_PRELUDE
 from .fused_scan import finish_chunk, start_chunk
-from .row_norms import PRELUDE as NORMS_PRELUDE
-from .row_norms import sum_squares
+from .query_norms import PRELUDE as NORMS_PRELUDE
+from .query_norms import sum_squares
 from .scan_memory import store_chunk
 from .scan_step import ScanFragments, load_state, stage_output, store_state
 
-STAGES = 3
-REGISTERS = 192, 96, 32
-"""Registers a thread: consumer warpgroups, the coupling warpgroup, the other warps."""
-SEQUENCE, START, STOP, SLOT, HEAD, KEY_HEAD, CHUNKS, LAST = range(8)
-"""What a thread block scans, in shared memory; LAST: live tokens of the last chunk."""
-
-
-class FusedSmem:
-    """Shared memory: a ring of stages, a chunk each. o takes the place of v."""
-
-    def __init__(self, K: int, dtype: str) -> None:
-        self.q, self.k = (T.alloc_shared((STAGES, C, K), dtype) for _ in range(2))
-        self.v = T.alloc_shared((STAGES * 2, C, ROWS), dtype)
-        self.P, self.A_v = (T.alloc_shared((STAGES, C, C), dtype) for _ in range(2))
-        self.tokens = T.alloc_shared((STAGES, 6, C), "float32")
-        self.scan_factors = T.alloc_shared((STAGES, 4, C), "float32")
-        self.norms = T.alloc_shared((STAGES, 2, C), "float32")  # sums of squares of q and k
-        self.gates = T.alloc_shared((1, 2, C), "float32")
-        self.inverse = BlockInverseSmem()
-        swizzled = (self.v, self.P, self.A_v)
-        T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in swizzled})
+PRELUDES = "".join(
+    (FENCES, PRELUDE, NORMS_PRELUDE, INVERSE_PRELUDE, COUPLING_PRELUDE, SCAN_PRELUDE)
+)
+REGISTERS = 96, 192, 32
+"""Registers a thread: the coupling warpgroup, consumer warpgroups, the other warps."""
 
 
 @kernel(own_barriers=True)
@@ -74,11 +78,15 @@ def fused_forward(
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     bounds = T.dynamic("bounds")
     assert V == 2 * ROWS
+    # parts of the operands of the inverse, decided for each chunk where the two differ
+    least = 2 if dtype == "float16" else 1
+    most = max(least, 1 if sigmoid and not double else 2)
     shape = (V, K) if v_first else (K, V)
 
     @T.macro
-    def consume_chunks(S_in, S_out, smem, ready, coupled, v_ready, o_ready, task, row, wg, thread):
-        """A consumer warpgroup: its rows of S^T start at `row`."""
+    def consume_chunks(S_in, S_out, smem, ready, coupled, v_ready, o_ready, task, wg, thread):
+        """A consumer warpgroup: 64 rows of S^T."""
+        row = wg * ROWS
         frag = ScanFragments(K, dtype)
         if initial:
             load_state(frag, S_in, task[SEQUENCE], task[HEAD], row, v_first)
@@ -105,29 +113,65 @@ def fused_forward(
             store_state(frag, S_out, task[SEQUENCE], task[HEAD], row, v_first)
 
     @T.macro
+    def start_k_kT(M, smem, ready, ragged, left, chunk):
+        """Start k k^T of a chunk; `ragged` is the one that has only `left` tokens."""
+        s = chunk % STAGES
+        T.barrier_wait(ready[s], chunk // STAGES % 2)
+        if chunk == ragged:
+            clear_rows_past_end((smem.q, smem.k), s, left)
+            fence()
+            T.sync_threads(4, 128)
+        T.wgmma_gemm(smem.k[s, :, :], smem.k[s, :, :], M, transpose_B=True, clear_accum=True)
+
+    @T.macro
     def couple_chunks(smem, ready, tokens_ready, coupled, task, thread):
         """The coupling warpgroup."""
-        frag = CouplingFragments(dtype)
-        warp, lane = thread // 32, thread % 32
+        M, P = (T.alloc_fragment((C, C), "float32") for _ in range(2))
+        inv, tokens = smem.inverse, smem.tokens
+        warp = thread // 32
         for s, i, j in T.Parallel(STAGES, C, C):
             smem.P[s, i, j] = 0
             smem.A_v[s, i, j] = 0
         T.sync_threads(4, 128)
         chunks = T.alloc_var("int32")
         chunks = task[CHUNKS]
+        exact = T.alloc_var("int32")
+        ragged = T.alloc_var("int32")
+        ragged = T.if_then_else(task[LAST] < C, chunks - 1, -1)
+        if chunks > 0:
+            start_k_kT(M, smem, ready, ragged, task[LAST], 0)
+            T.wait_wgmma(0)
         for chunk in T.serial(chunks):
-            s, parity = chunk % STAGES, chunk // STAGES % 2
-            T.barrier_wait(ready[s], parity)
-            if chunk == chunks - 1 and task[LAST] < C:
-                clear_rows_past_end((smem.q, smem.k), s, task[LAST])
-                fence()
+            s, half = chunk % STAGES, chunk % 2
+            T.barrier_wait(tokens_ready[s], chunk // STAGES % 2)
+            if l2:
+                apply_key_norms(M, smem, s, warp)
                 T.sync_threads(4, 128)
-            T.barrier_wait(tokens_ready[s], parity)
-            couple(
-                frag, smem.inverse, smem.q, smem.k, smem.P, smem.A_v, smem.tokens, s, warp, lane, 4
-            )
+            if least == most:
+                begin_inverse(most, M, inv, half, tokens, s, warp)
+            else:
+                exact = any_above_1(tokens, s)
+                if exact != 0:
+                    begin_inverse(2, M, inv, half, tokens, s, warp)
+                else:
+                    begin_inverse(1, M, inv, half, tokens, s, warp)
+            T.wgmma_gemm(smem.k[s, :, :], smem.q[s, :, :], P, transpose_B=True, clear_accum=True)
+            T.wait_wgmma(0)
+            store_P(P, smem.P, tokens, s, warp)
+            T.sync_threads(4, 128)
+            start_k_kT(M, smem, ready, ragged, task[LAST], T.min(chunk + 1, chunks - 1))
+            beta, A_v = (
+                T.address_of(tokens[s, STRENGTH, 0]), T.address_of(smem.A_v[s, 0, 0])
+            )  # fmt: skip
+            solve_row(least, inv, half, beta, A_v, warp, dtype)
+            if least < most:
+                T.wait_wgmma(0)  # ptxas serialises products that are in flight over a branch
+                if exact != 0:  # what was solved in one part is garbage
+                    solve_row(2, inv, half, beta, A_v, warp, dtype)
             fence()
             T.barrier_arrive(coupled[s])
+            if least == most:
+                T.wait_wgmma(0)
 
     @T.macro
     def load_chunks(q, k, v, smem, ready, v_ready, o_ready, v_free, task):
@@ -180,21 +224,20 @@ def fused_forward(
             sum_gates(raw, left, smem.gates, 0, lane, gate, bias, sigmoid, double)
             T.sync_warp()
             T.barrier_wait(o_ready[s], parity ^ 1)
+            compute_token_factors(smem, s, lane)
             if l2:
                 T.barrier_wait(norms_ready[s], parity)
-            compute_token_factors(smem, s, left, scale, lane, l2)
+            compute_query_factors(smem, s, scale, lane, l2)
             T.barrier_arrive(tokens_ready[s])
             T.sync_warp()
 
     @T.macro
-    def compute_norms(smem, ready, norms_ready, task, lane):
+    def compute_norms(smem, ready, norms_ready, task):
         """The norm warp."""
         for chunk in T.serial(task[CHUNKS]):
             s = chunk % STAGES
             T.barrier_wait(ready[s], chunk // STAGES % 2)
-            for x, row in ((smem.q, 0), (smem.k, 1)):
-                for part in T.serial(C // 16):
-                    sum_squares(x, part * 16, T.address_of(smem.norms[s, row, part * 16]), lane, s)
+            sum_squares(smem.q, s, T.address_of(smem.tokens[s, SQUARES, 0]))
             T.barrier_arrive(norms_ready[s])
 
     @T.prim_func
@@ -206,53 +249,38 @@ def fused_forward(
         cu_seqlens: T.Tensor((bounds,), offsets), o: T.Tensor((B, L, HV, V), dtype),
         S_out: T.Tensor((N, HV, *shape), "float32"), sequences: T.int32, scale: T.float32,
     ):  # fmt: skip
-        with T.Kernel(
-            sequences * HV,
-            threads=512,
-            prelude=FENCES + PRELUDE + NORMS_PRELUDE + INVERSE_PRELUDE + SCAN_PRELUDE,
-        ) as cta:
+        with T.Kernel(sequences * HV, threads=(128, 4), prelude=PRELUDES) as cta:
             T.annotate_min_blocks_per_sm(1)
-            smem = FusedSmem(K, dtype)
+            smem = FusedSmem(K, dtype, most)
             task = T.alloc_shared((8,), "int32")
             ready, v_ready, tokens_ready = (T.alloc_barrier([32] * STAGES) for _ in range(3))
             norms_ready, v_free = (T.alloc_barrier([32] * STAGES) for _ in range(2))
             # o_ready: the consumers have read the stage, and o is in v's place
             coupled, o_ready = T.alloc_barrier([128] * STAGES), T.alloc_barrier([256] * STAGES)
-            tx = T.get_thread_binding()
-            if tx == 0:
-                place = T.alloc_local((4,), "int32")
-                piece_bounds(cta // HV, cu_seqlens, sequences, L, L, place, varlen, False)
-                for i in T.unroll(4):
-                    task[i] = place[i]
-                task[HEAD] = cta % HV
-                task[KEY_HEAD] = cta % HV // (HV // H)
-                tokens = T.max(place[STOP] - place[START], 0)
-                task[CHUNKS] = T.ceildiv(tokens, C)
-                task[LAST] = tokens - (T.ceildiv(tokens, C) - 1) * C
+            tx, wg = T.get_thread_binding(0), T.get_thread_binding(1)
+            if T.And(tx == 0, wg == 0):
+                find_task(task, cta, cu_seqlens, sequences, L, H, HV, varlen)
             T.sync_threads()
-            if tx < 128:
-                T.set_max_nreg(REGISTERS[0], 1)
-                consume_chunks(S_in, S_out, smem, ready, coupled, v_ready, o_ready, task, 0, 0, tx)
-            elif tx < 256:
-                T.set_max_nreg(REGISTERS[0], 1)
+            if wg == 0:
+                T.set_max_nreg(REGISTERS[0], 0)
+                couple_chunks(smem, ready, tokens_ready, coupled, task, tx)
+            elif wg < 3:
+                T.set_max_nreg(REGISTERS[1], 1)
                 consume_chunks(
-                    S_in, S_out, smem, ready, coupled, v_ready, o_ready, task, ROWS, 1, tx - 128
+                    S_in, S_out, smem, ready, coupled, v_ready, o_ready, task, wg - 1, tx
                 )
-            elif tx < 384:
-                T.set_max_nreg(REGISTERS[1], 0)
-                couple_chunks(smem, ready, tokens_ready, coupled, task, tx - 256)
             else:
                 T.set_max_nreg(REGISTERS[2], 0)
-                if tx < 416:
+                if tx < 32:
                     load_chunks(q, k, v, smem, ready, v_ready, o_ready, v_free, task)
-                elif tx < 448:
-                    store_outputs(o, smem, o_ready, v_free, task, tx - 416)
-                elif tx < 480:
+                elif tx < 64:
+                    store_outputs(o, smem, o_ready, v_free, task, tx - 32)
+                elif tx < 96:
                     compute_factors(
                         g, beta, A_log, dt_bias, smem, norms_ready, tokens_ready, o_ready, task,
-                        scale, tx - 448,
+                        scale, tx - 64,
                     )  # fmt: skip
                 elif l2:
-                    compute_norms(smem, ready, norms_ready, task, tx - 480)
+                    compute_norms(smem, ready, norms_ready, task)
 
     return fused_kernel

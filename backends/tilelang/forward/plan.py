@@ -35,9 +35,9 @@ from .scan import scan
 MIN_SEGMENT_CHUNKS, MAX_SEGMENTS = 32, 4
 MIN_HALF_PIECE_CHUNKS = 32
 """Pieces are halved only if the halves have at least this many chunks."""
-FUSED_SHARE: float | None = None
-"""The share of the SMs that whole scans must fill for one kernel to compute all; None: never, since
-it has not been timed yet."""
+FUSED_SHARE = 0.57
+"""One kernel computes all where whole scans, one on an SM at a time, keep at least this share of
+the SMs busy."""
 
 
 def choose_warpgroups(V: int, scans: int, device: torch.device) -> int:
@@ -48,9 +48,10 @@ def choose_warpgroups(V: int, scans: int, device: torch.device) -> int:
 
 def choose_fused(call: Call, scans: int) -> bool:
     """Whether one kernel computes a call that saves nothing. scans: sequences times value heads."""
-    if FUSED_SHARE is None or call.v.shape[3] != 2 * ROWS:
+    if call.v.shape[3] != 2 * ROWS:
         return False
-    return scans >= FUSED_SHARE * sm_count(call.q.device)
+    sms = sm_count(call.q.device)
+    return scans > 0 and scans >= FUSED_SHARE * sms * -(-scans // sms)
 
 
 def choose_segments(call: Call, scans: int, save: bool) -> list[tuple[int, int]]:
