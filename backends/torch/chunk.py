@@ -24,8 +24,8 @@ from torch import Tensor
 
 
 class Chunk(NamedTuple):
-    """The activated inputs of a chunk in the compute dtype, and the dtype to which matrix products
-    round their operands."""
+    """The activated inputs of a chunk in the compute dtype, the dtype to which matrix products
+    round their operands, and whether (I + M)^-1 is such an operand."""
 
     q: Tensor
     k: Tensor
@@ -34,6 +34,7 @@ class Chunk(NamedTuple):
     beta: Tensor
     scale: float
     operand_dtype: torch.dtype
+    rounds_inverse: bool
 
 
 class ChunkGradients(NamedTuple):
@@ -85,6 +86,14 @@ def solve(M: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
     return solved.mT
 
 
+def _apply_inverse(chunk: Chunk, M: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
+    """`solve`, or with rounds_inverse a product with the inverse, as in kernels."""
+    if not chunk.rounds_inverse:
+        return solve(M, x, transpose)
+    A = solve(M, torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M))
+    return multiply(A.mT if transpose else A, x, chunk.operand_dtype)
+
+
 def split_group(x: Tensor, group: int) -> Tensor:
     """[m, H, C, group V] -> [m, H, group, C, V]."""
     return x.view(*x.shape[:3], group, -1).transpose(2, 3)
@@ -96,7 +105,7 @@ def join_group(x: Tensor) -> Tensor:
 
 
 def _compute_intermediates(chunk: Chunk, S: Tensor) -> _Intermediates:
-    q, k, v, g, beta, scale, operand_dtype = chunk
+    q, k, v, g, beta, scale, operand_dtype, _ = chunk
     group, C = g.shape[2:]
     above_diagonal = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
     # float64, since G_i - G_j of float32 sums would be the largest rounding error; MPS has none
@@ -116,7 +125,7 @@ def _compute_intermediates(chunk: Chunk, S: Tensor) -> _Intermediates:
     M *= beta[..., None]
     P = L * (scale * qk)
     E = split_group(v, group) - decayed_KS
-    U = solve(M, beta[..., None] * E)
+    U = _apply_inverse(chunk, M, beta[..., None] * E)
     return _Intermediates(
         kq, exp_G, decay_to_end, chunk_decay, L, kk, M, P, decayed_KS, decayed_QS, E, U
     )
@@ -158,7 +167,7 @@ def chunk_backward(chunk: Chunk, S: Tensor, grad_o: Tensor, grad_S: Tensor) -> C
 
     decayed_KdS = split_group(multiply(k, grad_S, operand_dtype), group) * x.decay_to_end
     dU = multiply(x.P.mT, dO, operand_dtype) + decayed_KdS
-    R = solve(x.M, dU, transpose=True)
+    R = _apply_inverse(chunk, x.M, dU, transpose=True)
     dP, dM = multiply(torch.cat([dO, -R], -2), x.U.mT, operand_dtype).chunk(2, -2)
     # dL * L. On the diagonal L is 1 for any G, and the terms of dG would only cancel up to rounding
     dL_L = (dP * x.P + dM * x.M).tril_(-1)
