@@ -42,6 +42,18 @@ def dot(a, b):
 
 
 @triton.jit
+def dot_split(a, b):
+    """a @ b of float32 operands, each the sum of two bfloat16 parts that keep 16 bits of the
+    mantissa: three products, without that of the two smaller parts."""
+    if INTERPRETED:  # it would ignore input_precision
+        a_high, b_high = round_to(a, tl.bfloat16), round_to(b, tl.bfloat16)
+        a_low = round_to(a - a_high.to(tl.float32), tl.bfloat16)
+        b_low = round_to(b - b_high.to(tl.float32), tl.bfloat16)
+        return dot(a_high, b_high) + (dot(a_high, b_low) + dot(a_low, b_high))
+    return tl.dot(a, b, input_precision="bf16x3")
+
+
+@triton.jit
 def mask_strictly_lower(x, C: tl.constexpr):
     """x [C, C] with zeros on and above the diagonal."""
     return tl.where(tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :], x, 0.0)
