@@ -69,6 +69,21 @@ def multiply(a: Tensor, b: Tensor, operand_dtype: torch.dtype) -> Tensor:
     """a @ b with the operands rounded to operand_dtype, summed in the dtype of a and b."""
     if operand_dtype == a.dtype:
         return a @ b
+    if operand_dtype == torch.float16:
+        (a, a_scale), (b, b_scale) = _into_range(a), _into_range(b)
+        return a_scale * b_scale * _multiply_rounded(a, b, operand_dtype)
+    return _multiply_rounded(a, b, operand_dtype)
+
+
+def _into_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices x over a power of two each, so that elements fit into float16, and these powers.
+    They are 1 for elements below 2^15."""
+    exponents = torch.frexp(x.abs().amax((-2, -1), keepdim=True)).exponent
+    scale = torch.ldexp(torch.ones_like(x[..., :1, :1]), (exponents - 15).clamp(min=0))
+    return x / scale, scale
+
+
+def _multiply_rounded(a: Tensor, b: Tensor, operand_dtype: torch.dtype) -> Tensor:
     a, b, dtype = a.to(operand_dtype), b.to(operand_dtype), a.dtype
     if a.device.type == "cuda":
         product: Tensor = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=dtype)
