@@ -61,12 +61,10 @@ def test_kernels_lose_at_most_twice_what_rounding_costs(
     for tensor, got in results(name, case, device).items():
         expected = truth(case)[tensor]
         rounding, error = (relative_error(x, expected) for x in (rounded[tensor], got))
-        if error <= 2 * max(rounding, 1e-6):
-            continue
         # dg is a small difference of products of what kernels store in the call's dtype
-        assert tensor == "g", f"{tensor}: {error:.1e}, of rounding alone {rounding:.1e}"
-        tolerance = TOLERANCE[dtype]
-        torch.testing.assert_close(got.double().cpu(), expected, atol=tolerance, rtol=tolerance)
+        allowed = 2 * rounding if tensor != "g" else max(10 * rounding, TOLERANCE[dtype])
+        message = f"{tensor}: {error:.1e}, of rounding alone {rounding:.1e}"
+        assert error <= max(allowed, 2e-6), message
 
 
 def test_a_rounded_inverse_costs_more_than_solving(
