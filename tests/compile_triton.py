@@ -30,7 +30,7 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448}
 # Kernel arguments by type. Pointers that are not named here point to the call's dtype.
 FLOAT32 = {"transfers", "from_zero", "initial_state", "final_state", "state_in", "state_out"}
 FLOAT32 |= {"piece_states", "grad_final", "grad_initial", "factors", "g", "beta", "A_log"}
-FLOAT32 |= {"dt_bias", "dG_from_o", "dg", "dbeta", "dA_log", "ddt_bias", "state"}
+FLOAT32 |= {"dt_bias", "row_scales", "dG_from_o", "dg", "dbeta", "dA_log", "ddt_bias", "state"}
 INT32 = {"N", "T", "chunks_per_sequence", "pieces_per_sequence", "piece_chunks"}
 INT32 |= {"null_index", "slots", "slot_stride"}
 

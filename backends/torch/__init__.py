@@ -18,7 +18,9 @@ class TorchBackend(Backend):
     tokens, and `activation.py` differentiates the fused options.
 
     `operand_dtype` is the dtype to which operands of matrix products are rounded. By default it is
-    the call's dtype on a GPU, and the compute dtype (no rounding) elsewhere.
+    the call's dtype on a GPU, and the compute dtype (no rounding) elsewhere. With `rounds_inverse`
+    the inverse of I + M is computed and is such an operand, as in kernels, instead of solving with
+    I + M. Tests hold kernels to twice the error of this.
     """
 
     name = "torch"
@@ -38,29 +40,33 @@ class TorchBackend(Backend):
     )
     priority = 100
 
-    def __init__(self, operand_dtype: torch.dtype | None = None) -> None:
-        self.operand_dtype = operand_dtype
+    def __init__(
+        self, operand_dtype: torch.dtype | None = None, rounds_inverse: bool = False
+    ) -> None:
+        self.operand_dtype, self.rounds_inverse = operand_dtype, rounds_inverse
 
     def saved_like(self, call: Call) -> list[Tensor]:
         return saved_like(call)
 
     def plan(self, call: Call | Step) -> TorchPlan:
-        return TorchPlan(self.operand_dtype)
+        return TorchPlan(self.operand_dtype, self.rounds_inverse)
 
 
 class TorchPlan(Plan):
     """The plan of every call. It prepares nothing."""
 
-    def __init__(self, operand_dtype: torch.dtype | None) -> None:
-        self.operand_dtype = operand_dtype
+    def __init__(
+        self, operand_dtype: torch.dtype | None = None, rounds_inverse: bool = False
+    ) -> None:
+        self.rounding = (operand_dtype, rounds_inverse)
 
     def forward(self, call: Call, save: bool) -> Forward:
-        return forward(call, save, self.operand_dtype)
+        return forward(call, save, *self.rounding)
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
-        return backward(call, saved, grad_o, grad_final_state, self.operand_dtype)
+        return backward(call, saved, grad_o, grad_final_state, *self.rounding)
 
     def decode(self, step: Step) -> Tensor:
         return decode(step)

@@ -24,8 +24,8 @@ from torch import Tensor
 
 
 class Chunk(NamedTuple):
-    """The activated inputs of a chunk in the compute dtype, and the dtype to which matrix products
-    round their operands."""
+    """The activated inputs of a chunk in the compute dtype, the dtype to which matrix products
+    round their operands, and whether (I + M)^-1 is such an operand."""
 
     q: Tensor
     k: Tensor
@@ -34,6 +34,7 @@ class Chunk(NamedTuple):
     beta: Tensor
     scale: float
     operand_dtype: torch.dtype
+    rounds_inverse: bool
 
 
 class ChunkGradients(NamedTuple):
@@ -68,6 +69,21 @@ def multiply(a: Tensor, b: Tensor, operand_dtype: torch.dtype) -> Tensor:
     """a @ b with the operands rounded to operand_dtype, summed in the dtype of a and b."""
     if operand_dtype == a.dtype:
         return a @ b
+    if operand_dtype == torch.float16:
+        (a, a_scale), (b, b_scale) = _into_range(a), _into_range(b)
+        return a_scale * b_scale * _multiply_rounded(a, b, operand_dtype)
+    return _multiply_rounded(a, b, operand_dtype)
+
+
+def _into_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices x over a power of two each, so that elements fit into float16, and these powers.
+    They are 1 for elements below 2^15."""
+    exponents = torch.frexp(x.abs().amax((-2, -1), keepdim=True)).exponent
+    scale = torch.ldexp(torch.ones_like(x[..., :1, :1]), (exponents - 15).clamp(min=0))
+    return x / scale, scale
+
+
+def _multiply_rounded(a: Tensor, b: Tensor, operand_dtype: torch.dtype) -> Tensor:
     a, b, dtype = a.to(operand_dtype), b.to(operand_dtype), a.dtype
     if a.device.type == "cuda":
         product: Tensor = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=dtype)
@@ -85,6 +101,14 @@ def solve(M: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
     return solved.mT
 
 
+def _apply_inverse(chunk: Chunk, M: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
+    """`solve`, or with rounds_inverse a product with the inverse, as in kernels."""
+    if not chunk.rounds_inverse:
+        return solve(M, x, transpose)
+    A = solve(M, torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M))
+    return multiply(A.mT if transpose else A, x, chunk.operand_dtype)
+
+
 def split_group(x: Tensor, group: int) -> Tensor:
     """[m, H, C, group V] -> [m, H, group, C, V]."""
     return x.view(*x.shape[:3], group, -1).transpose(2, 3)
@@ -96,7 +120,7 @@ def join_group(x: Tensor) -> Tensor:
 
 
 def _compute_intermediates(chunk: Chunk, S: Tensor) -> _Intermediates:
-    q, k, v, g, beta, scale, operand_dtype = chunk
+    q, k, v, g, beta, scale, operand_dtype, _ = chunk
     group, C = g.shape[2:]
     above_diagonal = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
     # float64, since G_i - G_j of float32 sums would be the largest rounding error; MPS has none
@@ -116,7 +140,7 @@ def _compute_intermediates(chunk: Chunk, S: Tensor) -> _Intermediates:
     M *= beta[..., None]
     P = L * (scale * qk)
     E = split_group(v, group) - decayed_KS
-    U = solve(M, beta[..., None] * E)
+    U = _apply_inverse(chunk, M, beta[..., None] * E)
     return _Intermediates(
         kq, exp_G, decay_to_end, chunk_decay, L, kk, M, P, decayed_KS, decayed_QS, E, U
     )
@@ -158,7 +182,7 @@ def chunk_backward(chunk: Chunk, S: Tensor, grad_o: Tensor, grad_S: Tensor) -> C
 
     decayed_KdS = split_group(multiply(k, grad_S, operand_dtype), group) * x.decay_to_end
     dU = multiply(x.P.mT, dO, operand_dtype) + decayed_KdS
-    R = solve(x.M, dU, transpose=True)
+    R = _apply_inverse(chunk, x.M, dU, transpose=True)
     dP, dM = multiply(torch.cat([dO, -R], -2), x.U.mT, operand_dtype).chunk(2, -2)
     # dL * L. On the diagonal L is 1 for any G, and the terms of dG would only cancel up to rounding
     dL_L = (dP * x.P + dM * x.M).tril_(-1)

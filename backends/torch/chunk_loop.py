@@ -55,7 +55,9 @@ def _gather_chunk(call: Call, layout: Layout, n: int) -> Call:
     return call._replace(q=q, k=k, v=v, g=g, beta=beta)
 
 
-def _prepare_chunk(call: Call, layout: Layout, n: int, operand_dtype: torch.dtype) -> Chunk:
+def _prepare_chunk(
+    call: Call, layout: Layout, n: int, operand_dtype: torch.dtype, rounds_inverse: bool
+) -> Chunk:
     """Chunk n with the fused options applied, heads split, and g and beta zero past the end of a
     sequence, so that padding does not change the state."""
     raw, H, dtype = _gather_chunk(call, layout, n), call.q.shape[2], call.state_dtype
@@ -70,6 +72,7 @@ def _prepare_chunk(call: Call, layout: Layout, n: int, operand_dtype: torch.dtyp
         _split_gates(beta, H),
         call.scale,
         operand_dtype,
+        rounds_inverse,
     )
 
 
@@ -93,8 +96,10 @@ def _split_state(call: Call, state: Tensor, dtype: torch.dtype) -> Tensor:
     return (state.mT if call.state_v_first else state).to(dtype).contiguous()
 
 
-def forward(call: Call, save: bool, operand_dtype: torch.dtype | None = None) -> Forward:
-    """See `gdn.backend.Plan.forward`, and `TorchBackend` for operand_dtype."""
+def forward(
+    call: Call, save: bool, operand_dtype: torch.dtype | None, rounds_inverse: bool
+) -> Forward:
+    """See `gdn.backend.Plan.forward`, and `TorchBackend` for the last two."""
     layout, operand_dtype = make_layout(call), _choose_operand_dtype(call, operand_dtype)
     S = layout.sort(_join_state(call, call.initial_state))
     o = call.v.new_empty(call.v.shape)
@@ -105,7 +110,8 @@ def forward(call: Call, save: bool, operand_dtype: torch.dtype | None = None) ->
         if save:
             saved[0][row : row + m] = before
             row += m
-        o_chunk, after = chunk_forward(_prepare_chunk(call, layout, n, operand_dtype), before)
+        chunk = _prepare_chunk(call, layout, n, operand_dtype, rounds_inverse)
+        o_chunk, after = chunk_forward(chunk, before)
         layout.scatter(o, n, _join_heads(o_chunk, call.v.shape[2]))
         S = after if m == len(S) else torch.cat([after, S[m:]])
     for states in saved:
@@ -121,9 +127,10 @@ def backward(
     saved: list[Tensor],
     grad_o: Tensor,
     grad_final_state: Tensor | None,
-    operand_dtype: torch.dtype | None = None,
+    operand_dtype: torch.dtype | None,
+    rounds_inverse: bool,
 ) -> Gradients:
-    """See `gdn.backend.Plan.backward`, and `TorchBackend` for operand_dtype."""
+    """See `gdn.backend.Plan.backward`, and `TorchBackend` for the last two."""
     layout, operand_dtype = make_layout(call), _choose_operand_dtype(call, operand_dtype)
     H = call.q.shape[2]
     dS = layout.sort(_join_state(call, grad_final_state))
@@ -136,7 +143,7 @@ def backward(
     for n in reversed(range(len(layout.active))):
         m = layout.active[n]
         row -= m
-        chunk = _prepare_chunk(call, layout, n, operand_dtype)
+        chunk = _prepare_chunk(call, layout, n, operand_dtype, rounds_inverse)
         do_chunk = _split_heads(layout.gather(grad_o, n), H, call.state_dtype)
         gradients = chunk_backward(chunk, saved[0][row : row + m], do_chunk, dS[:m])
         dS = gradients.state if m == len(dS) else torch.cat([gradients.state, dS[m:]])

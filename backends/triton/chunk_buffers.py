@@ -9,13 +9,17 @@ factors [slots, HV, NUM_FACTORS, C], float32, a row each of
     U_TO_STATE         e^{gamma - G} rk, the factor of U in the state's update
     QS_TO_O            scale e^G rq, the factor of Q S in o
     RQ, RK             rq, rk, the reciprocal norms of q and k (1 if not fused)
+    KS_TO_E            e^G rk, the factor of K S in V - e^G * (K S)
     GATE_SUM_RESIDUAL  what G loses when it is rounded to float32 (0 unless the call is float32)
 
 matrices [slots, HV, NUM_MATRICES, C, C], in the call's dtype
-    A_V                A diag(beta)
-    A_K                A diag(beta e^G rk)
+    A_BETA             A diag(beta)
     SCORES             P
     INVERSE            A, written for backward only
+
+row_scales [slots, HV, V], float32, in backward of float16 calls only: powers of two that keep
+states above 65504 in range. In memory, rows of S^T and U^T are divided by them, and rows of dS^T
+and R^T multiplied. They are 1 where S and U are below 2^15.
 """
 
 from __future__ import annotations
@@ -23,12 +27,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import round_to
+from .tiles import powers_of_two, round_to, row_exponents
 
-NUM_FACTORS = tl.constexpr(7)
-GATE_SUM, BETA, U_TO_STATE, QS_TO_O, RQ, RK, GATE_SUM_RESIDUAL = (tl.constexpr(i) for i in range(7))
-NUM_MATRICES = tl.constexpr(4)
-A_V, A_K, SCORES, INVERSE = (tl.constexpr(i) for i in range(4))
+NUM_FACTORS = tl.constexpr(8)
+GATE_SUM, BETA, U_TO_STATE, QS_TO_O = (tl.constexpr(i) for i in range(4))
+RQ, RK, KS_TO_E, GATE_SUM_RESIDUAL = (tl.constexpr(i) for i in range(4, 8))
+NUM_MATRICES = tl.constexpr(3)
+A_BETA, SCORES, INVERSE = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
@@ -74,3 +79,42 @@ def store_matrix(x, value, index, first_row, ROWS: tl.constexpr, BR: tl.constexp
     r, c = first_row + tl.arange(0, BR)[:, None], tl.arange(0, C)[None, :]
     pointers = x + index * (ROWS * C) + (r * C + c)
     tl.store(pointers, round_to(value, x.dtype.element_ty), mask=(r < ROWS) & (c >= 0))
+
+
+@triton.jit
+def store_row_scales(
+    row_scales, S_T, U_T, chunk_head, first_v, V: tl.constexpr, BV: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """Store the scales of the rows of S^T and U^T from first_v. Return their reciprocals [BV, 1],
+    or 1 unless dtype is float16."""
+    if dtype == tl.float16:
+        exponents = tl.maximum(row_exponents(S_T), row_exponents(U_T)) - 14
+        scales, reciprocals = powers_of_two(tl.maximum(exponents, 127))
+        v = first_v + tl.arange(0, BV)[:, None]
+        tl.store(row_scales + chunk_head * V + v, scales, mask=v < V)
+    else:
+        reciprocals = 1.0
+    return reciprocals
+
+
+@triton.jit
+def load_row_scales(
+    row_scales, chunk_head, first_v, V: tl.constexpr, BV: tl.constexpr, dtype: tl.constexpr
+):
+    """What `store_row_scales` stores, [BV]; ones unless dtype is float16."""
+    v = first_v + tl.arange(0, BV)
+    if dtype == tl.float16:
+        scales = tl.load(row_scales + chunk_head * V + v, mask=v < V, other=1.0)
+    else:
+        scales = tl.full([BV], 1.0, tl.float32)
+    return scales
+
+
+@triton.jit
+def multiply_by_scales(x, row_scales, chunk_head, first_v, V: tl.constexpr, BV: tl.constexpr):
+    """x [.., BV], the left factor in a product with S^T or U^T from memory, times their scales."""
+    if x.dtype == tl.float16:
+        scales = load_row_scales(row_scales, chunk_head, first_v, V, BV, tl.float16)
+        x = (x.to(tl.float32) * scales[None, :]).to(tl.float16)
+    return x

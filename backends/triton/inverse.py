@@ -5,6 +5,16 @@
 The 8 x 8 blocks on the diagonal are inverted by forward substitution, all at once. Then neighbours
 are merged, three times. Let X be the inverse of the diagonal blocks, and F the entries of M between
 two neighbours. Then X - X F X is the inverse of blocks twice as large.
+
+The result is rounded to the call's dtype. How exact the products of a merge must be for that:
+
+    float32                          exact to rounding
+    float16                          three products of bfloat16 parts (`dot_split`)
+    bfloat16, all entries |M| <= 1   operands in float16
+    bfloat16, any entry |M| > 1      three products of bfloat16 parts
+
+Larger entries than 1 occur where keys are close to each other and beta |k|^2 exceeds 1. There the
+terms of X F X are much larger than their sum. docs/log/accuracy.md has the errors.
 """
 
 from __future__ import annotations
@@ -12,19 +22,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot
+from .tiles import dot, dot_split
+
+
+@triton.jit
+def _merge(X, M, C: tl.constexpr, SIZE: tl.constexpr, operand: tl.constexpr, SPLIT: tl.constexpr):
+    """(I + M)^-1 in float32 from X, the inverse of its diagonal blocks of SIZE rows. Products are
+    `dot_split` with SPLIT, else `dot` of operands in the dtype `operand`."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    for merge in tl.static_range(3):
+        size = SIZE << merge
+        neighbours = (i // size != j // size) & (i // (2 * size) == j // (2 * size))
+        F = tl.where(neighbours, M, 0.0)
+        if SPLIT:
+            X -= dot_split(dot_split(X, F), X)
+        else:
+            X -= dot(dot(X.to(operand), F.to(operand)).to(operand), X.to(operand))
+    return X
 
 
 @triton.jit
 def invert_unit_lower(M, C: tl.constexpr, dtype: tl.constexpr):
-    """(I + M)^-1 in float32, for a result that is stored in `dtype`.
-
-    The products of a merge round their operands to float16 if dtype is bfloat16, since float16 has
-    more mantissa bits. Otherwise they keep float32.
-    """
+    """(I + M)^-1 in float32, for a result that is stored in `dtype`."""
     SIZE: tl.constexpr = 8
     BLOCKS: tl.constexpr = C // SIZE
-    operand: tl.constexpr = tl.float16 if dtype == tl.bfloat16 else tl.float32
 
     # === substitution in the diagonal blocks, a row at a time ===
     block_row = tl.arange(0, BLOCKS)[:, None, None, None]
@@ -42,10 +63,12 @@ def invert_unit_lower(M, C: tl.constexpr, dtype: tl.constexpr):
     X = tl.reshape(tl.where(block_row == block_column, X[:, :, None, :], 0.0), [C, C])
 
     # === merging of neighbours ===
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    for merge in tl.static_range(3):
-        size = SIZE << merge
-        neighbours = (i // size != j // size) & (i // (2 * size) == j // (2 * size))
-        F = tl.where(neighbours, M, 0.0).to(operand)
-        X -= dot(dot(X.to(operand), F).to(operand), X.to(operand))
+    if dtype == tl.float32:
+        X = _merge(X, M, C, SIZE, tl.float32, False)
+    elif dtype == tl.float16:
+        X = _merge(X, M, C, SIZE, tl.float32, True)
+    elif tl.max(tl.abs(M)) <= 1:
+        X = _merge(X, M, C, SIZE, tl.float16, False)
+    else:
+        X = _merge(X, M, C, SIZE, tl.float32, True)
     return X

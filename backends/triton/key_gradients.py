@@ -39,16 +39,18 @@ from .chunk_buffers import (
     load_gamma,
     load_gate_sums,
     load_matrix,
+    load_row_scales,
+    multiply_by_scales,
 )
 from .indexing import locate_chunk
 from .tiles import (
     compute_decay_matrix,
     dot,
+    dot_rounded,
     load_rows,
     load_scalars,
     load_state,
     mask_strictly_lower,
-    round_to,
     select_last,
     store_rows,
     store_scalars,
@@ -60,7 +62,7 @@ MIN_DIVISOR = tl.constexpr(0.0625)
 
 @triton.jit
 def key_gradients_kernel(
-    q, k, v, g, factors, states, grad_states, U, R, grad_o, dG_from_o, A_log, dt_bias,
+    q, k, v, g, factors, states, grad_states, U, R, row_scales, grad_o, dG_from_o, A_log, dt_bias,
     dk, dv, dg, dbeta, dA_log, ddt_bias, cu_seqlens,
     scale, N, T, chunks_per_sequence,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -98,8 +100,10 @@ def key_gradients_kernel(
             R_S_T += dot(R_tile, load_state(states, chunk_head, first_v, K, V, BK, BV))
             R_U_T += dot(R_tile, load_matrix(U, chunk_head, first_v, V, BV, C))
             values = load_rows(v, first_token, tokens, head, HV, V, first_v, C, BV).to(tl.float32)
-            grad_beta += tl.sum(R_tile.to(tl.float32) * values, axis=1)
-            dv_tile = strength[:, None] * R_tile.to(tl.float32)
+            scales = load_row_scales(row_scales, chunk_head, first_v, V, BV, dtype)  # [BV]
+            unscaled_R = R_tile.to(tl.float32) / scales[None, :]
+            grad_beta += tl.sum(unscaled_R * values, axis=1)
+            dv_tile = strength[:, None] * unscaled_R
             store_rows(dv, dv_tile, first_token, tokens, head, HV, V, first_v, C, BV)
         keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK)  # [C, K]
         R_S_T *= tl.exp(G_rounded)[:, None]  # e^G * (R S^T)
@@ -129,6 +133,7 @@ def key_gradients_kernel(
             U_tile = tl.trans(load_matrix(U, chunk_head, first_v, V, BV, C))  # [C, BV]
             U_dS_T += dot(U_tile, dS_T)
             dO = load_rows(grad_o, first_token, tokens, head, HV, V, first_v, C, BV)  # [C, BV]
+            dO = multiply_by_scales(dO, row_scales, chunk_head, first_v, V, BV)
             dP_T += dot(U_tile, tl.trans(dO))
             S_T = load_state(states, chunk_head, first_v, K, V, BK, BV).to(tl.float32)  # [BV, K]
             S_dot_dS += tl.sum(S_T * dS_T.to(tl.float32))
@@ -166,10 +171,10 @@ def key_gradients_kernel(
 
     # === through P and M, summed over the value heads ===
     queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK)  # [C, K]
-    dk_tile += dot(round_to(scale * dP_L_T_sum * rq[None, :], dtype), queries)
+    dk_tile += dot_rounded(scale * dP_L_T_sum * rq[None, :], queries, dtype)
     keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK)
     D_plus_D_T = (D_sum + tl.trans(D_sum)) * rk[None, :]
-    dk_tile += dot(round_to(D_plus_D_T, dtype), keys)
+    dk_tile += dot_rounded(D_plus_D_T, keys, dtype)
     if L2_NORM:
         dk_tile = backpropagate_norm(dk_tile, keys.to(tl.float32), rk)
     store_rows(dk, dk_tile, first_token, tokens, qk_head, H, K, 0, C, BK)

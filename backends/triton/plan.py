@@ -161,11 +161,11 @@ class PrefillPlan(Plan):
             if save and cu_seqlens is not None:
                 piece_states.zero_()  # slots may be unused, and outputs of an op must be defined
             transfer_scan, combine_pieces, final_scan = scans
-            transfer_scan((*inputs, None, None, transfers, None, None, cu_seqlens))
+            transfer_scan((*inputs, None, None, transfers, None, None, None, cu_seqlens))
             combine_pieces((transfers, transfers, initial, piece_states, final, cu_seqlens))
-            final_scan((*inputs, piece_states, o, None, None, None, cu_seqlens))
+            final_scan((*inputs, piece_states, o, None, None, None, None, cu_seqlens))
         else:
-            scans[0]((*inputs, initial, o, final, None, None, cu_seqlens))
+            scans[0]((*inputs, initial, o, final, None, None, None, cu_seqlens))
         return Forward(o, final, saved if save else [])
 
     def backward(
@@ -180,9 +180,12 @@ class PrefillPlan(Plan):
         slots, HV, K, V = self.slots, *(self.constants[n] for n in ("HV", "K", "V"))
         states, grad_states = (call.q.new_empty((slots, HV, V, K)) for _ in range(2))
         U, R = (call.q.new_empty((slots, HV, V, CHUNK)) for _ in range(2))
+        row_scales = None
+        if call.q.dtype == torch.float16:
+            row_scales = factors.new_empty((slots, HV, V))
         dS = None if call.initial_state is None else torch.empty_like(call.initial_state)
         inputs, cu_seqlens = (call.q, call.k, call.v, factors, matrices), call.cu_seqlens
-        reverse_inputs = (call.q, call.k, factors, matrices, grad_o)
+        reverse_inputs = (call.q, call.k, factors, matrices, grad_o, row_scales)
 
         # initial and final states of what is scanned: sequences, or pieces
         scan_initial, scan_grad_final, scan_grad_initial = call.initial_state, grad_final, dS
@@ -197,7 +200,7 @@ class PrefillPlan(Plan):
                 (transfers, from_zero, grad_final, scan_grad_final, dS, cu_seqlens)
             )
         self.bind_scan(call, o=False, final=False, states=True, transfer=False)(
-            (*inputs, scan_initial, None, None, states, U, cu_seqlens)
+            (*inputs, scan_initial, None, None, states, U, row_scales, cu_seqlens)
         )
         final, initial = scan_grad_final is not None, scan_grad_initial is not None
         self.bind_reverse_scan(call, final, initial, states=True)(
@@ -212,13 +215,16 @@ class PrefillPlan(Plan):
         ]
         programs = slots * self.constants["H"]
         self.bind(query_gradients_kernel, programs, self.chunk_sizes)(
-            (call.q, call.k, factors, matrices, states, U, grad_o, dq, dG_from_o, cu_seqlens),
+            (
+                call.q, call.k, factors, matrices, states, U, row_scales, grad_o, dq, dG_from_o,
+                cu_seqlens,
+            ),
             call.scale,
-        )
+        )  # fmt: skip
         self.bind(key_gradients_kernel, programs, self.chunk_sizes)(
             (
-                call.q, call.k, call.v, call.g, factors, states, grad_states, U, R, grad_o,
-                dG_from_o, call.A_log, call.dt_bias, dk, dv, dg, dbeta, *parameter_terms,
+                call.q, call.k, call.v, call.g, factors, states, grad_states, U, R, row_scales,
+                grad_o, dG_from_o, call.A_log, call.dt_bias, dk, dv, dg, dbeta, *parameter_terms,
                 cu_seqlens,
             ),
             call.scale,

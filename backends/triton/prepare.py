@@ -20,12 +20,12 @@ import triton.language as tl
 
 from .activation import FLOOR, compute_log_decay, compute_reciprocal_norms
 from .chunk_buffers import (
-    A_K,
-    A_V,
+    A_BETA,
     BETA,
     GATE_SUM,
     GATE_SUM_RESIDUAL,
     INVERSE,
+    KS_TO_E,
     NUM_FACTORS,
     NUM_MATRICES,
     QS_TO_O,
@@ -109,9 +109,7 @@ def prepare_kernel(
     P = (scale * rq)[:, None] * P
     store_matrix(matrices, P, chunk_head * NUM_MATRICES + SCORES, 0, C, C, C)
     A = invert_unit_lower(mask_strictly_lower((strength * rk)[:, None] * M, C), C, dtype)
-    KS_to_U = strength * rk * tl.exp(G)  # [C]
-    store_matrix(matrices, A * strength[None, :], chunk_head * NUM_MATRICES + A_V, 0, C, C, C)
-    store_matrix(matrices, A * KS_to_U[None, :], chunk_head * NUM_MATRICES + A_K, 0, C, C, C)
+    store_matrix(matrices, A * strength[None, :], chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C)
     if SAVE:
         store_matrix(matrices, A, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
 
@@ -122,4 +120,5 @@ def prepare_kernel(
     store_factor(factors, scale * rq * tl.exp(G), chunk_head, QS_TO_O, C)
     store_factor(factors, rq, chunk_head, RQ, C)
     store_factor(factors, rk, chunk_head, RK, C)
+    store_factor(factors, rk * tl.exp(G), chunk_head, KS_TO_E, C)
     store_factor(factors, G_residual, chunk_head, GATE_SUM_RESIDUAL, C)

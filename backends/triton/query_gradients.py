@@ -28,22 +28,23 @@ from .chunk_buffers import (
     load_factor,
     load_gate_sums,
     load_matrix,
+    multiply_by_scales,
 )
 from .indexing import locate_chunk
 from .tiles import (
     compute_decay_matrix,
     dot,
+    dot_rounded,
     load_rows,
     load_state,
     mask_strictly_lower,
-    round_to,
     store_rows,
 )
 
 
 @triton.jit
 def query_gradients_kernel(
-    q, k, factors, matrices, states, U, grad_o, dq, dG_from_o, cu_seqlens,
+    q, k, factors, matrices, states, U, row_scales, grad_o, dq, dG_from_o, cu_seqlens,
     scale, N, T, chunks_per_sequence,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
@@ -67,6 +68,7 @@ def query_gradients_kernel(
         dO_S_T = tl.zeros([C, BK], tl.float32)
         for first_v in range(0, V, BV):
             dO = load_rows(grad_o, first_token, tokens, head, HV, V, first_v, C, BV)  # [C, BV]
+            dO = multiply_by_scales(dO, row_scales, chunk_head, first_v, V, BV)
             dO_S_T += dot(dO, load_state(states, chunk_head, first_v, K, V, BK, BV))
             dP += dot(dO, load_matrix(U, chunk_head, first_v, V, BV, C))
         dO_S_T *= load_factor(factors, chunk_head, QS_TO_O, C)[:, None]  # scale e^G rq * (dO S^T)
@@ -82,7 +84,7 @@ def query_gradients_kernel(
     dq_tile = dq_tile / rq[:, None]
     dP_L_sum = scale * tl.where(row >= column, dP_L_sum, 0.0) * rk[None, :]
     keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK)  # [C, K]
-    dq_tile += dot(round_to(dP_L_sum, dtype), keys)
+    dq_tile += dot_rounded(dP_L_sum, keys, dtype)
     if L2_NORM:
         queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK)
         dq_tile = backpropagate_norm(dq_tile, queries.to(tl.float32), rq)

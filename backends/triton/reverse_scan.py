@@ -1,7 +1,7 @@
 """Backward, after the scan for the states: the gradient of the state, last chunk first.
 
     dU = P^T dO + e^{gamma - G} rk * (K dS),   R = A^T dU
-    dS <- e^gamma dS + Q^T (scale e^G rq * dO) - K^T (A_k^T dU)
+    dS <- e^gamma dS + Q^T (scale e^G rq * dO) - K^T (beta e^G rk * R)
 
 `prepare.py` explains the notation. A program takes a sequence (or a piece), a value head and a
 block of BV columns of V. As in `scan.py`, dS^T [BV, K] stays in registers, and sequences may be
@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 
 from .chunk_buffers import (
-    A_K,
+    BETA,
     INVERSE,
+    KS_TO_E,
     NUM_MATRICES,
     QS_TO_O,
     SCORES,
@@ -26,16 +27,17 @@ from .chunk_buffers import (
     load_factor,
     load_gamma,
     load_matrix,
+    load_row_scales,
     store_matrix,
 )
 from .indexing import piece_bounds
-from .tiles import compute_state_offsets, dot, load_rows, round_to
+from .tiles import compute_state_offsets, dot, dot_rounded, load_rows, round_to
 
 
 @triton.jit
 def reverse_scan_step(
-    dS_T, q, k, factors, matrices, grad_o, R_out, grad_states, first_token, tokens, chunk_head,
-    head, first_v,
+    dS_T, q, k, factors, matrices, grad_o, row_scales, R_out, grad_states, first_token, tokens,
+    chunk_head, head, first_v,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STORE_STATES: tl.constexpr,
     FULL: tl.constexpr,
@@ -46,29 +48,31 @@ def reverse_scan_step(
     queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK, FULL)  # [C, K]
     keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK, FULL)  # [C, K]
     dO_T = tl.trans(load_rows(grad_o, first_token, tokens, head, HV, V, first_v, C, BV, FULL))
-    A_k = load_matrix(matrices, chunk_head * NUM_MATRICES + A_K, 0, C, C, C)
+    A = load_matrix(matrices, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
     P = load_matrix(matrices, chunk_head * NUM_MATRICES + SCORES, 0, C, C, C)
     U_to_state = load_factor(factors, chunk_head, U_TO_STATE, C)
     QS_to_o = load_factor(factors, chunk_head, QS_TO_O, C)
+    R_to_KS = load_factor(factors, chunk_head, BETA, C)
+    R_to_KS *= load_factor(factors, chunk_head, KS_TO_E, C)
     decay = tl.exp(load_gamma(factors, chunk_head, C))
 
-    dS_T_rounded = round_to(dS_T, dtype)
     if STORE_STATES:
         offsets, mask = compute_state_offsets(chunk_head, first_v, K, V, BK, BV, True)
-        tl.store(grad_states + offsets, dS_T_rounded, mask=mask)
-    dU_T = U_to_state[None, :] * dot(dS_T_rounded, tl.trans(keys)) + dot(dO_T, P)  # [BV, C]
-    dU_T = round_to(dU_T, dtype)
+        scales = load_row_scales(row_scales, chunk_head, first_v, V, BV, dtype)[:, None]
+        tl.store(grad_states + offsets, round_to(scales * dS_T, dtype), mask=mask)
+    dU_T = U_to_state[None, :] * dot_rounded(dS_T, tl.trans(keys), dtype)  # [BV, C]
+    dU_T += dot(dO_T, P)
+    R_T = dot_rounded(dU_T, A, dtype)
     if STORE_STATES:
-        R_T = dot(dU_T, load_matrix(matrices, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C))
-        store_matrix(R_out, R_T, chunk_head, first_v, V, BV, C)
+        store_matrix(R_out, scales * R_T, chunk_head, first_v, V, BV, C)
     dS_T = decay * dS_T
-    dS_T += dot(round_to(QS_to_o[None, :] * dO_T.to(tl.float32), dtype), queries)
-    return dS_T - dot(round_to(dot(dU_T, A_k), dtype), keys)
+    dS_T += dot_rounded(QS_to_o[None, :] * dO_T.to(tl.float32), queries, dtype)
+    return dS_T - dot_rounded(R_to_KS[None, :] * R_T, keys, dtype)
 
 
 @triton.jit
 def reverse_scan_kernel(
-    q, k, factors, matrices, grad_o, grad_final, R_out, grad_states, grad_initial,
+    q, k, factors, matrices, grad_o, row_scales, grad_final, R_out, grad_states, grad_initial,
     cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence, piece_chunks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
@@ -92,15 +96,16 @@ def reverse_scan_kernel(
     full_chunks = (tokens // C).to(tl.int32)
     if tokens > full_chunks * C:
         dS_T = reverse_scan_step(
-            dS_T, q, k, factors, matrices, grad_o, R_out, grad_states,
+            dS_T, q, k, factors, matrices, grad_o, row_scales, R_out, grad_states,
             first_token + full_chunks * C, tokens - full_chunks * C, chunk_head + full_chunks * HV,
             head, first_v, H, HV, K, V, BK, BV, C, STORE_STATES, False,
         )  # fmt: skip
     for step in range(full_chunks):
         chunk = full_chunks - 1 - step
         dS_T = reverse_scan_step(
-            dS_T, q, k, factors, matrices, grad_o, R_out, grad_states, first_token + chunk * C, C,
-            chunk_head + chunk * HV, head, first_v, H, HV, K, V, BK, BV, C, STORE_STATES, True,
+            dS_T, q, k, factors, matrices, grad_o, row_scales, R_out, grad_states,
+            first_token + chunk * C, C, chunk_head + chunk * HV, head, first_v, H, HV, K, V, BK,
+            BV, C, STORE_STATES, True,
         )  # fmt: skip
     if STORE_GRAD_INITIAL:
         tl.store(grad_initial + offsets, dS_T, mask=mask)

@@ -1,6 +1,6 @@
 """Forward, stage 2: the state, chunk by chunk, and o. Backward runs it again for the states.
 
-    U = A_v V - A_k (K S)
+    U = A beta V - A beta (e^G rk * (K S))
     O = scale e^G rq * (Q S) + P U                 with OUTPUT
     S <- e^gamma S + K^T (e^{gamma - G} rk * U)
 
@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 
 from .chunk_buffers import (
-    A_K,
-    A_V,
+    A_BETA,
+    KS_TO_E,
     NUM_MATRICES,
     QS_TO_O,
     SCORES,
@@ -37,15 +37,24 @@ from .chunk_buffers import (
     load_gamma,
     load_matrix,
     store_matrix,
+    store_row_scales,
 )
 from .indexing import piece_bounds
-from .tiles import compute_state_offsets, dot, load_rows, round_to, store_rows_transposed
+from .tiles import (
+    compute_state_offsets,
+    dot,
+    dot_rounded,
+    load_rows,
+    round_rows,
+    round_to,
+    store_rows_transposed,
+)
 
 
 @triton.jit
 def scan_step(
-    S_T, q, k, v, factors, matrices, o, states, U_out, first_token, tokens, chunk_head, head,
-    first_v,
+    S_T, q, k, v, factors, matrices, o, states, U_out, row_scales, first_token, tokens, chunk_head,
+    head, first_v,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OUTPUT: tl.constexpr,
     STORE_STATES: tl.constexpr, TRANSFER: tl.constexpr, FULL: tl.constexpr,
@@ -58,31 +67,32 @@ def scan_step(
     values = load_rows(v, first_token, tokens, head, HV, V, first_column, C, BV, FULL)  # [C, BV]
     if TRANSFER:
         values = tl.where(first_v < V, values, 0.0)
-    A_v_T = tl.trans(load_matrix(matrices, chunk_head * NUM_MATRICES + A_V, 0, C, C, C))
-    A_k_T = tl.trans(load_matrix(matrices, chunk_head * NUM_MATRICES + A_K, 0, C, C, C))
+    A_beta_T = tl.trans(load_matrix(matrices, chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C))
+    KS_to_E = load_factor(factors, chunk_head, KS_TO_E, C)
     U_to_state = load_factor(factors, chunk_head, U_TO_STATE, C)
     QS_to_o = load_factor(factors, chunk_head, QS_TO_O, C)
     decay = tl.exp(load_gamma(factors, chunk_head, C))
-    S_T_rounded = round_to(S_T, dtype)
-    KS_T = round_to(dot(S_T_rounded, tl.trans(keys)), dtype)  # [BV, C]
-    U_T = dot(tl.trans(values), A_v_T) - dot(KS_T, A_k_T)  # [BV, C]
+    S_T_rounded, S_scales = round_rows(S_T, dtype)
+    # with S's scales: e^G rk * k has elements of at most 1, if keys are normalised
+    KS_T = round_to(KS_to_E[None, :] * dot(S_T_rounded, tl.trans(keys)), dtype)  # [BV, C]
+    U_T = dot(tl.trans(values), A_beta_T) - S_scales * dot(KS_T, A_beta_T)  # [BV, C]
     if STORE_STATES:
         offsets, mask = compute_state_offsets(chunk_head, first_v, K, V, BK, BV, True)
-        tl.store(states + offsets, S_T_rounded, mask=mask)
-        store_matrix(U_out, U_T, chunk_head, first_v, V, BV, C)
+        down = store_row_scales(row_scales, S_T, U_T, chunk_head, first_v, V, BV, dtype)
+        tl.store(states + offsets, round_to(down * S_T, dtype), mask=mask)
+        store_matrix(U_out, down * U_T, chunk_head, first_v, V, BV, C)
     if OUTPUT:
         queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK, FULL)  # [C, K]
         P_T = tl.trans(load_matrix(matrices, chunk_head * NUM_MATRICES + SCORES, 0, C, C, C))
-        O_T = QS_to_o[None, :] * dot(S_T_rounded, tl.trans(queries))  # [BV, C]
-        O_T += dot(round_to(U_T, dtype), P_T)
+        O_T = S_scales * (QS_to_o[None, :] * dot(S_T_rounded, tl.trans(queries)))  # [BV, C]
+        O_T += dot_rounded(U_T, P_T, dtype)
         store_rows_transposed(o, O_T, first_token, tokens, head, HV, V, first_v, C, BV)
-    scaled_U_T = round_to(U_to_state[None, :] * U_T, dtype)  # [BV, C]
-    return decay * S_T + dot(scaled_U_T, keys)
+    return decay * S_T + dot_rounded(U_to_state[None, :] * U_T, keys, dtype)
 
 
 @triton.jit
 def scan_kernel(
-    q, k, v, factors, matrices, initial_state, o, final_state, states, U_out,
+    q, k, v, factors, matrices, initial_state, o, final_state, states, U_out, row_scales,
     cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence, piece_chunks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
@@ -113,15 +123,15 @@ def scan_kernel(
     full_chunks = (tokens // C).to(tl.int32)
     for chunk in range(full_chunks):
         S_T = scan_step(
-            S_T, q, k, v, factors, matrices, o, states, U_out, first_token + chunk * C, C,
-            chunk_head + chunk * HV, head, first_v, H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES,
-            TRANSFER, True,
+            S_T, q, k, v, factors, matrices, o, states, U_out, row_scales, first_token + chunk * C,
+            C, chunk_head + chunk * HV, head, first_v, H, HV, K, V, BK, BV, C, OUTPUT,
+            STORE_STATES, TRANSFER, True,
         )  # fmt: skip
     if tokens > full_chunks * C:
         S_T = scan_step(
-            S_T, q, k, v, factors, matrices, o, states, U_out, first_token + full_chunks * C,
-            tokens - full_chunks * C, chunk_head + full_chunks * HV, head, first_v, H, HV, K, V,
-            BK, BV, C, OUTPUT, STORE_STATES, TRANSFER, False,
+            S_T, q, k, v, factors, matrices, o, states, U_out, row_scales,
+            first_token + full_chunks * C, tokens - full_chunks * C, chunk_head + full_chunks * HV,
+            head, first_v, H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES, TRANSFER, False,
         )  # fmt: skip
     if STORE_FINAL:
         tl.store(final_state + offsets, S_T, mask=mask)

@@ -1,5 +1,8 @@
 """Building blocks of the kernels: rounding, products, and loads and stores of tiles.
 
+float16 ends at 65504 and has fewer digits below 6e-5. So rows of operands that are rounded to
+float16 are divided by powers of two, their scales, and products are multiplied by them.
+
 Tensors of tokens are [tokens, heads, D], contiguous. A tile has the C tokens of a chunk, of which
 the last chunk of a sequence may have fewer. Loads give zero past the end, and stores skip it.
 States are held transposed, in tiles [BV, BK] of a block of BV columns of V.
@@ -39,6 +42,53 @@ def dot(a, b):
     if INTERPRETED:  # Triton's interpreter reads the bits of bfloat16 operands as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def row_exponents(x):
+    """Exponents of the largest elements of the rows of x in float32, [rows, 1], as float32 stores
+    them: between 0 and 255, and 127 for 1."""
+    return tl.max(tl.abs(x), axis=1, keep_dims=True).to(tl.int32, bitcast=True) >> 23
+
+
+@triton.jit
+def powers_of_two(exponents):
+    """The float32 numbers with these exponents, and their reciprocals. Exponents are clamped so
+    that both are normal numbers."""
+    exponents = tl.minimum(tl.maximum(exponents, 1), 253)
+    powers = (exponents << 23).to(tl.float32, bitcast=True)
+    return powers, ((254 - exponents) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_rows(x, dtype: tl.constexpr):
+    """x over its scales, rounded to `dtype`, and the scales: [rows, 1], or 1 unless dtype is
+    float16. Each row's largest element is then between 1 and 2."""
+    if dtype == tl.float16:
+        scales, reciprocals = powers_of_two(row_exponents(x))
+        rounded = (x * reciprocals).to(dtype)
+    else:
+        scales, rounded = 1.0, round_to(x, dtype)
+    return rounded, scales
+
+
+@triton.jit
+def dot_rounded(a, b, dtype: tl.constexpr):
+    """a @ b in float32, with the rows of a rounded by `round_rows`."""
+    rounded, scales = round_rows(a, dtype)
+    return scales * dot(rounded, b)
+
+
+@triton.jit
+def dot_split(a, b):
+    """a @ b of float32 operands, each the sum of two bfloat16 parts that keep 16 bits of the
+    mantissa: three products, without that of the two smaller parts."""
+    if INTERPRETED:  # it would ignore input_precision
+        a_high, b_high = round_to(a, tl.bfloat16), round_to(b, tl.bfloat16)
+        a_low = round_to(a - a_high.to(tl.float32), tl.bfloat16)
+        b_low = round_to(b - b_high.to(tl.float32), tl.bfloat16)
+        return dot(a_high, b_high) + (dot(a_high, b_low) + dot(a_low, b_high))
+    return tl.dot(a, b, input_precision="bf16x3")
 
 
 @triton.jit

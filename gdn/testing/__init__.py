@@ -1,6 +1,6 @@
 """Cases, inputs and reference results, for the tests, the benchmarks and third-party backends."""
 
-from .cases import CASES, TOLERANCE, Case, Gates
+from .cases import CASES, CLOSE_KEYS, TOLERANCE, Case, Gates
 from .check import Checked, check_backend
 from .inputs import (
     gradients,
@@ -13,6 +13,7 @@ from .inputs import (
 
 __all__ = [
     "CASES",
+    "CLOSE_KEYS",
     "TOLERANCE",
     "Case",
     "Checked",

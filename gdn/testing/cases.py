@@ -29,6 +29,7 @@ class Case:
         -200, "steep" (with fused only) an A_log whose exponential overflows while softplus is close
         to zero.
     cosine: the mean cosine between keys.
+    strength: beta of every token, instead of random ones.
     l2norm: turns the fused L2 norm on. fused: turns on the fused L2 norm, gate and beta sigmoid,
         with raw inputs.
     """
@@ -44,6 +45,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     gates: Gates = "mixed"
     cosine: float = 0.0
+    strength: float | None = None
     initial_state: bool = True
     state_v_first: bool = False
     l2norm: bool = False
@@ -92,3 +94,14 @@ CASES = (
     Case("correlated-keys", T=130, gates="weak", cosine=0.9),
 )
 """The suite's cases, small enough for Triton's interpreter."""
+
+CLOSE_KEYS = tuple(
+    Case(
+        f"cosine-{cosine:g}-beta-{strength:g}", T=100, H=1, HV=2, gates="weak", cosine=cosine,
+        strength=strength,
+    )
+    for cosine in (0.9, 0.95, 1.0)
+    for strength in (0.5, 1.0, 1.5, 2.0)
+)  # fmt: skip
+"""Keys close to each other, up to equal ones: a run of repeated tokens in a first layer. With
+beta > 1 rounding alone exceeds `TOLERANCE`, so `tests/test_close_keys.py` has another bound."""

@@ -86,6 +86,8 @@ def make_inputs(
     else:
         beta = beta.sigmoid()
         g = _log_decay(case, B, T, generator)
+    if case.strength is not None:
+        beta = torch.full_like(beta, case.strength)
     options: dict[str, Any] = {"output_final_state": True, "state_v_first": case.state_v_first}
     if case.initial_state:
         S = _normal(generator, case.sequences, case.HV, *state)
