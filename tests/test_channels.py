@@ -208,6 +208,30 @@ def test_prefill_then_decode_equals_prefill(backend: str, device: str, dtype: to
     close(head.final_state, whole.final_state, dtype)
 
 
+@pytest.mark.parametrize("per_channel", [False, True], ids=["head", "channel"])
+def test_a_lower_bound_without_A_log(
+    backend: str, device: str, dtype: torch.dtype, per_channel: bool
+) -> None:
+    """A_log = 0; and raw gates of -inf, 1e4 and 1e38 have finite gradients."""
+    case = Case("bound", T=40, HV=4, K=8, V=8, fused=True, gate_lower_bound=-5.0)
+    case = replace(case, per_channel=per_channel, dtype=dtype)
+    given = make_inputs(case, device)
+    given["g"][:, 10], given["g"][:, 20], given["g"][:, 30] = -torch.inf, 1e4, 1e38
+    found = []
+    for A_log in (None, torch.zeros_like(given["A_log"])):
+        inputs = with_gradients(given | {"A_log": A_log})
+        require(backend, inputs)
+        outputs = gdn.gated_delta_net(**inputs, backend=backend)
+        grads = gradients(outputs, inputs, make_output_gradients(case, device))
+        found.append({"o": outputs.o, "final_state": outputs.final_state} | grads)
+    assert found[1].pop("A_log").isfinite().all()
+    assert set(found[0]) == set(found[1])
+    assert "dt_bias" in found[0]
+    for name, value in found[0].items():
+        assert value.isfinite().all(), name
+        close(value, found[1][name], case.dtype)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 140), min_size=1, max_size=4),
