@@ -1,4 +1,5 @@
-"""gdn: the gated delta rule (Gated DeltaNet, arXiv 2412.06464) as one op with many backends."""
+"""gdn: the gated delta rule (Gated DeltaNet, arXiv 2412.06464; Kimi Delta Attention, arXiv
+2510.26692) as one op with many backends."""
 
 from gdn import _checkout, definition, nn
 from gdn.api import GDNOutput, explain, gated_delta_net, gated_delta_net_decode, warmup
@@ -10,6 +11,7 @@ from gdn.dispatch import (
     set_default_backend,
     use_backend,
 )
+from gdn.kimi import kimi_delta_attention, kimi_delta_attention_decode
 from gdn.registry import (
     BackendInfo,
     UnknownBackendError,
@@ -36,6 +38,8 @@ __all__ = [
     "explain",
     "gated_delta_net",
     "gated_delta_net_decode",
+    "kimi_delta_attention",
+    "kimi_delta_attention_decode",
     "list_backends",
     "nn",
     "register_backend",

@@ -33,10 +33,11 @@ def gated_delta_net(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     beta: Tensor,
     *,
     scale: float | None = None,
+    gate_lower_bound: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
@@ -52,7 +53,8 @@ def gated_delta_net(
     transpose_state_layout: bool | None = None,
     backend: str | None = None,
 ) -> GDNOutput:
-    """The gated delta rule (arXiv 2412.06464, equation 10; stated in full in `gdn.definition`).
+    """The gated delta rule (arXiv 2412.06464, equation 10; `gdn.definition` states it in full),
+    with a decay per value head, or per channel (Kimi Delta Attention, arXiv 2510.26692).
 
     Differentiable once in q, k, v, g, beta, initial_state, A_log and dt_bias. No argument is
     written to.
@@ -61,19 +63,22 @@ def gated_delta_net(
         q, k: queries and keys [B, T, H, K], float16, bfloat16, float32 or float64; cast to v's
             dtype if theirs is another.
         v: values [B, T, HV, V]; HV is a multiple of H, value head h reads q/k head h // (HV / H).
-        g: natural log of the decay [B, T, HV], <= 0 in practice, any floating dtype; with
-            use_gate_in_kernel the raw gate. -inf resets the state: earlier tokens have no effect.
+        g: natural log of the decay [B, T, HV], or [B, T, HV, K] for a decay per channel of K, or
+            None for no decay; <= 0 in practice, any floating dtype; with use_gate_in_kernel the raw
+            gate. -inf resets the state: earlier tokens have no effect.
             A gate below -104, whose exponential is zero in float32, has zero gradient. The fla
             backend differs: there -inf gives NaN, and gates such as -1e9 cost precision.
         beta: write strength [B, T, HV], any floating dtype; with use_beta_sigmoid_in_kernel its
             logit.
         scale: factor on q; None means K^-0.5.
+        gate_lower_bound: L < 0; the fused gate is then L sigmoid(exp(A_log) (g + dt_bias)), and
+            A_log may be None for 0.
         initial_state: [N, HV, K, V], any floating dtype, N = B or the number of packed sequences;
             None is zero.
         output_final_state: also return the state after the last token.
         use_qk_l2norm_in_kernel: use x / sqrt(sum x^2 + 1e-6) for q and k.
-        use_gate_in_kernel: use -exp(A_log) softplus(g + dt_bias) for g. A_log, dt_bias (optional):
-            [HV].
+        use_gate_in_kernel: use -exp(A_log) softplus(g + dt_bias) for g. A_log [HV]; dt_bias
+            (optional) [HV], or with a decay per channel [HV, K] or flat [HV K].
         use_beta_sigmoid_in_kernel: use sigmoid(beta) for beta; with allow_neg_eigval 2
             sigmoid(beta).
         state_v_first: states are [N, HV, V, K], in and out.
@@ -110,12 +115,13 @@ def gated_delta_net(
     results of the right shapes and dtypes, and no backend runs; a backend that needs a GPU refuses
     meta tensors ("auto" then chooses torch).
     """
-    q, k, v, scale = calls.prepare(q, k, v, g, beta, scale)
+    q, k, v, scale = calls.prepare(q, k, v, beta, scale)
+    g, dt_bias = calls.prepare_gate(v, g, dt_bias, use_gate_in_kernel)
     if transpose_state_layout is not None:
         state_v_first = calls.from_former_name(transpose_state_layout, state_v_first)
     call = Call(  # positional: three times faster than by keyword
         q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, cu_seqlens_cpu, chunk_indices,
-        scale, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        scale, gate_lower_bound, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
     )  # fmt: skip
     return GDNOutput(*ops.run_forward(call, _request(backend), calls.needs_grad(call)))
@@ -125,7 +131,7 @@ def gated_delta_net_decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     beta: Tensor,
     *,
     state: Tensor,
@@ -133,6 +139,7 @@ def gated_delta_net_decode(
     null_index: int = -1,
     num_accepted_tokens: Tensor | None = None,
     scale: float | None = None,
+    gate_lower_bound: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
     use_gate_in_kernel: bool = False,
     A_log: Tensor | None = None,
@@ -147,8 +154,8 @@ def gated_delta_net_decode(
     updated in place. Not differentiable.
 
     Args:
-        q, k, v, g, beta, scale, the fused options, cu_seqlens, backend: as in `gated_delta_net`. On
-            a GPU q, k and v may be slices of one tensor; they are not copied.
+        q, k, v, g, beta, scale, gate_lower_bound, the fused options, cu_seqlens, backend: as in
+            `gated_delta_net`. On a GPU q, k and v may be slices of one tensor; they are not copied.
         state: the pool [slots, HV, K, V] in float32 or bfloat16 (float64 with float64 inputs); the
             arithmetic is in float32. Slots may be padded: state.stride(0) may exceed HV K V.
         state_indices: int32 or int64. [N]: the slot that each sequence reads and writes. None means
@@ -176,10 +183,11 @@ def gated_delta_net_decode(
     null_index, and a slot that one sequence writes and another one uses is a race.
     """
     calls.require_pool(state)
-    q, k, v, scale = calls.prepare(q, k, v, g, beta, scale)
+    q, k, v, scale = calls.prepare(q, k, v, beta, scale)
+    g, dt_bias = calls.prepare_gate(v, g, dt_bias, use_gate_in_kernel)
     call = Call(
         q, k, v, g, beta, None, A_log, dt_bias, cu_seqlens, None, None,
-        scale, False, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        scale, gate_lower_bound, False, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
     )  # fmt: skip
     step = Step(call, state, state_indices, num_accepted_tokens, null_index)
@@ -192,7 +200,7 @@ def explain(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     beta: Tensor,
     *,
     backend: str | None = None,
@@ -227,7 +235,7 @@ def warmup(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     beta: Tensor,
     *,
     backward: bool | None = None,

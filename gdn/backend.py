@@ -38,6 +38,8 @@ class Capabilities:
         flags: the boolean options of `gdn.problem.Call` that the backend understands.
         decode: dtypes of the state pools that it decodes from; empty for no decode.
         speculative: decode keeps the state after each token (state_indices [N, 1 + T]).
+        per_channel: g may be [B, T, HV, K], a decay for each channel of K.
+        gate_lower_bound: the fused gate may have a lower bound.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -58,6 +60,8 @@ class Capabilities:
     flags: frozenset[str] = frozenset()
     decode: tuple[torch.dtype, ...] = ()
     speculative: bool = False
+    per_channel: bool = False
+    gate_lower_bound: bool = False
 
 
 def _names(*dtypes: torch.dtype) -> str:
@@ -99,6 +103,10 @@ def reasons_against(capabilities: Capabilities, problem: Problem) -> list[str]:
         reasons.append("initial_state is not supported")
     if p.needs_grad and not c.backward:
         reasons.append("backward is not supported, and an input requires grad")
+    if p.per_channel and not c.per_channel:
+        reasons.append("a decay per channel (g [B, T, HV, K]) is not supported")
+    if p.gate_lower_bound is not None and not c.gate_lower_bound:
+        reasons.append("gate_lower_bound is not supported")
     reasons.extend(f"{flag} is not supported" for flag in sorted(p.flags - c.flags))
     return reasons
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from gdn.problem import Call, Step
 from gdn.validation import check_types, no_tensor
 
-_TOKENS = Call._fields[:5]
-
 
 class Options(TypedDict, total=False):
     """Every keyword of `gdn.gated_delta_net` and `gdn.gated_delta_net_decode` except backend, for
@@ -24,6 +22,7 @@ class Options(TypedDict, total=False):
     null_index: int
     num_accepted_tokens: Tensor | None
     scale: float | None
+    gate_lower_bound: float | None
     initial_state: Tensor | None
     output_final_state: bool
     use_qk_l2norm_in_kernel: bool
@@ -40,12 +39,17 @@ class Options(TypedDict, total=False):
 
 
 def make(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, options: dict[str, Any]
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, options: dict[str, Any]
 ) -> Call | Step:
     """The Call that `gated_delta_net` makes from these arguments, or with state= the Step that
     `gated_delta_net_decode` makes."""
     options = dict(options)
-    q, k, v, scale = prepare(q, k, v, g, beta, options.pop("scale", None))
+    q, k, v, scale = prepare(q, k, v, beta, options.pop("scale", None))
+    g, dt_bias = prepare_gate(
+        v, g, options.get("dt_bias"), options.get("use_gate_in_kernel", False)
+    )
+    if "dt_bias" in options:
+        options["dt_bias"] = dt_bias
     transposed = options.pop("transpose_state_layout", None)
     if transposed is not None:
         given = options.get("state_v_first", False)
@@ -80,12 +84,12 @@ def full_signature(function: Any, *ops: Any) -> inspect.Signature:
 
 
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Cast q, k, v to autocast's dtype, if it is on, and q, k to v's; fill in the default scale."""
-    for i, x in enumerate((q, k, v, g, beta)):
+    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta)):
         if not isinstance(x, Tensor):
-            raise no_tensor(_TOKENS[i], x)
+            raise no_tensor(name, x)
     if scale is None:
         K = q.shape[-1] if q.dim() else 0
         scale = K**-0.5 if K else 1.0
@@ -98,6 +102,28 @@ def prepare(
     if (q.dtype != v.dtype or k.dtype != v.dtype) and v.dtype.is_floating_point:
         q, k = (x.to(v.dtype) if x.dtype.is_floating_point else x for x in (q, k))
     return q, k, v, scale
+
+
+def prepare_gate(
+    v: Tensor, g: Tensor | None, dt_bias: Tensor | None, fused: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Zeros [B, T, HV] in place of a g that is None, and a flat dt_bias [HV K] as [HV, K] where g
+    has channels. ValueError if g is None with a fused gate."""
+    if g is None:
+        if fused:
+            raise ValueError(
+                "g must be given with use_gate_in_kernel=True, got None; "
+                "leave the options of the gate out for no decay"
+            )
+        exact = torch.float64 if v.dtype == torch.float64 else torch.float32
+        return v.new_zeros(v.shape[:3], dtype=exact), dt_bias
+    if not isinstance(g, Tensor):
+        raise no_tensor("g", g, "or None for no decay")
+    if g.dim() == 4 and isinstance(dt_bias, Tensor) and dt_bias.dim() == 1:
+        channels = g.shape[2:]
+        if dt_bias.shape[0] == channels[0] * channels[1]:
+            dt_bias = dt_bias.reshape(channels)
+    return g, dt_bias
 
 
 def autocasts(x: Tensor) -> bool:

@@ -15,10 +15,12 @@ from gdn import dispatch
 from gdn.compare import comparison, console, files, tables
 from gdn.compare.environment import environment
 from gdn.compare.options import (
+    KIMI,
     QWEN,
     default_device,
     make_call,
     make_case,
+    parse_bound,
     parse_device,
     parse_lengths,
     parse_shape,
@@ -43,13 +45,18 @@ def info(args: argparse.Namespace) -> int:
     request, source = dispatch.request_in_force()
     print(f"request   {request} ({source})")
     rows = []
+    qwen = make_call(Case("info", T=8192, dtype=torch.bfloat16, **QWEN))
+    kimi = make_call(Case("info", T=8192, dtype=torch.bfloat16, per_channel=True, **KIMI))
     for backend in backends:
-        case = Case("info", T=8192, dtype=torch.bfloat16, **QWEN)
-        problems = [_describe(make_call(case), device.type, grad, sm) for grad in (False, True)]
+        problems = [
+            _describe(call, device.type, grad, sm)
+            for call, grad in ((qwen, False), (qwen, True), (kimi, True))
+        ]
         verdicts = [dispatch.verdict(backend.name, problem) for problem in problems]
         cells = ["no: " + "; ".join(v.reasons) if v.reasons else f"yes: {v.path}" for v in verdicts]
         rows.append([backend.name, backend.summary, *cells])
-    console.print_table(("backend", "what it is", "Qwen3.5 forward here", "and backward"), rows)
+    headers = ("backend", "what it is", "Qwen3.5 forward here", "and backward", "Kimi Linear's")
+    console.print_table(headers, rows)
     return 0
 
 
@@ -130,8 +137,16 @@ def make_parser() -> argparse.ArgumentParser:
     problem = argparse.ArgumentParser(add_help=False)
     problem.add_argument(
         "--shape", type=parse_shape, default={}, metavar="T=8192,H=16,HV=32",
-        help="sizes, any of B T H HV K V; by default Qwen3.5's heads and T=512 (on a GPU T=8192)",
+        help="sizes, any of B T H HV K V; by default the heads of Qwen3.5, with --gates channel "
+        "those of Kimi Linear, and T=512 (on a GPU T=8192)",
     )  # fmt: skip
+    problem.add_argument(
+        "--gates", choices=("head", "channel"), default="head",
+        help="a decay per value head, or per channel of K (Kimi Delta Attention)",
+    )  # fmt: skip
+    problem.add_argument(
+        "--lower-bound", type=parse_bound, metavar="-5", help="the lower bound of the fused gate"
+    )
     problem.add_argument(
         "--lengths",
         type=parse_lengths,

@@ -2,12 +2,13 @@
 
 For each sequence and value head, with state S in R^{K x V}, S_0 = initial_state or 0:
 
-    S <- exp(g_t) S                          decay first
+    S <- exp(g_t) S                          decay first; per channel S <- diag(exp(g_t)) S
     u  = beta_t (v_t - S^T k_t)              error against the decayed state
     S <- S + k_t u^T
     o_t = S^T (scale q_t)                    read after the write
 
-(arXiv 2412.06464, equation 10). Value head h reads q/k head h // (HV / H).
+(arXiv 2412.06464, equation 10; with a decay per channel, g_t in R^K, Kimi Delta Attention, arXiv
+2510.26692). Value head h reads q/k head h // (HV / H).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ L2_EPS = 1e-6
 """Added to the sum of squares before the root in the fused L2 norm."""
 TAIL = -40.0
 """Below it softplus(x) is e^x, in float64 too."""
+LARGE = 1e30
+"""Raw gates beyond it count as it where the gate has a lower bound: products with zero are zero."""
 GATE_FLOOR = -104.0
 """A log decay whose exponential is zero in float32."""
 
@@ -33,15 +36,33 @@ def l2_normalize(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
-def log_decay(g_raw: Tensor, A_log: Tensor, dt_bias: Tensor | None) -> Tensor:
-    """The fused gate: g = -exp(A_log) softplus(g_raw + dt_bias), in g_raw's dtype; A_log, dt_bias
-    [HV].
+def log_decay(
+    g_raw: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None = None,
+) -> Tensor:
+    """The fused gate, in g_raw's dtype: g = -exp(A_log) softplus(g_raw + dt_bias), or with a lower
+    bound g = lower_bound sigmoid(exp(A_log) (g_raw + dt_bias)), where A_log may be None for 0.
 
-    Computed as -exp(A_log + log softplus), since exp(A_log) may overflow where softplus is close to
-    zero. The exponent is clamped at 80, where exp(g) is zero.
+    g_raw [B, T, HV] or per channel [B, T, HV, K]; A_log [HV]; dt_bias [HV], or [HV, K] per channel.
+
+    The former is computed as -exp(A_log + log softplus), since exp(A_log) may overflow where
+    softplus is close to zero. The exponent is clamped at 80, where exp(g) is zero.
     """
     x = g_raw if dt_bias is None else g_raw + dt_bias.to(g_raw)
-    return -(A_log.to(g_raw) + log_softplus(x)).clamp(max=80.0).exp()
+    if A_log is not None:
+        A_log = (A_log[:, None] if g_raw.dim() == 4 else A_log).to(g_raw)
+    if lower_bound is not None:
+        return lower_bound * torch.sigmoid(gate_slope(x, A_log) * x.clamp(min=-LARGE, max=LARGE))
+    assert A_log is not None  # validated
+    return -(A_log + log_softplus(x)).clamp(max=80.0).exp()
+
+
+def gate_slope(x: Tensor, A_log: Tensor | None) -> Tensor:
+    """exp(A_log), the factor of x in the gate with a lower bound, at most e^80 so that it is finite
+    in float32. 1 without an A_log. A_log has x's dtype and broadcasts with it."""
+    return x.new_ones(()) if A_log is None else A_log.clamp(max=80.0).exp()
 
 
 def log_softplus(x: Tensor) -> Tensor:
@@ -69,8 +90,7 @@ def activate(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
     if call.use_qk_l2norm_in_kernel:
         q, k = l2_normalize(q), l2_normalize(k)
     if call.use_gate_in_kernel:
-        assert call.A_log is not None  # validated
-        g = log_decay(g, call.A_log, call.dt_bias)
+        g = log_decay(g, call.A_log, call.dt_bias, call.gate_lower_bound)
     if call.use_beta_sigmoid_in_kernel:
         beta = write_strength(beta, call.allow_neg_eigval)
     return q, k, g, beta
@@ -79,13 +99,15 @@ def activate(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, on scaled q and k [B, T, HV, K]; v [B, T, HV, V]; g, beta [B, T, HV].
+    """The recurrence, on scaled q and k [B, T, HV, K]; v [B, T, HV, V]; g [B, T, HV], or
+    [B, T, HV, K] per channel; beta [B, T, HV].
 
     Returns o [B, T, HV, V] and the state [B, HV, K, V] after the last token. Any floating dtype.
     """
+    decay = (g if g.dim() == 4 else g[..., None]).exp()[..., None]  # [B, T, HV, K or 1, 1]
     outputs = []
     for t in range(q.shape[1]):
-        state = g[:, t].exp()[..., None, None] * state
+        state = decay[:, t] * state
         error = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
         u = beta[:, t, :, None] * error
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], u)

@@ -32,7 +32,8 @@ from gdn.validation import (
 )
 
 _SCHEMA_TYPES: dict[Any, str] = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool",
+    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?",
+    int: "int", bool: "bool",
 }  # fmt: skip
 
 

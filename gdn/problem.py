@@ -24,9 +24,10 @@ class Call(NamedTuple):
 
     This is what a backend receives. An option of the op is a field here: the schemas of
     `torch.ops.gdn`, `FLAGS` and the key under which dispatch remembers a plan follow from the
-    fields, in their order (tensors first, then `scale`, then flags).
-    Shapes: q, k [B, T, H, K]; v [B, T, HV, V]; g, beta [B, T, HV]; initial_state [N, HV, K, V]
-    ([N, HV, V, K] if state_v_first); A_log, dt_bias [HV]; cu_seqlens [N + 1].
+    fields, in their order (tensors first, then numbers, then flags).
+    Shapes: q, k [B, T, H, K]; v [B, T, HV, V]; beta [B, T, HV]; g [B, T, HV], or [B, T, HV, K] with
+    a decay per channel; initial_state [N, HV, K, V] ([N, HV, V, K] if state_v_first); A_log [HV];
+    dt_bias [HV], or [HV, K] per channel; cu_seqlens [N + 1].
     """
 
     q: Tensor
@@ -41,6 +42,7 @@ class Call(NamedTuple):
     cu_seqlens_cpu: Tensor | None = None
     chunk_indices: Tensor | None = None
     scale: float = 1.0
+    gate_lower_bound: float | None = None
     output_final_state: bool = False
     use_qk_l2norm_in_kernel: bool = False
     use_gate_in_kernel: bool = False
@@ -55,6 +57,11 @@ class Call(NamedTuple):
             self.q, self.k, self.v, self.g, self.beta,
             self.initial_state, self.A_log, self.dt_bias,
         )  # fmt: skip
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether each channel of K has its own decay."""
+        return self.g.dim() == 4
 
     @property
     def sequences(self) -> int:
@@ -114,7 +121,8 @@ class Problem:
 
     `sm` is the compute capability of an NVIDIA device times ten (90 on Hopper), None elsewhere.
     `flags` holds the names of the boolean options of `Call` that are on. `pool` is the dtype of the
-    state pool of a decode step, None for a whole call; `speculative` as in `Step`.
+    state pool of a decode step, None for a whole call; `speculative` as in `Step`; `per_channel`
+    and `gate_lower_bound` as in `Call`.
     """
 
     B: int
@@ -133,6 +141,8 @@ class Problem:
     flags: frozenset[str]
     pool: torch.dtype | None = None
     speculative: bool = False
+    per_channel: bool = False
+    gate_lower_bound: float | None = None
 
     def __str__(self) -> str:
         sizes = " ".join(
@@ -142,9 +152,11 @@ class Problem:
         extras = sorted(self.flags)
         extras += [
             name
-            for name in ("varlen", "initial_state", "needs_grad", "speculative")
+            for name in ("varlen", "initial_state", "needs_grad", "speculative", "per_channel")
             if getattr(self, name)
         ]
+        if self.gate_lower_bound is not None:
+            extras.append(f"gate_lower_bound={self.gate_lower_bound:g}")
         if self.pool is not None:
             extras.append(f"decode from {str(self.pool).removeprefix('torch.')} states")
         return " ".join([sizes, str(self.dtype).removeprefix("torch."), where, *extras])
@@ -181,6 +193,8 @@ def describe(call: Call, needs_grad: bool) -> Problem:
         initial_state=call.initial_state is not None,
         needs_grad=needs_grad,
         flags=frozenset(name for name in FLAGS if getattr(call, name)),
+        per_channel=call.per_channel,
+        gate_lower_bound=call.gate_lower_bound,
     )
 
 

@@ -13,10 +13,11 @@ from gdn.validation import check_types
 
 CALL_ARGUMENTS = len(argument_types(Call))
 """How many arguments of an op are fields of a `Call`: the first ones."""
-_TENSORS: dict[Any, set[type]] = {Tensor: {Tensor, torch.nn.Parameter}}
-_TENSORS[Tensor | None] = _TENSORS[Tensor] | {type(None)}
+_TYPES: dict[Any, set[type]] = {Tensor: {Tensor, torch.nn.Parameter}}
+_TYPES[Tensor | None] = _TYPES[Tensor] | {type(None)}
+_TYPES[float | None] = {float, type(None)}
 _ALLOWED = {
-    kind: [_TENSORS.get(hint, {hint}) for hint in argument_types(kind).values()]
+    kind: [_TYPES.get(hint, {hint}) for hint in argument_types(kind).values()]
     for kind in (Call, Step)
 }
 

@@ -16,6 +16,7 @@ from gdn.testing import CASES, Case, make_inputs, relative_error, with_gradients
 HALF = (torch.bfloat16, torch.float16)
 # cases that run every stage; the others repeat the stages at other lengths
 SHORT_NAMES = ("grouped-heads", "packed-v-first-fused", "head-dim-128", "correlated-keys", "fused")
+SHORT_NAMES += ("channels-grouped-heads", "channels-packed-fused", "channels-at-lower-bound")
 PARAMETERS = [
     pytest.param(replace(case, dtype=dtype), id=f"{case.name}-{str(dtype).removeprefix('torch.')}")
     for dtype in (torch.float32, *HALF)

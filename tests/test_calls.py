@@ -40,7 +40,7 @@ def test_the_schemas_name_every_field() -> None:
         names = [argument.name for argument in op.default._schema.arguments]
         assert names[: len(argument_types(kind))] == list(argument_types(kind))
     assert Gradients._fields == DIFFERENTIABLE
-    assert Call._fields[CALL_TENSORS + 1 :] == FLAGS
+    assert Call._fields[CALL_TENSORS:] == ("scale", "gate_lower_bound", *FLAGS)
 
 
 @pytest.mark.parametrize("flag", FLAGS)

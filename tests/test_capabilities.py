@@ -39,6 +39,8 @@ def problem(**changes: Any) -> Problem:
         ({}, {"pool": torch.float32}, "decode is not supported"),
         ({"decode": (torch.bfloat16,)}, {"pool": torch.float32}, "state must be one of bfloat16"),
         ({}, {"speculative": True}, "state_indices [N, 1 + T] are not supported"),
+        ({}, {"per_channel": True}, "a decay per channel (g [B, T, HV, K]) is not supported"),
+        ({}, {"gate_lower_bound": -5.0}, "gate_lower_bound is not supported"),
         *(({}, {"flags": frozenset([flag])}, f"{flag} is not supported") for flag in FLAGS),
     ],
 )
@@ -49,7 +51,7 @@ def test_each_capability_is_a_reason(
     every = {
         "dtypes": (torch.float32,), "gva": True, "varlen": True, "initial_state": True,
         "backward": True, "decode": (torch.float32,), "speculative": True,
-        "flags": frozenset(FLAGS),
+        "per_channel": True, "gate_lower_bound": True, "flags": frozenset(FLAGS),
     }  # fmt: skip
     assert reasons_against(Capabilities(**every), problem(**changes)) == []
     every = {"dtypes": (torch.float32,)}

@@ -80,6 +80,11 @@ def test_explain_gives_reasons_and_needs_no_gpu(capsys: pytest.CaptureFixture[st
     assert ("states gathered and scattered" in capsys.readouterr().out) == has_fla
     assert cli.main(["explain", "--lengths", "3,4", "--device", "cpu"]) == 0
     assert "T=7" in capsys.readouterr().out
+    assert cli.main([*hopper, "--gates", "channel", "--lower-bound", "-4"]) == 0
+    out = capsys.readouterr().out
+    assert "H=32 HV=32 K=128" in out
+    assert "per_channel gate_lower_bound=-4" in out
+    assert "a decay per channel (g [B, T, HV, K]) is not supported" in out
 
 
 @pytest.mark.parametrize(
@@ -89,6 +94,9 @@ def test_explain_gives_reasons_and_needs_no_gpu(capsys: pytest.CaptureFixture[st
         (["explain", "--shape", "D=3"], "must be like T=8192"),
         (["explain", "--shape", "HV=5"], "HV must be a multiple of H"),
         (["explain", "--lengths", "3;4"], "must be like 100,2000"),
+        (["explain", "--gates", "key"], "invalid choice: 'key'"),
+        (["explain", "--lower-bound", "0"], "must be a number below 0, such as -5, got '0'"),
+        (["explain", "--lower-bound", "-5", "--no-raw"], "--lower-bound must come with --raw"),
         (["explain", "--backend", "troch"], "did you mean 'torch'"),
         (["explain", "--device", "gpu"], "must be like cuda:1"),
         (["compare", "--backends", "troch"], "did you mean 'torch'"),

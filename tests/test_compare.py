@@ -4,6 +4,7 @@ agreement at the full size."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,11 +67,13 @@ def test_agreement_is_tested_at_the_size_that_is_timed() -> None:
     assert not row.passes
 
 
+@pytest.mark.parametrize("per_channel", [False, True], ids=["head", "channel"])
 @pytest.mark.parametrize("lengths", [None, (90, 0, 40)], ids=["dense", "packed"])
 def test_the_reference_is_computed_a_few_heads_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...] | None
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...] | None, per_channel: bool
 ) -> None:
     case = Case("heads", T=130, H=3, HV=6, K=16, V=8, lengths=lengths, fused=True)
+    case = replace(case, per_channel=per_channel, gate_lower_bound=-5.0 if per_channel else None)
     inputs = agreement.make(case, CPU)
     whole = agreement.in_float64(inputs, "fwd+bwd")
     monkeypatch.setattr(agreement, "TOKEN_HEADS", 2 * 2 * 130)  # two q/k heads, then one

@@ -30,6 +30,9 @@ def test_work_of_a_chunk_and_a_token() -> None:
     assert both.flops == 4 * work.flops
     assert 2 * work.bytes < both.bytes < 4 * work.bytes
     assert [a + b for a, b in zip(work, back, strict=True)] == list(both)
+    kimi = least_work(replace(QWEN, per_channel=True), "fwd")
+    assert kimi.flops == work.flops
+    assert (kimi.bytes - work.bytes) / (32768 * 32) == 4 * 127  # g in float32
 
 
 def test_work_counts_packed_chunks_and_states() -> None:

@@ -22,6 +22,10 @@ class FlaBackend(Backend):
     - FlashQLA, where installed, for calls without gradients, if FLA_FLASH_QLA=1 asks for it (fla's
       own default is on; gdn otherwise calls past it, so that "fla" means fla).
 
+    A decay per channel goes to its Kimi Delta Attention, `chunk_kda` and `fused_recurrent_kda`: its
+    Triton kernels, and in backward one TileLang kernel where tilelang is installed and HV = H.
+    FlashKDA never answers.
+
     fla also accepts float32, but multiplies it as TF32 (10 bits of mantissa), which is not what
     gdn promises for float32; so it is not offered here.
     """
@@ -42,15 +46,20 @@ class FlaBackend(Backend):
         cuda_graph=True,
         flags=frozenset(FLAGS),
         decode=(torch.float32, torch.bfloat16),
+        per_channel=True,
+        gate_lower_bound=True,
     )
     priority = 200
 
     def unsupported(self, problem: Problem) -> list[str]:
         reasons = []
+        if problem.gate_lower_bound is not None and not problem.per_channel:
+            reasons.append("gate_lower_bound needs a decay per channel (g [B, T, HV, K])")
         if problem.needs_grad and (problem.K % 2 or problem.V % 2):
             reasons.append(f"backward needs even K and V, got K = {problem.K}, V = {problem.V}")
-        if (
+        if (  # by fla's own rule, which does not concern the kernels for a decay per channel
             problem.needs_grad
+            and not problem.per_channel
             and problem.sm == 90
             and not _tilelang_part()
             and _triton_miscompiles()
@@ -62,16 +71,20 @@ class FlaBackend(Backend):
         return reasons
 
     def path(self, problem: Problem) -> str:
-        if _takes_flash_qla(problem):
-            return "FlashQLA"
         if problem.pool is not None:
             return "Triton, states gathered and scattered"
+        if problem.per_channel:
+            tilelang = problem.needs_grad and problem.H == problem.HV and _tilelang_channels()
+            engines = "Triton + TileLang" if tilelang else "Triton"
+            return f"{engines}, {'bounded' if is_safe(problem) else 'any'} gates"
+        if _takes_flash_qla(problem):
+            return "FlashQLA"
         return "Triton + TileLang" if problem.needs_grad and _tilelang_part() else "Triton"
 
     def saved_like(self, call: Call) -> list[Tensor]:
-        from .prefill import saved_like
+        from . import channels, prefill
 
-        return saved_like(call)
+        return channels.saved_like(call) if call.per_channel else prefill.saved_like(call)
 
     def plan(self, call: Call | Step) -> Plan:
         from .plan import FlaPlan
@@ -85,6 +98,20 @@ def _tilelang_part() -> bool:
 
     part = CommonTileLangBackend()
     return bool(part.is_available() and part.is_enabled())
+
+
+def _tilelang_channels() -> bool:
+    """Whether fla hands part of Kimi Delta Attention's backward to TileLang here, by its own
+    rules."""
+    from fla.ops.kda.backends.tilelang import KDATileLangBackend
+
+    part = KDATileLangBackend()
+    return bool(part.is_available() and part.is_enabled())
+
+
+def is_safe(call: Call | Problem) -> bool:
+    """Whether fla may take the faster kernel for gates that are at least -5 (its safe_gate)."""
+    return call.gate_lower_bound is not None and call.gate_lower_bound >= -5
 
 
 def _triton_miscompiles() -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+from fla.ops.kda import fused_recurrent_kda
 from torch import Tensor
 
 from gdn.problem import Step
@@ -26,6 +27,9 @@ def decode(step: Step) -> Tensor:
     """See `gdn.backend.Plan.decode`."""
     call, pool, slots = step.call, step.state, step.state_indices
     options: dict[str, Any] = call._asdict()
+    bound = options.pop("gate_lower_bound")
+    if call.per_channel:
+        options["lower_bound"] = bound
     live = None
     if slots is None:
         states = pool
@@ -36,7 +40,8 @@ def decode(step: Step) -> Tensor:
     options |= {"initial_state": states.contiguous(), "output_final_state": True}
     o: Tensor
     after: Tensor
-    o, after = fused_recurrent_gated_delta_rule(**options)
+    recurrence = fused_recurrent_kda if call.per_channel else fused_recurrent_gated_delta_rule
+    o, after = recurrence(**options)
     if slots is None or live is None:
         pool.copy_(after)
         return o

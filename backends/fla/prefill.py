@@ -35,7 +35,7 @@ def entry() -> Callable[..., Any]:
     return _own_entry
 
 
-def _beta_scale(call: Call) -> float:
+def beta_scale(call: Call) -> float:
     return 2.0 if call.allow_neg_eigval else 1.0
 
 
@@ -60,7 +60,7 @@ def alias(x: Tensor) -> Tensor:
     return made
 
 
-def _for_fla(call: Call) -> Call:
+def for_fla(call: Call) -> Call:
     """The call as fla may keep it: contiguous, and lengths under another identity once they have
     changed."""
     tensors = {n: x.contiguous() for n, x in call._asdict().items() if isinstance(x, Tensor)}
@@ -73,7 +73,8 @@ def _for_fla(call: Call) -> Call:
 
 def forward_only(call: Call) -> Forward:
     """fla's entry, with `call`'s names, which are fla's."""
-    options: dict[str, Any] = _for_fla(call)._asdict()
+    options: dict[str, Any] = for_fla(call)._asdict()
+    del options["gate_lower_bound"]  # fla has it per channel alone
     o, final_state = entry()(**options)
     return Forward(o, final_state, [])
 
@@ -95,7 +96,7 @@ def saved_like(call: Call) -> list[Tensor]:
     return saved
 
 
-def _common(call: Call) -> dict[str, Any]:
+def common(call: Call) -> dict[str, Any]:
     """Keywords that fla's forward and backward share."""
     indices = call.chunk_indices
     if indices is None and call.cu_seqlens is not None:
@@ -112,17 +113,23 @@ def _common(call: Call) -> dict[str, Any]:
     }
 
 
-def forward(call: Call) -> Forward:
-    """fla's forward, keeping what its backward reads."""
-    call = _for_fla(call)
+def activate(call: Call) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """q, k and beta with the fused options applied, and what saved holds of the L2 norm."""
     q, k, norms = call.q, call.k, []
     if call.use_qk_l2norm_in_kernel:
         (q, q_rstd), (k, k_rstd) = l2norm_fwd(q), l2norm_fwd(k)
         norms = [q, k, q_rstd, k_rstd]
     if call.use_beta_sigmoid_in_kernel:
-        beta = fused_beta_sigmoid_fwd(call.beta, scale=_beta_scale(call))
+        beta = fused_beta_sigmoid_fwd(call.beta, scale=beta_scale(call))
     else:
         beta = call.beta.to(torch.float32, copy=True)
+    return q, k, beta, norms
+
+
+def forward(call: Call) -> Forward:
+    """fla's forward, keeping what its backward reads."""
+    call = for_fla(call)
+    q, k, beta, norms = activate(call)
     g, o, A, final_state, _, _ = chunk_gated_delta_rule_fwd(
         q=q,
         k=k,
@@ -131,7 +138,7 @@ def forward(call: Call) -> Forward:
         beta=beta,
         initial_state=call.initial_state,
         output_final_state=call.output_final_state,
-        **_common(call),
+        **common(call),
     )
     return Forward(o.to(call.v.dtype), final_state, [g, beta, A, *norms])
 
@@ -140,7 +147,7 @@ def backward(
     call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
 ) -> Gradients:
     """fla's backward, and the fused options' own."""
-    call = _for_fla(call)
+    call = for_fla(call)
     g, beta, A = saved[:3]
     q, k = saved[3:5] if call.use_qk_l2norm_in_kernel else (call.q, call.k)
     dq, dk, dv, dbeta, dg, dS, dA_log, ddt_bias = chunk_gated_delta_rule_bwd(
@@ -154,16 +161,25 @@ def backward(
         do=grad_o.contiguous(),
         dht=None if grad_final_state is None else grad_final_state.contiguous(),
         g_input=call.g if call.use_gate_in_kernel else None,
-        **_common(call),
+        **common(call),
     )
+    return raw_gradients(call, saved[3:], (dq, dk, dv, dg, dbeta, dS, dA_log, ddt_bias))
+
+
+def raw_gradients(
+    call: Call, norms: list[Tensor], gradients: tuple[Tensor | None, ...]
+) -> Gradients:
+    """Gradients of the call's own inputs, in their shapes and dtypes, from those of the activated
+    q, k and beta, and the others'. norms as of `activate`."""
+    dq, dk, dv, dg, dbeta, *rest = gradients
     if call.use_qk_l2norm_in_kernel:
-        dq, dk = l2norm_bwd(q, saved[5], dq), l2norm_bwd(k, saved[6], dk)
+        q, k, q_rstd, k_rstd = norms
+        dq, dk = l2norm_bwd(q, q_rstd, dq), l2norm_bwd(k, k_rstd, dk)
     if call.use_beta_sigmoid_in_kernel:
-        dbeta = fused_beta_sigmoid_bwd(call.beta, dbeta, scale=_beta_scale(call))
-    gradients = (dq, dk, dv, dg, dbeta, dS, dA_log, ddt_bias)
+        dbeta = fused_beta_sigmoid_bwd(call.beta, dbeta, scale=beta_scale(call))
     return Gradients(
         *(
-            None if x is None or gradient is None else gradient.to(x.dtype)
-            for x, gradient in zip(call.differentiable, gradients, strict=True)
+            None if x is None or gradient is None else gradient.to(x.dtype).reshape(x.shape)
+            for x, gradient in zip(call.differentiable, (dq, dk, dv, dg, dbeta, *rest), strict=True)
         )  # type: ignore[arg-type]
     )

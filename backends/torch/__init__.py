@@ -14,8 +14,9 @@ from .decode import decode
 
 
 class TorchBackend(Backend):
-    """`chunk_loop.py` loops over the chunks, `chunk.py` computes one, `layout.py` gathers its
-    tokens, and `activation.py` differentiates the fused options.
+    """`chunk_loop.py` loops over the chunks. `chunk.py` computes one, or with a decay per channel
+    `channel_chunk.py`. `layout.py` gathers its tokens, and `activation.py` differentiates the fused
+    options.
 
     `operand_dtype` is the dtype to which operands of matrix products are rounded. By default it is
     the call's dtype on a GPU, and the compute dtype (no rounding) elsewhere. With `rounds_inverse`
@@ -37,6 +38,8 @@ class TorchBackend(Backend):
         flags=frozenset(FLAGS),
         decode=(torch.float32, torch.bfloat16, torch.float64),
         speculative=True,
+        per_channel=True,
+        gate_lower_bound=True,
     )
     priority = 100
 

@@ -15,8 +15,9 @@ from gdn.backend import Forward, Gradients
 from gdn.definition import activate, gate_floor
 from gdn.problem import Call
 
+from . import channel_chunk, chunk
 from .activation import backpropagate_activation
-from .chunk import Chunk, chunk_backward, chunk_forward
+from .chunk import Chunk
 from .layout import Layout, make_layout, max_rows
 
 
@@ -39,8 +40,13 @@ def _split_heads(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
 
 
 def _split_gates(x: Tensor, H: int) -> Tensor:
-    """[m, C, HV] -> [m, H, group, C]."""
-    return x.reshape(*x.shape[:2], H, -1).permute(0, 2, 3, 1).contiguous()
+    """[m, C, HV, ...] -> [m, H, group, C, ...]."""
+    return x.reshape(*x.shape[:2], H, -1, *x.shape[3:]).movedim(1, 3).contiguous()
+
+
+def _join_gates(x: Tensor) -> Tensor:
+    """The inverse of `_split_gates`."""
+    return x.movedim(3, 1).flatten(2, 3)
 
 
 def _join_heads(x: Tensor, heads: int) -> Tensor:
@@ -101,6 +107,7 @@ def forward(
 ) -> Forward:
     """See `gdn.backend.Plan.forward`, and `TorchBackend` for the last two."""
     layout, operand_dtype = make_layout(call), _choose_operand_dtype(call, operand_dtype)
+    compute = channel_chunk if call.per_channel else chunk
     S = layout.sort(_join_state(call, call.initial_state))
     o = call.v.new_empty(call.v.shape)
     saved = saved_like(call) if save else []
@@ -110,8 +117,8 @@ def forward(
         if save:
             saved[0][row : row + m] = before
             row += m
-        chunk = _prepare_chunk(call, layout, n, operand_dtype, rounds_inverse)
-        o_chunk, after = chunk_forward(chunk, before)
+        inputs = _prepare_chunk(call, layout, n, operand_dtype, rounds_inverse)
+        o_chunk, after = compute.chunk_forward(inputs, before)
         layout.scatter(o, n, _join_heads(o_chunk, call.v.shape[2]))
         S = after if m == len(S) else torch.cat([after, S[m:]])
     for states in saved:
@@ -132,7 +139,7 @@ def backward(
 ) -> Gradients:
     """See `gdn.backend.Plan.backward`, and `TorchBackend` for the last two."""
     layout, operand_dtype = make_layout(call), _choose_operand_dtype(call, operand_dtype)
-    H = call.q.shape[2]
+    H, compute = call.q.shape[2], channel_chunk if call.per_channel else chunk
     dS = layout.sort(_join_state(call, grad_final_state))
     dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in call[:5])
     parameter_gradients = [  # of A_log and dt_bias, summed over the chunks
@@ -143,16 +150,16 @@ def backward(
     for n in reversed(range(len(layout.active))):
         m = layout.active[n]
         row -= m
-        chunk = _prepare_chunk(call, layout, n, operand_dtype, rounds_inverse)
+        inputs = _prepare_chunk(call, layout, n, operand_dtype, rounds_inverse)
         do_chunk = _split_heads(layout.gather(grad_o, n), H, call.state_dtype)
-        gradients = chunk_backward(chunk, saved[0][row : row + m], do_chunk, dS[:m])
+        gradients = compute.chunk_backward(inputs, saved[0][row : row + m], do_chunk, dS[:m])
         dS = gradients.state if m == len(dS) else torch.cat([gradients.state, dS[m:]])
         raw = backpropagate_activation(
             _gather_chunk(call, layout, n),
             _join_heads(gradients.q, H),
             _join_heads(gradients.k, H),
-            layout.zero_padding(gradients.g.flatten(1, 2).mT, n),  # else padding adds to dA_log
-            gradients.beta.flatten(1, 2).mT,
+            layout.zero_padding(_join_gates(gradients.g), n),  # else padding adds to dA_log
+            _join_gates(gradients.beta),
         )
         for out, value in zip((dq, dk, dg, dbeta), raw[:4], strict=True):
             layout.scatter(out, n, value)

@@ -247,6 +247,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "error": _error(True),
     },
     "plain PyTorch": {
+        "decay": _word("decay"),
         "T": _word("T"),
         "pass": _word("pass"),
         "implementation": _word("implementation"),

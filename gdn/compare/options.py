@@ -19,6 +19,8 @@ from .roofline import PASSES, least_work
 SIZES = ("B", "T", "H", "HV", "K", "V")
 QWEN: dict[str, Any] = {"B": 1, "H": 16, "HV": 32, "K": 128, "V": 128}
 """The linear-attention heads of Qwen3-Next and Qwen3.5, by default of their configurations."""
+KIMI: dict[str, Any] = {"B": 1, "H": 32, "HV": 32, "K": 128, "V": 128}
+"""The linear-attention heads of Kimi Linear, which have a decay per channel."""
 LARGEST = 2**63
 """Bytes of a tensor, which PyTorch counts in int64, are fewer."""
 
@@ -51,16 +53,33 @@ def parse_device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"must be like cuda:1 or cpu, got {text!r}") from None
 
 
+def parse_bound(text: str) -> float:
+    """The lower bound of the fused gate: a number below zero."""
+    try:
+        bound = float(text)
+    except ValueError:
+        bound = math.nan
+    if not -math.inf < bound < 0:
+        raise argparse.ArgumentTypeError(f"must be a number below 0, such as -5, got {text!r}")
+    return bound
+
+
 def default_device() -> torch.device:
     """The current GPU, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_case(args: argparse.Namespace) -> Case:
-    """The case that --shape, --lengths, --dtype, --raw and --state-v-first give. ValueError if they
-    contradict each other or PyTorch cannot count the bytes."""
+    """The case that --shape, --lengths, --dtype, --gates, --lower-bound, --raw and --state-v-first
+    give. ValueError if they contradict each other or PyTorch cannot count the bytes."""
     on_gpu = args.device.type == "cuda"
-    sizes = QWEN | {"T": 8192 if on_gpu else 512} | args.shape
+    if args.lower_bound is not None and not args.raw:
+        raise ValueError(
+            f"--lower-bound must come with --raw, since it is that of the fused gate, got "
+            f"{args.lower_bound:g} with --no-raw; leave out one of the two"
+        )
+    heads = KIMI if args.gates == "channel" else QWEN
+    sizes = heads | {"T": 8192 if on_gpu else 512} | args.shape
     if args.lengths is not None:
         both = [f"{name}={args.shape[name]}" for name in ("B", "T") if name in args.shape]
         if both:
@@ -79,6 +98,8 @@ def make_case(args: argparse.Namespace) -> Case:
         fused=args.raw,
         initial_state=False,
         state_v_first=args.state_v_first,
+        per_channel=args.gates == "channel",
+        gate_lower_bound=args.lower_bound,
     )
     _require_countable(case)
     return case
@@ -88,6 +109,7 @@ def _require_countable(case: Case) -> None:
     """PyTorch raises from within its allocator where this does not hold, even for meta tensors."""
     for name, form, shape in (
         ("q", "[B, T, H, K]", (case.B, case.T, case.H, case.K)),
+        ("g", "[B, T, HV, K]", (case.B, case.T, case.HV, case.K if case.per_channel else 1)),
         ("v", "[B, T, HV, V]", (case.B, case.T, case.HV, case.V)),
         ("the state", "[N, HV, K, V]", (case.sequences, case.HV, case.K, case.V)),
     ):
@@ -107,13 +129,15 @@ def make_call(case: Case) -> Call:
     """The call of a case, with tensors on the meta device. ValueError if it is not well-formed."""
     small = replace(case, B=1, T=0, H=1, HV=1, K=1, V=1, lengths=None)  # drawn, and so allocated
     sizes = {"q": (case.H, case.K), "k": (case.H, case.K), "v": (case.HV, case.V)}
+    if case.per_channel:
+        sizes |= dict.fromkeys(("g", "dt_bias"), (case.HV, case.K))
     inputs = make_inputs(small, "meta")
     for name in ("q", "k", "v", "g", "beta"):
         shape = case.B, case.T, *sizes.get(name, (case.HV,))
         inputs[name] = inputs[name].new_empty(shape)
     for name in ("A_log", "dt_bias"):
         if name in inputs:
-            inputs[name] = inputs[name].new_empty(case.HV)
+            inputs[name] = inputs[name].new_empty(sizes.get(name, (case.HV,)))
     if case.lengths is not None:
         inputs["cu_seqlens"] = torch.empty(case.sequences + 1, dtype=torch.int32, device="meta")
     call = Call(**inputs)

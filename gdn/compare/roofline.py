@@ -40,7 +40,7 @@ def least_work(case: Case, which: str) -> Work:
     K, V, C = case.K, case.V, CHUNK
     forward = chunks * case.HV * (6 * C * K * V + 4 * C * C * (K + V) + C**3 / 2)
     tokens, size = sum(lengths), case.dtype.itemsize
-    qk, vo, gates = 2 * case.H * K * size, case.HV * V * size, 2 * case.HV * 4
+    qk, vo, gates = 2 * case.H * K * size, case.HV * V * size, _gate_bytes(case)
     state = len(lengths) * case.HV * K * V * 4
     flops, moved = 0.0, 0
     if which != "bwd":
@@ -52,12 +52,17 @@ def least_work(case: Case, which: str) -> Work:
     return Work(flops, float(moved))
 
 
+def _gate_bytes(case: Case) -> int:
+    """Bytes of g and beta of a token, in float32."""
+    return 4 * case.HV * (1 + (case.K if case.per_channel else 1))
+
+
 def least_step_work(case: StepCase) -> Work:
     """The work in one decode step that skips no sequence: per token and value head two products
     with the state, one update and one decay; each state is read once and written once."""
     tokens, size = case.tokens, case.dtype.itemsize
     state = case.HV * case.K * case.V
-    a_token = (2 * case.H * case.K + 2 * case.HV * case.V) * size + 2 * case.HV * 4
+    a_token = (2 * case.H * case.K + 2 * case.HV * case.V) * size + _gate_bytes(case)
     moved = 2 * case.sequences * state * case.pool.itemsize + tokens * a_token
     return Work(7.0 * tokens * state, float(moved))
 

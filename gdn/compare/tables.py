@@ -11,6 +11,7 @@ import torch
 
 from gdn.problem import FLAGS
 from gdn.registry import BackendInfo
+from gdn.testing import Case
 from gdn.testing.agreement import CHECKED_TOKENS, OUTPUTS
 
 from .comparison import Report
@@ -42,6 +43,8 @@ CAPABILITIES = (
     "packed",
     "initial state",
     "resets",
+    "per channel",
+    "lower bound",
     "backward",
     "decode from",
     "fused options",
@@ -124,7 +127,7 @@ def comparison_title(report: Report) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         f"B={case.B} {length} H={case.H} HV={case.HV} K={case.K} V={case.V} {dtype}, "
-        f"{'raw' if case.fused else 'finished'} gates, on {about['device']}",
+        f"{_gates(case)}, on {about['device']}",
         f"{versions}, commit {about['commit'] or 'unknown'}: {about['command']}",
         f"ceilings measured here: {limits.flops / 1e12:.3g} TFLOPS ({dtype} product), "
         f"{limits.bytes / 1e9:.0f} GB/s (copy)",
@@ -139,6 +142,13 @@ def comparison_title(report: Report) -> str:
             "the others by CUDA graph replay"
         )
     return "\n".join(lines)
+
+
+def _gates(case: Case) -> str:
+    words = ["raw" if case.fused else "finished", "gates"]
+    words += ["per channel"] if case.per_channel else []
+    words += [] if case.gate_lower_bound is None else [f"of at least {case.gate_lower_bound:g}"]
+    return " ".join(words)
 
 
 def _yes(value: bool) -> str:
@@ -165,7 +175,8 @@ def capability_rows(backends: Sequence[BackendInfo]) -> Table:
                 _names(c.dtypes),
                 " ".join(filter(None, [", ".join(c.devices) or "any", chips])),
                 ", ".join([sizes, *limits]),
-                *map(_yes, (c.gva, c.varlen, c.initial_state, c.resets, c.backward)),
+                *map(_yes, (c.gva, c.varlen, c.initial_state, c.resets)),
+                *map(_yes, (c.per_channel, c.gate_lower_bound, c.backward)),
                 _names(c.decode) + ("" if c.speculative or not c.decode else "; one slot each"),
                 fused,
                 *map(_yes, (c.deterministic, c.cuda_graph)),

@@ -1,4 +1,5 @@
-"""gdn as the engine of Qwen3-Next and Qwen3.5 in Hugging Face transformers, 4.57 or newer.
+"""gdn as the engine of Qwen3-Next, Qwen3.5, Kimi Linear, Ling 3 (bailing_hybrid) and GLM-5-Next in
+Hugging Face transformers, 4.57 or newer.
 
 Their layers call one function for whole sequences and one for single tokens. Up to 5.14 a layer
 takes both from its module when it is made, and keeps them as attributes; from then on it calls its
@@ -31,8 +32,9 @@ from gdn.integrations.transformers_packed import (
     run_forward,
 )
 
-MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
-"""Models of transformers whose linear attention is a gated delta net."""
+MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "kimi_linear", "bailing_hybrid", "glm5_next")
+"""Models of transformers whose linear attention is a gated delta net, the last three with a decay
+per channel."""
 
 _PREFILL, _STEP = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule")
 _CONVOLUTION, _FORWARD = ("causal_conv1d_fn", "forward")
@@ -41,6 +43,12 @@ _ON_MODULES = {
     "torch_recurrent_gated_delta_rule": _STEP,
     "causal_conv1d_fn": _CONVOLUTION,
 }
+_ON_KIMI_MODULES = {
+    "chunk_kimi_delta_attention": _PREFILL,
+    "recurrent_kimi_delta_attention": _STEP,
+    "causal_conv1d_fn": _CONVOLUTION,
+}
+_LAYERS = ("GatedDeltaNet", "DeltaAttention", "Glm5NextTextLinearAttention")
 _FOR_NEW_LAYERS = {
     "chunk_gated_delta_rule": _PREFILL,
     "fused_recurrent_gated_delta_rule": _STEP,
@@ -80,6 +88,8 @@ class _Patch:
                 return self.original(*args, **kwargs)
             if self.role in _AROUND:
                 return _AROUND[self.role](self.original, *args, **kwargs)
+            if "cu_seqlens" not in kwargs:  # Kimi's layers hand on what they got
+                kwargs["cu_seqlens"] = kwargs.get("cu_seq_lens_q")
             check_state(**kwargs)
             run = _run_prefill if self.role == _PREFILL else _run_step
             return run([*self.backends.values()][-1], *args, **kwargs)
@@ -108,7 +118,7 @@ class Patched:
 
 
 def patch(model: nn.Module | None = None, backend: str | None = None) -> Patched:
-    """Let gdn compute the gated delta rule in Qwen3-Next and Qwen3.5, dense and mixture of experts.
+    """Let gdn compute the gated delta rule in the `MODELS`, dense and mixture of experts.
 
     Args:
         model: a model, whose layers are patched; None patches transformers itself, for models made
@@ -191,12 +201,12 @@ def _find(model: nn.Module | None) -> Iterator[Target]:
     layers = [
         layer
         for layer in (() if model is None else model.modules())
-        if type(layer).__module__ in modules and type(layer).__name__.endswith("GatedDeltaNet")
+        if type(layer).__module__ in modules and type(layer).__name__.endswith(_LAYERS)
     ]
     if model is not None and not layers:
         raise ValueError(
-            "model must contain layers of Qwen3-Next or Qwen3.5 linear attention, got "
-            f"{type(model).__name__}; other models can call gdn.gated_delta_net themselves"
+            "model must contain layers of Qwen3-Next or Qwen3.5 linear attention, or of Kimi's, "
+            f"got {type(model).__name__}; other models can call gdn.gated_delta_net themselves"
         )
     used = {type(layer).__module__ for layer in layers} or set(modules)
     for name in sorted(used):
@@ -207,9 +217,12 @@ def _find(model: nn.Module | None) -> Iterator[Target]:
             for function, role in _FOR_NEW_LAYERS.items() if model is None else ():
                 original = getattr(module, function) or getattr(module, f"torch_{role}")
                 yield module, function, original, role
-        elif all(hasattr(module, function) for function in _ON_MODULES):
-            for function, role in _ON_MODULES.items():
-                yield module, function, getattr(module, function), role
+            continue
+        for functions in (_ON_MODULES, _ON_KIMI_MODULES):
+            if all(hasattr(module, function) for function in functions):
+                for function, role in functions.items():
+                    yield module, function, getattr(module, function), role
+                break
         else:
             raise RuntimeError(
                 f"transformers must be of a version that gdn knows, got {_version()}, whose "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,7 +27,10 @@ class Case:
     gates: "none" is g = 0, "weak" about -1e-3, "strong" about -20, "model" a freshly initialised
         Qwen3.5 layer's, "mixed" a spread from 0 to -5, "resets" the same with some -inf, -1e9 and
         -200, "steep" (with fused only) an A_log whose exponential overflows while softplus is close
-        to zero.
+        to zero. With fused, the raw gates are normal numbers ("strong": 15 larger).
+    per_channel: a decay for each channel of K. In "mixed" gates a third of the channels then never
+        decays, and some decay at once; "model" is a freshly initialised Kimi Linear layer's.
+    gate_lower_bound: that of the fused gate; with "strong" gates it is reached.
     cosine: the mean cosine between keys.
     strength: beta of every token, instead of random ones.
     l2norm: turns the fused L2 norm on. fused: turns on the fused L2 norm, gate and beta sigmoid,
@@ -51,6 +54,8 @@ class Case:
     l2norm: bool = False
     fused: bool = False
     allow_neg_eigval: bool = False
+    per_channel: bool = False
+    gate_lower_bound: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -92,6 +97,24 @@ CASES = (
     Case("resets-packed", lengths=(70, 3, 129), gates="resets"),
     Case("steep-gates", T=130, HV=4, fused=True, gates="steep"),
     Case("correlated-keys", T=130, gates="weak", cosine=0.9),
+    Case("lower-bound", T=70, HV=4, fused=True, gate_lower_bound=-5.0),
+    *(
+        replace(case, name=f"channels-{case.name}", per_channel=True)
+        for case in (
+            Case("one-token", T=1, K=20, V=36),
+            Case("grouped-heads", T=65, HV=4, B=2),
+            Case("v-first", T=70, K=20, V=36, state_v_first=True),
+            Case("packed-fused", lengths=(33, 70, 0, 5), K=32, V=32, fused=True),
+            Case("model", T=70, K=128, V=64, H=1, fused=True, gates="model"),
+            Case("lower-bound", T=70, HV=4, K=32, V=32, fused=True, gate_lower_bound=-5.0),
+            Case("at-lower-bound", T=70, fused=True, gates="strong", gate_lower_bound=-5.0),
+            Case("no-decay", T=70, gates="none"),
+            Case("weak-decay", T=70, gates="weak"),
+            Case("strong-decay", T=70, gates="strong"),
+            Case("resets", T=130, HV=4, K=32, V=32, gates="resets"),
+            Case("correlated-keys", T=70, gates="weak", cosine=0.9),
+        )
+    ),
 )
 """The suite's cases, small enough for Triton's interpreter."""
 

@@ -46,6 +46,21 @@ STEPS = (
     StepCase("speculative", B=4, T=3, HV=4, slots="each", fused=True),
     StepCase("speculative-packed", lengths=(2, 0, 3, 1), HV=4, slots="each", state_v_first=True),
     StepCase("speculative-bfloat16", B=4, T=2, HV=4, slots="each", pool=torch.bfloat16),
+    StepCase("channels", B=4, HV=4, per_channel=True),
+    StepCase("channels-packed", lengths=(2, 0, 1, 4), K=20, V=36, per_channel=True, fused=True),
+    StepCase(
+        "channels-speculative",
+        B=4,
+        T=2,
+        HV=4,
+        slots="each",
+        pool=torch.bfloat16,
+        padding=8,
+        state_v_first=True,
+        fused=True,
+        per_channel=True,
+        gate_lower_bound=-5.0,
+    ),
 )
 """Steps that cover every option of `gdn.gated_delta_net_decode`."""
 

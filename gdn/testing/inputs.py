@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdn.definition import gated_delta_rule
+from gdn.definition import gated_delta_rule, log_decay
 from gdn.problem import DIFFERENTIABLE, Call
 
 from .cases import Case
@@ -26,10 +26,10 @@ def _keys(case: Case, B: int, T: int, generator: torch.Generator) -> Tensor:
 
 
 def _log_decay(case: Case, B: int, T: int, generator: torch.Generator) -> Tensor:
-    shape = (B, T, case.HV)
+    shape = (B, T, *_gate_shape(case))
     if case.gates == "model":
         A_log, dt_bias = _gate_parameters(case, generator)
-        return -A_log.exp() * F.softplus(_normal(generator, *shape) + dt_bias)
+        return log_decay(_normal(generator, *shape), A_log, dt_bias)
     uniform = torch.rand(shape, generator=generator, device=generator.device)
     if case.gates == "none":
         return torch.zeros_like(uniform)
@@ -38,6 +38,9 @@ def _log_decay(case: Case, B: int, T: int, generator: torch.Generator) -> Tensor
     if case.gates == "strong":
         return -10 - 20 * uniform
     g = -5 * uniform**4
+    if case.per_channel and case.gates == "mixed":
+        g[..., ::3] = 0
+        g[..., 1::5] = -25
     if case.gates == "resets":
         places = torch.rand(shape, generator=generator, device=generator.device)
         for n, value in enumerate((-torch.inf, -1e9, -200.0)):
@@ -45,16 +48,23 @@ def _log_decay(case: Case, B: int, T: int, generator: torch.Generator) -> Tensor
     return g
 
 
+def _gate_shape(case: Case) -> tuple[int, ...]:
+    """Of g at a token, and of dt_bias: HV, or HV and K."""
+    return (case.HV, case.K) if case.per_channel else (case.HV,)
+
+
 def _gate_parameters(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A_log, dt_bias: for "model" those of a new layer (A in (0, 16), step in (1e-3, 0.1)), else
-    normal numbers."""
+    """A_log, dt_bias: for "model" those of a new layer (A in (0, 16), per channel in (1, 16); step
+    in (1e-3, 0.1)), else normal numbers."""
+    shape = _gate_shape(case)
     if case.gates == "steep":
-        noise = 0.5 * _normal(generator, case.HV)
-        return torch.full_like(noise, 100.0), noise - 101
+        noise = 0.5 * _normal(generator, *shape)
+        return noise.new_full((case.HV,), 100.0), noise - 101
     if case.gates != "model":
-        return tuple(0.5 * _normal(generator, case.HV) for _ in range(2))  # type: ignore[return-value]
-    empty = torch.empty(case.HV, device=generator.device)
-    A = 1e-2 + 16 * torch.rand(case.HV, generator=generator, device=generator.device)
+        return 0.5 * _normal(generator, case.HV), 0.5 * _normal(generator, *shape)
+    empty = torch.empty(shape, device=generator.device)
+    least, span = (1.0, 15.0) if case.per_channel else (1e-2, 16.0)
+    A = least + span * torch.rand(case.HV, generator=generator, device=generator.device)
     step = empty.uniform_(-6.9, -2.3, generator=generator).exp()
     return A.log(), step + torch.log(-torch.expm1(-step))
 
@@ -82,7 +92,8 @@ def make_inputs(
     if case.l2norm or case.fused:
         q, k = 3 * q, 2 * k
     if case.fused:
-        g = _normal(generator, B, T, case.HV)
+        g = _normal(generator, B, T, *_gate_shape(case))
+        g = g + 15 if case.gates == "strong" else g
     else:
         beta = beta.sigmoid()
         g = _log_decay(case, B, T, generator)
@@ -99,6 +110,7 @@ def make_inputs(
         A_log, dt_bias = _gate_parameters(case, generator)
         options |= {"A_log": A_log.to(device, exact), "dt_bias": dt_bias.to(device, exact)}
         options["allow_neg_eigval"] = case.allow_neg_eigval
+        options["gate_lower_bound"] = case.gate_lower_bound
         options |= {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
     if case.lengths is not None:
         bounds = [0, *torch.tensor(case.lengths).cumsum(0).tolist()]

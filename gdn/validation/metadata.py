@@ -61,7 +61,11 @@ def validate(call: Call) -> None:
             f"K = {K}, V = {V}; "
             "q and k have H heads, v has HV"
         )
-    _require_shape("g", call.g, "[B, T, HV]", (B, T, HV))
+    if call.per_channel:
+        hint = "; give g one dimension less for a decay per head"
+        _require_shape("g", call.g, "[B, T, HV, K]", (B, T, HV, K), hint)
+    else:
+        _require_shape("g", call.g, "[B, T, HV]", (B, T, HV), ", or [B, T, HV, K] per channel")
     _require_shape("beta", call.beta, "[B, T, HV]", (B, T, HV))
     _validate_options(call)
     _validate_cu_seqlens(call)
@@ -97,8 +101,11 @@ def _validate_options(call: Call) -> None:
         math.isfinite(call.scale),
         lambda: f"scale must be finite, got {call.scale}; leave it out for K^-0.5",
     )
-    HV = call.v.shape[2]
-    for name, x in (("A_log", call.A_log), ("dt_bias", call.dt_bias)):
+    HV, K, bound = call.v.shape[2], call.q.shape[3], call.gate_lower_bound
+    bias = ("[HV, K]", (HV, K)) if call.per_channel else ("[HV]", (HV,))
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {"A_log": ("[HV]", (HV,)), "dt_bias": bias}
+    for name, shape in shapes.items():
+        x = getattr(call, name)
         if x is None:
             continue
         _require(
@@ -108,10 +115,21 @@ def _validate_options(call: Call) -> None:
                 "without it g is the finished log decay"
             ),
         )
-        _require_shape(name, x, "[HV]", (HV,))
+        _require_shape(name, x, *shape)
     _require(
-        not call.use_gate_in_kernel or call.A_log is not None,
+        not call.use_gate_in_kernel or call.A_log is not None or bound is not None,
         lambda: "A_log must be given with use_gate_in_kernel=True, got None; pass A_log [HV]",
+    )
+    _require(
+        bound is None or call.use_gate_in_kernel,
+        lambda: (
+            "gate_lower_bound must come with use_gate_in_kernel=True, got False; "
+            "without it g is the finished log decay"
+        ),
+    )
+    _require(
+        bound is None or -math.inf < bound < 0,
+        lambda: f"gate_lower_bound must be finite and below 0, got {bound}; models use -5",
     )
     _require(
         not call.allow_neg_eigval or call.use_beta_sigmoid_in_kernel,

@@ -32,8 +32,8 @@ def tensors_of(call: Call | Step) -> Iterable[tuple[str, Tensor | None]]:
 
 
 def check_types(call: Call | Step) -> None:
-    """TypeError if a tensor argument is not a tensor, a flag not a bool, or scale or null_index not
-    a number. What converts without loss is taken: 1 for True, numpy's numbers, 0-d tensors."""
+    """TypeError if a tensor argument is not a tensor, a flag not a bool, or another option not a
+    number. What converts without loss is taken: 1 for True, numpy's numbers, 0-d tensors."""
     for name, x in tensors_of(call):
         if not (x is None or isinstance(x, Tensor)):
             raise no_tensor(name, x)
@@ -42,6 +42,9 @@ def check_types(call: Call | Step) -> None:
         x = getattr(own, name)
         if not (x is None or _converts(x, float)):
             raise TypeError(f"{name} must be a bool, got {_shown(x)}; pass True or False")
+    bound = own.gate_lower_bound
+    if not (bound is None or _converts(bound, float)):
+        raise TypeError(f"gate_lower_bound must be a number, got {_shown(bound)}; pass -5.0")
     if not _converts(own.scale, float):
         raise TypeError(f"scale must be a number, got {_shown(own.scale)}; leave it out for K^-0.5")
     if isinstance(call, Step) and not _converts(call.null_index, operator.index):
