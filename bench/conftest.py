@@ -20,6 +20,7 @@ from suite import (
     conversions,
     selected_backends,
     selected_gates,
+    selected_norms,
     selected_passes,
     selected_shapes,
     selected_steps,
@@ -44,7 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--full", action="store_true", help="every shape, length and kind of gate")
     group.addoption("--shapes", help="of prefill: grid, or such as 16/32:1x8192,2/8|4/16:1024+7168")
-    group.addoption("--gates", help="of prefill, such as model,mixed,none")
+    group.addoption("--gates", help="of prefill, such as fast,model,mixed,none")
+    group.addoption("--norms", help="the L2 norm in prefill: fused,no")
     group.addoption("--passes", help="of prefill: fwd,bwd,fwd+bwd")
     group.addoption("--heads", help="of decode, such as 2/8,16/32,16/64")
     group.addoption("--batches", help="of decode, such as 1,64,512")
@@ -68,6 +70,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Order the rows so that those that share a comparison follow each other."""
     config, names = metafunc.config, metafunc.fixturenames
     if "shape" in names:
+        metafunc.parametrize("norm", selected_norms(config))
         metafunc.parametrize("gates", selected_gates(config))
         metafunc.parametrize("shape", selected_shapes(config))
         metafunc.parametrize("which", selected_passes(config))

@@ -3,6 +3,7 @@
     16/32:1x8192       H = 16, HV = 32; one sequence of 8192 tokens (K = V = 128)
     16/32/64:8x1024    K = V = 64; a batch of eight
     2/8:1024+7168      packed sequences of these lengths
+    2/8:64x1-300       64 packed sequences of 1 to 300 tokens, as a server batches them
     2/8|4/16:1x2048|1x8192    each choice of heads with each choice of sequences
     grid               the rows that kernels are tuned on
 
@@ -14,53 +15,65 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from gdn.testing import Case, Gates
 from gdn.testing.decode import StepCase
 
-SHAPE = re.compile(r"(\d+)/(\d+)(?:/(\d+))?:(?:(\d+)x(\d+)|(\d+(?:\+\d+)+))")
+SHAPE = re.compile(r"(\d+)/(\d+)(?:/(\d+))?:(?:(\d+)x(\d+)(?:-(\d+))?|(\d+(?:\+\d+)+))")
 RAGGED = "+".join(str(n) for n in (1, 4000, 37, 129, 2048, 64, 700, 1213))
 
 
+Norm = Literal["fused", "no"]
+"""The L2 norm of q and k: within the op, or none, with rows of length 1. A peer whose own norm is
+not part of its kernels spends more time on "fused"."""
+
+
 class Selection(NamedTuple):
-    """Shapes and gates of prefill; batch sizes and heads of decode."""
+    """Shapes, gates and norms of prefill; batch sizes and heads of decode."""
 
     shapes: str
     gates: tuple[Gates, ...]
+    norms: tuple[Norm, ...]
     batches: tuple[int, ...]
     decode_heads: tuple[str, ...]
 
 
 GRID = (
-    "2/8|4/16|8/32|16/16|16/32|16/48|16/64:1x2048|1x8192|1x32768|4x8192|8x1024|1024+7168|28672+4096"
+    "2/8|4/16|8/32|16/16|16/32|16/48|16/64|32/32:1x2048|1x8192|1x32768|4x8192|8x1024|16x2048|"
+    "28672+4096|64x1-300"
 )
 """Heads under tensor parallelism; one and many sequences, of equal and of unequal length."""
 
 SELECTIONS = {
-    ("cuda", "quick"): Selection("16/32:1x2048|1x8192", ("model",), (1, 64), ("16/32",)),
+    ("cuda", "quick"): Selection(
+        "16/32:1x2048|1x8192", ("model",), ("fused",), (1, 64), ("16/32",)
+    ),
     ("cuda", "default"): Selection(
         "16/32:1x512|1x2048|1x8192|1x32768|8x1024|1024+7168,2/8|16/64:1x2048|1x8192|1x32768",
         ("model",),
+        ("fused", "no"),
         (1, 8, 64, 256),
         ("16/32",),
     ),
     ("cuda", "full"): Selection(
         f"{GRID},16/32|2/4|2/8:1x512|1x1024|1x4096|1x16384|1x65536|1x131072,4/8|8/16:1x8192,"
         f"16/32:64x512|{RAGGED},16/32/64:1x8192,16/32/256:1x8192",
-        ("model", "mixed", "none"),
+        ("fast", "model", "mixed", "none"),
+        ("fused", "no"),
         (1, 2, 4, 8, 16, 32, 64, 128, 256),
         ("2/8", "16/32", "16/64"),
     ),
-    ("cpu", "quick"): Selection("4/8:1x512", ("model",), (1, 8), ("4/8",)),
+    ("cpu", "quick"): Selection("4/8:1x512", ("model",), ("fused",), (1, 8), ("4/8",)),
     ("cpu", "default"): Selection(
-        "4/8:1x512|1x2048|4x512|300+700+24", ("model",), (1, 8, 32), ("4/8",)
+        "4/8:1x512|1x2048|4x512|300+700+24", ("model",), ("fused",), (1, 8, 32), ("4/8",)
     ),
     ("cpu", "full"): Selection(
         f"4/8:1x512|1x2048|1x8192|4x512|{RAGGED},4/8/64|4/8/256:1x2048",
         ("model", "mixed", "none"),
+        ("fused",),
         (1, 8, 32),
         ("4/8",),
     ),
@@ -85,18 +98,26 @@ def expand(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def make_case(shape: str, gates: Gates, dtype: torch.dtype) -> Case:
-    """The call of a shape: initial and final state, fused L2 norm, finished gates (every backend
-    and peer takes them)."""
-    H, HV, K, B, T, packed = _parse(shape)
+def make_case(shape: str, gates: Gates, dtype: torch.dtype, norm: Norm = "fused") -> Case:
+    """The call of a shape: initial and final state [V, K] and finished gates, which every backend
+    and peer takes as they are."""
+    H, HV, K, B, T, longest, packed = _parse(shape)
     sizes: dict[str, Any] = {"H": int(H), "HV": int(HV), "K": int(K or 128), "V": int(K or 128)}
-    if packed:
+    lengths: tuple[int, ...] | None = None
+    if longest:
+        shortest, count = int(T), int(B)
+        step = (int(longest) - shortest) / max(count - 1, 1)
+        lengths = tuple(shortest + round(step * (37 * n % count)) for n in range(count))
+    elif packed:
         lengths = tuple(int(n) for n in packed.split("+"))
+    if lengths:
         sizes |= {"B": 1, "T": sum(lengths)}
     else:
-        lengths = None
         sizes |= {"B": int(B), "T": int(T)}
-    return Case(shape, **sizes, lengths=lengths, dtype=dtype, gates=gates, l2norm=True)
+    return Case(
+        shape, **sizes, lengths=lengths, dtype=dtype, gates=gates, l2norm=norm == "fused",
+        state_v_first=True,
+    )  # fmt: skip
 
 
 def make_step_case(heads: str, batch: int, dtype: torch.dtype) -> StepCase:

@@ -17,8 +17,10 @@ def test_prefill(
     record_pass: Any,
     shape: str,
     gates: Any,
+    norm: Any,
     which: str,
     backend: str,
 ) -> None:
-    case, passes = make_case(shape, gates, DTYPE), selected_passes(request.config)
-    record_pass(case, backend, passes, which, least_work(case, which), kind="prefill")
+    case, passes = make_case(shape, gates, DTYPE, norm), selected_passes(request.config)
+    least = least_work(case, which)
+    record_pass(case, backend, passes, which, least, kind="prefill", norm=norm)

@@ -55,7 +55,13 @@ def info(args: argparse.Namespace) -> int:
         verdicts = [dispatch.verdict(backend.name, problem) for problem in problems]
         cells = ["no: " + "; ".join(v.reasons) if v.reasons else f"yes: {v.path}" for v in verdicts]
         rows.append([backend.name, backend.summary, *cells])
-    headers = ("backend", "what it is", "Qwen3.5 forward here", "and backward", "Kimi Linear's")
+    headers = (
+        "backend",
+        "what it is",
+        "Qwen3.5 forward here",
+        "and backward",
+        "Kimi Linear forward and backward",
+    )
     console.print_table(headers, rows)
     return 0
 

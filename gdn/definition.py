@@ -26,7 +26,7 @@ L2_EPS = 1e-6
 TAIL = -40.0
 """Below it softplus(x) is e^x, in float64 too."""
 LARGE = 1e30
-"""Raw gates beyond it count as it where the gate has a lower bound: products with zero are zero."""
+"""Raw gates are clamped to this, up and down, where the gate has a lower bound: 0 inf is NaN."""
 GATE_FLOOR = -104.0
 """A log decay whose exponential is zero in float32."""
 
@@ -34,6 +34,17 @@ GATE_FLOOR = -104.0
 def l2_normalize(x: Tensor) -> Tensor:
     """x / sqrt(sum x^2 + 1e-6) over the last dimension, in x's dtype."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+
+
+def initialize_gates(
+    A_log: Tensor, dt_bias: Tensor, generator: torch.Generator | None = None
+) -> None:
+    """Fill the gate parameters of a new layer in place, as the layers of Qwen3-Next and Qwen3.5 in
+    transformers do: A_log is the log of uniform numbers in (0.01, 16), dt_bias is ones. With
+    A = 16 a token decays the state by e^-21."""
+    with torch.no_grad():
+        A_log.uniform_(1e-2, 16, generator=generator).log_()
+        dt_bias.fill_(1)
 
 
 def log_decay(

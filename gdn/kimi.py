@@ -3,6 +3,8 @@ each channel of K."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def kimi_delta_attention(
         A_log, dt_bias: [HV], and [HV, K] or flat [HV K]; only with use_gate_in_kernel. A_log may be
             None with a lower_bound.
         lower_bound: `gate_lower_bound` of `gdn.gated_delta_net`: the fused gate is lower_bound
-            sigmoid(exp(A_log) (g + dt_bias)).
+            sigmoid(exp(A_log) (g + dt_bias)). Ignored without use_gate_in_kernel, as in fla.
         safe_gate: fla's choice of a faster kernel for gates that are at least -5. The result does
             not depend on it, and it is ignored, except that True with use_gate_in_kernel needs a
             lower_bound, as in fla.
@@ -59,6 +61,7 @@ def kimi_delta_attention(
             `gdn.gated_delta_net`.
     """
     _require_channels(g)
+    _require_bound(lower_bound)
     if safe_gate and use_gate_in_kernel and lower_bound is None:
         raise ValueError(
             "lower_bound must be given with safe_gate=True and use_gate_in_kernel=True, got None; "
@@ -75,7 +78,7 @@ def kimi_delta_attention(
         dt_bias=dt_bias,
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         allow_neg_eigval=allow_neg_eigval,
-        gate_lower_bound=lower_bound,
+        gate_lower_bound=lower_bound if use_gate_in_kernel else None,
         state_v_first=state_v_first,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
@@ -136,11 +139,22 @@ def kimi_delta_attention_decode(
         dt_bias=dt_bias,
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         allow_neg_eigval=allow_neg_eigval,
-        gate_lower_bound=lower_bound,
+        gate_lower_bound=lower_bound if use_gate_in_kernel else None,
         state_v_first=state_v_first,
         cu_seqlens=cu_seqlens,
         backend=backend,
     )  # fmt: skip
+
+
+def _require_bound(lower_bound: object) -> None:
+    """`gdn.gated_delta_net` names its own argument."""
+    if lower_bound is None or (
+        isinstance(lower_bound, float | int) and -math.inf < lower_bound < 0
+    ):
+        return
+    raise ValueError(
+        f"lower_bound must be a finite number below 0, got {lower_bound!r}; models use -5"
+    )
 
 
 def _require_channels(g: object) -> None:

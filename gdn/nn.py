@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdn.api import gated_delta_net, gated_delta_net_decode
+from gdn.definition import initialize_gates
 
 _STEP = 8
 """Tokens up to which a call with a cache is a decode step rather than a sequence."""
@@ -120,12 +121,9 @@ class GatedDeltaNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the layer's own parameters as Qwen3.5's layer does: A_log is the log of
-        uniform numbers in (0.01, 16), dt_bias is ones. Submodules have a `reset_parameters` of
-        their own."""
-        with torch.no_grad():
-            self.A_log.uniform_(1e-2, 16).log_()
-            self.dt_bias.fill_(1)
+        """Initialise the layer's own parameters (`gdn.definition.initialize_gates`). Submodules
+        have a `reset_parameters` of their own."""
+        initialize_gates(self.A_log, self.dt_bias)
 
     def extra_repr(self) -> str:
         sizes = (

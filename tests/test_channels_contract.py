@@ -189,7 +189,7 @@ def test_kimis_names_reach_the_same_call(defined: str) -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_explain_tells_who_has_channels(defined: str) -> None:
+def test_explain_names_the_backends_with_channels(defined: str) -> None:
     inputs = channels(make_inputs(DENSE))
     for given, word in ((inputs, "per channel"), (inputs | GATE, "gate_lower_bound")):
         bound = {"gate_lower_bound": -5.0} if word == "gate_lower_bound" else {}

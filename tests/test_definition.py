@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import gdn
 from gdn.definition import l2_normalize, log_decay, write_strength
 from gdn.testing import CASES, Case, make_inputs, run_definition, with_gradients
 
@@ -83,3 +84,14 @@ def test_inputs_have_the_properties_that_cases_promise() -> None:
     assert (make_inputs(Case("none", T=9, gates="none"))["g"] == 0).all()
     assert (make_inputs(Case("strong", T=9, gates="strong"))["g"] <= -10).all()
     assert (make_inputs(Case("weak", T=9, gates="weak"))["g"] > -0.01).all()
+
+
+def test_gates_of_a_new_layer() -> None:
+    """Those of `gdn.nn` and of the "fast" cases: A in (0.01, 16) and dt_bias = 1."""
+    inputs = make_inputs(Case("fast", T=50, HV=64, gates="fast", fused=True))
+    layer = gdn.nn.GatedDeltaNet(16, num_k_heads=2, num_v_heads=64, head_k_dim=4, head_v_dim=4)
+    for A_log, dt_bias in ((inputs["A_log"], inputs["dt_bias"]), (layer.A_log, layer.dt_bias)):
+        assert 0.01 <= A_log.exp().min() < 2 < 14 < A_log.exp().max() <= 16
+        assert (dt_bias == 1).all()
+    g = make_inputs(Case("fast", T=50, HV=64, gates="fast"))["g"]
+    assert -13 < g.mean() < -8

@@ -84,7 +84,7 @@ def test_the_page_is_one_file_with_the_rows_not_timed(file: Path, tmp_path: Path
     page = (tmp_path / "out" / "report.html").read_text()
     assert "http" not in page
     assert "a &lt;GPU&gt;" in page
-    assert "other cannot run: no &lt;luck&gt; (bwd 2/4:1x64, model)" in page
+    assert "other cannot run: no &lt;luck&gt; (bwd 2/4:1x64, model gates)" in page
     assert "other FAILED: off by 1" in page
     assert page.count("data:image/png;base64,") == 7
     pictures = sorted(path.stem for path in (tmp_path / "out").glob("*.png"))
@@ -117,8 +117,8 @@ def test_sections_of_a_document_are_rewritten(file: Path, tmp_path: Path) -> Non
     text = document.read_text()
     assert text.count("stale") == 2
     assert text.endswith(f"{later}after\n")
-    assert "| 2/4:1x64 | model | fwd | 0.500† | 1.000* | 0.167 | 0.100 | 3.00x |" in text
-    assert "| fwd | model | mine | fla | 2 | 0.50x | 1.22x | 3.00x |" in text
+    assert "| 2/4:1x64 | model | fused | fwd | 0.500† | 1.000* | 0.167 | 0.100 | 3.00x |" in text
+    assert "| fwd | model | fused | mine | fla | 2 | 0.50x | 1.22x | 3.00x |" in text
     assert "(a <GPU>, CUDA 13.0, gdn at c0ffee.)" in text
     assert "![Latency against length of one sequence](run-latency.png)" in text
     assert (tmp_path / "run-latency.png").read_bytes().startswith(b"\x89PNG")
@@ -146,8 +146,8 @@ def test_files_are_named_from_the_root_and_shown_together(
     target.write_text(section(files, "standing") + section(files, "plot standing"))
     assert command_line.main(["--document", str(target)]) == 0
     text = target.read_text()
-    assert "| a <GPU> | fwd | model | mine | fla | 2 | 0.50x | 1.22x | 3.00x |" in text
-    assert "| another | bwd | none | mine | fla | 2 | 0.50x | 1.22x | 3.00x |" in text
+    assert "| a <GPU> | fwd | model | fused | mine | fla | 2 | 0.50x | 1.22x | 3.00x |" in text
+    assert "| another | bwd | none | fused | mine | fla | 2 | 0.50x | 1.22x | 3.00x |" in text
     assert "](../results/standing.png)" in text
     assert (tmp_path / "results" / "standing.png").exists()
     assert documents.rewritten(target) == text

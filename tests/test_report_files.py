@@ -190,7 +190,7 @@ def test_null_where_a_number_was_nan_is_shown(file: Path, document: dict[str, An
     marked = file.with_name("doc.md")
     marked.write_text(section("run.json", "speed"))
     assert command_line.main(["--document", str(marked)]) == 0
-    assert "| 2/4:1x64 | model | fwd | 0.500† | 1.000* | 0.167 | - |" in marked.read_text()
+    assert "| 2/4:1x64 | model | fused | fwd | 0.500† | 1.000* | 0.167 | - |" in marked.read_text()
 
 
 def test_runs_are_compared_row_by_row(
@@ -202,7 +202,7 @@ def test_runs_are_compared_row_by_row(
     new = write(file.with_name("new.json"), worse)
     assert command_line.main([str(new), "--against", str(file)]) == 1
     out = capsys.readouterr().out
-    assert "prefill 2/4:1x64 model fwd mine: 0.167 -> 0.250 ms, 50 % slower" in out
+    assert "prefill 2/4:1x64 model fused fwd mine: 0.167 -> 0.250 ms, 50 % slower" in out
     assert "17 rows compared, 1 rows slower by more than 10 %, 0 rows vanished" in out
     assert command_line.main([str(file), "--against", str(file)]) == 0
     assert "17 rows compared, 0 rows slower" in capsys.readouterr().out
@@ -216,7 +216,7 @@ def test_rows_that_vanished_are_named_and_fail(
     new = write(file.with_name("new.json"), less)
     assert command_line.main([str(new), "--against", str(file)]) == 1
     out = capsys.readouterr().out
-    assert "prefill 2/4:1x64 model fwd torch: vanished" in out
+    assert "prefill 2/4:1x64 model fused fwd torch: vanished" in out
     assert "16 rows compared, 0 rows slower by more than 10 %, 1 rows vanished" in out
     assert command_line.main([str(file), "--against", str(new)]) == 0  # a new row is no fault
 

@@ -69,16 +69,27 @@ def test_agrees_with_the_definition(
     check(CASES[name], make_inputs(CASES[name]))
 
 
-@pytest.mark.parametrize("slow", [0, 3, 4, 8, 12, 13, 14])
+@pytest.mark.parametrize("slow", [0, 3, 4, 8, 12, 13, 14, 15])
 def test_a_warp_may_be_slow(world: Callable[..., None], slow: int) -> None:  # noqa: F811
-    """Two warps of the coupling warpgroup, one of each consumer warpgroup, the loading, the storing
-    and the gate warp."""
+    """Two warps of the intra-chunk warpgroup, one of each consumer warpgroup, the loading, the
+    storing, the gate and the norm warp."""
     world(late=True, slow=slow)
-    case = replace(CASES["dense"], B=1, T=270)
+    case = replace(CASES["dense"], B=1, T=270, fused=True)
     check(case, make_inputs(case))
 
 
-@pytest.mark.parametrize(("waits", "slow"), [("coupled", 0), ("tokens_ready", 14)])
+@pytest.mark.parametrize(
+    ("waits", "slow"),
+    [
+        ("intra_chunk_ready", 0),
+        ("ready", 12),
+        ("v_ready", 12),
+        ("o_ready", 4),
+        ("v_free", 13),
+        ("tokens_ready", 14),
+        ("norms_ready", 15),
+    ],
+)
 def test_a_missing_wait_shows(
     world: Callable[..., None],  # noqa: F811
     waits: str,
@@ -87,13 +98,14 @@ def test_a_missing_wait_shows(
     """The warp that is waited for is slow."""
 
     def edit(source: str) -> str:
-        wait = re.escape(f"{waits}[(chunk % 3)]") + r"\.wait\(.*?\);"
+        wait = r"\b" + re.escape(f"{waits}[(chunk % 3)]") + r"\.wait\(.*?\);"
         assert re.search(wait, source)
         return re.sub(wait, "", source)
 
     world(True, edit, slow=slow)
+    case = replace(CASES["dense"], B=1, T=270, fused=True)
     with pytest.raises((AssertionError, RuntimeError)):
-        check(CASES["dense"], make_inputs(CASES["dense"]))
+        check(case, make_inputs(case))
 
 
 @pytest.mark.parametrize("name", ["dense", "packed"])

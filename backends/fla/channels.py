@@ -107,4 +107,5 @@ def backward(
         **common(call),
         **_gate(call),
     )
-    return raw_gradients(given, norms, (dq, dk, dv, dg, dbeta, dS, dA_log, ddt_bias))
+    call = call._replace(initial_state=given.initial_state)  # the dtype of its gradient
+    return raw_gradients(call, norms, (dq, dk, dv, dg, dbeta, dS, dA_log, ddt_bias))

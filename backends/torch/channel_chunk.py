@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .channel_decay import Decays
-from .chunk import Chunk, ChunkGradients, join_group, multiply, solve, split_group
+from .chunk import Chunk, ChunkGradients, apply_inverse, join_group, multiply, split_group
 
 
 class _Intermediates(NamedTuple):
@@ -64,7 +64,7 @@ def _compute_intermediates(chunk: Chunk, S: Tensor) -> _Intermediates:
     P.diagonal(0, -2, -1).copy_((q * k).sum(-1))
     M = kk * chunk.beta[..., None]
     E = split_group(chunk.v, group) - multiply(k_in, S, operand_dtype)
-    U = solve(M, chunk.beta[..., None] * E)
+    U = apply_inverse(chunk, M, chunk.beta[..., None] * E)
     return _Intermediates(q, k, S, decays, q_in, k_in, k_out, kk, M, P, E, U)
 
 
@@ -100,7 +100,7 @@ def chunk_backward(chunk: Chunk, S: Tensor, grad_o: Tensor, grad_S: Tensor) -> C
     dO, dS_after = split_group(F.pad(grad_o, (0, 0, 0, more)), group), split_group(grad_S, group)
 
     dU = multiply(x.P.mT, dO, operand_dtype) + multiply(x.k_out, dS_after, operand_dtype)
-    R = solve(x.M, dU, transpose=True)
+    R = apply_inverse(chunk, x.M, dU, transpose=True)
     dV = beta * R
     dP = multiply(dO, x.U.mT, operand_dtype)
     dM = -multiply(R, x.U.mT, operand_dtype)

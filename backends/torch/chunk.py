@@ -101,7 +101,7 @@ def solve(M: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
     return solved.mT
 
 
-def _apply_inverse(chunk: Chunk, M: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
+def apply_inverse(chunk: Chunk, M: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
     """`solve`, or with rounds_inverse a product with the inverse, as in kernels."""
     if not chunk.rounds_inverse:
         return solve(M, x, transpose)
@@ -140,7 +140,7 @@ def _compute_intermediates(chunk: Chunk, S: Tensor) -> _Intermediates:
     M *= beta[..., None]
     P = L * (scale * qk)
     E = split_group(v, group) - decayed_KS
-    U = _apply_inverse(chunk, M, beta[..., None] * E)
+    U = apply_inverse(chunk, M, beta[..., None] * E)
     return _Intermediates(
         kq, exp_G, decay_to_end, chunk_decay, L, kk, M, P, decayed_KS, decayed_QS, E, U
     )
@@ -182,7 +182,7 @@ def chunk_backward(chunk: Chunk, S: Tensor, grad_o: Tensor, grad_S: Tensor) -> C
 
     decayed_KdS = split_group(multiply(k, grad_S, operand_dtype), group) * x.decay_to_end
     dU = multiply(x.P.mT, dO, operand_dtype) + decayed_KdS
-    R = _apply_inverse(chunk, x.M, dU, transpose=True)
+    R = apply_inverse(chunk, x.M, dU, transpose=True)
     dP, dM = multiply(torch.cat([dO, -R], -2), x.U.mT, operand_dtype).chunk(2, -2)
     # dL * L. On the diagonal L is 1 for any G, and the terms of dG would only cancel up to rounding
     dL_L = (dP * x.P + dM * x.M).tril_(-1)

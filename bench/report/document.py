@@ -66,23 +66,24 @@ def _speed(found: Results) -> Table:
         share, ratio = some.get("roofline"), results.over_peers(group)
         cells.append("-" if share is None else f"{share * some['latency_ms']:.3f}")
         cells.append(f"{ratio:.2f}x" if ratio else "-")
-        lines.append([some["shape"], some["gates"], some["pass"], *cells])
-    return ["H/HV:sequences", "gates", "pass", *names, "floor", "ours over peers"], lines
+        lines.append([some["shape"], some["gates"], some["norm"], some["pass"], *cells])
+    return ["H/HV:sequences", "gates", "norm", "pass", *names, "floor", "ours over peers"], lines
 
 
 def _standing(runs: Sequence[Results]) -> Table:
     """How many times faster each of ours is than each peer, a row a pass; the device too, where
     there are several."""
-    headers = ["pass", "gates", "backend", "over", "settings", "at worst", "geometric mean"]
+    headers = ["pass", "gates", "norm", "backend", "over", "settings", "at worst", "geometric mean"]
     devices = {run.environment["device"] for run in runs}
     lines = []
     for run in runs:
         rows = run.of("prefill") + run.of("decode")
         device = [results.device_name(run.environment)] if len(devices) > 1 else []
-        for (which, ours, peer), ratios in results.over_each_peer(rows).items():
-            gates = dict.fromkeys(row["gates"] for row in rows if row["pass"] == which)
+        for (which, norm, ours, peer), ratios in results.over_each_peer(rows).items():
+            same = [row for row in rows if (row["pass"], row["norm"]) == (which, norm)]
+            gates = dict.fromkeys(row["gates"] for row in same)
             some = min(ratios), statistics.geometric_mean(ratios), max(ratios)
-            cells = [which, ", ".join(gates), ours, peer, str(len(ratios))]
+            cells = [which, ", ".join(gates), norm, ours, peer, str(len(ratios))]
             lines.append([*device, *cells, *(f"{x:.2f}x" for x in some)])
     return [*(["device"] if len(devices) > 1 else []), *headers, "at best"], lines
 

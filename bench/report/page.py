@@ -148,7 +148,7 @@ def not_timed(found: Results) -> list[str]:
     groups: dict[tuple[str, str], list[str]] = {}
     for row in found.not_timed:
         why = f"FAILED: {row['failed']}" if "failed" in row else f"cannot run: {row['refused']}"
-        what = f"{row['pass']} {row['shape']}, {row['gates']}"
+        what = f"{row['pass']} {row['shape']}, {results.conditions(row)}"
         groups.setdefault((row["backend"], why), []).append(what)
     return [f"{name} {why} ({'; '.join(rows)})" for (name, why), rows in groups.items()]
 

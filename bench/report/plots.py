@@ -14,7 +14,7 @@ import torch
 from gdn.compare.roofline import PASSES
 from gdn.testing import TOLERANCE
 
-from .rows import Results, baseline, identity, speed_ups
+from .rows import Results, baseline, conditions, identity, speed_ups
 from .standing import standing
 from .style import (
     INK,
@@ -39,7 +39,7 @@ def latency(results: Results) -> Any:
     rows = [r for r in rows if r["backend"] != "torch"] or rows
     lengths: dict[tuple[str, str], set[int]] = {}
     for row in sorted(rows, key=by_size):
-        lengths.setdefault((heads_of(row), row["gates"]), set()).add(row["tokens"])
+        lengths.setdefault((heads_of(row), conditions(row)), set()).add(row["tokens"])
     kinds = [kind for kind, found in lengths.items() if len(found) > 1]
     passes = [which for which in PASSES if any(row["pass"] == which for row in rows)]
     if not kinds:
@@ -52,14 +52,14 @@ def latency(results: Results) -> Any:
     for (heads, gates), line in zip(kinds, axes, strict=True):
         for which, panel in zip(passes, line, strict=True):
             chosen = [
-                r for r in rows if (heads_of(r), r["gates"], r["pass"]) == (heads, gates, which)
+                r for r in rows if (heads_of(r), conditions(r), r["pass"]) == (heads, gates, which)
             ]
             for backend in backends_of(chosen):
                 points = sorted(
                     (r["tokens"], r["latency_ms"]) for r in chosen if r["backend"] == backend
                 )
                 panel.plot(*zip(*points, strict=True), label=backend, **style_of(backend))
-            panel.set_title(f"{which}, H/HV {heads}, {gates} gates", fontsize=9)
+            panel.set_title(f"{which}, H/HV {heads}, {gates}", fontsize=9)
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             ticks = sorted(lengths[heads, gates])
@@ -84,7 +84,7 @@ def speed_up(results: Results) -> Any:
     passes = [p for p in (*PASSES, "decode") if any(row["pass"] == p for row in others)]
     settings: dict[str, list[str]] = {p: [] for p in passes}
     for row in others:
-        label = f"{row['shape']}, {row['gates']}"
+        label = f"{row['shape']}, {conditions(row)}"
         if label not in settings[row["pass"]]:
             settings[row["pass"]].append(label)
     most = max(len(labels) for labels in settings.values())
@@ -95,7 +95,7 @@ def speed_up(results: Results) -> Any:
         chosen = [row for row in others if row["pass"] == which]
         for backend in backends_of(chosen):
             found = [row for row in chosen if row["backend"] == backend]
-            y = [labels.index(f"{row['shape']}, {row['gates']}") for row in found]
+            y = [labels.index(f"{row['shape']}, {conditions(row)}") for row in found]
             x = [min(EDGE, max(1 / EDGE, ratios[identity(row)])) for row in found]
             panel.plot(x, y, linestyle="none", label=backend, **style_of(backend))
         panel.set_yticks(range(len(labels)), labels, fontsize=8)

@@ -11,7 +11,7 @@ from gdn.compare import tables
 
 Row = dict[str, Any]
 IDENTITY = (
-    "kind", "shape", "gates", "pass", "source", "kernels", "implementation", "backend",
+    "kind", "shape", "gates", "norm", "pass", "source", "kernels", "implementation", "backend",
 )  # fmt: skip
 """The fields that identify a row within a run. A row has only those of its kind."""
 BASELINE = ("fla", "torch")
@@ -56,9 +56,10 @@ class Results(NamedTuple):
 
 
 def rows_of(document: dict[str, Any]) -> list[Row]:
-    """The rows of a pytest-benchmark document that have a kind, with their wall time."""
+    """The rows of a pytest-benchmark document that have a kind, with their wall time. Rows without
+    a norm are of runs that had it fused."""
     return [
-        row["extra_info"] | {"wall_ms": 1e3 * row["stats"]["median"]}
+        {"norm": "fused"} | row["extra_info"] | {"wall_ms": 1e3 * row["stats"]["median"]}
         for row in document.get("benchmarks", [])
         if "kind" in row["extra_info"]
     ]
@@ -84,6 +85,12 @@ def require_once(rows: Iterable[Row], where: str) -> None:
 def identity(row: Row) -> tuple[Any, ...]:
     """The fields that say what a row measures, without the results."""
     return tuple(row.get(name) for name in IDENTITY)
+
+
+def conditions(row: Row) -> str:
+    """The kind of gates, and the norm where it is not fused, such as "fast gates, no norm"."""
+    words = "no decay" if row["gates"] == "none" else f"{row['gates']} gates"
+    return f"{words}, no norm" if row.get("norm") == "no" else words
 
 
 def device_name(environment: Row) -> str:
@@ -131,14 +138,14 @@ def over_peers(rows: Iterable[Row]) -> float | None:
     return times[True] / times[False] if len(times) == 2 else None
 
 
-def over_each_peer(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[float]]:
-    """How many times faster ours is, by pass, backend of ours and peer: a number for each setting
-    where both were timed."""
-    found: dict[tuple[str, str, str], list[float]] = {}
+def over_each_peer(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], list[float]]:
+    """How many times faster ours is, by pass, norm, backend of ours and peer: a number for each
+    setting where both were timed."""
+    found: dict[tuple[str, str, str, str], list[float]] = {}
     for here in by_setting(rows).values():
         for row, peer in itertools.product(here, here):
             if row["backend"] not in PEERS and peer["backend"] in PEERS:
-                key = row["pass"], row["backend"], peer["backend"]
+                key = row["pass"], row["norm"], row["backend"], peer["backend"]
                 found.setdefault(key, []).append(peer["latency_ms"] / row["latency_ms"])
     return found
 
@@ -230,6 +237,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "prefill": {
         "H/HV:sequences": _word("shape"),
         "gates": _word("gates"),
+        "norm": _word("norm"),
         "pass": _word("pass"),
         "backend": _word("backend"),
         "path": _word("path"),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gdn.compare.roofline import PASSES
 
-from .rows import PEERS, Results, Row, by_setting, device_name, over_peers
+from .rows import PEERS, Results, Row, by_setting, conditions, device_name, over_peers
 from .style import INK, WIDE, panels
 
 FASTER, SLOWER = "#1c7ed6", "#e8590c"
@@ -16,7 +16,7 @@ WORDS = {"fwd": "Forward", "bwd": "Backward", "fwd+bwd": "Forward and backward"}
 
 
 class Group(NamedTuple):
-    """Settings of one pass, kind of gates and device."""
+    """Settings of one pass, with the same gates and norm (in words), on one device."""
 
     which: str
     gates: str
@@ -24,10 +24,13 @@ class Group(NamedTuple):
 
     def title(self, peers: set[str]) -> str:
         """The group in words."""
-        gates = "no decay" if self.gates == "none" else f"{self.gates} gates"
         beside = ", ".join(name for name in PEERS if name in peers)
         which = WORDS.get(self.which, self.which.capitalize())
-        return f"{which}, {gates}, {self.device}, beside {beside}"
+        return f"{which}, {self.gates}, {self.device}, beside {beside}"
+
+
+def _group(row: Row) -> Group:
+    return Group(row["pass"], conditions(row), device_name(row["environment"]))
 
 
 def _by_sequences(rows: list[Row]) -> tuple[bool, int, int]:
@@ -44,7 +47,7 @@ def times_faster(results: Results) -> dict[Group, dict[str, list[float]]]:
     for rows in sorted(settings, key=_by_sequences):
         ratio, row = over_peers(rows), rows[0]
         if ratio:
-            group = Group(row["pass"], row["gates"], device_name(row["environment"]))
+            group = _group(row)
             sequences = str(row["shape"]).partition(":")[2]
             found.setdefault(group, {}).setdefault(sequences, []).append(ratio)
     order = (*PASSES, "decode")
@@ -55,10 +58,7 @@ def _peers(results: Results, group: Group | None = None) -> set[str]:
     """The peers that were timed, in a group or at all."""
     rows = results.of("prefill") + results.of("decode")
     return {
-        row["backend"]
-        for row in rows
-        if row["backend"] in PEERS
-        and group in (None, (row["pass"], row["gates"], device_name(row["environment"])))
+        row["backend"] for row in rows if row["backend"] in PEERS and group in (None, _group(row))
     }
 
 

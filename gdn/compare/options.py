@@ -109,7 +109,9 @@ def _require_countable(case: Case) -> None:
     """PyTorch raises from within its allocator where this does not hold, even for meta tensors."""
     for name, form, shape in (
         ("q", "[B, T, H, K]", (case.B, case.T, case.H, case.K)),
-        ("g", "[B, T, HV, K]", (case.B, case.T, case.HV, case.K if case.per_channel else 1)),
+        ("g", "[B, T, HV, K]", (case.B, case.T, case.HV, case.K))
+        if case.per_channel
+        else ("g", "[B, T, HV]", (case.B, case.T, case.HV)),
         ("v", "[B, T, HV, V]", (case.B, case.T, case.HV, case.V)),
         ("the state", "[N, HV, K, V]", (case.sequences, case.HV, case.K, case.V)),
     ):

@@ -88,7 +88,7 @@ class _Patch:
                 return self.original(*args, **kwargs)
             if self.role in _AROUND:
                 return _AROUND[self.role](self.original, *args, **kwargs)
-            if "cu_seqlens" not in kwargs:  # Kimi's layers hand on what they got
+            if "cu_seqlens" not in kwargs:  # Kimi's layers pass on what they were given
                 kwargs["cu_seqlens"] = kwargs.get("cu_seq_lens_q")
             check_state(**kwargs)
             run = _run_prefill if self.role == _PREFILL else _run_step

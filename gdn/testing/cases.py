@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-Gates = Literal["mixed", "none", "weak", "strong", "model", "resets", "steep"]
+Gates = Literal["mixed", "none", "weak", "strong", "model", "fast", "resets", "steep"]
 
 
 TOLERANCE = {
@@ -24,15 +24,17 @@ error, and for elementwise comparison."""
 class Case:
     """One kind of call. `lengths` packs sequences along T (then B = 1 and T is their sum).
 
-    gates: "none" is g = 0, "weak" about -1e-3, "strong" about -20, "model" a freshly initialised
-        Qwen3.5 layer's, "mixed" a spread from 0 to -5, "resets" the same with some -inf, -1e9 and
-        -200, "steep" (with fused only) an A_log whose exponential overflows while softplus is close
-        to zero. With fused, the raw gates are normal numbers ("strong": 15 larger).
+    gates: "none" is g = 0, "weak" about -1e-3, "strong" about -20, "mixed" a spread from 0 to -5,
+        "fast" those of a new layer in transformers (`gdn.definition.initialize_gates`), about -10,
+        "model" the same with Mamba's steps of 1e-3 to 0.1, about -0.2, as fla's layer begins,
+        "resets" as mixed with some -inf, -1e9 and -200, "steep" (with fused only) an A_log whose
+        exponential overflows while softplus is close to zero. With fused, the raw gates are normal
+        numbers ("strong": 15 larger).
     per_channel: a decay for each channel of K. In "mixed" gates a third of the channels then never
         decays, and some decay at once; "model" is a freshly initialised Kimi Linear layer's.
     gate_lower_bound: that of the fused gate; with "strong" gates it is reached.
     cosine: the mean cosine between keys.
-    strength: beta of every token, instead of random ones.
+    beta: that of every token, instead of random ones.
     l2norm: turns the fused L2 norm on. fused: turns on the fused L2 norm, gate and beta sigmoid,
         with raw inputs.
     """
@@ -48,7 +50,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     gates: Gates = "mixed"
     cosine: float = 0.0
-    strength: float | None = None
+    beta: float | None = None
     initial_state: bool = True
     state_v_first: bool = False
     l2norm: bool = False
@@ -120,11 +122,11 @@ CASES = (
 
 CLOSE_KEYS = tuple(
     Case(
-        f"cosine-{cosine:g}-beta-{strength:g}", T=100, H=1, HV=2, gates="weak", cosine=cosine,
-        strength=strength,
+        f"cosine-{cosine:g}-beta-{beta:g}", T=100, H=1, HV=2, gates="weak", cosine=cosine,
+        beta=beta,
     )
     for cosine in (0.9, 0.95, 1.0)
-    for strength in (0.5, 1.0, 1.5, 2.0)
+    for beta in (0.5, 1.0, 1.5, 2.0)
 )  # fmt: skip
 """Keys close to each other, up to equal ones: a run of repeated tokens in a first layer. With
 beta > 1 rounding alone exceeds `TOLERANCE`, so `tests/test_close_keys.py` has another bound."""

@@ -42,7 +42,7 @@ STEPS = (
     StepCase("head-dim-128", B=4, K=128, V=128, HV=4, padding=64, fused=True),
     StepCase("odd-head-dims", B=4, K=20, V=36, padding=3, null_index=0),
     StepCase("bfloat16-pool", B=4, T=2, HV=4, pool=torch.bfloat16, fused=True),
-    StepCase("equal-keys", B=2, T=3, HV=4, cosine=1.0, strength=2.0),
+    StepCase("equal-keys", B=2, T=3, HV=4, cosine=1.0, beta=2.0),
     StepCase("speculative", B=4, T=3, HV=4, slots="each", fused=True),
     StepCase("speculative-packed", lengths=(2, 0, 3, 1), HV=4, slots="each", state_v_first=True),
     StepCase("speculative-bfloat16", B=4, T=2, HV=4, slots="each", pool=torch.bfloat16),

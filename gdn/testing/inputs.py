@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdn.definition import gated_delta_rule, log_decay
+from gdn.definition import gated_delta_rule, initialize_gates, log_decay
 from gdn.problem import DIFFERENTIABLE, Call
 
 from .cases import Case
@@ -27,7 +27,7 @@ def _keys(case: Case, B: int, T: int, generator: torch.Generator) -> Tensor:
 
 def _log_decay(case: Case, B: int, T: int, generator: torch.Generator) -> Tensor:
     shape = (B, T, *_gate_shape(case))
-    if case.gates == "model":
+    if case.gates in ("model", "fast"):
         A_log, dt_bias = _gate_parameters(case, generator)
         return log_decay(_normal(generator, *shape), A_log, dt_bias)
     uniform = torch.rand(shape, generator=generator, device=generator.device)
@@ -54,12 +54,16 @@ def _gate_shape(case: Case) -> tuple[int, ...]:
 
 
 def _gate_parameters(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A_log, dt_bias: for "model" those of a new layer (A in (0, 16), per channel in (1, 16); step
-    in (1e-3, 0.1)), else normal numbers."""
+    """A_log, dt_bias: for "fast" and "model" those of a new layer ("model": A in (0, 16), per
+    channel in (1, 16); step in (1e-3, 0.1)), else normal numbers."""
     shape = _gate_shape(case)
     if case.gates == "steep":
         noise = 0.5 * _normal(generator, *shape)
         return noise.new_full((case.HV,), 100.0), noise - 101
+    if case.gates == "fast":
+        A_log, dt_bias = (torch.empty(n, device=generator.device) for n in (case.HV, shape))
+        initialize_gates(A_log, dt_bias, generator)
+        return A_log, dt_bias
     if case.gates != "model":
         return 0.5 * _normal(generator, case.HV), 0.5 * _normal(generator, *shape)
     empty = torch.empty(shape, device=generator.device)
@@ -97,8 +101,8 @@ def make_inputs(
     else:
         beta = beta.sigmoid()
         g = _log_decay(case, B, T, generator)
-    if case.strength is not None:
-        beta = torch.full_like(beta, case.strength)
+    if case.beta is not None:
+        beta = torch.full_like(beta, case.beta)
     options: dict[str, Any] = {"output_final_state": True, "state_v_first": case.state_v_first}
     if case.initial_state:
         S = _normal(generator, case.sequences, case.HV, *state)

@@ -10,7 +10,7 @@ A row of blocks needs no other one, only M and the A_jj. So each warp computes t
 its 16 rows, after one barrier. The products are those of the tensor cores (`mma`), with float16
 operands, or with operands of two parts: x = high + low, both bfloat16. Then a product is three:
 high high + high low + low high, which keeps 16 bits of the mantissa and the range of float32. Two
-parts are needed where any beta exceeds 1, and for results in float16.
+parts are needed where entries of M exceed 1, and for results in float16.
 
 A stored block is 512 bytes a part: four tiles of 8 x 8, left ones first, in which a row follows the
 other. So lane n of a warp reads and writes from byte 16 n on.
@@ -35,7 +35,7 @@ PRELUDE = """
 #include <tl_templates/cuda/ldsm.h>
 #include <tl_templates/cuda/instruction/mma.h>
 // x, so that nothing computed from it stays in registers from one chunk to the next.
-__device__ __forceinline__ int gdn_forget(int x) {
+__device__ __forceinline__ int gdn_opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -112,7 +112,7 @@ __device__ __forceinline__ void gdn_multiply(
 // A block on the diagonal of (I + M)^-1, from 8 numbers of M a lane. `scratch`: [2][8][8] float32.
 template <int parts>
 __device__ __forceinline__ void gdn_invert_diagonal(const float *M, void *scratch, void *to) {
-  int lane = gdn_forget(threadIdx.x % 32), row = lane % 8;
+  int lane = gdn_opaque(threadIdx.x % 32), row = lane % 8;
   auto *block = static_cast<uint4 *>(to);
   float2 *pairs = static_cast<float2 *>(scratch);
   pairs[lane] = make_float2(M[0], M[1]);
@@ -193,7 +193,7 @@ template <int parts, class Pair>
 __device__ __forceinline__ void gdn_solve_row(
     const void *below, const void *diagonal, const void *beta, void *tile, void *dump, int row) {
   auto M = static_cast<const uint4 *>(below), X = static_cast<const uint4 *>(diagonal);
-  row = gdn_forget(row);
+  row = gdn_opaque(row);
   int lane = threadIdx.x % 32, token = 16 * row + lane % 16;
   float sum[4][8];
 #pragma unroll
@@ -238,11 +238,13 @@ class BlockInverseSmem:
 
 
 @T.macro
-def solve_row(parts: int, inv: Any, half: Any, beta: Any, A_v: Any, warp: Any, dtype: str) -> None:
+def solve_row(
+    parts: int, inv: Any, buffer: Any, beta: Any, A_v: Any, warp: Any, dtype: str
+) -> None:
     """A warp's rows of A diag(beta), up to the diagonal block. beta: address of C numbers; A_v: of
     a tile [C, C] of `dtype` with the swizzle of 128 bytes."""
     T.call_extern(
         "handle", f"gdn_solve_row<{parts}, {PAIRS[dtype]}>",
-        T.address_of(inv.below[half, 0, 0]), T.address_of(inv.A_diagonal[half, 0, 0]), beta, A_v,
-        T.address_of(inv.scratch[warp, 0]), warp,
+        T.address_of(inv.below[buffer, 0, 0]), T.address_of(inv.A_diagonal[buffer, 0, 0]), beta,
+        A_v, T.address_of(inv.scratch[warp, 0]), warp,
     )  # fmt: skip

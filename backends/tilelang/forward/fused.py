@@ -1,4 +1,4 @@
-"""Forward in one kernel: the coupling of each chunk, and the scan.
+"""Forward in one kernel: the intra-chunk work, and the scan.
 
 `intra_chunk.py` and `scan_step.py` have the equations. Nothing but q, k, v, the gates, o and the
 states goes through memory.
@@ -8,7 +8,7 @@ states goes through memory.
 
 Thread block (sequence and value head; V = 128), alone on an SM; its threads:
 
-    128  the coupling warpgroup: P and A_v of a chunk ahead
+    128  the intra-chunk warpgroup: P and A_v of a chunk ahead
     256  two consumer warpgroups: each holds 64 rows of S^T and computes U, O and S
     32   loading warp: prefetches chunks by TMA into a ring of stages
     32   storing warp: copies o to memory by TMA
@@ -25,14 +25,15 @@ from gdn.problem import CHUNK as C
 from ..compile import kernel
 from ..tile.fragments import PRELUDE
 from ..tile.gate_math import load_gates, sum_gates
+from ..tile.indexing import SEQUENCE, START, STOP
 from ..tile.layout import ROWS
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
 from .block_inverse import PRELUDE as INVERSE_PRELUDE
 from .block_inverse import solve_row
-from .coupling import PRELUDE as COUPLING_PRELUDE
-from .coupling import (
+from .fused_intra_chunk import PRELUDE as INTRA_CHUNK_PRELUDE
+from .fused_intra_chunk import (
     SQUARES,
     STRENGTH,
     any_above_1,
@@ -42,18 +43,7 @@ from .coupling import (
     compute_token_factors,
     store_P,
 )
-from .fused_memory import (
-    CHUNKS,
-    HEAD,
-    KEY_HEAD,
-    LAST,
-    SEQUENCE,
-    STAGES,
-    START,
-    STOP,
-    FusedSmem,
-    find_task,
-)
+from .fused_memory import CHUNKS, HEAD, KEY_HEAD, LAST, STAGES, FusedSmem, find_task
 from .fused_scan import PRELUDE as SCAN_PRELUDE
 from .fused_scan import finish_chunk, start_chunk
 from .query_norms import PRELUDE as NORMS_PRELUDE
@@ -62,10 +52,10 @@ from .scan_memory import store_chunk
 from .scan_step import ScanFragments, load_state, stage_output, store_state
 
 PRELUDES = "".join(
-    (FENCES, PRELUDE, NORMS_PRELUDE, INVERSE_PRELUDE, COUPLING_PRELUDE, SCAN_PRELUDE)
+    (FENCES, PRELUDE, NORMS_PRELUDE, INVERSE_PRELUDE, INTRA_CHUNK_PRELUDE, SCAN_PRELUDE)
 )
 REGISTERS = 96, 192, 32
-"""Registers a thread: the coupling warpgroup, consumer warpgroups, the other warps."""
+"""Registers a thread: the intra-chunk warpgroup, consumer warpgroups, the other warps."""
 
 
 @kernel(own_barriers=True)
@@ -79,12 +69,14 @@ def fused_forward(
     bounds = T.dynamic("bounds")
     assert V == 2 * ROWS
     # parts of the operands of the inverse, decided for each chunk where the two differ
-    least = 2 if dtype == "float16" else 1
-    most = max(least, 1 if sigmoid and not double else 2)
+    min_parts = 2 if dtype == "float16" else 1
+    max_parts = max(min_parts, 1 if l2 and sigmoid and not double else 2)
     shape = (V, K) if v_first else (K, V)
 
     @T.macro
-    def consume_chunks(S_in, S_out, smem, ready, coupled, v_ready, o_ready, task, wg, thread):
+    def consume_chunks(
+        S_in, S_out, smem, ready, intra_chunk_ready, v_ready, o_ready, task, wg, thread
+    ):
         """A consumer warpgroup: 64 rows of S^T."""
         row = wg * ROWS
         frag = ScanFragments(K, dtype)
@@ -99,7 +91,7 @@ def fused_forward(
             s, parity = chunk % STAGES, chunk // STAGES % 2
             v_tile = s * 2 + wg
             T.barrier_wait(ready[s], parity)
-            T.barrier_wait(coupled[s], parity)
+            T.barrier_wait(intra_chunk_ready[s], parity)
             start_chunk(frag, smem, s)
             T.barrier_wait(v_ready[s], parity)
             if chunk == chunks - 1 and task[LAST] < C:  # the rows past the end may hold anything
@@ -124,8 +116,8 @@ def fused_forward(
         T.wgmma_gemm(smem.k[s, :, :], smem.k[s, :, :], M, transpose_B=True, clear_accum=True)
 
     @T.macro
-    def couple_chunks(smem, ready, tokens_ready, coupled, task, thread):
-        """The coupling warpgroup."""
+    def compute_intra_chunk(smem, ready, tokens_ready, intra_chunk_ready, task, thread):
+        """The intra-chunk warpgroup."""
         M, P = (T.alloc_fragment((C, C), "float32") for _ in range(2))
         inv, tokens = smem.inverse, smem.tokens
         warp = thread // 32
@@ -135,26 +127,26 @@ def fused_forward(
         T.sync_threads(4, 128)
         chunks = T.alloc_var("int32")
         chunks = task[CHUNKS]
-        exact = T.alloc_var("int32")
+        two_parts = T.alloc_var("int32")
         ragged = T.alloc_var("int32")
         ragged = T.if_then_else(task[LAST] < C, chunks - 1, -1)
         if chunks > 0:
             start_k_kT(M, smem, ready, ragged, task[LAST], 0)
             T.wait_wgmma(0)
         for chunk in T.serial(chunks):
-            s, half = chunk % STAGES, chunk % 2
+            s, buffer = chunk % STAGES, chunk % 2
             T.barrier_wait(tokens_ready[s], chunk // STAGES % 2)
             if l2:
                 apply_key_norms(M, smem, s, warp)
                 T.sync_threads(4, 128)
-            if least == most:
-                begin_inverse(most, M, inv, half, tokens, s, warp)
+            if min_parts == max_parts:
+                begin_inverse(max_parts, M, inv, buffer, tokens, s, warp)
             else:
-                exact = any_above_1(tokens, s)
-                if exact != 0:
-                    begin_inverse(2, M, inv, half, tokens, s, warp)
+                two_parts = any_above_1(tokens, s)
+                if two_parts != 0:
+                    begin_inverse(2, M, inv, buffer, tokens, s, warp)
                 else:
-                    begin_inverse(1, M, inv, half, tokens, s, warp)
+                    begin_inverse(1, M, inv, buffer, tokens, s, warp)
             T.wgmma_gemm(smem.k[s, :, :], smem.q[s, :, :], P, transpose_B=True, clear_accum=True)
             T.wait_wgmma(0)
             store_P(P, smem.P, tokens, s, warp)
@@ -163,14 +155,14 @@ def fused_forward(
             beta, A_v = (
                 T.address_of(tokens[s, STRENGTH, 0]), T.address_of(smem.A_v[s, 0, 0])
             )  # fmt: skip
-            solve_row(least, inv, half, beta, A_v, warp, dtype)
-            if least < most:
+            solve_row(min_parts, inv, buffer, beta, A_v, warp, dtype)
+            if min_parts < max_parts:
                 T.wait_wgmma(0)  # ptxas serialises products that are in flight over a branch
-                if exact != 0:  # what was solved in one part is garbage
-                    solve_row(2, inv, half, beta, A_v, warp, dtype)
+                if two_parts != 0:  # what was solved in one part is garbage
+                    solve_row(2, inv, buffer, beta, A_v, warp, dtype)
             fence()
-            T.barrier_arrive(coupled[s])
-            if least == most:
+            T.barrier_arrive(intra_chunk_ready[s])
+            if min_parts == max_parts:
                 T.wait_wgmma(0)
 
     @T.macro
@@ -251,23 +243,26 @@ def fused_forward(
     ):  # fmt: skip
         with T.Kernel(sequences * HV, threads=(128, 4), prelude=PRELUDES) as cta:
             T.annotate_min_blocks_per_sm(1)
-            smem = FusedSmem(K, dtype, most)
+            smem = FusedSmem(K, dtype, max_parts)
             task = T.alloc_shared((8,), "int32")
             ready, v_ready, tokens_ready = (T.alloc_barrier([32] * STAGES) for _ in range(3))
             norms_ready, v_free = (T.alloc_barrier([32] * STAGES) for _ in range(2))
             # o_ready: the consumers have read the stage, and o is in v's place
-            coupled, o_ready = T.alloc_barrier([128] * STAGES), T.alloc_barrier([256] * STAGES)
+            intra_chunk_ready, o_ready = (
+                T.alloc_barrier([128] * STAGES),
+                T.alloc_barrier([256] * STAGES),
+            )
             tx, wg = T.get_thread_binding(0), T.get_thread_binding(1)
             if T.And(tx == 0, wg == 0):
                 find_task(task, cta, cu_seqlens, sequences, L, H, HV, varlen)
             T.sync_threads()
             if wg == 0:
                 T.set_max_nreg(REGISTERS[0], 0)
-                couple_chunks(smem, ready, tokens_ready, coupled, task, tx)
+                compute_intra_chunk(smem, ready, tokens_ready, intra_chunk_ready, task, tx)
             elif wg < 3:
                 T.set_max_nreg(REGISTERS[1], 1)
                 consume_chunks(
-                    S_in, S_out, smem, ready, coupled, v_ready, o_ready, task, wg - 1, tx
+                    S_in, S_out, smem, ready, intra_chunk_ready, v_ready, o_ready, task, wg - 1, tx
                 )
             else:
                 T.set_max_nreg(REGISTERS[2], 0)

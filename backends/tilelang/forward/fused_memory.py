@@ -9,13 +9,14 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from gdn.problem import CHUNK as C
 
-from ..tile.indexing import piece_bounds
+from ..tile.indexing import START, STOP, piece_bounds
 from ..tile.layout import ROWS
 from .block_inverse import BlockInverseSmem
 
 STAGES = 3
-SEQUENCE, START, STOP, SLOT, HEAD, KEY_HEAD, CHUNKS, LAST = range(8)
-"""What a thread block scans, in shared memory; LAST: live tokens of the last chunk."""
+HEAD, KEY_HEAD, CHUNKS, LAST = range(4, 8)
+"""What a thread block scans, in shared memory, after what `piece_bounds` finds. LAST: live tokens
+of the last chunk."""
 
 
 class FusedSmem:

@@ -1,4 +1,4 @@
-"""The coupling of the tokens of a chunk, for `fused.py`: P and A_v, by one warpgroup.
+"""The intra-chunk work of `fused.py`: P and A_v, by one warpgroup.
 
 `intra_chunk.py` has the equations. A warp has 16 rows of k k^T, and makes M of the blocks of 16
 columns that are not above the diagonal. It has 16 rows of k q^T, the transpose of P, too: so a warp
@@ -26,7 +26,7 @@ from .block_inverse import BLOCK
 SUM, EXPONENT, FROM, TO_M, TO_P, M_FACTOR, P_FACTOR, STRENGTH = range(8)
 """Rows of `tokens` [stages, 8, C], of each token: G; G - log2 rk; e^{R_b - G} rk; the factor
 e^{G - R_(a-1)} times that of M, and times that of P; -beta rk, scale rq, and beta. The gate warp
-knows no rk: the coupling warpgroup multiplies it in, since k k^T has the norms of k."""
+knows no rk: the intra-chunk warpgroup multiplies it in, since k k^T has the norms of k."""
 SQUARES = TO_P
 """The row in which the sums of squares of q wait for the gate warp."""
 
@@ -79,7 +79,7 @@ template <int parts>
 __device__ __forceinline__ void gdn_store_M(
     const float *x, const void *tokens, void *to, int warp) {
   GdnTokens t(tokens);
-  warp = gdn_forget(warp);
+  warp = gdn_opaque(warp);
   int row = 16 * warp + threadIdx.x % 32 / 4;
   float row0 = t.to_M[row], row1 = t.to_M[row + 8], before = t.sum[16 * warp - (warp > 0)];
   uint4 *place = static_cast<uint4 *>(to) + 32 * parts * (warp * (warp - 1) / 2);
@@ -100,7 +100,7 @@ template <int parts>
 __device__ __forceinline__ void gdn_invert(
     const float *x, const void *tokens, void *scratch, void *to, int warp) {
   GdnTokens t(tokens);
-  warp = gdn_forget(warp);
+  warp = gdn_opaque(warp);
   int row = 16 * warp + threadIdx.x % 32 / 4;
   float y[8];
   gdn_diagonal(x, warp, y);
@@ -116,18 +116,18 @@ __device__ __forceinline__ void gdn_invert(
   }
   gdn_invert_diagonal<parts>(y, scratch, static_cast<uint4 *>(to) + 32 * parts * warp);
 }
-// Whether any of the chunk's beta is above 1.
+// Whether any |beta| of the chunk is above 1.
 __device__ __forceinline__ int gdn_any_above_1(const void *beta) {
   float2 pair = static_cast<const float2 *>(beta)[threadIdx.x % 32];
-  return __any_sync(0xffffffff, fmaxf(pair.x, pair.y) > 1);
+  return __any_sync(0xffffffff, fmaxf(fabsf(pair.x), fabsf(pair.y)) > 1);
 }
 // Store the blocks of P from those of k q^T, its transpose. `tile` has the swizzle of 128 bytes.
 template <class Pair>
 __device__ __forceinline__ void gdn_store_P(
     const float *x, const void *tokens, void *tile, int warp) {
   GdnTokens t(tokens);
-  warp = gdn_forget(warp);
-  int lane = gdn_forget(threadIdx.x % 32), row = 16 * warp + lane / 4;
+  warp = gdn_opaque(warp);
+  int lane = gdn_opaque(threadIdx.x % 32), row = 16 * warp + lane / 4;
   int token = lane / 16 * 8 + lane % 8, part = 2 * warp + lane / 8 % 2;
   uint4 *place = static_cast<uint4 *>(tile) + 8 * token + (part ^ token % 8);
   float y[8], step[4], row0 = t.from[row], row1 = t.from[row + 8];
@@ -171,21 +171,23 @@ __device__ __forceinline__ void gdn_store_P(
 
 @T.macro
 def any_above_1(tokens: Any, s: Any) -> Any:
-    """Whether any beta of the chunk is above 1."""
+    """Whether any |beta| of the chunk is above 1."""
     return T.call_extern("int32", "gdn_any_above_1", T.address_of(tokens[s, STRENGTH, 0]))
 
 
 @T.macro
-def begin_inverse(parts: int, M: Any, inv: Any, half: Any, tokens: Any, s: Any, warp: Any) -> None:
+def begin_inverse(
+    parts: int, M: Any, inv: Any, buffer: Any, tokens: Any, s: Any, warp: Any
+) -> None:
     """Store a warp's blocks of M below the diagonal, and of A on the diagonal; the fragment M is
     k k^T."""
     T.call_extern(
         "handle", f"gdn_store_M<{parts}>", M.data, T.address_of(tokens[s, 0, 0]),
-        T.address_of(inv.below[half, 0, 0]), warp,
+        T.address_of(inv.below[buffer, 0, 0]), warp,
     )  # fmt: skip
     T.call_extern(
         "handle", f"gdn_invert<{parts}>", M.data, T.address_of(tokens[s, 0, 0]),
-        T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[half, 0, 0]), warp,
+        T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[buffer, 0, 0]), warp,
     )  # fmt: skip
 
 
