@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from gdn.context_parallel import ContextParallel
 from gdn.problem import Call, Step
 from gdn.validation import check_types, no_tensor
 
@@ -36,6 +37,7 @@ class Options(TypedDict, total=False):
     cu_seqlens_cpu: Tensor | None
     chunk_indices: Tensor | None
     transpose_state_layout: bool | None
+    cp: ContextParallel | None
 
 
 def make(

@@ -1,0 +1,276 @@
+"""`ContextParallel`: how the tokens of a call are split over processes, and what each process must
+know of that: its pieces of sequences, and the parts that a state comes from and goes to."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Layout = Literal["contiguous", "zigzag"]
+
+
+class Segment(NamedTuple):
+    """The tokens of one sequence in one part: tokens start to end of the rank."""
+
+    sequence: int
+    start: int
+    end: int
+    begins: bool
+    """Whether the segment holds the first token of its sequence."""
+    ends: bool
+    """Whether the segment holds the last token of its sequence."""
+
+
+class Part(NamedTuple):
+    """Consecutive tokens on one rank. Parts are numbered in the order of their tokens.
+
+    segments: those of the part, as numbers of the rank's segments.
+    before: the parts that its first segment's state comes from, in order: the first one holds the
+        begin of the sequence, the others lie inside it. Empty if the sequence begins in this part.
+    after: the parts that the gradient of its last segment's state comes from, last part first.
+        Empty if the sequence ends in this part.
+    """
+
+    number: int
+    segments: range
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+class Split(NamedTuple):
+    """What one rank computes and exchanges.
+
+    parts: its parts, in the order in which their tokens lie on the rank.
+    segments: the segments of all its parts.
+    empty: sequences without tokens whose states belong to this rank.
+    sequences: N, the number of sequences over all ranks.
+    crossing: whether any sequence lies on several parts. If not, no states are exchanged.
+    """
+
+    parts: tuple[Part, ...]
+    segments: tuple[Segment, ...]
+    empty: tuple[int, ...]
+    sequences: int
+    crossing: bool
+
+    @property
+    def bounds(self) -> list[int]:
+        """The cumulative lengths of the rank's segments."""
+        return [0, *(segment.end for segment in self.segments)]
+
+    @property
+    def first(self) -> dict[int, int]:
+        """Segment to sequence, where the sequence begins on this rank."""
+        return {n: s.sequence for n, s in enumerate(self.segments) if s.begins}
+
+    @property
+    def last(self) -> dict[int, int]:
+        """Segment to sequence, where the sequence ends on this rank."""
+        return {n: s.sequence for n, s in enumerate(self.segments) if s.ends}
+
+
+def part_of(number: int, ranks: int, layout: Layout) -> tuple[int, int]:
+    """The rank that holds a part, and the part's place among those of the rank."""
+    if layout == "contiguous":
+        return number, 0
+    return (number, 0) if number < ranks else (2 * ranks - 1 - number, 1)
+
+
+def split(rank: int, lengths: Sequence[int], bounds: Sequence[int], layout: Layout) -> Split:
+    """The share of one rank. lengths: tokens of each rank; bounds: cumulative lengths of all
+    sequences, which end at the sum of lengths."""
+    ranks = len(lengths)
+    places = [part_of(n, ranks, layout) for n in range(ranks * (1 + (layout == "zigzag")))]
+    tokens = list(lengths)
+    if layout == "zigzag":
+        tokens = [(lengths[r] + 1 - slot) // 2 for r, slot in places]
+    edges = list(itertools.accumulate(tokens, initial=0))
+    ranges = list(itertools.pairwise(edges))
+    sequences = list(itertools.pairwise(bounds))
+    segments: list[Segment] = []
+    parts = []
+    for number in [n for n, (owner, _) in enumerate(places) if owner == rank]:
+        start, end = ranges[number]
+        offset = (segments[-1].end if segments else 0) - start
+        count = len(segments)
+        segments += [
+            Segment(n, max(a, start) + offset, min(b, end) + offset, a >= start, b <= end)
+            for n, (a, b) in enumerate(sequences)
+            if max(a, start) < min(b, end)
+        ]
+        before: tuple[int, ...] = ()
+        after: tuple[int, ...] = ()
+        if len(segments) > count:
+            begin = bounds[segments[count].sequence]
+            finish = bounds[segments[-1].sequence + 1]
+            filled = [n for n, (a, b) in enumerate(ranges) if a < b]
+            before = tuple(n for n in filled if n < number and ranges[n][1] > begin)
+            after = tuple(n for n in reversed(filled) if n > number and ranges[n][0] < finish)
+        parts.append(Part(number, range(count, len(segments)), before, after))
+    last = len(places) - 1
+    empty = tuple(
+        n
+        for n, (a, b) in enumerate(sequences)
+        if a == b and places[next((p for p, (_, e) in enumerate(ranges) if a < e), last)][0] == rank
+    )
+    crossing = any(a < edge < b for edge in edges for a, b in sequences)
+    return Split(tuple(parts), tuple(segments), empty, len(sequences), crossing)
+
+
+class ContextParallel:
+    """Sequences split over the ranks of a process group, for `cp=` of `gdn.gated_delta_net`.
+
+    Each rank passes its own tokens [1, T_local, ...] to the op. The result is that of the whole
+    sequences on one rank; ranks exchange states, never tokens (docs/distributed.md).
+
+    Args:
+        group_or_mesh: a torch.distributed.ProcessGroup (NCCL or gloo) or a one-dimensional
+            DeviceMesh.
+        cu_seqlens: cumulative lengths [N + 1] of the sequences over all ranks, int32 or int64 or
+            ints, the same on every rank; sequences may begin and end anywhere. None: one sequence.
+            A tensor on a GPU is read here, once.
+        layout: "contiguous": rank r holds the r-th part of the tokens. "zigzag": the tokens are 2 W
+            parts for W ranks, and rank r holds parts r and 2 W - 1 - r, one behind the other. A
+            rank with T_local tokens has (T_local + 1) // 2 in its first part.
+        lengths: T_local of every rank, ints; some may be 0. None: the ranks exchange them in the
+            first call, and a later call must have the same T_local.
+
+    Raises:
+        TypeError: group_or_mesh is neither a process group nor a mesh.
+        ValueError: the mesh has several dimensions, layout is unknown, this process is not in the
+            group, or cu_seqlens or lengths are malformed.
+
+    All ranks make the object, and all call the op, in the same order and with the same options.
+    """
+
+    def __init__(
+        self,
+        group_or_mesh: Any,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        layout: Layout = "contiguous",
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import DeviceMesh
+
+        group = group_or_mesh
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(
+                    f"group_or_mesh must have one dimension, got {group.ndim}; "
+                    "pass one of them, mesh['cp']"
+                )
+            group = group.get_group()
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                "group_or_mesh must contain this process, got a group of others; "
+                "only members make the object"
+            )
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                "group_or_mesh must be a torch.distributed.ProcessGroup or a DeviceMesh, got "
+                f"{type(group).__name__}; torch.distributed.group.WORLD is every process"
+            )
+        if layout not in get_args(Layout):
+            raise ValueError(f"layout must be 'contiguous' or 'zigzag', got {layout!r}")
+        self.group, self.layout = group, layout
+        self.rank, self.ranks = group.rank(), group.size()
+        self.cu_seqlens = None if cu_seqlens is None else _as_bounds(cu_seqlens)
+        self.lengths = None if lengths is None else _as_lengths(lengths, self.ranks)
+        self._split: Split | None = None
+        self._tensors: dict[object, Tensor] = {}
+        if self.lengths is not None:
+            self._check_sum(self.lengths)
+
+    def __repr__(self) -> str:
+        sequences = 1 if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        return (
+            f"ContextParallel(rank={self.rank}, ranks={self.ranks}, layout={self.layout!r}, "
+            f"sequences={sequences}, lengths={self.lengths})"
+        )
+
+    def _check_sum(self, lengths: Sequence[int]) -> None:
+        if self.cu_seqlens is not None and self.cu_seqlens[-1] != sum(lengths):
+            raise ValueError(
+                f"cu_seqlens of ContextParallel must end at the tokens of all ranks, "
+                f"{sum(lengths)}, got {self.cu_seqlens[-1]}; they are global"
+            )
+
+    def for_tokens(self, x: Tensor) -> Split:
+        """The share of this rank, whose tokens are x [1, T_local, ...]. Exchanges the lengths if
+        they are not known."""
+        if self.lengths is None:
+            self.lengths = _exchange_lengths(x, self.group)
+        if x.shape[1] != self.lengths[self.rank]:
+            raise ValueError(
+                f"q must have T_local = {self.lengths[self.rank]} tokens on rank {self.rank} of "
+                f"this ContextParallel, got {x.shape[1]}; make one for every set of lengths"
+            )
+        if self._split is None:
+            self._check_sum(self.lengths)
+            bounds = [0, sum(self.lengths)] if self.cu_seqlens is None else self.cu_seqlens
+            self._split = split(self.rank, self.lengths, bounds, self.layout)
+        return self._split
+
+    def as_tensor(self, values: Sequence[int], like: Tensor) -> Tensor:
+        """Ints as int64 on the device of `like`; kept, since the layers of a model share them."""
+        key = (like.device, tuple(values))
+        if key not in self._tensors:
+            self._tensors[key] = torch.tensor(values, dtype=torch.int64, device=like.device)
+        return self._tensors[key]
+
+
+def _as_ints(name: str, values: Tensor | Sequence[int]) -> list[int]:
+    if isinstance(values, Tensor):
+        if values.dim() != 1 or values.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"{name} must be int32 or int64 and one-dimensional, got {values.dtype} "
+                f"{tuple(values.shape)}"
+            )
+        return list(values.tolist())
+    return [int(x) for x in values]
+
+
+def _as_bounds(values: Tensor | Sequence[int]) -> list[int]:
+    bounds = _as_ints("cu_seqlens", values)
+    if not bounds or bounds[0] != 0 or any(b < a for a, b in itertools.pairwise(bounds)):
+        raise ValueError(
+            f"cu_seqlens must start at 0 and never descend, got {bounds}; "
+            "it holds cumulative lengths over all ranks"
+        )
+    return bounds
+
+
+def _as_lengths(values: Sequence[int], ranks: int) -> list[int]:
+    lengths = _as_ints("lengths", values)
+    if len(lengths) != ranks or min(lengths) < 0:
+        raise ValueError(
+            f"lengths must hold the tokens of each of {ranks} ranks, none below 0, got {lengths}"
+        )
+    return lengths
+
+
+def _exchange_lengths(x: Tensor, group: Any) -> list[int]:
+    own = torch.tensor([x.shape[1]], dtype=torch.int64, device=x.device)
+    return list(all_gather(own, group).flatten().tolist())
+
+
+def all_gather(x: Tensor, group: Any) -> Tensor:
+    """The tensors of all ranks [ranks, ...], by a functional collective."""
+    import torch.distributed._functional_collectives  # fake kernels of the ops
+
+    ops = torch.ops._c10d_functional
+    found = ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
+    return ops.wait_tensor(found).view(group.size(), *x.shape)  # type: ignore[no-any-return]
+
+
+def all_reduce(x: Tensor, group: Any) -> Tensor:
+    """The sum over all ranks, by a functional collective."""
+    import torch.distributed._functional_collectives  # fake kernels of the ops
+
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group.group_name))  # type: ignore[no-any-return]
