@@ -184,7 +184,7 @@ class ContextParallel:
         self._split: Split | None = None
         self._tensors: dict[object, Tensor] = {}
         if self.lengths is not None:
-            self._check_sum(self.lengths)
+            self._split = self._make_split(self.lengths)
 
     def __repr__(self) -> str:
         sequences = 1 if self.cu_seqlens is None else len(self.cu_seqlens) - 1
@@ -193,17 +193,24 @@ class ContextParallel:
             f"sequences={sequences}, lengths={self.lengths})"
         )
 
-    def _check_sum(self, lengths: Sequence[int]) -> None:
+    def _make_split(self, lengths: Sequence[int]) -> Split:
         if self.cu_seqlens is not None and self.cu_seqlens[-1] != sum(lengths):
             raise ValueError(
                 f"cu_seqlens of ContextParallel must end at the tokens of all ranks, "
                 f"{sum(lengths)}, got {self.cu_seqlens[-1]}; they are global"
             )
+        bounds = [0, sum(lengths)] if self.cu_seqlens is None else self.cu_seqlens
+        return split(self.rank, lengths, bounds, self.layout)
 
     def for_tokens(self, x: Tensor) -> Split:
         """The share of this rank, whose tokens are x [1, T_local, ...]. Exchanges the lengths if
         they are not known."""
         if self.lengths is None:
+            if torch.compiler.is_compiling():
+                raise ValueError(
+                    "lengths of ContextParallel must be given under torch.compile, got None; "
+                    "or call the op once before, outside it"
+                )
             self.lengths = _exchange_lengths(x, self.group)
         if x.shape[1] != self.lengths[self.rank]:
             raise ValueError(
@@ -211,16 +218,17 @@ class ContextParallel:
                 f"this ContextParallel, got {x.shape[1]}; make one for every set of lengths"
             )
         if self._split is None:
-            self._check_sum(self.lengths)
-            bounds = [0, sum(self.lengths)] if self.cu_seqlens is None else self.cu_seqlens
-            self._split = split(self.rank, self.lengths, bounds, self.layout)
+            self._split = self._make_split(self.lengths)
         return self._split
 
-    def as_tensor(self, values: Sequence[int], like: Tensor) -> Tensor:
-        """Ints as int64 on the device of `like`; kept, since the layers of a model share them."""
-        key = (like.device, tuple(values))
+    def as_tensor(self, values: Sequence[int], device: torch.device) -> Tensor:
+        """Ints as int64 on a device. Kept, since the layers of a model share them; in a compiled
+        graph they are constants."""
+        if torch.compiler.is_compiling():
+            return torch.tensor(values, dtype=torch.int64, device=device)
+        key = (device, tuple(values))
         if key not in self._tensors:
-            self._tensors[key] = torch.tensor(values, dtype=torch.int64, device=like.device)
+            self._tensors[key] = torch.tensor(values, dtype=torch.int64, device=device)
         return self._tensors[key]
 
 

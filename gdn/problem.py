@@ -196,7 +196,8 @@ def describe(call: Call, needs_grad: bool) -> Problem:
         N=call.sequences,
         dtype=call.q.dtype,
         device=call.q.device.type,
-        sm=compute_capability(call.q.device),
+        # Dynamo, which traces this with cp=, warns of a call of a cached function
+        sm=compute_capability(call.q.device) if call.q.is_cuda else None,
         varlen=call.cu_seqlens is not None,
         initial_state=call.initial_state is not None,
         needs_grad=needs_grad,

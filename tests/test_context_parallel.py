@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from context_parallel_ranks import LIMIT, Parallel, fail_alone, run_cases, start
+from context_parallel_ranks import LIMIT, Parallel, compile_agrees, fail_alone, run_cases, start
 
 FUSED = {"fused": True, "allow_neg_eigval": True}
 CASES = [
@@ -37,6 +37,19 @@ CASES = [
 def test_every_rank_agrees_with_the_whole_sequences(tmp_path: Path) -> None:
     """All cases in processes that start once; a rank that fails names its case."""
     start(run_cases, 4, tmp_path, 240, CASES, (torch.float64, torch.float32))
+
+
+def test_triton_agrees_in_its_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("not interpreted")  # gloo, and tensors of the CPU
+    sizes = {"HV": 1, "K": 16, "V": 16, "fused": True}
+    case = Parallel("triton", (4, 3), (7,), options=sizes)
+    start(run_cases, 2, tmp_path, 120, [case], (torch.float32,), "triton")
+
+
+def test_torch_compile_makes_one_graph(tmp_path: Path) -> None:
+    start(compile_agrees, 2, tmp_path, 120)
 
 
 def test_a_failing_rank_ends_all_with_its_message(tmp_path: Path) -> None:

@@ -43,8 +43,9 @@ def run(call: Call, cp: ContextParallel, request: str) -> tuple[Tensor, Tensor |
     The call's initial_state is that of all sequences. See `gdn.gated_delta_net`.
     """
     check_types(call)
-    refuse_transforms()
-    refuse_tangents(call)
+    if not torch.compiler.is_compiling():
+        refuse_transforms()
+        refuse_tangents(call)
     _check(call, cp)
     split = cp.for_tokens(call.q)
     _check_state(call, split)
@@ -98,10 +99,12 @@ def _check_state(call: Call, split: Split) -> None:
 
 def _cut(call: Call, cp: ContextParallel, split: Split) -> Call:
     """The call of the rank's own segments, without states."""
-    whole = len(split.segments) == 1
-    bounds = None if whole else cp.as_tensor(split.bounds, call.q)
+    call = call._replace(initial_state=None, output_final_state=True, state_v_first=False)
+    if len(split.segments) == 1:
+        return call
     return call._replace(
-        initial_state=None, cu_seqlens=bounds, output_final_state=True, state_v_first=False
+        cu_seqlens=cp.as_tensor(split.bounds, call.q.device),
+        cu_seqlens_cpu=cp.as_tensor(split.bounds, torch.device("cpu")),
     )
 
 
@@ -148,8 +151,8 @@ def _forward(call: Call, cp: ContextParallel, split: Split, request: str, save: 
     initial = None if call.initial_state is None else _k_first(call, call.initial_state)
     states = call.q.new_zeros((len(split.segments), HV, K, V), dtype=call.state_dtype)
     if initial is not None and split.first:
-        places = cp.as_tensor([*split.first], states)
-        states[places] = initial[cp.as_tensor([*split.first.values()], states)]
+        places = cp.as_tensor([*split.first], states.device)
+        states[places] = initial[cp.as_tensor([*split.first.values()], states.device)]
     transfers = []
     if split.crossing:
         edges = states.new_zeros((len(split.parts), HV, K, V + K))
@@ -178,10 +181,10 @@ def _final_state(call: Call, cp: ContextParallel, split: Split, states: Tensor) 
         return states.new_empty(0)
     found = states.new_zeros((split.sequences, *states.shape[1:]))
     if split.last:
-        rows = states[cp.as_tensor([*split.last], states)]
-        found[cp.as_tensor([*split.last.values()], states)] = rows
+        rows = states[cp.as_tensor([*split.last], states.device)]
+        found[cp.as_tensor([*split.last.values()], states.device)] = rows
     if split.empty and call.initial_state is not None:
-        rows = cp.as_tensor(split.empty, states)
+        rows = cp.as_tensor(split.empty, states.device)
         found[rows] = _k_first(call, call.initial_state)[rows]
     found = all_reduce(found, cp.group)
     return found.mT.contiguous() if call.state_v_first else found
@@ -234,8 +237,8 @@ def _left_edges(
     _, HV, K, V = call._replace(state_v_first=False).state_shape
     dS = call.q.new_zeros((len(split.segments), HV, K, V), dtype=call.state_dtype)
     if final is not None and split.last:
-        places = cp.as_tensor([*split.last], dS)
-        dS[places] = final[cp.as_tensor([*split.last.values()], dS)]
+        places = cp.as_tensor([*split.last], dS.device)
+        dS[places] = final[cp.as_tensor([*split.last.values()], dS.device)]
     if not split.crossing:
         return dS
     edges = dS.new_zeros((len(split.parts), HV, K, V))
@@ -263,10 +266,10 @@ def _initial_gradient(
     shape = call._replace(state_v_first=False).state_shape[1:]
     found = call.q.new_zeros((split.sequences, *shape), dtype=call.state_dtype)
     if split.first:
-        rows = cp.as_tensor([*split.first.values()], found)
-        found[rows] = dS[cp.as_tensor([*split.first], found)].to(found.dtype)
+        rows = cp.as_tensor([*split.first.values()], found.device)
+        found[rows] = dS[cp.as_tensor([*split.first], found.device)].to(found.dtype)
     if split.empty and final is not None:
-        rows = cp.as_tensor(split.empty, found)
+        rows = cp.as_tensor(split.empty, found.device)
         found[rows] = final[rows]
     found = found.mT if call.state_v_first else found
     return found.to(call.initial_state.dtype).contiguous()
