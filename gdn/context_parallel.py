@@ -1,124 +1,15 @@
-"""`ContextParallel`: how the tokens of a call are split over processes, and what each process must
-know of that: its pieces of sequences, and the parts that a state comes from and goes to."""
+"""`ContextParallel`: the process group and the split of the tokens of a call over its ranks."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-Layout = Literal["contiguous", "zigzag"]
-
-
-class Segment(NamedTuple):
-    """The tokens of one sequence in one part: tokens start to end of the rank."""
-
-    sequence: int
-    start: int
-    end: int
-    begins: bool
-    """Whether the segment holds the first token of its sequence."""
-    ends: bool
-    """Whether the segment holds the last token of its sequence."""
-
-
-class Part(NamedTuple):
-    """Consecutive tokens on one rank. Parts are numbered in the order of their tokens.
-
-    segments: those of the part, as numbers of the rank's segments.
-    before: the parts that its first segment's state comes from, in order: the first one holds the
-        begin of the sequence, the others lie inside it. Empty if the sequence begins in this part.
-    after: the parts that the gradient of its last segment's state comes from, last part first.
-        Empty if the sequence ends in this part.
-    """
-
-    number: int
-    segments: range
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-
-
-class Split(NamedTuple):
-    """What one rank computes and exchanges.
-
-    parts: its parts, in the order in which their tokens lie on the rank.
-    segments: the segments of all its parts.
-    empty: sequences without tokens whose states belong to this rank.
-    sequences: N, the number of sequences over all ranks.
-    crossing: whether any sequence lies on several parts. If not, no states are exchanged.
-    """
-
-    parts: tuple[Part, ...]
-    segments: tuple[Segment, ...]
-    empty: tuple[int, ...]
-    sequences: int
-    crossing: bool
-
-    @property
-    def bounds(self) -> list[int]:
-        """The cumulative lengths of the rank's segments."""
-        return [0, *(segment.end for segment in self.segments)]
-
-    @property
-    def first(self) -> dict[int, int]:
-        """Segment to sequence, where the sequence begins on this rank."""
-        return {n: s.sequence for n, s in enumerate(self.segments) if s.begins}
-
-    @property
-    def last(self) -> dict[int, int]:
-        """Segment to sequence, where the sequence ends on this rank."""
-        return {n: s.sequence for n, s in enumerate(self.segments) if s.ends}
-
-
-def part_of(number: int, ranks: int, layout: Layout) -> tuple[int, int]:
-    """The rank that holds a part, and the part's place among those of the rank."""
-    if layout == "contiguous":
-        return number, 0
-    return (number, 0) if number < ranks else (2 * ranks - 1 - number, 1)
-
-
-def split(rank: int, lengths: Sequence[int], bounds: Sequence[int], layout: Layout) -> Split:
-    """The share of one rank. lengths: tokens of each rank; bounds: cumulative lengths of all
-    sequences, which end at the sum of lengths."""
-    ranks = len(lengths)
-    places = [part_of(n, ranks, layout) for n in range(ranks * (1 + (layout == "zigzag")))]
-    tokens = list(lengths)
-    if layout == "zigzag":
-        tokens = [(lengths[r] + 1 - slot) // 2 for r, slot in places]
-    edges = list(itertools.accumulate(tokens, initial=0))
-    ranges = list(itertools.pairwise(edges))
-    sequences = list(itertools.pairwise(bounds))
-    segments: list[Segment] = []
-    parts = []
-    for number in [n for n, (owner, _) in enumerate(places) if owner == rank]:
-        start, end = ranges[number]
-        offset = (segments[-1].end if segments else 0) - start
-        count = len(segments)
-        segments += [
-            Segment(n, max(a, start) + offset, min(b, end) + offset, a >= start, b <= end)
-            for n, (a, b) in enumerate(sequences)
-            if max(a, start) < min(b, end)
-        ]
-        before: tuple[int, ...] = ()
-        after: tuple[int, ...] = ()
-        if len(segments) > count:
-            begin = bounds[segments[count].sequence]
-            finish = bounds[segments[-1].sequence + 1]
-            filled = [n for n, (a, b) in enumerate(ranges) if a < b]
-            before = tuple(n for n in filled if n < number and ranges[n][1] > begin)
-            after = tuple(n for n in reversed(filled) if n > number and ranges[n][0] < finish)
-        parts.append(Part(number, range(count, len(segments)), before, after))
-    last = len(places) - 1
-    empty = tuple(
-        n
-        for n, (a, b) in enumerate(sequences)
-        if a == b and places[next((p for p, (_, e) in enumerate(ranges) if a < e), last)][0] == rank
-    )
-    crossing = any(a < edge < b for edge in edges for a, b in sequences)
-    return Split(tuple(parts), tuple(segments), empty, len(sequences), crossing)
+from gdn.token_split import Layout, Split, part_of, split
 
 
 class ContextParallel:
@@ -193,14 +84,18 @@ class ContextParallel:
             f"sequences={sequences}, lengths={self.lengths})"
         )
 
+    @property
+    def bounds(self) -> list[int]:
+        """The cumulative lengths of all sequences, once lengths are known."""
+        return [0, sum(self.lengths or ())] if self.cu_seqlens is None else self.cu_seqlens
+
     def _make_split(self, lengths: Sequence[int]) -> Split:
-        if self.cu_seqlens is not None and self.cu_seqlens[-1] != sum(lengths):
+        if self.bounds[-1] != sum(lengths):
             raise ValueError(
                 f"cu_seqlens of ContextParallel must end at the tokens of all ranks, "
-                f"{sum(lengths)}, got {self.cu_seqlens[-1]}; they are global"
+                f"{sum(lengths)}, got {self.bounds[-1]}; they are global"
             )
-        bounds = [0, sum(lengths)] if self.cu_seqlens is None else self.cu_seqlens
-        return split(self.rank, lengths, bounds, self.layout)
+        return split(self.rank, lengths, self.bounds, self.layout)
 
     def for_tokens(self, x: Tensor) -> Split:
         """The share of this rank, whose tokens are x [1, T_local, ...]. Exchanges the lengths if
@@ -221,14 +116,22 @@ class ContextParallel:
             self._split = self._make_split(self.lengths)
         return self._split
 
+    def place(self, number: int) -> tuple[int, int]:
+        """`part_of` for this layout."""
+        return part_of(number, self.ranks, self.layout)
+
     def as_tensor(self, values: Sequence[int], device: torch.device) -> Tensor:
-        """Ints as int64 on a device. Kept, since the layers of a model share them; in a compiled
-        graph they are constants."""
-        if torch.compiler.is_compiling():
-            return torch.tensor(values, dtype=torch.int64, device=device)
+        """Ints as int64 on a device."""
         key = (device, tuple(values))
+        return self.keep(key, lambda: torch.tensor(values, dtype=torch.int64, device=device))
+
+    def keep(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes, once, since the layers of a model share it; in a compiled graph it is
+        a part of the graph."""
+        if torch.compiler.is_compiling():
+            return make()
         if key not in self._tensors:
-            self._tensors[key] = torch.tensor(values, dtype=torch.int64, device=device)
+            self._tensors[key] = make()
         return self._tensors[key]
 
 

@@ -115,7 +115,8 @@ def fail_alone(rank: int) -> None:
 def run_cases(
     rank: int, cases: Sequence[Parallel], dtypes: Sequence[torch.dtype], backend: str = "torch"
 ) -> None:
-    """Every case on a group of as many ranks as it asks for, among all of them."""
+    """Every case on a group of as many ranks as it asks for, among all of them. With torch also
+    the layer on the case's split of tokens."""
     members = {2: [1, 3], 3: [0, 1, 3], 4: [0, 1, 2, 3]}
     if dist.get_world_size() == 2:
         members = {2: [0, 1]}
@@ -124,6 +125,8 @@ def run_cases(
         if rank in members[case.ranks]:
             try:
                 check(case, dtype, groups[case.ranks], backend)
+                if backend == "torch" and dtype == torch.float64:
+                    check_layer(case, groups[case.ranks])
             except Exception as error:
                 raise AssertionError(f"{case.name}, {dtype}, rank {rank}") from error
 
@@ -165,6 +168,42 @@ def check(case: Parallel, dtype: torch.dtype, group: Any, backend: str = "torch"
             raise AssertionError(name) from error
     if "d_initial_state" in found[0]:
         assert not found[1]["d_initial_state"][~owned].any(), "rows of others have gradients"
+
+
+def check_layer(case: Parallel, group: Any) -> None:
+    """One rank's part of `gdn.nn.GatedDeltaNet`, with its convolution, against the whole layer, in
+    float64: y, and the gradients of x and of all parameters."""
+    torch.manual_seed(0)
+    layer = gdn.nn.GatedDeltaNet(
+        8, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=4, dtype=torch.float64
+    )
+    T, bounds = sum(case.lengths), torch.tensor(case.bounds())
+    x, dy = torch.randn(2, 1, T, 8, dtype=torch.float64)
+    own = [token for tokens in case.ranges()[dist.get_rank(group)] for token in tokens]
+    cp = gdn.ContextParallel(group, bounds, case.layout)
+    found = []
+    for tokens, where in (
+        (slice(None), {"cu_seqlens": bounds}),
+        (own, {"cp": cp}),
+        (own, {"cp": cp}),
+    ):
+        leaf = x[:, tokens].clone().requires_grad_()
+        y = layer(leaf, **where)
+        inputs = {"x": leaf, **dict(layer.named_parameters())}
+        whole = "cp" not in where  # may have no tokens, and then skips its convolution
+        leaves = list(inputs.values())
+        grads = torch.autograd.grad(y, leaves, dy[:, tokens], materialize_grads=whole)
+        found.append({"y": y.detach(), **dict(zip(inputs, grads, strict=True))})
+    want, got, again = found
+    for name, value in got.items():
+        assert torch.equal(value, again[name]), f"layer: {name} differs from run to run"
+        if name in ("x", "y"):
+            want[name] = want[name][:, own]
+        else:
+            dist.all_reduce(value, group=group)
+        message = f"layer: {name}"
+        # float32's, in which the layer's norm computes
+        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5, msg=message)
 
 
 def compile_agrees(rank: int) -> None:

@@ -27,6 +27,8 @@ CASES = [
     Parallel("one sequence", (17, 65, 30, 9), options={"gates": "weak"}, silent=True),
     Parallel("resets", (30, 30, 30, 30), (110, 10), options={"gates": "resets"}),
     Parallel("nothing last", (20, 30, 0, 0), (45, 5, 0)),
+    Parallel("shorter than a halo", (5, 1, 1, 8), (3, 10, 2)),
+    Parallel("zigzag, short", (3, 1, 2, 9), (2, 13), "zigzag"),
     Parallel("zigzag", (30, 31), layout="zigzag"),
     Parallel("zigzag, packed", (30, 0, 41), (30, 10, 31, 0), "zigzag", {"per_channel": True}),
     Parallel("zigzag, four", (20, 24, 28, 32), (7, 90, 7), "zigzag", FUSED, silent=True),

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from support import capabilities_of, require
 
 import gdn
-from gdn.context_parallel import part_of, split
 from gdn.testing import Case, make_inputs, run_definition
 from gdn.testing.inputs import make_output_gradients, with_gradients
+from gdn.token_split import part_of, split
 
 TOKENS = ("q", "k", "v", "g", "beta")
 GATES = (
@@ -109,13 +109,15 @@ lengths = st.lists(st.integers(0, 9), min_size=1, max_size=4)
 
 @given(lengths, st.randoms(use_true_random=False), st.sampled_from(["contiguous", "zigzag"]))
 @settings(deadline=None)
-def test_every_token_and_state_has_one_place(tokens: list[int], random: Any, layout: Any) -> None:
-    total = sum(tokens)
+def test_every_token_and_state_has_one_place(
+    tokens_of: list[int], random: Any, layout: Any
+) -> None:
+    total = sum(tokens_of)
     inner = sorted(random.randint(0, total) for _ in range(random.randint(0, 5)))
     bounds = [0, *inner, total]
     sequences = tuple(b - a for a, b in itertools.pairwise(bounds))
-    case = Parallel("drawn", tuple(tokens), sequences, layout)
-    found = [split(rank, tokens, bounds, layout) for rank in range(len(tokens))]
+    case = Parallel("drawn", tuple(tokens_of), sequences, layout)
+    found = [split(rank, tokens_of, bounds, layout) for rank in range(len(tokens_of))]
     for rank, (own, ranges) in enumerate(zip(found, case.ranges(), strict=True)):
         mine = [token for part in ranges for token in part]
         assert own.bounds[-1] == len(mine)
@@ -131,11 +133,15 @@ def test_every_token_and_state_has_one_place(tokens: list[int], random: Any, lay
     for own in found:
         for part in own.parts:
             for number, step in [(n, -1) for n in part.before] + [(n, 1) for n in part.after]:
-                rank, slot = part_of(number, len(tokens), layout)
+                rank, slot = part_of(number, len(tokens_of), layout)
                 other = found[rank].parts[slot]
                 assert other.number == number
                 assert (number - part.number) * step > 0
                 assert part.number in (other.after if step < 0 else other.before)
+            for number, tokens in zip(part.before, part.tokens, strict=True):
+                rank, slot = part_of(number, len(tokens_of), layout)
+                last = found[rank].segments[found[rank].parts[slot].segments[-1]]
+                assert tokens == last.end - last.start
 
 
 @pytest.fixture
@@ -190,6 +196,13 @@ def test_errors_name_the_argument_and_the_remedy(group: Any) -> None:
         call(group)
     with pytest.raises(gdn.BackendUnsupportedError, match="context parallelism"):
         call(cp, backend="fla")
+    layer = gdn.nn.GatedDeltaNet(8, num_k_heads=1, num_v_heads=1, head_k_dim=8, head_v_dim=8)
+    with pytest.raises(ValueError, match="cp must come without cache and cu_seqlens"):
+        layer(torch.zeros(1, 8, 8), cp=cp, cu_seqlens=torch.tensor([0, 8]))
+    with pytest.raises(ValueError, match=r"x must be \[1, T_local, D\], got \(2, 8, 8\)"):
+        gdn.distributed.conv_halo(torch.zeros(2, 8, 8), 4, cp)
+    with pytest.raises(ValueError, match="taps must be at least 1"):
+        gdn.distributed.conv_halo(torch.zeros(1, 8, 8), 0, cp)
     told = gdn.explain(**make_inputs(Case("told", T=8)), cp=cp)
     assert told.problem.context_parallel
     assert told.chosen == "torch"

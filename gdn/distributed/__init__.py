@@ -2,6 +2,7 @@
 
 from gdn.context_parallel import ContextParallel
 
+from .halo import conv_halo
 from .summary import compose, summarize, summarize_gradient
 
-__all__ = ["ContextParallel", "compose", "summarize", "summarize_gradient"]
+__all__ = ["ContextParallel", "compose", "conv_halo", "summarize", "summarize_gradient"]

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from gdn import calls, dispatch
 from gdn.backend import Gradients
-from gdn.context_parallel import ContextParallel, Part, Split, all_gather, all_reduce, part_of
+from gdn.context_parallel import ContextParallel, all_gather, all_reduce
 from gdn.problem import CALL_TENSORS, DIFFERENTIABLE, Call
+from gdn.token_split import Part, Split
 from gdn.validation import check_types, refuse_tangents, refuse_transforms, validate
 
 from .summary import final_state, initial_gradient, transfer
@@ -161,11 +162,11 @@ def _forward(call: Call, cp: ContextParallel, split: Split, request: str, save: 
                 edges[slot] = _right_edge(call, cp, split, part, request, initial)
         gathered = all_gather(edges, cp.group)
         for part in split.parts:
-            found = [gathered[part_of(n, cp.ranks, cp.layout)] for n in part.before]
+            found = [gathered[cp.place(n)] for n in part.before]
             if found:
                 N, M = [x[..., :V] for x in found], [x[..., V:] for x in found[1:]]
                 states[part.segments[0]] = _fold(N, M)
-            inside = [gathered[part_of(n, cp.ranks, cp.layout)][..., V:] for n in part.after[1:]]
+            inside = [gathered[cp.place(n)][..., V:] for n in part.after[1:]]
             transfers.append(torch.stack(inside) if inside else states.new_empty((0, HV, K, K)))
     local = _cut(call, cp, split)
     if initial is not None or any(part.before for part in split.parts):
@@ -252,7 +253,7 @@ def _left_edges(
     gathered = all_gather(edges, cp.group)
     for part, inside in zip(split.parts, transfers, strict=True):
         if part.after:
-            found = [gathered[part_of(n, cp.ranks, cp.layout)] for n in part.after]
+            found = [gathered[cp.place(n)] for n in part.after]
             dS[part.segments[-1]] = _fold(found, list(inside.mT))
     return dS
 
