@@ -12,7 +12,7 @@ from torch import Tensor
 from gdn import calls, dispatch, ops
 from gdn.calls import Options
 from gdn.context_parallel import ContextParallel
-from gdn.distributed import parallel
+from gdn.distributed import heads
 from gdn.problem import Call, Step, describe, describe_step
 from gdn.validation import (
     check_cu_seqlens,
@@ -131,8 +131,8 @@ def gated_delta_net(
         scale, gate_lower_bound, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
     )  # fmt: skip
-    if cp is not None:
-        return GDNOutput(*parallel.run(call, cp, _request(backend)))
+    if cp is not None or heads.is_sharded(q):
+        return GDNOutput(*heads.run(call, cp, _request(backend)))
     return GDNOutput(*ops.run_forward(call, _request(backend), calls.needs_grad(call)))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from context_parallel_ranks import LIMIT, Parallel, compile_agrees, fail_alone, run_cases, start
+from sharded_heads_ranks import run_all
 
 FUSED = {"fused": True, "allow_neg_eigval": True}
 CASES = [
@@ -37,8 +38,9 @@ CASES = [
 
 
 def test_every_rank_agrees_with_the_whole_sequences(tmp_path: Path) -> None:
-    """All cases in processes that start once; a rank that fails names its case."""
-    start(run_cases, 4, tmp_path, 240, CASES, (torch.float64, torch.float32))
+    """All cases, and then heads in shards (DTensor), in processes that start once; a rank that
+    fails names its case."""
+    start(run_all, 4, tmp_path, 240, CASES, (torch.float64, torch.float32))
 
 
 def test_triton_agrees_in_its_interpreter(tmp_path: Path) -> None:
