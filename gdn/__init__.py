@@ -1,9 +1,10 @@
 """gdn: the gated delta rule (Gated DeltaNet, arXiv 2412.06464; Kimi Delta Attention, arXiv
 2510.26692) as one op with many backends."""
 
-from gdn import _checkout, definition, nn
+from gdn import _checkout, definition, distributed, nn
 from gdn.api import GDNOutput, explain, gated_delta_net, gated_delta_net_decode, warmup
 from gdn.backend import Backend, Capabilities, Plan
+from gdn.context_parallel import ContextParallel
 from gdn.dispatch import (
     BackendUnsupportedError,
     Explanation,
@@ -29,12 +30,14 @@ __all__ = [
     "BackendInfo",
     "BackendUnsupportedError",
     "Capabilities",
+    "ContextParallel",
     "Explanation",
     "GDNOutput",
     "Plan",
     "UnknownBackendError",
     "Verdict",
     "definition",
+    "distributed",
     "explain",
     "gated_delta_net",
     "gated_delta_net_decode",

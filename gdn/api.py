@@ -11,6 +11,8 @@ from torch import Tensor
 
 from gdn import calls, dispatch, ops
 from gdn.calls import Options
+from gdn.context_parallel import ContextParallel
+from gdn.distributed import heads
 from gdn.problem import Call, Step, describe, describe_step
 from gdn.validation import (
     check_cu_seqlens,
@@ -51,6 +53,7 @@ def gated_delta_net(
     cu_seqlens_cpu: Tensor | None = None,
     chunk_indices: Tensor | None = None,
     transpose_state_layout: bool | None = None,
+    cp: ContextParallel | None = None,
     backend: str | None = None,
 ) -> GDNOutput:
     """The gated delta rule (arXiv 2412.06464, equation 10; `gdn.definition` states it in full),
@@ -89,6 +92,10 @@ def gated_delta_net(
         chunk_indices: fla's precomputed (sequence, chunk) table [chunks, 2]; only the fla backend
             reads it.
         transpose_state_layout: fla's former name of state_v_first (DeprecationWarning).
+        cp: the sequences lie on several ranks, and q, k, v, g, beta hold this rank's tokens
+            [1, T_local, ...] (docs/distributed.md). States are global: [N, ...] for the sequences
+            of all ranks, final_state the same on every rank. initial_state: only rows of sequences
+            that begin on this rank are read. All ranks also run backward.
         backend: a name (no other backend is tried), a list "tilelang,triton" (the first that can
             run the call), or "auto". With None the first of these that is set decides: use_backend,
             set_default_backend, GDN_BACKEND, else "auto".
@@ -124,6 +131,8 @@ def gated_delta_net(
         scale, gate_lower_bound, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
     )  # fmt: skip
+    if cp is not None or heads.is_sharded(q):
+        return GDNOutput(*heads.run(call, cp, _request(backend)))
     return GDNOutput(*ops.run_forward(call, _request(backend), calls.needs_grad(call)))
 
 
@@ -220,6 +229,7 @@ def explain(
         ValueError, TypeError: an argument is malformed, as in the call itself.
     """
     request, source = dispatch.request_in_force(backend)
+    cp = options.pop("cp", None)
     call = calls.make(q, k, v, g, beta, dict(options))
     if isinstance(call, Step):
         validate_step(call)
@@ -228,7 +238,8 @@ def explain(
         return dispatch.explain(request, source, describe_step(call))
     validate(call)
     check_cu_seqlens(call)
-    return dispatch.explain(request, source, describe(call, calls.needs_grad(call)))
+    problem = replace(describe(call, calls.needs_grad(call)), context_parallel=cp is not None)
+    return dispatch.explain(request, source, problem)
 
 
 def warmup(
@@ -259,6 +270,7 @@ def warmup(
     Raises:
         ValueError, BackendUnsupportedError, UnknownBackendError: as the call would.
     """
+    cp = options.pop("cp", None)
     call = calls.make(q, k, v, g, beta, dict(options))
     if isinstance(call, Step):
         validate_step(call)
@@ -266,7 +278,7 @@ def warmup(
     else:
         validate(call)
         backward = calls.needs_grad(call) if backward is None else backward
-        problem = describe(call, backward)
+        problem = replace(describe(call, backward), context_parallel=cp is not None)
     if sm is not None:
         problem = replace(problem, device="cuda", sm=sm)
     return dispatch.precompile(dispatch.request_in_force(backend)[0], call, problem)[0]

@@ -40,6 +40,8 @@ class Capabilities:
         speculative: decode keeps the state after each token (state_indices [N, 1 + T]).
         per_channel: g may be [B, T, HV, K], a decay for each channel of K.
         gate_lower_bound: the fused gate may have a lower bound.
+        context_parallel: sequences may be split over ranks (cp=). `gdn.distributed` makes the
+            summaries of a part from the backend's own calls; this says that they are tested.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -62,6 +64,7 @@ class Capabilities:
     speculative: bool = False
     per_channel: bool = False
     gate_lower_bound: bool = False
+    context_parallel: bool = False
 
 
 def _names(*dtypes: torch.dtype) -> str:
@@ -107,6 +110,8 @@ def reasons_against(capabilities: Capabilities, problem: Problem) -> list[str]:
         reasons.append("a decay per channel (g [B, T, HV, K]) is not supported")
     if p.gate_lower_bound is not None and not c.gate_lower_bound:
         reasons.append("gate_lower_bound is not supported")
+    if p.context_parallel and not c.context_parallel:
+        reasons.append("context parallelism (cp=, gdn.distributed) is not supported")
     reasons.extend(f"{flag} is not supported" for flag in sorted(p.flags - c.flags))
     return reasons
 

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from gdn.context_parallel import ContextParallel
 from gdn.problem import Call, Step
 from gdn.validation import check_types, no_tensor
 
@@ -36,6 +37,7 @@ class Options(TypedDict, total=False):
     cu_seqlens_cpu: Tensor | None
     chunk_indices: Tensor | None
     transpose_state_layout: bool | None
+    cp: ContextParallel | None
 
 
 def make(
@@ -116,6 +118,8 @@ def prepare_gate(
                 "leave the options of the gate out for no decay"
             )
         exact = torch.float64 if v.dtype == torch.float64 else torch.float32
+        if hasattr(v, "device_mesh"):  # a DTensor: zeros in shards as v's
+            return torch.zeros_like(v[..., 0], dtype=exact), dt_bias
         return v.new_zeros(v.shape[:3], dtype=exact), dt_bias
     if not isinstance(g, Tensor):
         raise no_tensor("g", g, "or None for no decay")

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -196,6 +196,13 @@ def resolve(request: str, problem: Problem) -> Backend:
             return find_backend(name)
         reasons[name] = why
     raise BackendUnsupportedError(request, problem, reasons)
+
+
+def resolve_context_parallel(request: str, call: Call, needs_grad: bool) -> str:
+    """The pinned request of the backend that runs one rank's part of a call, and its summaries."""
+    validate(call)
+    problem = replace(describe(call, needs_grad), initial_state=True, context_parallel=True)
+    return registry.pin(resolve(request, problem))
 
 
 @functools.cache

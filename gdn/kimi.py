@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn.api import GDNOutput, gated_delta_net, gated_delta_net_decode
+from gdn.context_parallel import ContextParallel
 
 
 def kimi_delta_attention(
@@ -33,6 +34,7 @@ def kimi_delta_attention(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     transpose_state_layout: bool | None = None,
+    cp: ContextParallel | None = None,
     backend: str | None = None,
 ) -> GDNOutput:
     """`gdn.gated_delta_net` with a decay per channel, under the names of fla's `chunk_kda`
@@ -83,6 +85,7 @@ def kimi_delta_attention(
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
         transpose_state_layout=transpose_state_layout,
+        cp=cp,
         backend=backend,
     )  # fmt: skip
 

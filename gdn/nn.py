@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdn.api import gated_delta_net, gated_delta_net_decode
+from gdn.context_parallel import ContextParallel
 from gdn.definition import initialize_gates
+from gdn.distributed import conv_halo
 
 _STEP = 8
 """Tokens up to which a call with a cache is a decode step rather than a sequence."""
@@ -157,14 +159,26 @@ class GatedDeltaNet(nn.Module):
         return Cache(conv, state)
 
     def forward(
-        self, x: Tensor, *, cache: Cache | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        cache: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+        cp: ContextParallel | None = None,
     ) -> Tensor:
         """y [B, T, hidden_size] from x of that shape.
 
         cache: go on from it, and leave in it what the next call needs; not under activation
         checkpointing, whose second run would start where the first ended. cu_seqlens: sequences
-        packed along T, as in `gdn.gated_delta_net`; not together with a cache.
+        packed along T, as in `gdn.gated_delta_net`; not together with a cache. cp: x [1, T_local,
+        hidden_size] is this rank's part of the tokens, as in `gdn.gated_delta_net`; it comes
+        without the other two. The parameters' gradients are the rank's share.
         """
+        if cp is not None and (cache is not None or cu_seqlens is not None):
+            raise ValueError(
+                "cp must come without cache and cu_seqlens, got both; give the global cu_seqlens "
+                "to gdn.ContextParallel"
+            )
         if cache is not None and cu_seqlens is not None:
             raise ValueError("cache must come without cu_seqlens, got both; pad to a batch instead")
         if cache is not None and _in_backward():
@@ -174,7 +188,7 @@ class GatedDeltaNet(nn.Module):
                 "leave out the cache or the checkpointing"
             )
         B, T, _ = x.shape
-        mixed = self._convolve(self.in_proj_qkv(x), cache, cu_seqlens)
+        mixed = self._convolve(self.in_proj_qkv(x), cache, cu_seqlens, cp)
         q, k, v = torch.split(mixed, self.sizes, -1)
         tensors: dict[str, Any] = {
             "q": q.reshape(B, T, self.H, self.K),
@@ -190,7 +204,7 @@ class GatedDeltaNet(nn.Module):
             o = gated_delta_net_decode(**tensors, **self.options, state=cache.state)
         else:
             o, state = gated_delta_net(
-                **tensors, **self.options, cu_seqlens=cu_seqlens,
+                **tensors, **self.options, cu_seqlens=cu_seqlens, cp=cp,
                 initial_state=None if cache is None else cache.state.clone(),
                 output_final_state=cache is not None,
             )  # fmt: skip
@@ -200,8 +214,19 @@ class GatedDeltaNet(nn.Module):
         out: Tensor = self.out_proj(self.norm(o, z).flatten(2))
         return out
 
-    def _convolve(self, x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor:
+    def _convolve(
+        self,
+        x: Tensor,
+        cache: Cache | None,
+        cu_seqlens: Tensor | None,
+        cp: ContextParallel | None = None,
+    ) -> Tensor:
         """silu(sum_j weight_j x_{t - j}) over [B, T, channels], within each sequence."""
+        if cp is not None:
+            x, places = conv_halo(x, self.conv_size, cp)
+            if not x.shape[1]:  # a row, so that the weight has a gradient, of zeros
+                x = F.pad(x, (0, 0, 0, 1))
+            return self._causal_convolution(x.mT).mT.index_select(1, places)
         if not x.shape[1]:
             return x
         x, before = x.mT, self.conv_size - 1

@@ -122,7 +122,7 @@ class Problem:
     `sm` is the compute capability of an NVIDIA device times ten (90 on Hopper), None elsewhere.
     `flags` holds the names of the boolean options of `Call` that are on. `pool` is the dtype of the
     state pool of a decode step, None for a whole call; `speculative` as in `Step`; `per_channel`
-    and `gate_lower_bound` as in `Call`.
+    and `gate_lower_bound` as in `Call`. `context_parallel`: the call is one rank's part.
     """
 
     B: int
@@ -143,6 +143,7 @@ class Problem:
     speculative: bool = False
     per_channel: bool = False
     gate_lower_bound: float | None = None
+    context_parallel: bool = False
 
     def __str__(self) -> str:
         sizes = " ".join(
@@ -152,7 +153,14 @@ class Problem:
         extras = sorted(self.flags)
         extras += [
             name
-            for name in ("varlen", "initial_state", "needs_grad", "speculative", "per_channel")
+            for name in (
+                "varlen",
+                "initial_state",
+                "needs_grad",
+                "speculative",
+                "per_channel",
+                "context_parallel",
+            )
             if getattr(self, name)
         ]
         if self.gate_lower_bound is not None:
@@ -188,7 +196,8 @@ def describe(call: Call, needs_grad: bool) -> Problem:
         N=call.sequences,
         dtype=call.q.dtype,
         device=call.q.device.type,
-        sm=compute_capability(call.q.device),
+        # Dynamo, which traces this with cp=, warns of a call of a cached function
+        sm=compute_capability(call.q.device) if call.q.is_cuda else None,
         varlen=call.cu_seqlens is not None,
         initial_state=call.initial_state is not None,
         needs_grad=needs_grad,

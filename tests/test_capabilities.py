@@ -41,6 +41,7 @@ def problem(**changes: Any) -> Problem:
         ({}, {"speculative": True}, "state_indices [N, 1 + T] are not supported"),
         ({}, {"per_channel": True}, "a decay per channel (g [B, T, HV, K]) is not supported"),
         ({}, {"gate_lower_bound": -5.0}, "gate_lower_bound is not supported"),
+        ({}, {"context_parallel": True}, "context parallelism (cp=, gdn.distributed)"),
         *(({}, {"flags": frozenset([flag])}, f"{flag} is not supported") for flag in FLAGS),
     ],
 )
@@ -51,7 +52,8 @@ def test_each_capability_is_a_reason(
     every = {
         "dtypes": (torch.float32,), "gva": True, "varlen": True, "initial_state": True,
         "backward": True, "decode": (torch.float32,), "speculative": True,
-        "per_channel": True, "gate_lower_bound": True, "flags": frozenset(FLAGS),
+        "per_channel": True, "gate_lower_bound": True, "context_parallel": True,
+        "flags": frozenset(FLAGS),
     }  # fmt: skip
     assert reasons_against(Capabilities(**every), problem(**changes)) == []
     every = {"dtypes": (torch.float32,)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +112,27 @@ def test_recall_is_learned_alike_by_every_backend() -> None:
     recall = load("train_recall")
     assert {"triton", "torch"} <= set(recall.able("cuda"))
     assert recall.main([]) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would share a GPU")
+def test_long_training_has_the_losses_of_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--steps", "3", "--sequences", "2", "--pairs", "8"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, str(EXAMPLES / "train_long.py"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in one.items():
+        monkeypatch.setenv(name, str(value))
+    load("train_long").main(options)
+    lines = [text.strip().splitlines()[-1] for text in (out.stdout, capsys.readouterr().out)]
+    losses = [[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in lines]
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)  # printed with four digits
+    assert abs(losses[0][1] - losses[0][0]) > 0.01

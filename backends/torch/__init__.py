@@ -40,6 +40,7 @@ class TorchBackend(Backend):
         speculative=True,
         per_channel=True,
         gate_lower_bound=True,
+        context_parallel=True,
     )
     priority = 100
 

@@ -58,6 +58,7 @@ class TritonBackend(Backend):
         flags=frozenset(FLAGS),
         decode=(torch.float32, torch.bfloat16),
         speculative=True,
+        context_parallel=True,
     )
     priority = None if INTERPRETED else 300
 

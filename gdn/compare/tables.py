@@ -50,6 +50,7 @@ CAPABILITIES = (
     "fused options",
     "deterministic",
     "CUDA graph",
+    "context parallel",
     "needs",
 )
 
@@ -179,7 +180,7 @@ def capability_rows(backends: Sequence[BackendInfo]) -> Table:
                 *map(_yes, (c.per_channel, c.gate_lower_bound, c.backward)),
                 _names(c.decode) + ("" if c.speculative or not c.decode else "; one slot each"),
                 fused,
-                *map(_yes, (c.deterministic, c.cuda_graph)),
+                *map(_yes, (c.deterministic, c.cuda_graph, c.context_parallel)),
                 ", ".join(c.packages) or "nothing",
             ]
         )

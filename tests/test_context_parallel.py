@@ -1,0 +1,64 @@
+"""Context parallelism over gloo: sequences split over 2, 3 and 4 processes give the results and
+gradients of the whole sequences."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from context_parallel_ranks import LIMIT, Parallel, compile_agrees, fail_alone, run_cases, start
+from sharded_heads_ranks import run_all
+
+FUSED = {"fused": True, "allow_neg_eigval": True}
+CASES = [
+    Parallel("even", (64, 64)),
+    Parallel("uneven", (70, 1)),
+    Parallel("nothing first", (0, 40)),
+    Parallel("fused, V first", (33, 40), options={**FUSED, "state_v_first": True}),
+    Parallel("packed", (50, 30, 45), (20, 10, 60, 1, 30, 4), options={"HV": 4, "H": 2}),
+    Parallel("an empty rank", (40, 0, 40), (10, 55, 15), silent=True),
+    Parallel("on the cuts", (30, 20, 10), (30, 20, 10)),
+    Parallel("empty sequences", (30, 20, 10), (0, 30, 0, 0, 25, 0, 5, 0)),
+    Parallel("no state", (30, 80, 20), (100, 30), options={"initial_state": False}),
+    Parallel("no final state", (21, 30, 20), (5, 66), final_state=False),
+    Parallel("no tokens", (0, 0, 0), (0, 0)),
+    Parallel("channels", (30, 34, 20), (10, 60, 14), options={"per_channel": True, **FUSED}),
+    Parallel("one sequence", (17, 65, 30, 9), options={"gates": "weak"}, silent=True),
+    Parallel("resets", (30, 30, 30, 30), (110, 10), options={"gates": "resets"}),
+    Parallel("nothing last", (20, 30, 0, 0), (45, 5, 0)),
+    Parallel("shorter than a halo", (5, 1, 1, 8), (3, 10, 2)),
+    Parallel("zigzag, short", (3, 1, 2, 9), (2, 13), "zigzag"),
+    Parallel("zigzag", (30, 31), layout="zigzag"),
+    Parallel("zigzag, packed", (30, 0, 41), (30, 10, 31, 0), "zigzag", {"per_channel": True}),
+    Parallel("zigzag, four", (20, 24, 28, 32), (7, 90, 7), "zigzag", FUSED, silent=True),
+    Parallel("zigzag, one", (32, 32, 32, 32), None, "zigzag", {"gates": "weak"}),
+]
+
+
+def test_every_rank_agrees_with_the_whole_sequences(tmp_path: Path) -> None:
+    """All cases, and then heads in shards (DTensor), in processes that start once; a rank that
+    fails names its case."""
+    start(run_all, 4, tmp_path, 240, CASES, (torch.float64, torch.float32))
+
+
+def test_triton_agrees_in_its_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("not interpreted")  # gloo, and tensors of the CPU
+    sizes = {"HV": 1, "K": 16, "V": 16, "fused": True}
+    case = Parallel("triton", (4, 3), (7,), options=sizes)
+    start(run_cases, 2, tmp_path, 120, [case], (torch.float32,), "triton")
+
+
+def test_torch_compile_makes_one_graph(tmp_path: Path) -> None:
+    start(compile_agrees, 2, tmp_path, 120)
+
+
+def test_a_failing_rank_ends_all_with_its_message(tmp_path: Path) -> None:
+    """The other one, which waits for it, does not hang until the time-out of the collectives."""
+    begin = time.monotonic()
+    with pytest.raises(AssertionError, match="T_local = 8 tokens on rank 1 of this"):
+        start(fail_alone, 2, tmp_path, LIMIT / 2)
+    assert time.monotonic() - begin < LIMIT / 2
