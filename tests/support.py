@@ -1,15 +1,25 @@
-"""What several test modules share: skips of calls that a backend does not claim."""
+"""What several test modules share: skips of calls that a backend does not claim, cuts of inputs,
+and comparisons."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import gdn
+from gdn.testing import TOLERANCE
 from gdn.testing.check import assert_close, reasons_against, run, truth
 
-__all__ = ["assert_close", "capabilities_of", "reasons_against", "require", "run", "truth"]
+__all__ = [
+    "TOKENS", "assert_close", "capabilities_of", "close", "cut", "may_fail_with_fla",
+    "reasons_against", "require", "run", "truth",
+]  # fmt: skip
+
+TOKENS = ("q", "k", "v", "g", "beta")
+"""The tensors with a row for each token."""
 
 
 def capabilities_of(backend: str) -> gdn.Capabilities:
@@ -30,3 +40,14 @@ def may_fail_with_fla(request: pytest.FixtureRequest, backend: str, device: str)
         reason = "failed in the first run on a GPU; docs/log/open.md"
         mark = pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False)
         request.applymarker(mark)
+
+
+def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    """Equal within the tolerance of `dtype`, compared in float64."""
+    a, b = a.double(), b.double()
+    torch.testing.assert_close(a, b, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def cut(inputs: dict[str, Any], start: int, end: int, **changes: Any) -> dict[str, Any]:
+    """Tokens start to end of dense inputs."""
+    return inputs | {name: inputs[name][:, start:end] for name in TOKENS} | changes

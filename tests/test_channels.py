@@ -11,12 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_close, may_fail_with_fla, require
+from support import TOKENS, assert_close, close, cut, may_fail_with_fla, require
 from torch import Tensor
 
 import gdn
 from gdn.testing import (
-    TOLERANCE,
     Case,
     gradients,
     make_inputs,
@@ -26,7 +25,6 @@ from gdn.testing import (
     with_gradients,
 )
 
-TOKENS = ("q", "k", "v", "g", "beta")
 GATES = ("none", "weak", "mixed", "strong", "resets")
 BASE = Case("channels", T=90, B=2, HV=4, K=24, V=40, per_channel=True)
 
@@ -34,16 +32,6 @@ BASE = Case("channels", T=90, B=2, HV=4, K=24, V=40, per_channel=True)
 @pytest.fixture
 def case(dtype: torch.dtype) -> Case:
     return replace(BASE, dtype=dtype)
-
-
-def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    a, b = a.double(), b.double()
-    torch.testing.assert_close(a, b, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-
-
-def cut(inputs: dict[str, Any], start: int, end: int, **changes: Any) -> dict[str, Any]:
-    """Tokens start to end of dense inputs."""
-    return inputs | {name: inputs[name][:, start:end] for name in TOKENS} | changes
 
 
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 31, 63, 64, 65])

@@ -14,14 +14,13 @@ import torch.distributed as dist
 from context_parallel_ranks import Parallel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import capabilities_of, require
+from support import TOKENS, capabilities_of, require
 
 import gdn
 from gdn.testing import Case, make_inputs, run_definition
 from gdn.testing.inputs import make_output_gradients, with_gradients
 from gdn.token_split import part_of, split
 
-TOKENS = ("q", "k", "v", "g", "beta")
 GATES = (
     "gate_lower_bound", "use_qk_l2norm_in_kernel", "use_gate_in_kernel", "A_log", "dt_bias",
     "use_beta_sigmoid_in_kernel", "allow_neg_eigval", "cu_seqlens",

@@ -4,35 +4,23 @@ reference values."""
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import require
+from support import TOKENS, close, cut, require
 from torch import Tensor
 
 import gdn
-from gdn.testing import TOLERANCE, Case, make_inputs, with_gradients
+from gdn.testing import Case, make_inputs, with_gradients
 
-TOKENS = ("q", "k", "v", "g", "beta")
 T = 150
 
 
 @pytest.fixture
 def case(dtype: torch.dtype) -> Case:
     return Case("property", T=T, HV=4, B=2, dtype=dtype)
-
-
-def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    a, b = a.double(), b.double()
-    torch.testing.assert_close(a, b, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-
-
-def cut(inputs: dict[str, Any], start: int, end: int, **changes: Any) -> dict[str, Any]:
-    """Tokens start to end of dense inputs."""
-    return inputs | {name: inputs[name][:, start:end] for name in TOKENS} | changes
 
 
 @pytest.mark.parametrize("split", [1, 64, 100])

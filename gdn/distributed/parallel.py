@@ -24,7 +24,7 @@ from gdn.problem import CALL_TENSORS, DIFFERENTIABLE, Call
 from gdn.token_split import Part, Split
 from gdn.validation import check_types, refuse_tangents, refuse_transforms, validate
 
-from .summary import final_state, initial_gradient, transfer
+from .summary import final_state, initial_gradient, summary
 
 
 class _Local(NamedTuple):
@@ -139,7 +139,7 @@ def _right_edge(
     segment = split.segments[number]
     one = _segment(call, split, number)
     if not segment.begins:
-        return torch.cat([final_state(one, request)[0], transfer(one, request)[0]], -1)
+        return summary(one, request)[0]
     if initial is not None:
         one = one._replace(initial_state=initial[segment.sequence][None])
     N = final_state(one, request)[0]

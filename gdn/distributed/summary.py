@@ -61,7 +61,7 @@ def summarize(
     check_types(call)
     refuse_transforms()
     request = dispatch.resolve_context_parallel(dispatch.request_in_force(backend)[0], call, False)
-    return torch.cat([final_state(call, request), transfer(call, request)], -1)
+    return summary(call, request)
 
 
 def summarize_gradient(
@@ -144,6 +144,11 @@ def compose(earlier: Tensor, later: Tensor) -> Tensor:
     composed = M.double() @ earlier.double()
     composed[..., :-K] += N.double()
     return composed.to(later.dtype)
+
+
+def summary(call: Call, request: str) -> Tensor:
+    """(N | M) of each sequence [N, HV, K, V + K]; `call` has no initial state."""
+    return torch.cat([final_state(call, request), transfer(call, request)], -1)
 
 
 @torch.no_grad()

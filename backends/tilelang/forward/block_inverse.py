@@ -89,25 +89,20 @@ template <int parts> struct GdnBlock {
           to + 32 * p + threadIdx.x % 32, x[p][0], x[p][1], x[p][2], x[p][3]);
   }
 };
-__device__ __forceinline__ void gdn_mma(
-    GdnBlock<1>, float *sum, const unsigned *a, const unsigned *b) {
-  constexpr auto type = tl::DataType::kFloat16, wide = tl::DataType::kFloat32;
-  tl::mma_sync<type, type, wide, 16, 8, 16, false, true>(sum, a, b);
-}
-__device__ __forceinline__ void gdn_mma(
-    GdnBlock<2>, float *sum, const unsigned *a, const unsigned *b) {
-  constexpr auto type = tl::DataType::kBFloat16, wide = tl::DataType::kFloat32;
-  tl::mma_sync<type, type, wide, 16, 8, 16, false, true>(sum, a, b);
+template <int parts>
+__device__ __forceinline__ void gdn_mma(float *sum, const unsigned *a, const unsigned *b) {
+  constexpr auto type = parts == 1 ? tl::DataType::kFloat16 : tl::DataType::kBFloat16;
+  tl::mma_sync<type, type, tl::DataType::kFloat32, 16, 8, 16, false, true>(sum, a, b);
 }
 // sum += a b: columns 8 half to 8 half + 7 of the product; b was loaded by `load_right`.
 template <int parts>
 __device__ __forceinline__ void gdn_multiply(
     float *sum, const GdnBlock<parts> &a, const GdnBlock<parts> &b, int half) {
   if (parts == 2) {
-    gdn_mma(a, sum + 4 * half, a.x[parts - 1], b.x[0] + 2 * half);
-    gdn_mma(a, sum + 4 * half, a.x[0], b.x[parts - 1] + 2 * half);
+    gdn_mma<parts>(sum + 4 * half, a.x[parts - 1], b.x[0] + 2 * half);
+    gdn_mma<parts>(sum + 4 * half, a.x[0], b.x[parts - 1] + 2 * half);
   }
-  gdn_mma(a, sum + 4 * half, a.x[0], b.x[0] + 2 * half);
+  gdn_mma<parts>(sum + 4 * half, a.x[0], b.x[0] + 2 * half);
 }
 // A block on the diagonal of (I + M)^-1, from 8 numbers of M a lane. `scratch`: [2][8][8] float32.
 template <int parts>

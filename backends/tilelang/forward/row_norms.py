@@ -34,9 +34,9 @@ TYPES = {"bfloat16": "tl::DataType::kBFloat16", "float16": "tl::DataType::kFloat
 
 
 @T.macro
-def sum_squares(x: Any, first: Any, to: Any, lane: Any, stage: Any = 0) -> None:
-    """Store the sums of squares of the rows `first` to `first` + 15 of x[stage], from the address
-    `to` on; by one warp."""
+def sum_squares(x: Any, first: Any, to: Any, lane: Any) -> None:
+    """Store the sums of squares of the rows `first` to `first` + 15 of x[0], from the address `to`
+    on; by one warp."""
     sums = T.alloc_local((8,), "float32")
     for i in T.unroll(8):
         sums[i] = 0.0
@@ -44,7 +44,7 @@ def sum_squares(x: Any, first: Any, to: Any, lane: Any, stage: Any = 0) -> None:
         T.call_extern(
             "handle",
             f"gdn_square<{TYPES[x.dtype]}>",
-            T.address_of(x[stage, first + lane % 16, step * 16 + lane // 16 * 8]),
+            T.address_of(x[0, first + lane % 16, step * 16 + lane // 16 * 8]),
             sums.data,
         )
     T.call_extern("handle", "gdn_keep_diagonal", to, sums.data)

@@ -1,5 +1,4 @@
-"""Shared memory of `scan.py`, and the copies of the producer warp
-and of the storing warp."""
+"""Shared memory of `scan.py`, and the copies of its producer warp and its storing warp."""
 
 from __future__ import annotations
 
