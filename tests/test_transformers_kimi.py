@@ -166,7 +166,7 @@ def test_packed_sequences(kind: str) -> None:
     """Linear layers alone keep them apart: as each sequence by itself, unpatched."""
     model = make_model(kind)
     packed, alone = models.make_packed("cpu")
-    linear = next(x for x in model.modules() if type(x).__name__.endswith(integration._LAYERS))
+    linear = next(x for x in model.modules() if type(x).__name__ == integration.MODELS[kind].layer)
     x = torch.randn(1, packed["input_ids"].shape[1], SIZES["hidden_size"])
     bounds = packed["cu_seq_lens_q"].tolist()
     parts = [x[:, a:b] for a, b in pairwise(bounds) if b > a]
