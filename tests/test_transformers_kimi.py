@@ -60,12 +60,17 @@ CLASSES = {  # configuration, model, more sizes. GLM-5-Next's text model has no 
 FUNCTIONS = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
 
 
-@pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Unpatched means transformers' own PyTorch; and no test leaves a patch behind."""
+def make_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make transformers run its own PyTorch code, even if fla is installed."""
     for module in filter(None, map(models.find_modelling, CLASSES)):
         for name in FUNCTIONS:
             monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Unpatched means transformers' own PyTorch; and no test leaves a patch behind."""
+    make_plain(monkeypatch)
     yield
     integration.unpatch()
 
