@@ -20,14 +20,9 @@ from typing import Any
 from torch import nn
 
 from gdn.dispatch import parse_request
-from gdn.integrations.transformers_functions import run_sequences, run_tokens
+from gdn.integrations.transformers_functions import run
 from gdn.integrations.transformers_models import MODELS, find_layers, import_models, version
-from gdn.integrations.transformers_packed import (
-    check_state,
-    find_layer_class,
-    run_convolution,
-    run_forward,
-)
+from gdn.integrations.transformers_packed import find_layer_class, run_convolution, run_forward
 
 _PREFILL, _STEP = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule")
 _CONVOLUTION, _FORWARD = ("causal_conv1d_fn", "forward")
@@ -82,11 +77,7 @@ class _Patch:
                 return self.original(*args, **kwargs)
             if self.role in _AROUND:
                 return _AROUND[self.role](self.original, *args, **kwargs)
-            if "cu_seqlens" not in kwargs:  # Kimi's layers pass on what they were given
-                kwargs["cu_seqlens"] = kwargs.get("cu_seq_lens_q")
-            check_state(**kwargs)
-            run = run_sequences if self.role == _PREFILL else run_tokens
-            return run([*self.backends.values()][-1], *args, **kwargs)
+            return run(self.role == _STEP, [*self.backends.values()][-1], *args, **kwargs)
 
         call.gdn_patch = self  # type: ignore[attr-defined]
         return call

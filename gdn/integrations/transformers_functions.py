@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gdn.api import gated_delta_net
 from gdn.integrations.recurrence import run_step
+from gdn.integrations.transformers_packed import check_state
 
 _OPTIONS = ("scale", "use_qk_l2norm_in_kernel", "cu_seqlens")
 
@@ -58,3 +59,12 @@ def run_tokens(
     options = {name: kwargs[name] for name in _OPTIONS if kwargs.get(name) is not None}
     tokens = dict(zip(("q", "k", "v", "g", "beta"), tensors, strict=True))
     return run_step(backend, tokens, options, initial_state, output_final_state)
+
+
+def run(step: bool, backend: str | None, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """`run_tokens` if step, else `run_sequences`. Kimi's layers pass the bounds of packed sequences
+    on under the name that they were given."""
+    if "cu_seqlens" not in kwargs:
+        kwargs["cu_seqlens"] = kwargs.get("cu_seq_lens_q")
+    check_state(**kwargs)
+    return (run_tokens if step else run_sequences)(backend, *args, **kwargs)
