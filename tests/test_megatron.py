@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support import FRAMEWORKS, documented_code
 from torch import Tensor, nn
 
 import gdn
@@ -154,3 +155,10 @@ def test_without_deterministic_mode_forward_is_megatrons(
     monkeypatch.setattr(megatron.GatedDeltaNet, "forward", lambda *_, **__: marker)
     assert make_layer(integration.GatedDeltaNet, False)(x, None) is marker
     assert make_layer(integration.GatedDeltaNet, True)(x, None) is not marker
+
+
+@pytest.mark.skipif(not FRAMEWORKS.exists(), reason="not in a checkout")
+def test_the_lines_of_the_documents_run() -> None:
+    found: dict[str, Any] = {"ModuleSpec": specs.ModuleSpec, "submodules": None}
+    exec(documented_code()["Megatron-core"], found)
+    assert found["spec"].module is integration.GatedDeltaNet

@@ -4,7 +4,6 @@ gdn by configuration."""
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gdn.integrations.transformers_functions import run
-from gdn.integrations.transformers_models import MODELS
+from gdn.integrations.transformers_models import MODELS, import_models, version
 
 NAME = "delta-rule-by-gdn"
 """Of the repository. The library imports it as a module of this name, so it must not be gdn."""
@@ -107,13 +106,15 @@ def kernel_config(model: str, folder: str | Path) -> Any:
 
     Raises:
         ValueError: gdn does not know the model.
-        RuntimeError: transformers is missing.
+        RuntimeError: transformers is missing or too old.
     """
     if model not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
-    if importlib.util.find_spec("transformers") is None:
+    module = import_models().get(model)
+    if not hasattr(module, "use_kernel_func_from_hub_with_fallback"):
         raise RuntimeError(
-            'transformers must be installed, got none; pip install "gdn[transformers]"'
+            f"transformers must have {model} with functions that kernels may replace, got "
+            f"{version()}; upgrade it"
         )
     path = write_repository(folder)
     rule = "kda" if MODELS[model].per_channel else "gated_delta_rule"
