@@ -31,9 +31,10 @@ def integration() -> Iterator[Any]:
 
 
 @pytest.fixture
-def counted(integration: Any, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+def counted(integration: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The entries of fla that gdn ran, in order: "chunk" or "step"."""
-    run, seen = integration._run, []
+    seen: list[str] = []
+    run = integration._run
 
     def count(entry: Any, *given: Any) -> Any:
         seen.append("step" if entry.step else "chunk")

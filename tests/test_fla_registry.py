@@ -213,11 +213,14 @@ def test_on_a_gpu_auto_is_gdns_own_kernels_or_flas(
     assert not {"fla", "torch"} & set(request.split(","))
     monkeypatch.setattr(integration, "_request", lambda x: ("tilelang", False))
     refuse = integration._refusal
-    asked = []
+    asked: list[Any] = []
+
+    def count(*given: Any) -> str:
+        asked.append(given)
+        return refuse(*given)
+
     monkeypatch.setattr(integration, "_refusals", {})
-    monkeypatch.setattr(
-        integration, "_refusal", lambda *given: asked.append(given) or refuse(*given)
-    )
+    monkeypatch.setattr(integration, "_refusal", count)
     arguments = make_inputs(SMALL)
     for calls in (1, 2):
         o, _ = entry(SMALL)(**arguments)

@@ -112,9 +112,14 @@ def test_megatrons_layer_runs_gdn_through_fla(x: Tensor, monkeypatch: pytest.Mon
         pytest.skip("this version's convolution is fla's, which needs a GPU")
     monkeypatch.setattr(megatron, "causal_conv1d_fn", None)
     fla = importlib.import_module("gdn.integrations.fla")
-    seen = []
+    seen: list[Any] = []
     answer = fla._run
-    monkeypatch.setattr(fla, "_run", lambda *given: seen.append(given) or answer(*given))
+
+    def count(*given: Any) -> Any:
+        seen.append(given)
+        return answer(*given)
+
+    monkeypatch.setattr(fla, "_run", count)
     with fla.unregister(), fla.register():
         got = run(make_layer(megatron.GatedDeltaNet, False), x)
     assert len(seen) == 1

@@ -185,7 +185,8 @@ def test_sequences_and_steps_grouped_heads_and_packs(backend: str, device: str, 
     q2, k2 = (x.repeat_interleave(2, 2) for x in (q, k))
     packed = [x.flatten(0, 1)[None] for x in (q, k, v, g, beta)]
     ends = torch.tensor([0, T, 2 * T], device=device, dtype=torch.int32)
-    for run in (run_sequences, run_tokens):
+    functions: Any = (run_sequences, run_tokens)
+    for run in functions:
         for tensors, more in (
             ((q, k, v, g, beta), {}),
             ((q2, k2, v, g, beta), {}),
