@@ -124,6 +124,17 @@ def test_dtypes_are_flas(integration: Any) -> None:
     assert torch.equal(exact, gdn.gated_delta_net(**arguments).o)  # in float32, as fla does
 
 
+def test_gate_parameters_without_the_fused_gate_are_ignored(integration: Any) -> None:
+    """As by fla, which gets them from layers that apply the gate themselves."""
+    for case in (SMALL, replace(SMALL, per_channel=True)):
+        arguments = make_inputs(case)
+        gate = {"A_log": torch.zeros(4), "dt_bias": torch.zeros(4), "lower_bound": -5.0}
+        gate = gate if case.per_channel else {"A_log": torch.zeros(4)}
+        got = entry(case)(**arguments, **gate)
+        for one, other in zip(got, entry(case)(**arguments), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_contexts_restore_what_was_registered(
     integration: Any, clean_registry: None, own: type[Own]
 ) -> None:
@@ -134,9 +145,12 @@ def test_contexts_restore_what_was_registered(
         assert fill(function) == 1.0  # the import's own registration follows gdn's request
         with integration.register("marker2"):
             assert fill(function) == 2.0
+            recurrent = importlib.import_module("fla.ops.gated_delta_rule.fused_recurrent")
             with integration.unregister():
                 fill(function)
                 assert own.calls == 1
+                assert not hasattr(recurrent.fused_recurrent_gated_delta_rule_fwd, "__wrapped__")
+            assert hasattr(recurrent.fused_recurrent_gated_delta_rule_fwd, "__wrapped__")
             assert fill(function) == 2.0
             with pytest.raises(ZeroDivisionError), integration.register("marker1"):
                 raise ZeroDivisionError

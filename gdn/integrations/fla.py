@@ -75,8 +75,7 @@ _registered: _InForce | None = None
 def _request(x: Tensor) -> tuple[str, bool]:
     """The request of a call with this tensor, and whether it must run. "auto" on a GPU must not,
     and means gdn's own kernels: fla goes on by itself, and plain PyTorch is no help there."""
-    assert _registered is not None
-    request = dispatch.request_in_force(_registered.backend)[0]
+    request = dispatch.request_in_force(_registered.backend if _registered else None)[0]
     if request != "auto" or x.device.type == "cpu":
         return request, True
     return _own_kernels(registry.generation), False
@@ -84,6 +83,7 @@ def _request(x: Tensor) -> tuple[str, bool]:
 
 @functools.lru_cache(maxsize=1)
 def _own_kernels(generation: int) -> str:
+    """The backends of "auto" but fla and torch, until backends come or go."""
     return ",".join(x for x in dispatch.parse_request("auto") if x not in ("fla", "torch"))
 
 
@@ -178,14 +178,19 @@ class _Gdn(_backends.BaseBackend):  # type: ignore[misc, name-defined]
         return None if entry is None else lambda *args, **kwargs: _run(entry, args, kwargs)
 
 
-def _install() -> None:
-    """Put gdn where fla looks for backends, once. It is asked only while it is registered."""
-    for entry_point in ("gated_delta_rule", "kda", _kda.chunk_kda):
-        _backends.register(entry_point)(_Gdn)
-    registry_of_one = _backends.BackendRegistry(_recurrent.__name__)
-    registry_of_one.register(_Gdn())
-    original = getattr(_recurrent, _RECURRENT)
-    setattr(_recurrent, _RECURRENT, registry_of_one.dispatch(original))
+for _entry_point in ("gated_delta_rule", "kda", _kda.chunk_kda):
+    _backends.register(_entry_point)(_Gdn)
+_original = getattr(_recurrent, _RECURRENT)
+_registry = _backends.BackendRegistry(_recurrent.__name__)
+_registry.register(_Gdn())
+_replacement = _registry.dispatch(_original)
+
+
+def _put(registered: _InForce | None) -> None:
+    """Make this what is registered; None is fla alone."""
+    global _registered
+    _registered = registered
+    setattr(_recurrent, _RECURRENT, _original if registered is None else _replacement)
 
 
 class Registration:
@@ -204,8 +209,7 @@ class Registration:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
-        global _registered
-        _registered = self._before
+        _put(self._before)
 
 
 def register(backend: str | None = None) -> Registration:
@@ -224,20 +228,19 @@ def register(backend: str | None = None) -> Registration:
         TypeError: backend is not a str.
         UnknownBackendError: no backend has the name (a ValueError).
     """
-    global _registered
     if backend is not None:
         dispatch.parse_request(backend)
-    before, _registered = _registered, _InForce(backend)
-    return Registration(before)
+    registration = Registration(_registered)
+    _put(_InForce(backend))
+    return registration
 
 
 def unregister() -> Registration:
     """Let fla answer its calls by itself again, until `register`; as a context manager, until its
     end."""
-    global _registered
-    before, _registered = _registered, None
-    return Registration(before)
+    registration = Registration(_registered)
+    _put(None)
+    return registration
 
 
-_install()
 register()

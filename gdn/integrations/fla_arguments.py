@@ -62,8 +62,10 @@ def read(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argumen
     tokens = {name: given[name] for name in TOKENS}
     if entry.per_channel != (tokens["g"] is not None and tokens["g"].dim() == 4):
         raise ValueError("g has another number of dimensions")
-    if "use_gate_in_kernel" not in entry.names and not entry.per_channel:
-        given.setdefault("use_gate_in_kernel", given.get("A_log") is not None)
+    if tokens["beta"].dim() != 3:
+        raise ValueError("beta has another number of dimensions")
+    if entry.step and not entry.per_channel:  # it has no flag of its own for the gate
+        given["use_gate_in_kernel"] = given.get("A_log") is not None
     options: dict[str, Any] = {name: bool(given.get(name, False)) for name in FLAGS}
     options |= {name: given[name] for name in LENGTHS if given.get(name) is not None}
     options["scale"] = given.get("scale")

@@ -82,7 +82,7 @@ def find_layers(model: nn.Module, modules: dict[str, ModuleType]) -> list[tuple[
             "model must contain layers of the linear attention of "
             f"{', '.join(known.title for known in MODELS.values())} or subclasses of them, got "
             f"{type(model).__name__}{strange}; other layers can call gdn.gated_delta_net "
-            "themselves"
+            "themselves, and those that call fla get gdn by import gdn.integrations.fla"
         )
     if unknown:
         warnings.warn(
