@@ -10,6 +10,8 @@ import math
 import warnings
 from dataclasses import dataclass
 
+import torch
+
 from gdn.backend import Backend, Capabilities
 
 BUILTIN = ("tilelang", "triton", "fla", "torch")
@@ -97,7 +99,10 @@ def unregister_backend(name: str) -> None:
 
 def pin(backend: Backend) -> str:
     """A request that always means this instance, even if its name is registered anew. With it
-    backward runs on the backend that ran forward."""
+    backward runs on the backend that ran forward. While a graph is traced, it is the name: another
+    process may take the graph from a cache."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+        return backend.name
     request = f"{backend.name}#{id(backend):x}"
     _pinned[request] = backend
     return request

@@ -50,3 +50,25 @@ def test_compiled_call_keeps_the_request_it_was_traced_under(device: str) -> Non
     with gdn.use_backend("torch"):
         expected = compiled()
     assert torch.equal(compiled(), expected)
+
+
+def test_a_graph_names_the_backend(device: str) -> None:
+    """Forward and backward of a request that leaves the choice open. The compiler's cache may hand
+    the graph to another process, where a pinned instance means nothing."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    found = {}
+
+    def record(graph: Any, inputs: object) -> Any:
+        for node in graph.graph.nodes:
+            if "gdn." in str(node.target):
+                found[str(node.target)] = [x for x in node.args if isinstance(x, str)]
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    compiled = torch.compile(gdn.gated_delta_net, fullgraph=True, backend=backend)
+    inputs = with_gradients(make_inputs(Case("named", T=5, dtype=torch.float64), device))
+    compiled(**inputs, backend="triton,torch").o.sum().backward()
+    assert found == {"gdn.forward.default": ["torch"], "gdn.backward.default": ["torch"]}
