@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import test_agreement
+import test_close_keys
 import test_decode
 import torch
 from hopper import emulate
 from support import assert_close, run, truth
 
 import gdn
-from gdn.testing import CASES, Case, make_inputs, with_gradients
+from gdn.testing import CASES, CLOSE_KEYS, Case, make_inputs, with_gradients
 from gdn.testing.decode import STEPS
 
 pytest.importorskip("tilelang")
@@ -119,6 +120,16 @@ def check(case: Case, inputs: dict[str, Any]) -> None:
     expected = truth(case)
     for name, value in run("emulated", case, inputs).items():
         assert_close(name, value, expected[name], case.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["cosine-1-beta-2", "long-equal-keys"])
+def test_close_keys_cost_no_more_than_rounding(
+    world: Callable[..., None], name: str, dtype: torch.dtype
+) -> None:
+    world(late=True)
+    (case,) = (replace(case, dtype=dtype) for case in CLOSE_KEYS if case.name == name)
+    test_close_keys.check_against_rounding("emulated", case, with_gradients(make_inputs(case)))
 
 
 @WORLDS

@@ -14,7 +14,7 @@ import torch
 import gdn
 from gdn.problem import Call
 from gdn.testing import CASES as SHARED
-from gdn.testing import Case, make_inputs
+from gdn.testing import CLOSE_KEYS, Case, make_inputs
 
 pytest.importorskip("tilelang")
 emulated = pytest.importorskip("test_tilelang_emulated")
@@ -23,6 +23,7 @@ compiled = pytest.importorskip("test_tilelang")
 from gdn.backends.tilelang.forward import plan as forward  # noqa: E402
 from support import assert_close, require, run, truth  # noqa: E402
 from test_agreement import SHORT_NAMES  # noqa: E402
+from test_close_keys import check_against_rounding  # noqa: E402
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: E402, F401
 
 CASES = {
@@ -67,6 +68,17 @@ def test_agrees_with_the_definition(
     world(late)
     monkeypatch.setattr(forward, "prepare", None)  # not used
     check(CASES[name], make_inputs(CASES[name]))
+
+
+@pytest.mark.parametrize("name", ["cosine-1-beta-1", "cosine-1-beta-2", "long-equal-keys"])
+def test_close_keys_cost_no_more_than_rounding(
+    world: Callable[..., None],  # noqa: F811
+    name: str,
+) -> None:
+    world(late=True)
+    (case,) = (case for case in CLOSE_KEYS if case.name == name)
+    case = replace(case, V=128, dtype=torch.bfloat16)
+    check_against_rounding("emulated", case, make_inputs(case))
 
 
 @pytest.mark.parametrize("slow", [0, 3, 4, 8, 12, 13, 14, 15])
@@ -132,6 +144,16 @@ def test_agrees_with_the_definition_on_a_gpu(monkeypatch: pytest.MonkeyPatch, ca
         assert_close(name, value, expected[name], case.dtype)
     for name, value in run("tilelang", case, inputs).items():
         assert torch.equal(value, got[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CLOSE_KEYS, ids=lambda case: case.name)
+def test_close_keys_on_a_gpu(clean_registry: None, case: Case, dtype: torch.dtype) -> None:
+    case = replace(case, V=128, dtype=dtype)
+    inputs = make_inputs(case, "cuda")
+    require("tilelang", inputs)
+    check_against_rounding("tilelang", case, inputs)
 
 
 @pytest.mark.gpu

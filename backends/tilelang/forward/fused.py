@@ -26,21 +26,22 @@ from ..compile import kernel
 from ..tile.fragments import PRELUDE
 from ..tile.gate_math import load_gates, sum_gates
 from ..tile.indexing import SEQUENCE, START, STOP
+from ..tile.largest import largest
 from ..tile.layout import ROWS
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
+from .block_inverse import LIMIT, choose_parts, solve_row
 from .block_inverse import PRELUDE as INVERSE_PRELUDE
-from .block_inverse import solve_row
 from .fused_intra_chunk import PRELUDE as INTRA_CHUNK_PRELUDE
 from .fused_intra_chunk import (
     SQUARES,
     STRENGTH,
-    any_above_1,
     apply_key_norms,
-    begin_inverse,
+    begin_scaled_inverse,
     compute_query_factors,
     compute_token_factors,
+    store_key_squares,
     store_P,
 )
 from .fused_memory import CHUNKS, HEAD, KEY_HEAD, LAST, STAGES, FusedSmem, find_task
@@ -48,11 +49,20 @@ from .fused_scan import PRELUDE as SCAN_PRELUDE
 from .fused_scan import finish_chunk, start_chunk
 from .query_norms import PRELUDE as NORMS_PRELUDE
 from .query_norms import sum_squares
+from .row_norms import PRELUDE as ROW_NORMS_PRELUDE
 from .scan_memory import store_chunk
 from .scan_step import ScanFragments, load_state, stage_output, store_state
 
 PRELUDES = "".join(
-    (FENCES, PRELUDE, NORMS_PRELUDE, INVERSE_PRELUDE, INTRA_CHUNK_PRELUDE, SCAN_PRELUDE)
+    (
+        FENCES,
+        PRELUDE,
+        NORMS_PRELUDE,
+        ROW_NORMS_PRELUDE,
+        INVERSE_PRELUDE,
+        INTRA_CHUNK_PRELUDE,
+        SCAN_PRELUDE,
+    )
 )
 REGISTERS = 96, 192, 32
 """Registers a thread: the intra-chunk warpgroup, consumer warpgroups, the other warps."""
@@ -68,9 +78,7 @@ def fused_forward(
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     bounds = T.dynamic("bounds")
     assert V == 2 * ROWS
-    # parts of the operands of the inverse, decided for each chunk where the two differ
-    min_parts = 2 if dtype == "float16" else 1
-    max_parts = max(min_parts, 1 if l2 and sigmoid and not double else 2)
+    min_parts, max_parts = choose_parts(dtype, l2, sigmoid, double)
     shape = (V, K) if v_first else (K, V)
 
     @T.macro
@@ -127,7 +135,7 @@ def fused_forward(
         T.sync_threads(4, 128)
         chunks = T.alloc_var("int32")
         chunks = task[CHUNKS]
-        two_parts = T.alloc_var("int32")
+        bound, two_parts = T.alloc_var("float32"), T.alloc_var("bool")
         ragged = T.alloc_var("int32")
         ragged = T.if_then_else(task[LAST] < C, chunks - 1, -1)
         if chunks > 0:
@@ -139,14 +147,20 @@ def fused_forward(
             if l2:
                 apply_key_norms(M, smem, s, warp)
                 T.sync_threads(4, 128)
+            elif min_parts < max_parts:
+                store_key_squares(M, smem.key_squares, warp)
+                T.sync_threads(4, 128)
             if min_parts == max_parts:
-                begin_inverse(max_parts, M, inv, buffer, tokens, s, warp)
+                begin_scaled_inverse(max_parts, M, inv, buffer, tokens, s, warp)
             else:
-                two_parts = any_above_1(tokens, s)
-                if two_parts != 0:
-                    begin_inverse(2, M, inv, buffer, tokens, s, warp)
+                bound = largest(T.address_of(tokens[s, STRENGTH, 0]))
+                if not l2:
+                    bound *= largest(T.address_of(smem.key_squares[0]))
+                two_parts = bound > LIMIT
+                if two_parts:
+                    begin_scaled_inverse(2, M, inv, buffer, tokens, s, warp)
                 else:
-                    begin_inverse(1, M, inv, buffer, tokens, s, warp)
+                    begin_scaled_inverse(1, M, inv, buffer, tokens, s, warp)
             T.wgmma_gemm(smem.k[s, :, :], smem.q[s, :, :], P, transpose_B=True, clear_accum=True)
             T.wait_wgmma(0)
             store_P(P, smem.P, tokens, s, warp)
@@ -158,7 +172,7 @@ def fused_forward(
             solve_row(min_parts, inv, buffer, beta, A_v, warp, dtype)
             if min_parts < max_parts:
                 T.wait_wgmma(0)  # ptxas serialises products that are in flight over a branch
-                if two_parts != 0:  # what was solved in one part is garbage
+                if two_parts:  # what was solved in one part is garbage
                     solve_row(2, inv, buffer, beta, A_v, warp, dtype)
             fence()
             T.barrier_arrive(intra_chunk_ready[s])

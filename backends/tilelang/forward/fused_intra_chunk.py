@@ -21,7 +21,7 @@ from gdn.problem import CHUNK as C
 
 from ..tile.fragments import PAIRS
 from ..tile.layout import BETA, KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR, G
-from .block_inverse import BLOCK
+from .warp_blocks import BLOCK
 
 SUM, EXPONENT, FROM, TO_M, TO_P, M_FACTOR, P_FACTOR, STRENGTH = range(8)
 """Rows of `tokens` [stages, 8, C], of each token: G; G - log2 rk; e^{R_b - G} rk; the factor
@@ -47,14 +47,6 @@ __device__ __forceinline__ void gdn_scale(
     float2 f = reinterpret_cast<const float2 *>(columns + 8 * n)[threadIdx.x % 4];
     y[4 * n] = x[4 * n] * (row0 * f.x), y[4 * n + 1] = x[4 * n + 1] * (row0 * f.y);
     y[4 * n + 2] = x[4 * n + 2] * (row1 * f.x), y[4 * n + 3] = x[4 * n + 3] * (row1 * f.y);
-  }
-}
-// The column block on the diagonal.
-__device__ __forceinline__ void gdn_diagonal(const float *x, int warp, float *y) {
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    float low = warp % 2 ? x[8 + n] : x[n], high = warp % 2 ? x[24 + n] : x[16 + n];
-    y[n] = warp < 2 ? low : high;
   }
 }
 // Multiply the factors of the warp's tokens by rk, which the diagonal of k k^T gives.
@@ -116,10 +108,11 @@ __device__ __forceinline__ void gdn_invert(
   }
   gdn_invert_diagonal<parts>(y, scratch, static_cast<uint4 *>(to) + 32 * parts * warp);
 }
-// Whether any |beta| of the chunk is above 1.
-__device__ __forceinline__ int gdn_any_above_1(const void *beta) {
-  float2 pair = static_cast<const float2 *>(beta)[threadIdx.x % 32];
-  return __any_sync(0xffffffff, fmaxf(fabsf(pair.x), fabsf(pair.y)) > 1);
+// Store the squares of a warp's keys.
+__device__ __forceinline__ void gdn_store_key_squares(const float *x, void *to, int warp) {
+  float y[8];
+  gdn_diagonal(x, warp, y);
+  gdn_keep_diagonal(static_cast<float *>(to) + 16 * warp, y);
 }
 // Store the blocks of P from those of k q^T, its transpose. `tile` has the swizzle of 128 bytes.
 template <class Pair>
@@ -170,17 +163,10 @@ __device__ __forceinline__ void gdn_store_P(
 
 
 @T.macro
-def any_above_1(tokens: Any, s: Any) -> Any:
-    """Whether any |beta| of the chunk is above 1."""
-    return T.call_extern("int32", "gdn_any_above_1", T.address_of(tokens[s, STRENGTH, 0]))
-
-
-@T.macro
-def begin_inverse(
+def begin_scaled_inverse(
     parts: int, M: Any, inv: Any, buffer: Any, tokens: Any, s: Any, warp: Any
 ) -> None:
-    """Store a warp's blocks of M below the diagonal, and of A on the diagonal; the fragment M is
-    k k^T."""
+    """`begin_inverse` from k k^T, which is in the fragment M."""
     T.call_extern(
         "handle", f"gdn_store_M<{parts}>", M.data, T.address_of(tokens[s, 0, 0]),
         T.address_of(inv.below[buffer, 0, 0]), warp,
@@ -207,6 +193,12 @@ def apply_key_norms(M: Any, smem: Any, s: Any, warp: Any) -> None:
         "handle", "gdn_apply_key_norms", M.data, T.address_of(smem.tokens[s, 0, 0]),
         T.address_of(smem.scan_factors[s, 0, 0]), T.float32(L2_EPS), warp,
     )  # fmt: skip
+
+
+@T.macro
+def store_key_squares(M: Any, squares: Any, warp: Any) -> None:
+    """Store the squares of a warp's keys; the fragment M is k k^T."""
+    T.call_extern("handle", "gdn_store_key_squares", M.data, T.address_of(squares[0]), warp)
 
 
 @T.macro

@@ -29,7 +29,8 @@ class FusedSmem:
         self.tokens = T.alloc_shared((STAGES, 8, C), "float32")
         self.scan_factors = T.alloc_shared((STAGES, 4, C), "float32")
         self.gates = T.alloc_shared((1, 2, C), "float32")
-        self.inverse = BlockInverseSmem(parts)
+        self.inverse = BlockInverseSmem(parts, 2)  # a warp may be one chunk ahead of another
+        self.key_squares = T.alloc_shared((C,), "float32")
         swizzled = (self.v, self.P, self.A_v)
         T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in swizzled})
 

@@ -75,7 +75,7 @@ def choose_prepare_grid(call: Call, chunks: int) -> tuple[int, int]:
     """Thread blocks of `prepare`, and how many value heads of a q/k head each takes in
     turn: as many as possible while all SMs stay full."""
     HV, group = call.v.shape[2], call.v.shape[2] // call.q.shape[2]
-    most = BLOCKS_PER_SM[dtype_name(call.q)] * sm_count(call.q.device)
+    most = BLOCKS_PER_SM * sm_count(call.q.device)
     heads_at_once = group
     while heads_at_once > 1 and (group % heads_at_once or chunks * HV < most * heads_at_once):
         heads_at_once -= 1
