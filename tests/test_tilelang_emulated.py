@@ -19,6 +19,7 @@ import test_decode
 import torch
 from hopper import emulate
 from support import assert_close, run, truth
+from test_float16_ranges import LARGE_STATES, LARGE_VALUES, RAW_ROWS, check_ranges
 
 import gdn
 from gdn.testing import CASES, CLOSE_KEYS, Case, make_inputs, with_gradients
@@ -130,6 +131,21 @@ def test_close_keys_cost_no_more_than_rounding(
     world(late=True)
     (case,) = (replace(case, dtype=dtype) for case in CLOSE_KEYS if case.name == name)
     test_close_keys.check_against_rounding("emulated", case, with_gradients(make_inputs(case)))
+
+
+@pytest.mark.parametrize("case", [RAW_ROWS, LARGE_STATES, LARGE_VALUES], ids=lambda case: case.name)
+def test_float16_ranges(world: Callable[..., None], case: Case) -> None:
+    world(late=True)
+    check_ranges("emulated", case)
+
+
+def test_float16_ranges_in_pieces(
+    world: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world(late=False)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "piece_length", lambda call, rows: 64)
+    check_ranges("emulated", LARGE_STATES)
 
 
 @WORLDS

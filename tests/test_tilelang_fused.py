@@ -24,6 +24,7 @@ from gdn.backends.tilelang.forward import plan as forward  # noqa: E402
 from support import assert_close, require, run, truth  # noqa: E402
 from test_agreement import SHORT_NAMES  # noqa: E402
 from test_close_keys import check_against_rounding  # noqa: E402
+from test_float16_ranges import LARGE_STATES, LARGE_VALUES, RAW_ROWS, check_ranges  # noqa: E402
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: E402, F401
 
 CASES = {
@@ -79,6 +80,19 @@ def test_close_keys_cost_no_more_than_rounding(
     (case,) = (case for case in CLOSE_KEYS if case.name == name)
     case = replace(case, V=128, dtype=torch.bfloat16)
     check_against_rounding("emulated", case, make_inputs(case))
+
+
+RANGES = pytest.mark.parametrize(
+    "case",
+    [replace(case, V=128) for case in (RAW_ROWS, LARGE_STATES, LARGE_VALUES)],
+    ids=lambda case: case.name,
+)
+
+
+@RANGES
+def test_float16_ranges(world: Callable[..., None], case: Case) -> None:  # noqa: F811
+    world(late=True)
+    check_ranges("emulated", case, backward=False)
 
 
 @pytest.mark.parametrize("slow", [0, 3, 4, 8, 12, 13, 14, 15])
@@ -154,6 +168,12 @@ def test_close_keys_on_a_gpu(clean_registry: None, case: Case, dtype: torch.dtyp
     inputs = make_inputs(case, "cuda")
     require("tilelang", inputs)
     check_against_rounding("tilelang", case, inputs)
+
+
+@pytest.mark.gpu
+@RANGES
+def test_float16_ranges_on_a_gpu(case: Case) -> None:
+    check_ranges("tilelang", case, "cuda", backward=False)
 
 
 @pytest.mark.gpu

@@ -31,6 +31,7 @@ from ..tile.layout import ROWS
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
+from ..tile.row_scales import PRELUDE as ROW_SCALES
 from .block_inverse import LIMIT, choose_parts, solve_row
 from .block_inverse import PRELUDE as INVERSE_PRELUDE
 from .fused_intra_chunk import PRELUDE as INTRA_CHUNK_PRELUDE
@@ -51,7 +52,7 @@ from .query_norms import PRELUDE as NORMS_PRELUDE
 from .query_norms import sum_squares
 from .row_norms import PRELUDE as ROW_NORMS_PRELUDE
 from .scan_memory import store_chunk
-from .scan_step import ScanFragments, load_state, stage_output, store_state
+from .scan_step import ScanFragments, begin_scan, load_state, stage_output, store_state
 
 PRELUDES = "".join(
     (
@@ -62,6 +63,7 @@ PRELUDES = "".join(
         INVERSE_PRELUDE,
         INTRA_CHUNK_PRELUDE,
         SCAN_PRELUDE,
+        ROW_SCALES,
     )
 )
 REGISTERS = 96, 192, 32
@@ -92,7 +94,7 @@ def fused_forward(
             load_state(frag, S_in, task[SEQUENCE], task[HEAD], row, v_first)
         else:
             T.clear(frag.S)
-        T.copy(frag.S, frag.S_half)
+        begin_scan(frag)
         chunks = T.alloc_var("int32")
         chunks = task[CHUNKS]
         for chunk in T.serial(chunks):
