@@ -34,6 +34,7 @@ from gdn.backends.tilelang import TileLangBackend, streams
 from gdn.backends.tilelang import memory_rounds as rounds
 from gdn.backends.tilelang.backward import plan as backward
 from gdn.backends.tilelang.decode import kernel as decode
+from gdn.backends.tilelang.forward import fused_plan
 from gdn.backends.tilelang.forward import plan as forward
 from test_agreement import same_dtype  # noqa: F401
 
@@ -98,7 +99,7 @@ def world(
         def entries(kernels: list[Any]) -> list[Callable[..., None]]:
             return [emulate(kernel, folder, late, edit, slow) for kernel in kernels]
 
-        for module in (forward, backward, decode):
+        for module in (forward, fused_plan, backward, decode):
             monkeypatch.setattr(module, "launchers", entries)
         gdn.register_backend(Emulated(), replace=True)
 

@@ -20,6 +20,7 @@ pytest.importorskip("tilelang")
 emulated = pytest.importorskip("test_tilelang_emulated")
 compiled = pytest.importorskip("test_tilelang")
 
+from gdn.backends.tilelang.forward import fused_plan  # noqa: E402
 from gdn.backends.tilelang.forward import plan as forward  # noqa: E402
 from support import assert_close, require, run, truth  # noqa: E402
 from test_agreement import SHORT_NAMES  # noqa: E402
@@ -54,8 +55,8 @@ ON_GPU = [
 @pytest.fixture(autouse=True)
 def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call takes the one kernel that it can."""
-    monkeypatch.setattr(forward, "FUSED_SHARE", 0.0)
-    monkeypatch.setattr(forward, "piece_length", lambda call, rows: None)
+    monkeypatch.setattr(fused_plan, "MIN_SHARE", 0.0)
+    monkeypatch.setattr(fused_plan, "choose_piece_length", lambda call: None)
 
 
 @WORLDS
@@ -191,21 +192,20 @@ def test_more_scans_than_sms() -> None:
 
 
 @pytest.mark.parametrize(
-    ("B", "HV", "V", "chosen"),
+    ("B", "HV", "chosen"),
     [
-        (4, 32, 128, True),
-        (4, 32, 64, False),  # V = 128 only
-        (4, 16, 128, False),  # 64 scans leave half of 132 SMs idle
-        (1, 144, 128, False),  # the last 12 scans would have the GPU for themselves
-        (4, 48, 128, True),
-        (0, 32, 128, False),
+        (4, 32, True),
+        (4, 16, False),  # 64 scans leave half of 132 SMs idle
+        (1, 144, False),  # the last 12 scans would have the GPU for themselves
+        (4, 48, True),
+        (0, 32, False),
     ],
 )
 def test_is_chosen_where_scans_fill_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, B: int, HV: int, V: int, chosen: bool
+    monkeypatch: pytest.MonkeyPatch, B: int, HV: int, chosen: bool
 ) -> None:
     """Tensors on the meta device count as on a GPU with 132 SMs."""
     monkeypatch.undo()
-    x, v = (torch.empty((B, 8192, HV, n), device="meta") for n in (128, V))
-    call = Call(x, x, v, x[..., 0], x[..., 0])
-    assert forward.choose_fused(call, B * HV) is chosen
+    x = torch.empty((B, 8192, HV, 128), device="meta")
+    call = Call(x, x, x, x[..., 0], x[..., 0])
+    assert fused_plan.fills_gpu(call) is chosen

@@ -139,6 +139,7 @@ class BackwardPass:
             )
         combine = {name: self.shape[name] for name in ("K", "V", "varlen")} | {
             "offsets": self.offsets, "v_first": self.v_first, "reverse": True,
+            "forgetting": False,
             # backward begins with the final state
             "initial": final, "final": initial,
         }  # fmt: skip
@@ -244,7 +245,7 @@ class BackwardPass:
             launch_first, launch_combine, launch_second = launch_reverse
             launch_first(*inputs, None, cu_seqlens, None, None, None, dN, scale, *grid)
             launch_combine(
-                transfer, dN, d_ends, states.d_end, states.d_begin, cu_seqlens, N, q.shape[1],
+                transfer, dN, None, d_ends, states.d_end, states.d_begin, cu_seqlens, N, q.shape[1],
                 self.length,
             )  # fmt: skip
             launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, scale, *grid)

@@ -17,11 +17,8 @@ from typing import Any
 import tilelang.language as T
 
 from gdn.definition import L2_EPS
-from gdn.problem import CHUNK as C
 
 from ..tile.fragments import PAIRS
-from ..tile.layout import BETA, KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR, G
-from .warp_blocks import BLOCK
 
 SUM, EXPONENT, FROM, TO_M, TO_P, M_FACTOR, P_FACTOR, STRENGTH = range(8)
 """Rows of `tokens` [stages, 8, C], of each token: G; G - log2 rk; e^{R_b - G} rk; the factor
@@ -199,45 +196,3 @@ def apply_key_norms(M: Any, smem: Any, s: Any, warp: Any) -> None:
 def store_key_squares(M: Any, squares: Any, warp: Any) -> None:
     """Store the squares of a warp's keys; the fragment M is k k^T."""
     T.call_extern("handle", "gdn_store_key_squares", M.data, T.address_of(squares[0]), warp)
-
-
-@T.macro
-def compute_token_factors(smem: Any, s: Any, lane: Any) -> None:
-    """The factors of two tokens a lane, but for rk and those that the next function computes."""
-    at = T.alloc_local((3,), "float32")  # G, e^{G - R_(a-1)}, beta
-    for n in T.unroll(2):
-        token = lane * 2 + n
-        at[0] = smem.gates[0, G, token]
-        at[2] = smem.gates[0, BETA, token]
-        smem.scan_factors[s, U_FACTOR, token] = T.exp2(smem.gates[0, G, C - 1] - at[0])
-        at[1] = T.exp2(at[0])
-        smem.scan_factors[s, KS_FACTOR, token] = -at[1]
-        if token == C - 1:
-            smem.scan_factors[s, S_FACTOR, 0] = at[1]
-        if token >= BLOCK:
-            at[1] = T.exp2(at[0] - smem.gates[0, G, token // BLOCK * BLOCK - 1])
-        smem.tokens[s, SUM, token] = at[0]
-        smem.tokens[s, EXPONENT, token] = at[0]
-        smem.tokens[s, FROM, token] = T.exp2(
-            smem.gates[0, G, token // BLOCK * BLOCK + BLOCK - 1] - at[0]
-        )
-        smem.tokens[s, STRENGTH, token] = at[2]
-        smem.tokens[s, M_FACTOR, token] = -at[2]
-        smem.tokens[s, TO_M, token] = -at[2] * at[1]
-
-
-@T.macro
-def compute_query_factors(smem: Any, s: Any, scale: Any, lane: Any, l2: bool) -> None:
-    """The factors of two tokens a lane that have rq, from the sums of squares."""
-    at = T.alloc_local((2,), "float32")  # scale rq, e^{G - R_(a-1)}
-    for n in T.unroll(2):
-        token = lane * 2 + n
-        at[0] = scale
-        if l2:
-            at[0] = scale * T.rsqrt(smem.tokens[s, SQUARES, token] + L2_EPS)
-        smem.scan_factors[s, QS_FACTOR, token] = -smem.scan_factors[s, KS_FACTOR, token] * at[0]
-        smem.tokens[s, P_FACTOR, token] = at[0]
-        at[1] = T.exp2(smem.gates[0, G, token])
-        if token >= BLOCK:
-            at[1] = T.exp2(smem.gates[0, G, token] - smem.gates[0, G, token // BLOCK * BLOCK - 1])
-        smem.tokens[s, TO_P, token] = at[0] * at[1]

@@ -66,17 +66,20 @@ def add_scaled(
 
 
 @T.macro
-def start_chunk(frag: ScanFragments, smem: Any, s: Any) -> None:
+def start_chunk(frag: ScanFragments, smem: Any, s: Any, output: bool) -> None:
     """Start K S and Q S of the chunk in stage s; meanwhile compute e^gamma S."""
     T.wgmma_gemm(frag.S_half, smem.k[s, :, :], frag.KS, transpose_B=True, clear_accum=True)
-    T.wgmma_gemm(frag.S_half, smem.q[s, :, :], frag.O, transpose_B=True, clear_accum=True)
+    if output:
+        T.wgmma_gemm(frag.S_half, smem.q[s, :, :], frag.O, transpose_B=True, clear_accum=True)
     for i, j in T.Parallel(*frag.S.shape):
         frag.S[i, j] *= smem.scan_factors[s, S_FACTOR, 0]
 
 
 @T.macro
-def finish_chunk(frag: ScanFragments, smem: Any, s: Any, v_tile: Any, thread: Any) -> None:
-    """O, and S after the chunk. U is computed in K S's place."""
+def finish_chunk(
+    frag: ScanFragments, smem: Any, s: Any, v_tile: Any, thread: Any, output: bool
+) -> None:
+    """O (output), and S after the chunk. U is computed in K S's place."""
     T.wait_wgmma(0)
     scales = [] if frag.rows is None else [frag.rows.reciprocals.data]
     add_scaled(
@@ -84,16 +87,19 @@ def finish_chunk(frag: ScanFragments, smem: Any, s: Any, v_tile: Any, thread: An
         thread, *scales,
     )  # fmt: skip
     T.wgmma_gemm(frag.half, smem.A_v[s, :, :], frag.KS, transpose_B=True, clear_accum=True)
-    for i, j in T.Parallel(ROWS, C):
-        frag.O[i, j] *= smem.scan_factors[s, QS_FACTOR, j]
+    if output:
+        for i, j in T.Parallel(ROWS, C):
+            frag.O[i, j] *= smem.scan_factors[s, QS_FACTOR, j]
     T.wait_wgmma(0)
     for i, j in T.Parallel(ROWS, C):
         frag.scaled_U[i, j] = frag.KS[i, j] * smem.scan_factors[s, U_FACTOR, j]
     T.wgmma_gemm(frag.scaled_U, smem.k[s, :, :], frag.S)
-    T.copy(frag.KS, frag.half)
-    T.wgmma_gemm(frag.half, smem.P[s, :, :], frag.O, transpose_B=True)
-    T.wait_wgmma(1)
+    if output:
+        T.copy(frag.KS, frag.half)
+        T.wgmma_gemm(frag.half, smem.P[s, :, :], frag.O, transpose_B=True)
+    T.wait_wgmma(1 if output else 0)
     if frag.rows is not None:
         rescale(frag.rows, frag.S)
     T.copy(frag.S, frag.S_half)
-    T.wait_wgmma(0)
+    if output:
+        T.wait_wgmma(0)
