@@ -195,8 +195,6 @@ def test_a_named_backend_is_strict(integration: Any) -> None:
 @pytest.mark.parametrize(
     ("channels", "more", "reason"),
     [
-        (False, {"cp_context": object()}, "cp_context is fla's context parallelism; gdn's is gdn."),
-        (True, {"cp_context": object()}, "cp_context is fla's context parallelism; gdn's is gdn."),
         (True, {"return_intermediate_states": True}, "not know return_intermediate_states"),
         (True, {"use_graph": True}, "gdn does not know use_graph"),
         (False, {"transpose_state_layout": True}, "gdn does not know transpose_state_layout"),

@@ -5,9 +5,9 @@ that everything which calls fla's gated delta rule or Kimi Delta Attention gets 
 `fused_recurrent_gated_delta_rule` does not; the function below it is replaced while gdn is
 registered. FLA_GDN=0 turns gdn off, like the variables of fla's other backends.
 
-gdn declines, and fla goes on as without it: calls with an argument that gdn does not know
-(cp_context among them), calls that gdn's own fla backend makes, and on a GPU, unless a backend is
-asked for, calls that none of gdn's own kernels can run. fla logs the reason at level INFO.
+gdn declines, and fla goes on as without it: calls with an argument that gdn does not know,
+calls that gdn's own fla backend makes, and on a GPU, unless a backend is asked for, calls that none
+of gdn's own kernels can run. fla logs the reason at level INFO.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def _check(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     tensors = [x for x in given if isinstance(x, Tensor)]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     key = (
-        registry.generation, request, entry, needs_grad, found.output_final_state, *found.options,
+        registry.generation, request, entry, needs_grad, found.output_final_state,
+        found.cp is not None, *found.options,
         *[(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in given],
     )  # fmt: skip
     if key not in _refusals:
@@ -116,13 +117,18 @@ _LIMIT = 4096
 
 def _refusal(request: str, entry: Entry, found: Arguments, needs_grad: bool) -> str:
     """Why no backend of the request can run the call; empty if one can."""
-    tokens, options, initial_state, output_final_state = found
+    tokens, options, initial_state, output_final_state, cp = found
     try:
         with _without_autocast(tokens["q"]):
             if entry.step:
                 state = tokens["q"].new_empty(state_shape(tokens, options), dtype=torch.float32)
                 step: Any = calls.make(**tokens, options=options | {"state": state})
                 dispatch.choose_decode(request, step)
+            elif cp is not None:
+                # as if packed on every rank: all ranks must decide alike, or they wait in vain
+                packed = options | {"cu_seqlens": tokens["q"].new_zeros(2, dtype=torch.int64)}
+                part: Any = calls.make(**tokens, options=packed)
+                dispatch.resolve_context_parallel(request, part, needs_grad)
             else:
                 states = {"initial_state": initial_state, "output_final_state": output_final_state}
                 call: Any = calls.make(**tokens, options=options | states)
@@ -141,14 +147,14 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 def _run(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a call that `_check` let pass: fla's (o, final_state)."""
-    tokens, options, initial_state, output_final_state = read(entry, args, kwargs)
+    tokens, options, initial_state, output_final_state, cp = read(entry, args, kwargs)
     request, _ = _request(tokens["q"])
     with _without_autocast(tokens["q"]):
         if entry.step:
             return run_step(request, tokens, options, initial_state, output_final_state)
         o, final_state = gated_delta_net(
             **tokens, **options, initial_state=initial_state,
-            output_final_state=output_final_state, backend=request,
+            output_final_state=output_final_state, cp=cp, backend=request,
         )  # fmt: skip
     return o.to(tokens["q"].dtype), final_state
 

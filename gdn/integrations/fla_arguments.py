@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gdn.context_parallel import ContextParallel
+from gdn.integrations.fla_context import context_parallel
+
 TOKENS = ("q", "k", "v", "g", "beta")
 FLAGS = (
     "use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel",
@@ -19,7 +22,7 @@ WITHOUT_EFFECT = ("chunk_size", "chunk_indices", "safe_gate", "disable_recompute
 """fla's choices among its kernels, on which results do not depend."""
 _KNOWN = frozenset(
     (*TOKENS, *FLAGS, *LENGTHS, *GATE, *WITHOUT_EFFECT, "scale", "initial_state",
-     "output_final_state")
+     "output_final_state", "cp_context")
 )  # fmt: skip
 
 
@@ -44,6 +47,7 @@ class Arguments(NamedTuple):
     options: dict[str, Any]
     initial_state: Tensor | None
     output_final_state: bool
+    cp: ContextParallel | None
 
 
 def read(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -51,11 +55,6 @@ def read(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argumen
     if len(args) > len(entry.names):
         raise ValueError(f"{len(args)} positional arguments")
     given = dict(zip(entry.names, args, strict=False)) | kwargs
-    if given.get("cp_context") is not None:
-        raise ValueError(
-            "cp_context is fla's context parallelism; gdn's is "
-            "gdn.gated_delta_net(..., cp=gdn.ContextParallel(group))"
-        )
     unknown = [n for n, x in given.items() if n not in _KNOWN and x is not None and x is not False]
     if unknown:
         raise ValueError(f"gdn does not know {', '.join(unknown)}")
@@ -67,7 +66,9 @@ def read(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argumen
     if entry.step and not entry.per_channel:  # it has no flag of its own for the gate
         given["use_gate_in_kernel"] = given.get("A_log") is not None
     options: dict[str, Any] = {name: bool(given.get(name, False)) for name in FLAGS}
-    options |= {name: given[name] for name in LENGTHS if given.get(name) is not None}
+    cp = _read_context(entry, given)
+    if cp is None:
+        options |= {name: given[name] for name in LENGTHS if given.get(name) is not None}
     options["scale"] = given.get("scale")
     if options["use_gate_in_kernel"]:
         A_log, dt_bias, bound = map(given.get, GATE)
@@ -75,4 +76,17 @@ def read(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Argumen
             raise ValueError("safe_gate needs a lower_bound")
         options |= {"A_log": A_log, "dt_bias": dt_bias, "gate_lower_bound": bound}
     output = bool(given.get("output_final_state", False))
-    return Arguments(tokens, options, given.get("initial_state"), output)
+    return Arguments(tokens, options, given.get("initial_state"), output, cp)
+
+
+def _read_context(entry: Entry, given: dict[str, Any]) -> ContextParallel | None:
+    """The `cp` of a call. Its lengths take the place of the call's own, as in fla."""
+    context = given.get("cp_context")
+    if context is None:
+        return None
+    if entry.step:
+        raise ValueError("cp_context is for the chunked functions only")
+    for name in ("initial_state", "output_final_state"):
+        if given.get(name) is not None and given[name] is not False:
+            raise ValueError(f"{name} must come without cp_context, as in fla")
+    return context_parallel(context)
