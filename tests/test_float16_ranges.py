@@ -23,7 +23,7 @@ from gdn.testing import (
 
 RAW_ROWS = Case("raw-rows", T=100, H=1, HV=2, K=128, gates="weak", l2norm=True)
 LARGE_STATES = Case("large-states", T=100, H=1, HV=2, gates="weak")
-LARGE_VALUES = Case("large-values", T=100, H=1, HV=2, gates="weak", initial_state=False)
+LARGE_VALUES = Case("large-values", T=100, H=1, HV=2, gates="model", initial_state=False)
 TIMES: dict[str, dict[str, float]] = {
     "raw-rows": {"q": 10, "k": 1000, "v": 100},
     "large-states": {"initial_state": 5e4},
