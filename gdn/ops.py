@@ -93,7 +93,7 @@ def _surroundings(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _has_tokens(call: Call) -> bool:
-    return call.q.numel() > 0  # H and K are at least 1
+    return call.q.numel() > 0 and call.sequences > 0  # H and K are at least 1
 
 
 def _forward(call: Call, request: str, save: bool) -> Forward:
@@ -106,7 +106,7 @@ def _forward(call: Call, request: str, save: bool) -> Forward:
         final_state = call.q.new_zeros(call.state_shape, dtype=call.state_dtype)
         if call.initial_state is not None:
             final_state.copy_(call.initial_state)
-        return Forward(call.v.new_empty(call.v.shape), final_state, saved)
+        return Forward(call.v.new_zeros(call.v.shape), final_state, saved)
 
 
 @torch.library.impl("gdn::forward", "CompositeExplicitAutograd")
@@ -244,7 +244,7 @@ def _decode(step: Step, request: str) -> Tensor:
     check_cu_seqlens(call)
     check_slots(step)
     if not _has_tokens(call):
-        return call.v.new_empty(call.v.shape)
+        return call.v.new_zeros(call.v.shape)
     with _surroundings(call.q):
         o = plan.decode(step)
     if not step.state.is_inference():

@@ -3,6 +3,8 @@ and comparisons."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,12 +12,13 @@ import torch
 from torch import Tensor
 
 import gdn
+from gdn import dispatch
 from gdn.testing import TOLERANCE
 from gdn.testing.check import assert_close, reasons_against, run, truth
 
 __all__ = [
     "TOKENS", "assert_close", "capabilities_of", "close", "cut", "may_fail_with_fla",
-    "reasons_against", "require", "run", "truth",
+    "poisoned_memory", "reasons_against", "require", "run", "truth",
 ]  # fmt: skip
 
 TOKENS = ("q", "k", "v", "g", "beta")
@@ -40,6 +43,19 @@ def may_fail_with_fla(request: pytest.FixtureRequest, backend: str, device: str)
         reason = "failed in the first run on a GPU; docs/log/open.md"
         mark = pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False)
         request.applymarker(mark)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """New memory is NaN, or the largest integer."""
+    for device in ("cpu", "cuda"):  # these two would return memory as it is
+        monkeypatch.delattr(torch._C._dynamo.guards, f"_empty_strided_{device}", raising=False)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        yield
+    torch.use_deterministic_algorithms(False)
 
 
 def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:

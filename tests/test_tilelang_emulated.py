@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import test_agreement
 import test_decode
+import test_padded_packs
 import torch
 from hopper import emulate
-from support import assert_close, run, truth
+from support import assert_close, poisoned_memory, run, truth  # noqa: F401
 
 import gdn
 from gdn.testing import CASES, Case, make_inputs, with_gradients
@@ -27,6 +28,7 @@ pytest.importorskip("tilelang")
 if shutil.which("nvcc") is None or shutil.which("g++") is None:
     pytest.skip("no nvcc or no g++", allow_module_level=True)
 
+from gdn.backends.common import chunking
 from gdn.backends.tilelang import TileLangBackend, streams
 from gdn.backends.tilelang import memory_rounds as rounds
 from gdn.backends.tilelang.backward import plan as backward
@@ -184,6 +186,19 @@ def test_a_warp_may_be_slow(world: Callable[..., None], slow: int) -> None:
     intra-chunk warpgroup, the producer warp, the storing warp and a dv warp."""
     world(late=True, slow=slow)
     check(GROUPED, with_gradients(make_inputs(GROUPED)))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "pieces"])
+def test_tokens_past_the_last_sequence(
+    world: Callable[..., None], monkeypatch: pytest.MonkeyPatch, cut: bool
+) -> None:
+    """Outputs and gradients there are zero."""
+    world(late=False)
+    if cut:
+        monkeypatch.setattr(chunking, "MIN_PIECE_CHUNKS", 1)
+    case = Case("padded", lengths=(33, 0, 130), H=1, HV=2, dtype=torch.bfloat16, fused=True)
+    test_padded_packs.check("emulated", case, "cpu", 100)
 
 
 @pytest.mark.parametrize("name", DECODED)

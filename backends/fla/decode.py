@@ -20,7 +20,8 @@ def _live_tokens(step: Step, live: Tensor) -> Tensor:
         return live.view(B, 1, 1, 1)
     tokens = torch.arange(T, device=live.device)
     owner = torch.searchsorted(step.call.cu_seqlens[1:].contiguous(), tokens, right=True)
-    return live[owner].view(1, T, 1, 1)
+    nobody = live.new_zeros(1)  # owns the tokens past the last sequence
+    return torch.cat([live, nobody])[owner].view(1, T, 1, 1)
 
 
 def decode(step: Step) -> Tensor:
@@ -44,7 +45,9 @@ def decode(step: Step) -> Tensor:
     o, after = recurrence(**options)
     if slots is None or live is None:
         pool.copy_(after)
-        return o
+        if call.cu_seqlens is None:
+            return o
+        return o.masked_fill(~_live_tokens(step, o.new_ones(len(pool), dtype=torch.bool)), 0)
     # a skipped row writes what a live one writes, or if there is none puts slot 0 back
     some = live.to(torch.uint8).argmax()
     slots = torch.where(live, slots, slots.index_select(0, some[None]))  # never read back

@@ -4,7 +4,9 @@
   the state chunk by chunk and computes the outputs. `fused` does both.
 - `backward/`: `gate_sums`, `recompute_states`, `reverse_scan` and `gradients`, in memory rounds
   (`memory_rounds.py`).
-- `combine_pieces.py`: the states between the pieces of a sequence, for both.
+- `combine_pieces.py`: the states between the pieces of a sequence, for both; `clear_tail.py`: zeros
+  for tokens that belong to no sequence.
+
 - `decode/`: the serving step, a few tokens a sequence.
 - `tile/`: building blocks that kernels share. `compile.py`: how a kernel is compiled.
 """

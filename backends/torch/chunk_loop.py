@@ -121,6 +121,7 @@ def forward(
         o_chunk, after = compute.chunk_forward(inputs, before)
         layout.scatter(o, n, _join_heads(o_chunk, call.v.shape[2]))
         S = after if m == len(S) else torch.cat([after, S[m:]])
+    layout.zero_tail(o)
     for states in saved:
         states[row:] = 0  # rows may be unused, and outputs of an op must be defined
     final_state = None
@@ -167,6 +168,8 @@ def backward(
         for total, term in zip(parameter_gradients, raw[4:], strict=True):
             if total is not None and term is not None:
                 total += term
+    for x in (dq, dk, dv, dg, dbeta):
+        layout.zero_tail(x)
     d_initial = None
     if call.initial_state is not None:
         d_initial = _split_state(call, layout.unsort(dS), call.initial_state.dtype)

@@ -17,7 +17,8 @@ def _locate_tokens(call: Call) -> tuple[Tensor, Tensor]:
     if call.cu_seqlens is None:
         positions = torch.arange(B * T, device=device).view(B, T)
         return positions, torch.ones_like(positions, dtype=torch.bool)
-    starts, lengths = call.cu_seqlens[:-1].long(), call.cu_seqlens.diff()
+    bounds = call.cu_seqlens.long().clamp(0, T)  # on a GPU its values are not checked
+    starts, lengths = bounds[:-1], bounds.diff()
     offsets = torch.arange(int(lengths.max()) if len(lengths) else 0, device=device)
     exists = offsets < lengths[:, None]
     return torch.where(exists, starts[:, None] + offsets, 0), exists

@@ -44,6 +44,8 @@ from .chunk_buffers import (
 )
 from .indexing import locate_chunk
 from .tiles import (
+    clear_rows,
+    clear_scalars,
     compute_decay_matrix,
     dot,
     dot_rounded,
@@ -74,6 +76,15 @@ def key_gradients_kernel(
     program = tl.program_id(0).to(tl.int64)
     slot, qk_head = program // H, program % H
     first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
+    if VARLEN:  # tokens past the last sequence
+        end = tl.load(cu_seqlens + N).to(tl.int64)
+        if first_token + C > end:
+            clear_rows(dk, first_token, end, T, qk_head, H, K, 0, C, BK)
+            for head in range(qk_head * (HV // H), (qk_head + 1) * (HV // H)):
+                clear_scalars(dg, first_token, end, T, head, HV, C)
+                clear_scalars(dbeta, first_token, end, T, head, HV, C)
+                for first_v in range(0, V, BV):
+                    clear_rows(dv, first_token, end, T, head, HV, V, first_v, C, BV)
     if tokens <= 0:
         return
     dtype: tl.constexpr = q.dtype.element_ty

@@ -32,6 +32,7 @@ from .chunk_buffers import (
 )
 from .indexing import locate_chunk
 from .tiles import (
+    clear_rows,
     compute_decay_matrix,
     dot,
     dot_rounded,
@@ -53,6 +54,10 @@ def query_gradients_kernel(
     program = tl.program_id(0).to(tl.int64)
     slot, qk_head = program // H, program % H
     first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
+    if VARLEN:  # tokens past the last sequence
+        clear_rows(
+            dq, first_token, tl.load(cu_seqlens + N).to(tl.int64), T, qk_head, H, K, 0, C, BK
+        )
     if tokens <= 0:
         return
     dtype: tl.constexpr = q.dtype.element_ty

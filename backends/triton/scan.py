@@ -41,6 +41,7 @@ from .chunk_buffers import (
 )
 from .indexing import piece_bounds
 from .tiles import (
+    clear_rows,
     compute_state_offsets,
     dot,
     dot_rounded,
@@ -135,3 +136,7 @@ def scan_kernel(
         )  # fmt: skip
     if STORE_FINAL:
         tl.store(final_state + offsets, S_T, mask=mask)
+    if OUTPUT and VARLEN:  # tokens past the last sequence, each scan a share of their chunks
+        end, pieces = tl.load(cu_seqlens + N).to(tl.int64), tl.num_programs(0) // (HV * blocks)
+        for chunk in range(piece.to(tl.int32), ((T - end + C - 1) // C).to(tl.int32), pieces):
+            clear_rows(o, end + chunk * C, end, T, head, HV, V, first_v, C, BV)

@@ -158,6 +158,26 @@ def store_rows_transposed(
 
 
 @triton.jit
+def clear_rows(
+    x, first_token, end, T, head, HEADS: tl.constexpr, D: tl.constexpr,
+    first_column, C: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Zero the tokens from `end` to T where `load_rows` reads."""
+    token, d = first_token + tl.arange(0, C)[:, None], tl.arange(0, BD)[None, :]
+    pointers = x + (head * D + first_column) + (token * (HEADS * D) + d)
+    mask = (token >= end) & (token < T) & (first_column + d < D)
+    tl.store(pointers, tl.zeros([C, BD], x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def clear_scalars(x, first_token, end, T, head, HEADS: tl.constexpr, C: tl.constexpr):
+    """Zero the tokens from `end` to T where `load_scalars` reads."""
+    token = first_token + tl.arange(0, C)
+    mask = (token >= end) & (token < T)
+    tl.store(x + token * HEADS + head, tl.zeros([C], x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def load_scalars(x, first_token, tokens, head, HEADS: tl.constexpr, C: tl.constexpr):
     """C tokens of x [.., HEADS] in float32; zero past `tokens`."""
     r = tl.arange(0, C)

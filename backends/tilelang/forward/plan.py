@@ -23,6 +23,7 @@ from gdn.problem import CHUNK, Call
 from ...common.allocation import allocator
 from ...common.chunking import piece_length, piece_slots, sm_count
 from ..arguments import dtype_name, gate_options, tma_ready
+from ..clear_tail import clear_tail, clear_tail_options
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
 from ..memory_rounds import sequence_chunks, sequence_parts
@@ -180,14 +181,17 @@ class ForwardPass:
                 self.scan_jobs[save] = [
                     (scan, transfer_scan), (combine_pieces, combine), (scan, final_scan)
                 ]  # fmt: skip
+        self.clear_jobs: list[tuple[Any, dict[str, Any]]] = []
+        if call.cu_seqlens is not None:
+            self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=False))]
         self.launchers: dict[bool, list[Any]] = {}
 
     def kernels(self, save: bool) -> list[Any]:
-        """The compiled kernels, in the order of their launches."""
+        """The compiled kernels, in the order of their launches; `clear_tail` last."""
         if self.fused and not save:
-            return compile_together(self.fused_job)
+            return compile_together(self.fused_job, *self.clear_jobs)
         prepare_job = (prepare, self.prepare_options | {"save": save})
-        return compile_together(prepare_job, *self.scan_jobs[save])
+        return compile_together(prepare_job, *self.scan_jobs[save], *self.clear_jobs)
 
     def forward(self, call: Call, save: bool) -> Forward:
         """See `gdn.backend.Plan.forward`."""
@@ -203,13 +207,15 @@ class ForwardPass:
         final = self.new_state() if call.output_final_state else None
         if save not in self.launchers:
             self.launchers[save] = launchers(self.kernels(save))
+        run_prepare, *run_scans = self.launchers[save]
+        if cu_seqlens is not None:
+            run_scans.pop()(None, None, o, None, None, cu_seqlens)
         if self.fused and not save:
             gates = (g, beta, A_log, dt_bias, initial, cu_seqlens)
-            self.launchers[save][0](q, k, v, *gates, o, final, self.sequences, call.scale)
+            run_prepare(q, k, v, *gates, o, final, self.sequences, call.scale)
             return Forward(o, final, [])
         P_A_v, scan_factors = self.new_P_A_v(), self.new_scan_factors()
         saved = [new() for new in self.new_saved[save]]
-        run_prepare, *run_scans = self.launchers[save]
         prepared = (
             q, k, g, beta, A_log, dt_bias, cu_seqlens, P_A_v, scan_factors,
             *(saved[:2] if save else (None, None)), self.sequences,
