@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from gdn.api import GDNOutput, gated_delta_net, gated_delta_net_decode
+from gdn.api import GDNOutput, gated_delta_net
 from gdn.context_parallel import ContextParallel
+from gdn.serving import gated_delta_net_decode
 
 
 def kimi_delta_attention(

@@ -30,10 +30,10 @@ def capabilities_of(backend: str) -> gdn.Capabilities:
     return next(info.capabilities for info in gdn.list_backends() if info.name == backend)
 
 
-def require(backend: str, inputs: dict[str, Any]) -> None:
+def require(backend: str, inputs: dict[str, Any], prefill: bool = False) -> None:
     """Skip the test unless the backend claims this call; `test_refusals` tests that it refuses
     it."""
-    if reasons := reasons_against(backend, inputs):
+    if reasons := reasons_against(backend, inputs, prefill):
         pytest.skip("; ".join(reasons))
 
 

@@ -12,7 +12,7 @@ from gdn.backends.torch import TorchBackend, TorchPlan
 
 import gdn
 from gdn.backend import Capabilities, Forward, Gradients
-from gdn.problem import Call, Step
+from gdn.problem import Call, PoolCall, Step
 from gdn.testing import CASES, check_backend, inputs
 from gdn.testing.decode import STEPS
 
@@ -53,7 +53,7 @@ class Faulty(TorchBackend):
         super().__init__()
         self.fault = fault
 
-    def plan(self, call: Call | Step) -> TorchPlan:
+    def plan(self, call: Call | PoolCall) -> TorchPlan:
         return Changed(self.fault)
 
 

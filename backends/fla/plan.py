@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gdn.backend import Forward, Gradients, Plan
-from gdn.problem import Call, Step
+from gdn.problem import Call, Prefill, Step
 
-from . import channels, decode, prefill
+from . import channels, pool, prefill
 
 
 class FlaPlan(Plan):
@@ -51,7 +51,10 @@ class FlaPlan(Plan):
         return Gradients(*(_pad(x, T) for x in found[:5]), *found[5:])  # type: ignore[arg-type]
 
     def decode(self, step: Step) -> Tensor:
-        return decode.decode(step)
+        return pool.decode(step)
+
+    def prefill(self, prefill: Prefill) -> Tensor:
+        return pool.prefill(self, prefill)
 
 
 def _module(call: Call) -> Any:

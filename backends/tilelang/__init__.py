@@ -6,7 +6,6 @@
   (`memory_rounds.py`).
 - `combine_pieces.py`: the states between the pieces of a sequence, for both; `clear_tail.py`: zeros
   for tokens that belong to no sequence.
-
 - `decode/`: the serving step, a few tokens a sequence.
 - `tile/`: building blocks that kernels share. `compile.py`: how a kernel is compiled.
 """
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Plan
-from gdn.problem import FLAGS, Call, Problem, Step
+from gdn.problem import FLAGS, Call, PoolCall, Problem, Step
 
 
 class TileLangBackend(Backend):
@@ -61,7 +60,7 @@ class TileLangBackend(Backend):
 
         return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(call)]
 
-    def plan(self, call: Call | Step) -> Plan:
+    def plan(self, call: Call | PoolCall) -> Plan:
         if isinstance(call, Step):
             from .decode.kernel import DecodePlan
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Plan
-from gdn.problem import FLAGS, Call, Problem, Step
+from gdn.problem import FLAGS, Call, PoolCall, Problem, Step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -70,7 +70,7 @@ class TritonBackend(Backend):
 
         return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(call)]
 
-    def plan(self, call: Call | Step) -> Plan:
+    def plan(self, call: Call | PoolCall) -> Plan:
         if isinstance(call, Step):
             from .decode import DecodePlan
 

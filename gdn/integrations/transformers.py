@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdn.api import gated_delta_net, gated_delta_net_decode
+from gdn.api import gated_delta_net
 from gdn.dispatch import parse_request
 from gdn.integrations.transformers_packed import (
     check_state,
@@ -31,6 +31,7 @@ from gdn.integrations.transformers_packed import (
     run_convolution,
     run_forward,
 )
+from gdn.serving import gated_delta_net_decode
 
 MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "kimi_linear", "bailing_hybrid", "glm5_next")
 """Models of transformers whose linear attention is a gated delta net, the last three with a decay

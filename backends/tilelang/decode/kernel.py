@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gdn.backend import Plan
 from gdn.definition import L2_EPS
-from gdn.problem import Call, Step
+from gdn.problem import Call, PoolCall, Step
 
 from ...common.allocation import allocator
 from ..arguments import dtype_name
@@ -252,7 +252,7 @@ class DecodePlan(Plan):
             (self.launchers[wide],) = launchers([compiled])
         return self.launchers[wide]
 
-    def precompile(self, call: Call | Step, backward: bool) -> bool:
+    def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
         """See `gdn.backend.Plan.precompile`."""
         self.launcher(self.wide)
         return True
