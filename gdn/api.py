@@ -138,14 +138,15 @@ def explain(
     g: Tensor | None,
     beta: Tensor,
     *,
+    prefill: bool = False,
     backend: str | None = None,
     **options: Unpack[Options],
 ) -> explanation.Explanation:
     """Show which backend would run this call, and why the others would not. Computes nothing.
 
     Args:
-        q, k, v, g, beta, **options, backend: as in `gated_delta_net`; or with state= as in
-            `gated_delta_net_decode`; or with state= and prefill=True as in
+        q, k, v, g, beta, prefill, **options, backend: as in `gated_delta_net`; or with state= as in
+            `gated_delta_net_decode`, or with prefill=True as in
             `gated_delta_net_prefill`. Tensors on the meta device are enough.
 
     Returns:
@@ -157,7 +158,7 @@ def explain(
     """
     request, source = dispatch.request_in_force(backend)
     cp = options.pop("cp", None)
-    call = calls.make(q, k, v, g, beta, dict(options))
+    call = calls.make(q, k, v, g, beta, dict(options), prefill)
     if not isinstance(call, Call):
         validate_pool_call(call)
         check_bounds(call.call)
@@ -176,6 +177,7 @@ def warmup(
     g: Tensor | None,
     beta: Tensor,
     *,
+    prefill: bool = False,
     backward: bool | None = None,
     sm: int | None = None,
     backend: str | None = None,
@@ -184,7 +186,7 @@ def warmup(
     """Compile the kernels that a call like this one needs, in parallel. Computes nothing.
 
     Args:
-        q, k, v, g, beta, **options, backend: as in `explain`.
+        q, k, v, g, beta, prefill, **options, backend: as in `explain`.
         backward: also compile the kernels of the gradients. None: if an input requires grad.
         sm: compute capability times ten of the GPU to compile for (90: Hopper). The tensors may
             then be on the meta device, and no GPU is needed if the backend can compile without one.
@@ -197,7 +199,7 @@ def warmup(
         ValueError, BackendUnsupportedError, UnknownBackendError: as the call would.
     """
     cp = options.pop("cp", None)
-    call = calls.make(q, k, v, g, beta, dict(options))
+    call = calls.make(q, k, v, g, beta, dict(options), prefill)
     if not isinstance(call, Call):
         validate_pool_call(call)
         problem = describe_pool_call(call)

@@ -17,9 +17,8 @@ from gdn.validation import check_types, no_tensor
 class Options(TypedDict, total=False):
     """Every keyword except backend of `gdn.gated_delta_net`, `gdn.gated_delta_net_decode` and
     `gdn.gated_delta_net_prefill`, for functions that take the arguments of any of them. With state=
-    the call is a decode step, with prefill=True beside it a prefill on the pool."""
+    the call is a decode step, or a prefill on the pool."""
 
-    prefill: bool
     state: Tensor
     state_indices: Tensor | None
     null_index: int
@@ -51,10 +50,16 @@ class Options(TypedDict, total=False):
 
 
 def make(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, options: dict[str, Any]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    options: dict[str, Any],
+    prefill: bool,
 ) -> Call | PoolCall:
     """The Call that `gated_delta_net` makes from these arguments, or with state= the Step that
-    `gated_delta_net_decode` makes, with prefill=True the Prefill of `gated_delta_net_prefill`."""
+    `gated_delta_net_decode` makes, or with prefill the Prefill of `gated_delta_net_prefill`."""
     options = dict(options)
     q, k, v, scale = prepare(q, k, v, beta, options.pop("scale", None))
     g, dt_bias = prepare_gate(
@@ -67,7 +72,7 @@ def make(
         given = options.get("state_v_first", False)
         options["state_v_first"] = from_former_name(transposed, given, stacklevel=4)
     made: Call | PoolCall
-    kind: type[PoolCall] = Prefill if options.pop("prefill", False) else Step
+    kind: type[PoolCall] = Prefill if prefill else Step
     if "state" in options or kind is Prefill:
         own = {name: options.pop(name) for name in kind._fields if name in options}
         require_pool(own.get("state"))

@@ -99,7 +99,7 @@ BAD_STEPS = {
     "q-shape": (STEP, {"q": ones(2, 2, 2, 7)}, "k must be [B, T, H, K] = (2, 2, 2, 7)"),
     "rank": (STEP, {"state": ones(4, 8, 16)}, "state must be [slots, HV, K, V]", "(4, 8, 16)"),
     "flipped": (STEP, {"state": ones(6, 4, 16, 8)}, "pass state_v_first=True"),
-    "dtype": (STEP, {"state": ones(6, 4, 8, 16).half()}, "float32 or torch.bfloat16", "float16"),
+    "dtype": (STEP, {"state": ones(6, 4, 8, 16).int()}, "bfloat16 or torch.float16", "int32"),
     "transposed": (STEP, {"state": ones(6, 4, 16, 8).mT}, "contiguous slots", "strides"),
     "overlap": (STEP, {"state": ones(1, 4, 8, 16).expand(6, 4, 8, 16)}, "do not overlap"),
     "device": (STEP, {"state": ones(6, 4, 8, 16, device="meta")}, "state must be on q's device"),

@@ -85,7 +85,7 @@ def make_prefill(
     read = torch.arange(N)
     inputs["null_index"] = case.null_index
     order = torch.randperm(slots, generator=generator)
-    free = order[order != case.null_index].int()
+    free = order[order != case.null_index].int()[: 0 if case.own else slots]
     if not case.own:
         read, free = free[:N].clone(), free[N:]
         read[2::3] = torch.tensor([case.null_index, slots, -7, 10**6])[torch.arange(N)[2::3] % 4]
