@@ -32,7 +32,7 @@ from gdn.backends.common import chunking
 from gdn.backends.tilelang import TileLangBackend, streams
 from gdn.backends.tilelang import memory_rounds as rounds
 from gdn.backends.tilelang.backward import plan as backward
-from gdn.backends.tilelang.decode import kernel as decode
+from gdn.backends.tilelang.decode import plan as decode
 from gdn.backends.tilelang.forward import plan as forward
 from test_agreement import same_dtype  # noqa: F401
 
@@ -55,7 +55,10 @@ CUT = replace(LARGE, name="cut", T=1550, B=1, H=1, HV=2, gates="weak")
 GROUPED = Case(
     "grouped", T=250, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16, fused=True, gates="model"
 )
-DECODED = ("one-token", "packed", "speculative")
+DECODED = (
+    "one-token", "packed", "speculative", "float16-pool", "padded-pack", "padded-pack-out",
+    "sixteen-tokens", "no-leading-column-packed", "last-elsewhere", "each-elsewhere",
+)  # fmt: skip
 WORLDS = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 
 

@@ -43,8 +43,9 @@ class TileLangBackend(Backend):
         cuda_graph=True,
         resets=True,
         flags=frozenset(FLAGS),
-        decode=(torch.float32, torch.bfloat16),
+        decode=(torch.float32, torch.bfloat16, torch.float16),
         speculative=True,
+        output_states=True,
     )
     priority = 400
 
@@ -62,7 +63,7 @@ class TileLangBackend(Backend):
 
     def plan(self, call: Call | PoolCall) -> Plan:
         if isinstance(call, Step):
-            from .decode.kernel import DecodePlan
+            from .decode.plan import DecodePlan
 
             return DecodePlan(call)
         from .plan import PrefillPlan

@@ -13,8 +13,8 @@ Backward:
 
 Decode: decode.py.
 
-Prefill on a pool of states: `pool_plan.py` launches forward's kernels, which read and write slots by
-`pool.py`.
+Prefill on a pool of states: `pool_plan.py` launches forward's kernels, which read and write slots
+by `pool.py`.
 
 Shared: `launch.py` chooses configurations and launches, `piece_length.py` decides when to cut,
 `indexing.py` finds chunks and pieces, `strides.py` says where tokens lie, `chunk_buffers.py` is
@@ -59,8 +59,9 @@ class TritonBackend(Backend):
         cuda_graph=not INTERPRETED,
         resets=True,
         flags=frozenset(FLAGS),
-        decode=(torch.float32, torch.bfloat16),
+        decode=(torch.float32, torch.bfloat16, torch.float16),
         speculative=True,
+        output_states=True,
         prefill=(torch.float32, torch.bfloat16, torch.float16),
         checkpoints=True,
         context_parallel=True,

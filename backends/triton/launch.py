@@ -104,7 +104,9 @@ class Stage:
         """programs: how many there are for a block of V. The kernel may take fewer constants."""
         self.kernel, self.programs, self.sizes, self.constants = kernel, programs, sizes, constants
         self.launch_compiled: Callable[..., None] | None = None
-        self.checked = [name not in ANY_ALIGNMENT for name in kernel.arg_names]
+        # the pointers for whose alignment the kernel is compiled; the interpreter knows none
+        parameters = getattr(kernel, "params", kernel.arg_names)
+        self.checked = [not getattr(x, "do_not_specialize_on_alignment", False) for x in parameters]
         self.configure(configuration)
 
     def configure(self, configuration: Configuration) -> None:
@@ -127,6 +129,14 @@ class Stage:
         return self.kernel[(self.grid,)](
             *args, *self.sizes, **self.kernel_constants, **self.options
         )
+
+    def compile(self, tensors: Sequence[Tensor | None], *scale: float) -> None:
+        """Compile for tensors of these dtypes and alignments, without a launch."""
+        if not INTERPRETED:
+            self.kernel.warmup(
+                *tensors, *scale, *self.sizes, grid=(self.grid,), **self.kernel_constants,
+                **self.options,
+            )  # fmt: skip
 
     def autotune(self, *args: Any) -> None:
         """Take the candidate that is fastest on these arguments."""
