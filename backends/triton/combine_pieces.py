@@ -51,7 +51,7 @@ def combine_pieces_kernel(
     if HAS_STATE_IN:
         S_T = tl.load(state_in + ends).to(tl.float32)
     if POOL:
-        slot, _, reads, writes = find_slot(
+        slot, _live, reads, writes = find_slot(
             n, indices, fresh, null_index, slots, index_stride, tokens > 0
         )
         S_T = load_from_slot(pool, slot, slot_stride, head, first_v, reads, K, V, K, BV, V_FIRST)

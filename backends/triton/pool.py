@@ -55,6 +55,23 @@ def store_to_slot(
 
 
 @triton.jit
+def next_checkpoint(
+    begin, end, before, n, checkpoint_offsets, checkpoint_columns, COLUMNS: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """The first chunk after `begin` that a checkpoint of sequence n precedes, at most `end`. Chunks
+    count from token `before` of the sequence."""
+    column = tl.arange(0, COLUMNS)
+    offsets = tl.load(
+        checkpoint_offsets + n * checkpoint_columns + column, mask=column < checkpoint_columns,
+        other=0,
+    ).to(tl.int64)  # fmt: skip
+    tokens = offsets - before
+    lies_ahead = (offsets % C == 0) & (tokens > begin * C) & (tokens < end * C)
+    return tl.min(tl.where(lies_ahead, tokens // C, end)).to(tl.int32)
+
+
+@triton.jit
 def store_checkpoints(
     S_T, done, n, checkpoint_offsets, checkpoint_indices, checkpoints, pool, null_index, slots,
     slot_stride, checkpoint_columns, head, first_v,

@@ -41,7 +41,14 @@ from .chunk_buffers import (
 )
 from .indexing import COUNTS, load_bound, locate_piece, piece_bounds
 from .launch import ANY_ALIGNMENT
-from .pool import POOL_COUNTS, find_slot, load_from_slot, store_checkpoints, store_to_slot
+from .pool import (
+    POOL_COUNTS,
+    find_slot,
+    load_from_slot,
+    next_checkpoint,
+    store_checkpoints,
+    store_to_slot,
+)
 from .tiles import (
     clear_rows,
     compute_state_offsets,
@@ -97,6 +104,25 @@ def scan_step(
         O_T += dot_rounded(U_T, P_T, dtype)
         store_rows_transposed(o, O_T, first_token, tokens, head, HV, V, first_v, C, BV)
     return decay * S_T + dot_rounded(U_to_state[None, :] * U_T, keys, dtype)
+
+
+@triton.jit
+def scan_chunks(
+    S_T, q, k, v, factors, matrices, o, states, U_out, row_scales, first_token, chunk_head, head,
+    first_v, begin, end,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OUTPUT: tl.constexpr,
+    STORE_STATES: tl.constexpr, TRANSFER: tl.constexpr,
+    Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
+):  # fmt: skip
+    """S^T after the full chunks from begin to end, from S_T before them."""
+    for chunk in range(begin, end):
+        S_T = scan_step(
+            S_T, q, k, v, factors, matrices, o, states, U_out, row_scales, first_token + chunk * C,
+            C, chunk_head + chunk * HV, head, first_v, H, HV, K, V, BK, BV, C, OUTPUT,
+            STORE_STATES, TRANSFER, True, Q_STRIDES, K_STRIDES, V_STRIDES,
+        )  # fmt: skip
+    return S_T
 
 
 @triton.jit(do_not_specialize=COUNTS + POOL_COUNTS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
@@ -158,18 +184,31 @@ def scan_kernel(
         tokens = tl.where(live, tokens, 0)
     chunk_head = slot * HV + head
     full_chunks = (tokens // C).to(tl.int32)
-    for chunk in range(full_chunks):
-        S_T = scan_step(
-            S_T, q, k, v, factors, matrices, o, states, U_out, row_scales, first_token + chunk * C,
-            C, chunk_head + chunk * HV, head, first_v, H, HV, K, V, BK, BV, C, OUTPUT,
-            STORE_STATES, TRANSFER, True, Q_STRIDES, K_STRIDES, V_STRIDES,
-        )  # fmt: skip
-        if CHECKPOINTS:
-            store_checkpoints(
-                S_T, (index * piece_chunks + chunk + 1) * C, n, checkpoint_offsets,
-                checkpoint_indices, checkpoints, pool, null_index, slots, slot_stride,
-                checkpoint_columns, head, first_v, HV, K, V, BK, BV, POOL_V_FIRST, CHECKPOINTS,
+    begin = full_chunks * 0
+    if CHECKPOINTS:  # the loop over chunks stays innermost, so that Triton pipelines its loads
+        before = index * (piece_chunks * C)
+        while begin < full_chunks:
+            end = next_checkpoint(
+                begin, full_chunks, before, n, checkpoint_offsets, checkpoint_columns, CHECKPOINTS,
+                C,
             )  # fmt: skip
+            S_T = scan_chunks(
+                S_T, q, k, v, factors, matrices, o, states, U_out, row_scales, first_token,
+                chunk_head, head, first_v, begin, end, H, HV, K, V, BK, BV, C, OUTPUT,
+                STORE_STATES, TRANSFER, Q_STRIDES, K_STRIDES, V_STRIDES,
+            )  # fmt: skip
+            store_checkpoints(
+                S_T, before + end * C, n, checkpoint_offsets, checkpoint_indices, checkpoints,
+                pool, null_index, slots, slot_stride, checkpoint_columns, head, first_v,
+                HV, K, V, BK, BV, POOL_V_FIRST, CHECKPOINTS,
+            )  # fmt: skip
+            begin = end
+    else:
+        S_T = scan_chunks(
+            S_T, q, k, v, factors, matrices, o, states, U_out, row_scales, first_token, chunk_head,
+            head, first_v, begin, full_chunks, H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES,
+            TRANSFER, Q_STRIDES, K_STRIDES, V_STRIDES,
+        )  # fmt: skip
     if tokens > full_chunks * C:
         S_T = scan_step(
             S_T, q, k, v, factors, matrices, o, states, U_out, row_scales,

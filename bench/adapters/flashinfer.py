@@ -139,4 +139,6 @@ class FlashInferPlan(Plan):
             scale=call.scale,
             use_qk_l2norm=call.use_qk_l2norm_in_kernel,
         )
+        if step.out is not None:
+            return step.out.copy_(o)
         return o
