@@ -21,7 +21,7 @@ from gdn.validation import check_types
 
 CALL_ARGUMENTS = len(argument_types(Call))
 """How many arguments of an op are fields of a `Call`: the first ones."""
-_POOL_END = {Call: CALL_ARGUMENTS}
+_POOL_END: dict[Any, int] = {Call: CALL_ARGUMENTS}
 _POOL_END |= {kind: CALL_ARGUMENTS + end - 1 for kind, end in POOL_TENSORS.items()}
 _TYPES: dict[Any, set[type]] = {Tensor: {Tensor, torch.nn.Parameter}}
 _TYPES[Tensor | None] = _TYPES[Tensor] | {type(None)}

@@ -24,7 +24,8 @@ class FlaPlan(Plan):
     def forward(self, call: Call, save: bool) -> Forward:
         T, end, module = call.q.shape[1], prefill.last_token(call), _module(call)
         if end == T:
-            return module.forward(call) if save else module.forward_only(call)
+            found: Forward = module.forward(call) if save else module.forward_only(call)
+            return found
         if end == 0:
             final = call.q.new_zeros(call.state_shape, dtype=call.state_dtype)
             if call.initial_state is not None:
@@ -38,8 +39,10 @@ class FlaPlan(Plan):
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
         T, end, module = call.q.shape[1], prefill.last_token(call), _module(call)
+        found: Gradients
         if end == T:
-            return module.backward(call, saved, grad_o, grad_final_state)
+            found = module.backward(call, saved, grad_o, grad_final_state)
+            return found
         if end == 0:
             zeros = (None if x is None else torch.zeros_like(x) for x in call.differentiable)
             found = Gradients(*zeros)  # type: ignore[arg-type]
@@ -48,7 +51,8 @@ class FlaPlan(Plan):
             return found
         saved, grad_o = [x[:, :end] for x in saved], grad_o[:, :end]
         found = self.backward(_first_tokens(call, end), saved, grad_o, grad_final_state)
-        return Gradients(*(_pad(x, T) for x in found[:5]), *found[5:])  # type: ignore[arg-type]
+        padded = {name: _pad(getattr(found, name), T) for name in ("q", "k", "v", "g", "beta")}
+        return found._replace(**padded)
 
     def decode(self, step: Step) -> Tensor:
         return pool.decode(step)

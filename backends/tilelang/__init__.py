@@ -68,6 +68,7 @@ class TileLangBackend(Backend):
             return DecodePlan(call)
         from .plan import PrefillPlan
 
+        assert isinstance(call, Call)  # no capability for a prefill on a pool
         return PrefillPlan(call)
 
 

@@ -218,7 +218,8 @@ class DecodePlan(Plan):
     def decode(self, step: Step) -> Tensor:
         """See `gdn.backend.Plan.decode`."""
         arguments = self.arguments(step)
-        q, k, v, *_, o = arguments
+        q, k, v, *_ = arguments
+        o: Tensor = arguments[-1]
         bits = q.data_ptr() | k.data_ptr() | v.data_ptr() | o.data_ptr()
         self.stages[self.strides_aligned and not bits % 16](arguments, step.call.scale)
         return o

@@ -102,8 +102,8 @@ def make_prefill(
             places[: len(free)] = free[: len(places)]
             inputs["checkpoint_indices"] = places.view(offsets.shape)
     if poison:
-        live = [named(slot, case.null_index, slots) for slot in read.tolist()]
-        live = [n for n, is_live in enumerate(live) if is_live and lengths[n]]
+        rows = enumerate(read.tolist())
+        live = [n for n, slot in rows if named(slot, case.null_index, slots) and lengths[n]]
         if case.fresh:
             live = [n for n in live if not inputs["fresh"][n]]
         hidden = torch.ones(slots, dtype=torch.bool)

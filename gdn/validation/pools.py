@@ -13,8 +13,10 @@ from .metadata import require, require_shape, require_state, shape_of, validate
 
 POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
-TABLES = ("state_indices", "num_accepted_tokens", "output_indices")
-TABLES += ("checkpoint_offsets", "checkpoint_indices")
+TABLES = (
+    "state_indices", "num_accepted_tokens", "output_indices", "checkpoint_offsets",
+    "checkpoint_indices",
+)  # fmt: skip
 """Tensors of integers."""
 
 

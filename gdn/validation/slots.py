@@ -36,7 +36,7 @@ def check_slots(given: PoolCall) -> None:
 
 def _rows(table: Tensor) -> list[list[int]]:
     """The rows of a table [N] or [N, columns]."""
-    return table.view(-1, 1).tolist() if table.dim() == 1 else table.tolist()  # type: ignore[no-any-return]
+    return table.view(-1, 1).tolist() if table.dim() == 1 else table.tolist()
 
 
 def _lengths(given: PoolCall) -> list[int]:
@@ -44,7 +44,7 @@ def _lengths(given: PoolCall) -> list[int]:
     call = given.call
     if call.cu_seqlens is None:
         return [call.q.shape[1]] * call.sequences
-    return call.cu_seqlens.diff().tolist()  # type: ignore[no-any-return]
+    return call.cu_seqlens.diff().tolist()
 
 
 def _check_range(name: str, table: Tensor, slots: int, null: int) -> None:

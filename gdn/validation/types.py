@@ -37,7 +37,7 @@ def tensors_of(call: Call | PoolCall) -> Iterable[tuple[str, Tensor | None]]:
     else:
         end = POOL_TENSORS[type(call)]
         yield from tensors_of(call.call)
-        yield from zip(call._fields[1:end], call[1:end], strict=True)  # type: ignore[arg-type]
+        yield from zip(call._fields[1:end], call[1:end], strict=True)
 
 
 def check_types(call: Call | PoolCall) -> None:
