@@ -58,7 +58,7 @@ COMBINE = {"V_FIRST": False, "HAS_STATE_IN": True, "STORE_STATE_OUT": True, "REV
 POOL_COMBINE = COMBINE | {"HAS_STATE_IN": False, "STORE_STATE_OUT": False, "POOL": True}
 COMBINE |= NO_POOL
 DECODE: dict[str, Any] = {"V_FIRST": False, "SPECULATIVE": False, "LEADING": True}
-DECODE |= {"FIRST_COLUMN": 1, "ALIGNED": True, "CLEAR_TAIL": False}
+DECODE |= {"FIRST_COLUMN": 1, "UNIT": 8, "CLEAR_TAIL": False}
 DECODE |= {"accepted": None, "cu_seqlens": None, "written": None}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (prepare_kernel, {}),
@@ -72,7 +72,7 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (key_gradients_kernel, {}),
     (decode_kernel, DECODE),
     (decode_kernel, DECODE | {"V_FIRST": True}),
-    (decode_kernel, DECODE | {"ALIGNED": False}),
+    (decode_kernel, DECODE | {"UNIT": 1}),
 ]
 
 

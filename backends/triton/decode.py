@@ -30,7 +30,7 @@ from gdn.problem import Call, PoolCall, Step
 from ..common.allocation import allocator
 from .activation import EPS, compute_log_decay
 from .indexing import load_bound
-from .launch import ANY_ALIGNMENT, Stage, choose_configuration
+from .launch import ANY_ALIGNMENT, Configuration, Stage, choose_configuration
 from .tiles import INTERPRETED, compute_state_offsets, round_to
 
 COUNTS = (
@@ -41,16 +41,15 @@ COUNTS = (
 )  # fmt: skip
 """Sizes and strides for whose values Triton must not compile another kernel."""
 ROWS = ("q", "k", "v", "o", "written")
-"""More pointers whose alignment Triton must not ask for; with ALIGNED the kernel states it."""
+"""More pointers whose alignment Triton must not ask for. The kernel states it by UNIT."""
 
 
 @triton.jit
-def load_row(x, token, stride, column, width, exists, ALIGNED: tl.constexpr):
+def load_row(x, token, stride, UNIT: tl.constexpr, column, width, exists):
     """A row of x in float32: zero past its width, or if the token does not exist."""
-    row = x + token * stride
-    if ALIGNED:
-        row = tl.multiple_of(row, 16)
-    return tl.load(row + column, mask=(column < width) & exists, other=0.0).to(tl.float32)
+    return tl.load(
+        x + token * stride * UNIT + column, mask=(column < width) & exists, other=0.0
+    ).to(tl.float32)
 
 
 @triton.jit
@@ -68,7 +67,7 @@ def decode_kernel(
     g_row, g_token, g_head, beta_row, beta_token, beta_head,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, SPECULATIVE: tl.constexpr, LEADING: tl.constexpr,
-    FIRST_COLUMN: tl.constexpr, ALIGNED: tl.constexpr, CLEAR_TAIL: tl.constexpr,
+    FIRST_COLUMN: tl.constexpr, UNIT: tl.constexpr, CLEAR_TAIL: tl.constexpr,
     V_FIRST: tl.constexpr, L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr,
     FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +76,8 @@ def decode_kernel(
 
     With SPECULATIVE, written is [N, written_columns], and the state after token t goes to column
     t + FIRST_COLUMN. Otherwise the last state goes to slot written [N], or back to its own slot if
-    written is None. CLEAR_TAIL: tokens past the last sequence get zeros.
+    written is None. Strides of q, k and v count UNIT elements; if UNIT is not 1, these are 16 bytes
+    and rows are aligned to them. CLEAR_TAIL: tokens past the last sequence get zeros.
     """
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -100,15 +100,17 @@ def decode_kernel(
     i, j = tl.arange(0, BK), tl.arange(0, BV)
     width = V - first_v
     qk_head = head // (HV // H)
-    q += batch * q_row + first_token * q_token + qk_head * q_head
-    k += batch * k_row + first_token * k_token + qk_head * k_head
-    v += batch * v_row + first_token * v_token + head * v_head + first_v
+    q += (batch * q_row + first_token * q_token + qk_head * q_head) * UNIT
+    k += (batch * k_row + first_token * k_token + qk_head * k_head) * UNIT
+    v += (batch * v_row + first_token * v_token + head * v_head) * UNIT
+    if UNIT > 1:  # what Triton would find out itself, at the price of more kernels
+        q, k, v = tl.multiple_of(q, 16), tl.multiple_of(k, 16), tl.multiple_of(v, 16)
     g += batch * g_row + first_token * g_token + head * g_head
     beta += batch * beta_row + first_token * beta_token + head * beta_head
     o += ((batch * T + first_token) * HV + head) * V + first_v
-    query = load_row(q, 0, q_token, i, K, tokens > 0, ALIGNED)  # [K]
-    key = load_row(k, 0, k_token, i, K, tokens > 0, ALIGNED)  # [K]
-    value = load_row(v, 0, v_token, j, width, tokens > 0, ALIGNED)  # [BV]
+    query = load_row(q, 0, q_token, UNIT, i, K, tokens > 0)  # [K]
+    key = load_row(k, 0, k_token, UNIT, i, K, tokens > 0)  # [K]
+    value = load_row(v, 0, v_token, UNIT, first_v + j, V, tokens > 0)  # [BV]
     log_decay = load_number(g, 0, g_token, tokens > 0)
     strength = load_number(beta, 0, beta_token, tokens > 0)
     offsets, mask = compute_state_offsets(head, first_v, K, V, BK, BV, V_FIRST)
@@ -139,9 +141,9 @@ def decode_kernel(
             rounded = round_to(S_T, into.dtype.element_ty)
             tl.store(into + to * into_stride + offsets, rounded, mask=mask & stored)
         more = t + 1 < tokens
-        query = load_row(q, t + 1, q_token, i, K, more, ALIGNED)
-        key = load_row(k, t + 1, k_token, i, K, more, ALIGNED)
-        value = load_row(v, t + 1, v_token, j, width, more, ALIGNED)
+        query = load_row(q, t + 1, q_token, UNIT, i, K, more)
+        key = load_row(k, t + 1, k_token, UNIT, i, K, more)
+        value = load_row(v, t + 1, v_token, UNIT, first_v + j, V, more)
         log_decay = load_number(g, t + 1, g_token, more)
         strength = load_number(beta, t + 1, beta_token, more)
         o += HV * V
@@ -182,24 +184,23 @@ class DecodePlan(Plan):
         sizes = (
             step.null_index, T, step.state.shape[0], step.state.stride(0), into.shape[0],
             into.stride(0), *_table(step.state_indices), *_table(step.written_table),
-            *(stride for x in tokens for stride in x.stride()[:3]),
         )  # fmt: skip
+        unit = 16 // call.q.element_size()
+        strides = [stride for x in tokens[:3] for stride in x.stride()[:3]]
+        gates = [stride for x in tokens[3:] for stride in x.stride()[:3]]
+        self.strides_aligned = all(stride % unit == 0 for stride in (*strides, V))
         scans = (B if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1) * HV
         size = step.state.element_size()
         few, many = (choose_configuration("decode_kernel", BK, size, n, 0) for n in (1, 1 << 20))
-        aligned, unaligned = constants | {"ALIGNED": True}, constants | {"ALIGNED": False}
         chosen = choose_configuration("decode_kernel", BK, size, scans, 0)
-        self.stages = {
-            True: Stage(decode_kernel, scans, chosen, sizes, **aligned),
-            False: Stage(decode_kernel, scans, many, sizes, **unaligned),
-        }
-        other = few if chosen == many else many
-        self.other_counts = Stage(decode_kernel, scans, other, sizes, **aligned)
+
+        def stage(configuration: Configuration, unit: int) -> Stage:
+            every = (*sizes, *(stride // unit for stride in strides), *gates)
+            return Stage(decode_kernel, scans, configuration, every, UNIT=unit, **constants)
+
+        self.stages = {True: stage(chosen, unit), False: stage(many, 1)}
+        self.other_counts = stage(few if chosen == many else many, unit)
         self.new_o = allocator(call.v.shape, call.v.dtype, call.v.device)
-        rows = (*tokens[:3], call.v)
-        self.strides_aligned = all(
-            x.stride(d) * x.element_size() % 16 == 0 for x in rows for d in range(3) if len(x)
-        ) and all(width * call.q.element_size() % 16 == 0 for width in (K, V))
         self.needs_copies = any(
             not x.is_contiguous()
             for x in (step.num_accepted_tokens, call.A_log, call.dt_bias, call.cu_seqlens)
