@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import test_agreement
 import test_decode
+import test_distributed
 import test_padded_packs
 import torch
 from hopper import emulate
@@ -59,6 +60,7 @@ DECODED = (
     "one-token", "packed", "speculative", "float16-pool", "padded-pack", "padded-pack-out",
     "sixteen-tokens", "no-leading-column-packed", "last-elsewhere", "each-elsewhere",
 )  # fmt: skip
+SUMMARY = replace(CHECKED[0], T=70, H=1, HV=2)  # with kernels that other tests compile too
 WORLDS = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 
 
@@ -209,6 +211,17 @@ def test_decode_agrees_with_the_definition(world: Callable[..., None], name: str
     world(late=False)
     case = next(case for case in STEPS if case.name == name)
     test_decode.test_agrees_with_the_definition("emulated", "cpu", case, torch.bfloat16)
+
+
+@WORLDS
+def test_summaries_of_context_parallelism(world: Callable[..., None], late: bool) -> None:
+    """N, M and N', which a rank sends."""
+    world(late)
+    for check_summary in (
+        test_distributed.test_a_summary_gives_the_final_state_from_any_state,
+        test_distributed.test_a_summary_of_gradients_gives_that_of_the_initial_state,
+    ):
+        check_summary(SUMMARY, "emulated", "cpu")
 
 
 SMALL = replace(LARGE, name="small", B=1, T=130)

@@ -46,6 +46,7 @@ class TileLangBackend(Backend):
         decode=(torch.float32, torch.bfloat16, torch.float16),
         speculative=True,
         output_states=True,
+        context_parallel=True,
     )
     priority = 400
 
