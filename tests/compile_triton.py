@@ -45,7 +45,7 @@ COMMON |= {"G_STRIDES": (0, 32, 1), "BETA_STRIDES": (0, 32, 1)}
 NO_POOL = dict.fromkeys(
     ("pool", "indices", "fresh", "checkpoint_offsets", "checkpoint_indices", "checkpoints")
 )
-SCAN = {"V_FIRST": False, "HAS_INITIAL": True, "STORE_FINAL": True, "OUTPUT": True}
+SCAN: dict[str, Any] = {"V_FIRST": False, "HAS_INITIAL": True, "STORE_FINAL": True, "OUTPUT": True}
 SCAN |= {"STORE_STATES": False, "TRANSFER": False, "CUT": False, "CLEAR_TAIL": True}
 SCAN |= {"POOL_V_FIRST": False, "CHECKPOINTS": 0}
 POOL_SCAN = SCAN | {"HAS_INITIAL": False, "STORE_FINAL": False, "POOL": True, "CHECKPOINTS": 2}
@@ -54,7 +54,12 @@ SCAN |= NO_POOL
 SCAN_FOR_STATES = SCAN | {"OUTPUT": False, "STORE_STATES": True, "CUT": True, "STORE_FINAL": False}
 REVERSE_SCAN = {"V_FIRST": False, "HAS_GRAD_FINAL": True, "STORE_GRAD_INITIAL": True}
 REVERSE_SCAN |= {"STORE_STATES": True, "CUT": False}
-COMBINE = {"V_FIRST": False, "HAS_STATE_IN": True, "STORE_STATE_OUT": True, "REVERSE": False}
+COMBINE: dict[str, Any] = {
+    "V_FIRST": False,
+    "HAS_STATE_IN": True,
+    "STORE_STATE_OUT": True,
+    "REVERSE": False,
+}
 POOL_COMBINE = COMBINE | {"HAS_STATE_IN": False, "STORE_STATE_OUT": False, "POOL": True}
 COMBINE |= NO_POOL
 DECODE: dict[str, Any] = {"V_FIRST": False, "SPECULATIVE": False, "LEADING": True}
