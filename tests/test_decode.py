@@ -204,3 +204,34 @@ def test_graph_replays_with_other_slots(backend: str, short: StepCase) -> None:
         expected = gdn.gated_delta_net_decode(**fresh, backend=backend)
         assert torch.equal(o, expected)
         assert torch.equal(inputs["state"], fresh["state"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "tilelang"])
+def test_after_warmup_no_step_compiles(backend: str) -> None:
+    """Other numbers of sequences, tokens and columns, and rows that are not aligned."""
+    case = StepCase(
+        "warm", B=3, T=2, HV=4, K=128, V=128, dtype=torch.bfloat16, slots="each", fused=True
+    )
+    require(backend, make_step(case, "cuda"))
+    gdn.warmup(**make_step(case, "cuda"), backend=backend)
+    if backend == "triton":
+        from gdn.backends.triton.decode import decode_kernel
+
+        def compiled() -> int:
+            return len(decode_kernel.device_caches[torch.cuda.current_device()][0])
+    else:
+        from gdn.backends.tilelang.decode.kernel import decode_kernel
+
+        def compiled() -> int:
+            return decode_kernel.cache_info().misses
+
+    before = compiled()
+    for B, T, shift in ((1, 1, 0), (16, 2, 0), (300, 3, 0), (3, 16, 1), (64, 5, 1)):
+        inputs = make_step(replace(case, B=B, T=T), "cuda")
+        for name in ("q", "k", "v"):
+            x = inputs[name]
+            wide = x.new_zeros(x.numel() + 8)
+            inputs[name] = wide[shift : shift + x.numel()].view(x.shape).copy_(x)
+        assert_step_agrees(backend, replace(case, B=B, T=T), inputs)
+    assert compiled() == before

@@ -199,3 +199,27 @@ def test_graph_replays_with_other_slots_lengths_and_rows(backend: str, short: Pr
         expected = gdn.gated_delta_net_prefill(**fresh, backend=backend)
         assert torch.equal(o, expected)
         assert torch.equal(inputs["state"], fresh["state"])
+
+
+PIECES = PrefillCase(
+    "pieces", lengths=(330, 0, 200, 70, 64), H=1, HV=2, checkpoints="pool", columns=3, fresh=True,
+    tail=70,
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", [PIECES, replace(PIECES, state_v_first=True, out=True)], ids="ab")
+def test_where_sequences_are_cut_into_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    case: PrefillCase,
+) -> None:
+    chunking = pytest.importorskip("gdn.backends.common.chunking")
+    monkeypatch.setattr(chunking, "MIN_PIECE_CHUNKS", 1)
+    monkeypatch.setattr(chunking, "sm_count", lambda device: 10**4)
+    case = replace(case, dtype=dtype)
+    inputs = make_prefill(case, device, poison=True)
+    require(backend, inputs, prefill=True)
+    assert_prefill_agrees(backend, case, inputs)
