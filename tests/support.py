@@ -3,8 +3,10 @@ and comparisons."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +19,11 @@ from gdn.testing import TOLERANCE
 from gdn.testing.check import assert_close, reasons_against, run, truth
 
 __all__ = [
-    "TOKENS", "assert_close", "capabilities_of", "close", "cut", "may_fail_with_fla",
-    "poisoned_memory", "reasons_against", "require", "run", "truth",
+    "FRAMEWORKS", "TOKENS", "assert_close", "capabilities_of", "close", "cut", "documented_code",
+    "may_fail_with_fla", "poisoned_memory", "reasons_against", "require", "run", "truth",
 ]  # fmt: skip
+
+FRAMEWORKS = Path(__file__).resolve().parents[1] / "docs" / "frameworks.md"
 
 TOKENS = ("q", "k", "v", "g", "beta")
 """The tensors with a row for each token."""
@@ -67,3 +71,12 @@ def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
 def cut(inputs: dict[str, Any], start: int, end: int, **changes: Any) -> dict[str, Any]:
     """Tokens start to end of dense inputs."""
     return inputs | {name: inputs[name][:, start:end] for name in TOKENS} | changes
+
+
+def documented_code() -> dict[str, str]:
+    """The Python of each section of docs/frameworks.md that has any, by the section's title."""
+    sections = re.split(r"^## ", FRAMEWORKS.read_text(), flags=re.MULTILINE)[1:]
+    code = {
+        x.split("\n")[0]: "".join(re.findall(r"```python\n(.*?)```", x, re.S)) for x in sections
+    }
+    return {title: lines for title, lines in code.items() if lines}

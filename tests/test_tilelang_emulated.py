@@ -14,15 +14,17 @@ from typing import Any
 
 import pytest
 import test_agreement
+import test_close_keys
 import test_decode
 import test_distributed
 import test_padded_packs
 import torch
 from hopper import emulate
 from support import assert_close, poisoned_memory, run, truth  # noqa: F401
+from test_float16_ranges import LARGE_STATES, LARGE_VALUES, RAW_ROWS, check_ranges
 
 import gdn
-from gdn.testing import CASES, Case, make_inputs, with_gradients
+from gdn.testing import CASES, CLOSE_KEYS, Case, make_inputs, with_gradients
 from gdn.testing.decode import STEPS
 
 pytest.importorskip("tilelang")
@@ -34,6 +36,7 @@ from gdn.backends.tilelang import TileLangBackend, streams
 from gdn.backends.tilelang import memory_rounds as rounds
 from gdn.backends.tilelang.backward import plan as backward
 from gdn.backends.tilelang.decode import plan as decode
+from gdn.backends.tilelang.forward import fused_plan
 from gdn.backends.tilelang.forward import plan as forward
 from test_agreement import same_dtype  # noqa: F401
 
@@ -101,7 +104,7 @@ def world(
         def entries(kernels: list[Any]) -> list[Callable[..., None]]:
             return [emulate(kernel, folder, late, edit, slow) for kernel in kernels]
 
-        for module in (forward, backward, decode):
+        for module in (forward, fused_plan, backward, decode):
             monkeypatch.setattr(module, "launchers", entries)
         gdn.register_backend(Emulated(), replace=True)
 
@@ -126,6 +129,31 @@ def check(case: Case, inputs: dict[str, Any]) -> None:
     expected = truth(case)
     for name, value in run("emulated", case, inputs).items():
         assert_close(name, value, expected[name], case.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["cosine-1-beta-2", "long-equal-keys"])
+def test_close_keys_cost_no_more_than_rounding(
+    world: Callable[..., None], name: str, dtype: torch.dtype
+) -> None:
+    world(late=True)
+    (case,) = (replace(case, dtype=dtype) for case in CLOSE_KEYS if case.name == name)
+    test_close_keys.check_against_rounding("emulated", case, with_gradients(make_inputs(case)))
+
+
+@pytest.mark.parametrize("case", [RAW_ROWS, LARGE_STATES, LARGE_VALUES], ids=lambda case: case.name)
+def test_float16_ranges(world: Callable[..., None], case: Case) -> None:
+    world(late=True)
+    check_ranges("emulated", case)
+
+
+def test_float16_ranges_in_pieces(
+    world: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world(late=False)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "piece_length", lambda call, rows: 64)
+    check_ranges("emulated", LARGE_STATES)
 
 
 @WORLDS

@@ -14,17 +14,20 @@ from torch.nn.functional import pad
 
 from gdn.backend import Forward, Gradients, Plan
 from gdn.problem import Call, Prefill, Step
+from gdn.reentry import calling_out
 
 from . import channels, pool, prefill
 
 
 class FlaPlan(Plan):
-    """The same for every call."""
+    """The same for every call. fla's public functions come back to gdn where it is registered with
+    fla (`gdn.integrations.fla`), unless they see that gdn calls."""
 
     def forward(self, call: Call, save: bool) -> Forward:
         T, end, module = call.q.shape[1], prefill.last_token(call), _module(call)
         if end == T:
-            found: Forward = module.forward(call) if save else module.forward_only(call)
+            with calling_out():
+                found: Forward = module.forward(call) if save else module.forward_only(call)
             return found
         if end == 0:
             final = call.q.new_zeros(call.state_shape, dtype=call.state_dtype)
@@ -55,7 +58,8 @@ class FlaPlan(Plan):
         return found._replace(**padded)
 
     def decode(self, step: Step) -> Tensor:
-        return pool.decode(step)
+        with calling_out():
+            return pool.decode(step)
 
     def prefill(self, prefill: Prefill) -> Tensor:
         return pool.prefill(self, prefill)

@@ -77,6 +77,7 @@ class Scratch(NamedTuple):
     dS: Tensor  # dS^T after every chunk [slots, HV, V, K]
     U: Tensor  # U^T [slots, HV, V, C]
     rowsum_RV: Tensor  # float32 [slots, HV, V / 64, C]
+    row_scales: Tensor  # of S^T and U^T, float32 [slots, HV, V / 64, 64]; float16 only, else empty
 
 
 class Common(NamedTuple):
@@ -143,6 +144,7 @@ class BackwardPass:
             )
         combine = {name: self.shape[name] for name in ("K", "V", "varlen")} | {
             "offsets": self.offsets, "v_first": self.v_first, "reverse": True,
+            "forgetting": False,
             # backward begins with the final state
             "initial": final, "final": initial,
         }  # fmt: skip
@@ -173,11 +175,13 @@ class BackwardPass:
             launch_round.pop()(dq, dk, dv, dg, dbeta, cu_seqlens)
         (HV, V), K, new = v.shape[2:], q.shape[3], q.new_empty
         rows = self.round_slots, HV, V
+        scaled_slots = self.round_slots if q.dtype == torch.float16 else 0
         scratch = Scratch(
             S=new((*rows, K)),
             dS=new((*rows, K)),
             U=new((*rows, CHUNK)),
             rowsum_RV=new((self.round_slots, HV, V // ROWS, CHUNK), dtype=torch.float32),
+            row_scales=new((scaled_slots, HV, V // ROWS, ROWS), dtype=torch.float32),
         )
         chunk_spans = None
         if cu_seqlens is not None:
@@ -234,11 +238,12 @@ class BackwardPass:
         q, k, v, g, do, dq, dk, dv, dg, dbeta = tokens
         G_beta, norms, A, dA_log, ddt_bias = chunks
         A_log, dt_bias, cu_seqlens, chunk_spans, scale = common
-        S, dS, U, rowsum_RV = scratch
+        S, dS, U, rowsum_RV, scales = scratch
+        row_scales = scales if q.dtype == torch.float16 else None
         grid = (N, self.pieces if self.cut else N, self.length or 0)
         begin = states_saved[1] if self.cut else states.begin
         with side_stream(q.device):
-            launch_states(k, v, G_beta, norms, A, begin, cu_seqlens, S, U, *grid)
+            launch_states(k, v, G_beta, norms, A, begin, cu_seqlens, S, U, row_scales, *grid)
 
         inputs = (q, k, v, do, G_beta, norms, A)
         outputs = (dS, dv, rowsum_RV)
@@ -248,7 +253,7 @@ class BackwardPass:
             launch_first, launch_combine, launch_second = launch_reverse
             launch_first(*inputs, None, cu_seqlens, None, None, None, dN, scale, *grid)
             launch_combine(
-                transfer, dN, d_ends, states.d_end, states.d_begin, cu_seqlens, N, q.shape[1],
+                transfer, dN, None, d_ends, states.d_end, states.d_begin, cu_seqlens, N, q.shape[1],
                 self.length,
             )  # fmt: skip
             launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, scale, *grid)
@@ -257,6 +262,6 @@ class BackwardPass:
             launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, states.d_begin, scale, *grid)
         join_side_stream(q.device)
         launch_gradients(
-            q, k, g, A_log, dt_bias, do, G_beta, norms, rowsum_RV, U, S, dS, chunk_spans,
-            dq, dk, dv, dg, dbeta, dA_log, ddt_bias, scale, self.thread_blocks,
+            q, k, g, A_log, dt_bias, do, G_beta, norms, rowsum_RV, U, S, dS, row_scales,
+            chunk_spans, dq, dk, dv, dg, dbeta, dA_log, ddt_bias, scale, self.thread_blocks,
         )  # fmt: skip
