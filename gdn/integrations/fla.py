@@ -122,16 +122,16 @@ def _refusal(request: str, entry: Entry, found: Arguments, needs_grad: bool) -> 
         with _without_autocast(tokens["q"]):
             if entry.step:
                 state = tokens["q"].new_empty(state_shape(tokens, options), dtype=torch.float32)
-                step: Any = calls.make(**tokens, options=options | {"state": state})
-                dispatch.choose_decode(request, step)
+                step: Any = calls.make(**tokens, options=options | {"state": state}, prefill=False)
+                dispatch.choose_for_pool(request, step)
             elif cp is not None:
                 # as if packed on every rank: all ranks must decide alike, or they wait in vain
                 packed = options | {"cu_seqlens": tokens["q"].new_zeros(2, dtype=torch.int64)}
-                part: Any = calls.make(**tokens, options=packed)
+                part: Any = calls.make(**tokens, options=packed, prefill=False)
                 dispatch.resolve_context_parallel(request, part, needs_grad)
             else:
                 states = {"initial_state": initial_state, "output_final_state": output_final_state}
-                call: Any = calls.make(**tokens, options=options | states)
+                call: Any = calls.make(**tokens, options=options | states, prefill=False)
                 dispatch.choose(request, call, needs_grad)
     except Exception as error:  # the fault of an argument, too, which fla may name in its own way
         return str(error)

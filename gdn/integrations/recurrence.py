@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn.api import gated_delta_net_decode
+from gdn.serving import gated_delta_net_decode
 
 
 def state_shape(tokens: dict[str, Any], options: dict[str, Any]) -> tuple[int, ...]:

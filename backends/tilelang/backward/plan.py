@@ -22,6 +22,7 @@ from gdn.problem import CHUNK, Call
 
 from ...common.chunking import piece_length, piece_slots, sm_count
 from ..arguments import dtype_name, gate_options, tma_ready
+from ..clear_tail import clear_tail, clear_tail_options
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
 from ..memory_rounds import memory_rounds, sequence_parts
@@ -119,11 +120,14 @@ class BackwardPass:
             "offsets": self.offsets, "v_first": self.cut or self.v_first, "cut": self.cut,
         }  # fmt: skip
         self.gate_options = gate_options(call)
+        self.clear_jobs: list[tuple[Any, dict[str, Any]]] = []
+        if call.cu_seqlens is not None:
+            self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=True))]
         self.launchers: dict[tuple[bool, bool], list[Any]] = {}
 
     def kernels(self, initial: bool, final: bool) -> list[Any]:
-        """The compiled kernels in the order of their launches. initial: whether the call has an
-        initial state; final: whether the final state has a gradient."""
+        """The compiled kernels in the order of their launches; `clear_tail` last. initial: whether
+        the call has an initial state; final: whether the final state has a gradient."""
         if self.split:  # a round starts from states and gradients of its neighbours
             initial = final = True
         options = {name: x for name, x in self.gate_options.items() if name != "l2"}
@@ -136,6 +140,7 @@ class BackwardPass:
                 (recompute_states, scan | {"initial": initial}),
                 (reverse_scan, scan | {"final": final, "initial": initial, "outputs": True}),
                 last,
+                *self.clear_jobs,
             )
         combine = {name: self.shape[name] for name in ("K", "V", "varlen")} | {
             "offsets": self.offsets, "v_first": self.v_first, "reverse": True,
@@ -150,6 +155,7 @@ class BackwardPass:
             (combine_pieces, combine),
             (reverse_scan, scan | {"final": True, "initial": False, "outputs": True}),
             last,
+            *self.clear_jobs,
         )
 
     def backward(
@@ -165,6 +171,8 @@ class BackwardPass:
 
         # === buffers ===
         dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
+        if cu_seqlens is not None:
+            launch_round.pop()(dq, dk, dv, dg, dbeta, cu_seqlens)
         (HV, V), K, new = v.shape[2:], q.shape[3], q.new_empty
         rows = self.round_slots, HV, V
         scaled_slots = self.round_slots if q.dtype == torch.float16 else 0

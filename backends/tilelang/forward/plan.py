@@ -23,6 +23,7 @@ from gdn.problem import CHUNK, Call
 from ...common.allocation import allocator
 from ...common.chunking import piece_length, piece_slots, sm_count
 from ..arguments import dtype_name, gate_options, tma_ready
+from ..clear_tail import clear_tail, clear_tail_options
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
 from ..memory_rounds import sequence_chunks, sequence_parts
@@ -168,14 +169,20 @@ class ForwardPass:
                 self.scan_jobs[save] = [
                     (scan, transfer_scan), (combine_pieces, combine), (scan, final_scan)
                 ]  # fmt: skip
+        self.clear_jobs: list[tuple[Any, dict[str, Any]]] = []
+        if call.cu_seqlens is not None:
+            self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=False))]
+        self.run_clear: Any = None
         self.launchers: dict[bool, list[Any]] = {}
 
     def kernels(self, save: bool) -> list[Any]:
-        """The compiled kernels, in the order of their launches."""
+        """The compiled kernels, in the order of their launches. `clear_tail`, which is launched by
+        itself, is compiled beside them."""
         if self.fused and not save:
-            return self.fused.kernels()
+            return compile_together(*self.fused.jobs, *self.clear_jobs)[: len(self.fused.jobs)]
         prepare_job = (prepare, self.prepare_options | {"save": save})
-        return compile_together(prepare_job, *self.scan_jobs[save])
+        jobs = (prepare_job, *self.scan_jobs[save])
+        return compile_together(*jobs, *self.clear_jobs)[: len(jobs)]
 
     def forward(self, call: Call, save: bool) -> Forward:
         """See `gdn.backend.Plan.forward`."""
@@ -189,15 +196,20 @@ class ForwardPass:
         cu_seqlens = tma_ready(call.cu_seqlens)
         o = self.new_o()
         final = self.new_state() if call.output_final_state else None
+        if cu_seqlens is not None:
+            if self.run_clear is None:
+                self.kernels(save)  # compiles all in parallel
+                (self.run_clear,) = launchers(compile_together(*self.clear_jobs))
+            self.run_clear(None, None, o, None, None, cu_seqlens)
         if self.fused and not save:
             gates = (g, beta, A_log, dt_bias)
             self.fused.run(q, k, v, gates, initial, cu_seqlens, o, final, call.scale)
             return Forward(o, final, [])
         if save not in self.launchers:
             self.launchers[save] = launchers(self.kernels(save))
+        run_prepare, *run_scans = self.launchers[save]
         P_A_v, scan_factors = self.new_P_A_v(), self.new_scan_factors()
         saved = [new() for new in self.new_saved[save]]
-        run_prepare, *run_scans = self.launchers[save]
         prepared = (
             q, k, g, beta, A_log, dt_bias, cu_seqlens, P_A_v, scan_factors,
             *(saved[:2] if save else (None, None)), self.sequences,
