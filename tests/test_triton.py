@@ -15,7 +15,7 @@ import torch
 from support import assert_close, run, truth
 
 import gdn
-from gdn import dispatch
+from gdn import calls, dispatch
 from gdn.testing import Case, make_inputs, run_definition, with_gradients
 from gdn.testing.decode import StepCase, make_step
 
@@ -200,3 +200,17 @@ def test_compiles_for(sm: int) -> None:
 MAX_STACK = {80: 2048, 90: 512}
 """Bytes of stack a thread with bfloat16 and K = V = 128. A scan has a second copy of its step for
 the last, partial chunk. That copy spills; the loop over full chunks only reloads a few values."""
+
+
+def test_decode_reads_no_column_that_a_table_lacks(device: str) -> None:
+    """Validation refuses such tables; the kernel must not leave the table's memory either."""
+    inputs = make_step(StepCase("no-column", B=2, HV=4, K=16, V=16), device)
+    inputs["state_indices"] = torch.tensor([[0], [1]], device=device)[:, :0]
+    pool = inputs["state"].clone()
+    from gdn.backends.triton.decode import DecodePlan
+
+    tokens = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
+    options = {name: x for name, x in inputs.items() if name not in ("q", "k", "v", "g", "beta")}
+    step: Any = calls.make(*tokens, options | {"leading_column": False}, prefill=False)
+    assert not DecodePlan(step).decode(step).any()
+    assert torch.equal(inputs["state"], pool)
