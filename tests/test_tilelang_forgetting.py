@@ -18,6 +18,7 @@ pytest.importorskip("test_tilelang_emulated")
 
 from gdn.backends.tilelang.forward import fused_plan
 from support import assert_close, run, truth
+from test_float16_ranges import LARGE_STATES, check_ranges
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: F401
 
 LENGTH = 192  # tokens of a piece: three chunks
@@ -70,6 +71,15 @@ def test_packed_pieces(world: Callable[..., None], forgets: list[torch.Tensor], 
         CUT, K=K, T=0, lengths=(450, 0, 70, 193), fused=True, gates="model", state_v_first=False
     )  # fmt: skip
     check(case, make_inputs(case))
+
+
+def test_large_float16_states(
+    world: Callable[..., None],  # noqa: F811
+    forgets: list[torch.Tensor],
+) -> None:
+    world(late=True)
+    check_ranges("emulated", replace(LARGE_STATES, T=250, V=128), backward=False)
+    assert forgets[0].tolist() == [[0, 0], [-1, -1]]
 
 
 @WORLDS
