@@ -19,6 +19,7 @@ pytest.importorskip("test_tilelang_emulated")
 
 from gdn.backends.tilelang.forward import fused_plan
 from support import TOKENS, assert_close, run, truth
+from test_float16_ranges import LARGE_STATES, check_ranges
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: F401
 
 LENGTH = 192  # tokens of a piece: three chunks
@@ -96,6 +97,15 @@ def test_packed_pieces(
     assert_close("final_state", got.final_state, expected["final_state"], dtype)
     if gates != "weak":  # then the pieces that another one follows forget
         assert forgets[0][:2].tolist() == [[1, 1]] * 2
+
+
+def test_large_float16_states(
+    world: Callable[..., None],  # noqa: F811
+    forgets: list[torch.Tensor],
+) -> None:
+    world(late=True)
+    check_ranges("emulated", replace(LARGE_STATES, T=250, V=128), backward=False)
+    assert forgets[0].tolist() == [[0, 0], [-1, -1]]
 
 
 @WORLDS
