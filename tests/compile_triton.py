@@ -36,8 +36,8 @@ INT32 |= {"null_index", "slots", "slot_stride"}
 
 # Constants. A kernel takes those that it names.
 COMMON: dict[str, Any] = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 64, "BK": 128, "VARLEN": True}
-COMMON |= {"L2_NORM": True, "FUSED_GATE": True, "HAS_DT_BIAS": True, "FUSED_SIGMOID": True}
-COMMON |= {"BETA_SCALE": 1.0, "SAVE": True}
+COMMON |= {"L2_NORM": True, "FUSED_GATE": True, "LOWER_BOUND": None, "FUSED_SIGMOID": True}
+COMMON |= {"BETA_SCALE": 1.0, "SAVE": True, "CHANNELS": False, "BD": 64}
 SCAN = {"V_FIRST": False, "HAS_INITIAL": True, "STORE_FINAL": True, "OUTPUT": True}
 SCAN |= {"STORE_STATES": False, "TRANSFER": False, "CUT": False}
 SCAN_FOR_STATES = SCAN | {"OUTPUT": False, "STORE_STATES": True, "CUT": True, "STORE_FINAL": False}

@@ -58,6 +58,8 @@ class TritonBackend(Backend):
         flags=frozenset(FLAGS),
         decode=(torch.float32, torch.bfloat16),
         speculative=True,
+        per_channel=True,
+        gate_lower_bound=True,
         context_parallel=True,
     )
     priority = None if INTERPRETED else 300

@@ -2,7 +2,7 @@
 
     S <- e^g S;  u = beta (v - S^T k);  S <- S + k u^T;  o = S^T (scale q)      for every token
 
-L2 norm, gate and sigmoid are fused. A program takes a sequence, a value head and a block of BV
+With a decay per channel e^g scales the rows of S. L2 norm, gate and sigmoid are fused. A program takes a sequence, a value head and a block of BV
 columns of V. It keeps that part of the state in registers, as S^T [BV, K]. Offsets follow the
 pool's own layout, [V, K] or [K, V], so that loads and stores use whole cache lines. q, k, v, g and
 beta are read by their strides. They are copied only if the elements of a head are not contiguous.
@@ -23,9 +23,19 @@ from gdn.backend import Plan
 from gdn.problem import Step
 
 from ..common.allocation import allocator
-from .activation import EPS, compute_log_decay
+from .activation import EPS, compute_log_decay, load_A_log
 from .launch import Stage, choose_configuration
 from .tiles import compute_state_offsets, round_to
+
+
+@triton.jit
+def load_gate(gate, i, K: tl.constexpr, CHANNELS: tl.constexpr):
+    """A head's gate in float32: a number, or its channels i, zero past K."""
+    if CHANNELS:
+        value = tl.load(gate + i, mask=i < K, other=0.0)
+    else:
+        value = tl.load(gate)
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -36,12 +46,14 @@ def decode_kernel(
     BK: tl.constexpr, BV: tl.constexpr, INDEX_COLUMNS: tl.constexpr, SPECULATIVE: tl.constexpr,
     Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
     G_STRIDES: tl.constexpr, BETA_STRIDES: tl.constexpr,
-    V_FIRST: tl.constexpr, L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr,
-    FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
+    V_FIRST: tl.constexpr, CHANNELS: tl.constexpr, L2_NORM: tl.constexpr,
+    FUSED_GATE: tl.constexpr, LOWER_BOUND: tl.constexpr, FUSED_SIGMOID: tl.constexpr,
+    BETA_SCALE: tl.constexpr,
 ):  # fmt: skip
     """indices [N, INDEX_COLUMNS] are slots of the pool. INDEX_COLUMNS is 0 without indices.
 
-    With SPECULATIVE, the state is read from column 0, or from column `accepted`. The state after
+    CHANNELS: g and dt_bias have the channels of K. With SPECULATIVE, the state is read from column
+    0, or from column `accepted`. The state after
     token t goes to column t + 1. Otherwise the one column is read and written.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -74,17 +86,17 @@ def decode_kernel(
         query = tl.load(q, mask=i < K, other=0.0).to(tl.float32)  # [K]
         key = tl.load(k, mask=i < K, other=0.0).to(tl.float32)  # [K]
         value = tl.load(v, mask=j < V, other=0.0).to(tl.float32)  # [BV]
-        log_decay, strength = tl.load(g).to(tl.float32), tl.load(beta).to(tl.float32)
+        log_decay, strength = load_gate(g, i, K, CHANNELS), tl.load(beta).to(tl.float32)
         if L2_NORM:
             query *= tl.rsqrt(tl.sum(query * query) + EPS)
             key *= tl.rsqrt(tl.sum(key * key) + EPS)
         if FUSED_GATE:
             if dt_bias is not None:
-                log_decay += tl.load(dt_bias + head).to(tl.float32)
-            log_decay = compute_log_decay(log_decay, tl.load(A_log + head).to(tl.float32))
+                log_decay += load_gate(dt_bias + head * (K if CHANNELS else 1), i, K, CHANNELS)
+            log_decay = compute_log_decay(log_decay, load_A_log(A_log, head), LOWER_BOUND)
         if FUSED_SIGMOID:
             strength = BETA_SCALE * tl.sigmoid(strength)
-        S_T *= tl.exp(log_decay)
+        S_T *= tl.exp(log_decay)[None, :] if CHANNELS else tl.exp(log_decay)
         u = strength * (value - tl.sum(S_T * key[None, :], axis=1))  # [BV]
         # (S + k u^T)^T q from the state before, so that this sum does not wait for u
         out = tl.sum(S_T * query[None, :], axis=1) + u * tl.sum(query * key)  # [BV]
@@ -120,8 +132,9 @@ class DecodePlan(Plan):
         constants: dict[str, Any] = {
             "H": H, "HV": HV, "K": K, "V": V, "BK": BK,
             "INDEX_COLUMNS": index_columns, "SPECULATIVE": step.speculative,
-            "V_FIRST": call.state_v_first, "L2_NORM": call.use_qk_l2norm_in_kernel,
-            "FUSED_GATE": call.use_gate_in_kernel,
+            "V_FIRST": call.state_v_first, "CHANNELS": call.per_channel,
+            "L2_NORM": call.use_qk_l2norm_in_kernel, "FUSED_GATE": call.use_gate_in_kernel,
+            "LOWER_BOUND": call.gate_lower_bound,
             "FUSED_SIGMOID": call.use_beta_sigmoid_in_kernel,
             "BETA_SCALE": 2.0 if call.allow_neg_eigval else 1.0,
         }  # fmt: skip
@@ -161,5 +174,5 @@ def _optional_tensors(step: Step) -> tuple[Tensor | None, ...]:
 
 
 def _make_rows_contiguous(x: Tensor) -> Tensor:
-    """x, or a copy if x is q, k or v and the elements of its heads are not contiguous."""
+    """x, or a copy if x has a dimension of channels and they are not contiguous."""
     return x if x.dim() < 4 or x.stride(3) == 1 else x.contiguous()

@@ -13,7 +13,8 @@ from gdn.problem import CALL_TENSORS, CHUNK, Call
 
 from ..common.allocation import allocator
 from ..common.chunking import piece_slots
-from .chunk_buffers import NUM_FACTORS, NUM_MATRICES
+from .channel_prepare import decay_rows_kernel, prepare_channels_kernel
+from .chunk_buffers import NUM_DECAYED_ROWS, NUM_FACTORS, NUM_MATRICES
 from .combine_pieces import combine_pieces_kernel
 from .key_gradients import key_gradients_kernel
 from .launch import Stage, choose_configuration, shared_memory_limit
@@ -22,6 +23,10 @@ from .prepare import prepare_kernel
 from .query_gradients import query_gradients_kernel
 from .reverse_scan import reverse_scan_kernel
 from .scan import scan_kernel
+
+
+CHANNEL_BLOCK = 32
+"""Channels that `prepare_channels_kernel` has in registers at a time."""
 
 
 def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -40,6 +45,24 @@ def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
         pieces = piece_slots(call, length)
         shapes += [((pieces, HV, rows, K), torch.float32) for rows in (V + K, V)]
     return shapes
+
+
+def decayed_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of `decayed_rows` and `channel_decays` (see `chunk_buffers.py`); none with
+    a decay per head."""
+    if not call.per_channel:
+        return []
+    places, BK = (piece_slots(call, CHUNK), call.v.shape[2]), padded_keys(call)
+    return [
+        ((*places, NUM_DECAYED_ROWS.value, CHUNK, BK), call.q.dtype),
+        ((*places, BK), torch.float32),
+    ]
+
+
+def padded_keys(call: Call) -> int:
+    """K padded to a tile. Triton 3.6 reads past the end of tiles narrower than 64 that two
+    warpgroups share."""
+    return max(64, triton.next_power_of_2(call.q.shape[3]))
 
 
 def _make_contiguous(call: Call) -> Call:
@@ -63,19 +86,21 @@ class PrefillPlan(Plan):
             "K": call.q.shape[3],
             "V": call.v.shape[3],
             "C": CHUNK,
-            # Triton 3.6 reads past the end of tiles narrower than 64 that two warpgroups share
-            "BK": max(64, triton.next_power_of_2(call.q.shape[3])),
+            "BK": padded_keys(call),
             "VARLEN": call.cu_seqlens is not None,
             "L2_NORM": call.use_qk_l2norm_in_kernel,
             "FUSED_GATE": call.use_gate_in_kernel,
-            "HAS_DT_BIAS": call.dt_bias is not None,
+            "LOWER_BOUND": call.gate_lower_bound,
             "FUSED_SIGMOID": call.use_beta_sigmoid_in_kernel,
             "BETA_SCALE": 2.0 if call.allow_neg_eigval else 1.0,
+            "CHANNELS": call.per_channel,
+            "BD": CHANNEL_BLOCK,
         }
         self.device, self.itemsize = call.q.device, call.q.element_size()
         self.new_saved = [allocator(*kind, self.device) for kind in saved_shapes(call)]
         self.new_o = allocator(call.v.shape, call.v.dtype, self.device)
         self.new_final = allocator(call.state_shape, torch.float32, self.device)
+        self.new_decayed = [allocator(*kind, self.device) for kind in decayed_shapes(call)]
         self.stages: dict[tuple[object, ...], Stage] = {}
         self.forward_stages: dict[bool, list[Stage]] = {}
         # the sizes that kernels take, and what they mean where sequences are not packed
@@ -95,9 +120,22 @@ class PrefillPlan(Plan):
             constants = {n: x for n, x in self.constants.items() if n in kernel.arg_names} | flags
             name, BK = kernel.fn.__name__, self.constants["BK"]
             limit = shared_memory_limit(self.device)
-            configuration = choose_configuration(name, BK, self.itemsize, self.scans, limit)
+            configuration = choose_configuration(
+                name, BK, self.itemsize, self.scans, limit, self.constants["CHANNELS"]
+            )
             self.stages[key] = Stage(kernel, programs, configuration, sizes, **constants)
         return self.stages[key]
+
+    def decay_rows(self, call: Call, factors: Tensor, matrices: Tensor) -> list[Tensor | None]:
+        """`decayed_rows` and `channel_decays` of a call; None twice with a decay per head."""
+        if not call.per_channel:
+            return [None, None]
+        decayed = [new() for new in self.new_decayed]
+        gates = (call.g, call.A_log, call.dt_bias, factors, matrices)
+        self.bind(decay_rows_kernel, self.slots * self.constants["HV"], self.chunk_sizes)(
+            (call.q, call.k, *gates, *decayed, call.cu_seqlens), call.scale
+        )
+        return list(decayed)
 
     def bind_scan(self, call: Call, o: bool, final: bool, states: bool, transfer: bool) -> Stage:
         """The scan; the flags say which of o, the final state and the states before chunks it
@@ -130,9 +168,10 @@ class PrefillPlan(Plan):
         )  # fmt: skip
 
     def bind_forward(self, call: Call, save: bool) -> list[Stage]:
-        """Forward's stages, in their order."""
+        """Forward's stages, in their order; with a decay per channel without `decay_rows_kernel`."""
+        kernel = prepare_channels_kernel if call.per_channel else prepare_kernel
         programs = self.slots * self.constants["HV"]
-        prepare = self.bind(prepare_kernel, programs, self.chunk_sizes, SAVE=save)
+        prepare = self.bind(kernel, programs, self.chunk_sizes, SAVE=save)
         initial, final = call.initial_state is not None, call.output_final_state
         if self.piece_length is None:
             scan = self.bind_scan(call, o=True, final=final, states=False, transfer=False)
@@ -155,7 +194,7 @@ class PrefillPlan(Plan):
             self.forward_stages[save] = self.bind_forward(call, save)
         prepare, *scans = self.forward_stages[save]
         prepare((q, k, g, beta, A_log, dt_bias, factors, matrices, cu_seqlens), call.scale)
-        inputs = (q, k, v, factors, matrices)
+        inputs = (q, k, v, factors, matrices, *self.decay_rows(call, factors, matrices))
         if piece_buffers:
             transfers, piece_states = piece_buffers
             if save and cu_seqlens is not None:
@@ -184,8 +223,9 @@ class PrefillPlan(Plan):
         if call.q.dtype == torch.float16:
             row_scales = factors.new_empty((slots, HV, V))
         dS = None if call.initial_state is None else torch.empty_like(call.initial_state)
-        inputs, cu_seqlens = (call.q, call.k, call.v, factors, matrices), call.cu_seqlens
-        reverse_inputs = (call.q, call.k, factors, matrices, grad_o, row_scales)
+        decayed, cu_seqlens = self.decay_rows(call, factors, matrices), call.cu_seqlens
+        inputs = (call.q, call.k, call.v, factors, matrices, *decayed)
+        reverse_inputs = (call.q, call.k, factors, matrices, *decayed, grad_o, row_scales)
 
         # initial and final states of what is scanned: sequences, or pieces
         scan_initial, scan_grad_final, scan_grad_initial = call.initial_state, grad_final, dS

@@ -26,7 +26,7 @@ PRECISION = tl.constexpr("ieee" if INTERPRETED.value else "bf16x6")
 def round_to(x, dtype: tl.constexpr):
     """x in `dtype`, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:  # Triton's interpreter truncates instead
-        bits = x.to(tl.uint32, bitcast=True)
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
