@@ -13,6 +13,7 @@ from gdn.problem import CALL_TENSORS, CHUNK, Call
 
 from ..common.allocation import allocator
 from ..common.chunking import piece_slots
+from .channel_gradients import channel_gradients_kernel
 from .channel_prepare import decay_rows_kernel, prepare_channels_kernel
 from .chunk_buffers import NUM_DECAYED_ROWS, NUM_FACTORS, NUM_MATRICES
 from .combine_pieces import combine_pieces_kernel
@@ -25,8 +26,7 @@ from .reverse_scan import reverse_scan_kernel
 from .scan import scan_kernel
 
 
-CHANNEL_BLOCK = 32
-"""Channels that `prepare_channels_kernel` has in registers at a time."""
+Tensors = tuple[Tensor | None, ...]
 
 
 def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -94,7 +94,7 @@ class PrefillPlan(Plan):
             "FUSED_SIGMOID": call.use_beta_sigmoid_in_kernel,
             "BETA_SCALE": 2.0 if call.allow_neg_eigval else 1.0,
             "CHANNELS": call.per_channel,
-            "BD": CHANNEL_BLOCK,
+            "BD": 64,
         }
         self.device, self.itemsize = call.q.device, call.q.element_size()
         self.new_saved = [allocator(*kind, self.device) for kind in saved_shapes(call)]
@@ -248,29 +248,43 @@ class PrefillPlan(Plan):
         )
 
         dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in call[:5])
-        dG_from_o = torch.empty_like(factors[:, :, 0])
         parameter_terms = [  # of dA_log and ddt_bias, one a chunk; zero in unused slots
-            None if x is None else x.new_zeros((slots, HV), dtype=torch.float32)
+            None if x is None else x.new_zeros((slots, *x.shape), dtype=torch.float32)
             for x in (call.A_log, call.dt_bias)
         ]
-        programs = slots * self.constants["H"]
-        self.bind(query_gradients_kernel, programs, self.chunk_sizes)(
-            (
-                call.q, call.k, factors, matrices, states, U, row_scales, grad_o, dq, dG_from_o,
-                cu_seqlens,
-            ),
-            call.scale,
-        )  # fmt: skip
-        self.bind(key_gradients_kernel, programs, self.chunk_sizes)(
-            (
-                call.q, call.k, call.v, call.g, factors, states, grad_states, U, R, row_scales,
-                grad_o, dG_from_o, call.A_log, call.dt_bias, dk, dv, dg, dbeta, *parameter_terms,
-                cu_seqlens,
-            ),
-            call.scale,
-        )  # fmt: skip
+        gradients = (dq, dk, dv, dg, dbeta, *parameter_terms, cu_seqlens)
+        given = (states, grad_states, U, R, row_scales, grad_o)
+        compute = self.channel_gradients if call.per_channel else self.gradients
+        compute(call, factors, matrices, given, gradients)
         parameter_gradients = (
             None if x is None or terms is None else terms.sum(0).to(x.dtype)
             for x, terms in zip((call.A_log, call.dt_bias), parameter_terms, strict=True)
         )
         return Gradients(dq, dk, dv, dg, dbeta, dS, *parameter_gradients)
+
+    def gradients(
+        self, call: Call, factors: Tensor, matrices: Tensor, given: Tensors, out: Tensors
+    ) -> None:
+        """Fill `out`, the last arguments of `key_gradients_kernel` and dq before them."""
+        (states, _, U, _, row_scales, grad_o), (dq, *rest) = given, out
+        programs, dG_from_o = self.slots * self.constants["H"], torch.empty_like(factors[:, :, 0])
+        inputs = (call.q, call.k, factors, matrices, states, U, row_scales, grad_o)
+        self.bind(query_gradients_kernel, programs, self.chunk_sizes)(
+            (*inputs, dq, dG_from_o, call.cu_seqlens), call.scale
+        )
+        inputs = (call.q, call.k, call.v, call.g, factors, *given, dG_from_o)
+        self.bind(key_gradients_kernel, programs, self.chunk_sizes)(
+            (*inputs, call.A_log, call.dt_bias, *rest), call.scale
+        )
+
+    def channel_gradients(
+        self, call: Call, factors: Tensor, matrices: Tensor, given: Tensors, out: Tensors
+    ) -> None:
+        """Fill `out`, the last arguments of `channel_gradients_kernel`."""
+        H, HV, sums = self.constants["H"], self.constants["HV"], None
+        if HV > H or call.use_qk_l2norm_in_kernel:
+            sums = factors.new_empty((self.slots, H, 2, CHUNK, self.constants["BK"]))
+        inputs = (call.q, call.k, call.v, call.g, factors, matrices, *given)
+        self.bind(channel_gradients_kernel, self.slots * H, self.chunk_sizes)(
+            (*inputs, call.A_log, call.dt_bias, sums, *out), call.scale
+        )
