@@ -52,17 +52,41 @@ from .chunk_buffers import (
 )
 from .indexing import locate_chunk
 from .key_gradients import MIN_DIVISOR
-from .tiles import dot, dot_rounded, load_rows, load_state_columns, store_rows, store_scalars
+from .tiles import (
+    dot,
+    dot_split,
+    load_rows,
+    load_state_columns,
+    store_rows,
+    store_rows_transposed,
+    store_scalars,
+)
 
 
 @triton.jit
-def store_R(matrices, R, chunk_head, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr):
-    """Overwrite dU^T with R^T = dU^T A."""
+def compute_R(
+    v, matrices, U, R, row_scales, dv, strength, first_token, tokens, chunk_head, head,
+    HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Overwrite dU^T with R^T = dU^T A and store dV. Return rowsum(R * V) and rowsum(R * U)."""
     A = load_matrix(matrices, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
+    R_dot_V, R_dot_U = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     for first_v in range(0, V, BV):
         dU_T = load_matrix(R, chunk_head, first_v, V, BV, C)  # [BV, C]
-        store_matrix(R, dot(dU_T, A), chunk_head, first_v, V, BV, C)
-    tl.debug_barrier()  # other threads load it
+        if A.dtype == tl.float16:
+            R_T = dot_split(dU_T, A.to(tl.float32))
+        else:
+            R_T = dot(dU_T, A)
+        store_matrix(R, R_T, chunk_head, first_v, V, BV, C)
+        U_T = load_matrix(U, chunk_head, first_v, V, BV, C).to(tl.float32)
+        R_dot_U += tl.sum(R_T * U_T, axis=0)
+        R_T /= load_row_scales(row_scales, chunk_head, first_v, V, BV, v.dtype.element_ty)[:, None]
+        values = load_rows(v, first_token, tokens, head, HV, V, first_v, C, BV)
+        R_dot_V += tl.sum(R_T * tl.trans(values).to(tl.float32), axis=0)
+        dv_T = strength[None, :] * R_T
+        store_rows_transposed(dv, dv_T, first_token, tokens, head, HV, V, first_v, C, BV)
+    tl.debug_barrier()  # other threads load R^T
+    return R_dot_V, R_dot_U
 
 
 @triton.jit
@@ -97,12 +121,14 @@ def channel_gradients_kernel(
         strength = load_factor(factors, chunk_head, BETA, C)  # beta, [C]
 
         # === products over V that need no state ===
-        store_R(matrices, R, chunk_head, V, BV, C)
+        R_dot_V, R_dot_U = compute_R(
+            v, matrices, U, R, row_scales, dv, strength, first_token, tokens, chunk_head, head,
+            HV, V, BV, C,
+        )  # fmt: skip
         R_U_T, U_R_T = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
         dO_U_T, U_dO_T = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-        R_dot_V = tl.zeros([C], tl.float32)
         for first_v in range(0, V, BV):
-            R_T = load_matrix(R, chunk_head, first_v, V, BV, C)  # [BV, C]
+            R_T = load_matrix(R, chunk_head, first_v, V, BV, C).to(dtype)  # [BV, C]
             U_T = load_matrix(U, chunk_head, first_v, V, BV, C)  # [BV, C]
             dO = load_rows(grad_o, first_token, tokens, head, HV, V, first_v, C, BV)  # [C, BV]
             dO = multiply_by_scales(dO, row_scales, chunk_head, first_v, V, BV)
@@ -110,21 +136,15 @@ def channel_gradients_kernel(
             U_R_T += dot(tl.trans(U_T), R_T)
             dO_U_T += dot(dO, U_T)
             U_dO_T += dot(tl.trans(U_T), tl.trans(dO))
-            values = load_rows(v, first_token, tokens, head, HV, V, first_v, C, BV).to(tl.float32)
-            scales = load_row_scales(row_scales, chunk_head, first_v, V, BV, dtype)  # [BV]
-            unscaled_R = tl.trans(R_T).to(tl.float32) / scales[None, :]
-            R_dot_V += tl.sum(unscaled_R * values, axis=1)
-            dv_tile = strength[:, None] * unscaled_R
-            store_rows(dv, dv_tile, first_token, tokens, head, HV, V, first_v, C, BV)
-        R_dot_U = tl.sum(tl.where(row == column, R_U_T, 0.0), axis=1)  # [C]
         dP_diagonal = scale * tl.sum(tl.where(row == column, dO_U_T, 0.0), axis=1)  # [C]
         # below the diagonal dP and F, above it dP^T and (beta F)^T
         dP = round_decayed(scale * tl.where(row > column, dO_U_T, U_dO_T), dtype)
         F = round_decayed(-tl.where(row > column, R_U_T, strength[None, :] * U_R_T), dtype)
 
-        grad_beta, dA_log_term = R_dot_V, 0.0
+        K_bracket, K_bracket_size = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+        dA_log_term = 0.0
         for first_channel in range(0, K, BD):
-            raw, log_decay = load_channel_gates(
+            _, log_decay = load_channel_gates(
                 g, A_log, dt_bias, first_token, tokens, head, first_channel, HV, K, C, BD,
                 FUSED_GATE, LOWER_BOUND,
             )  # fmt: skip
@@ -139,16 +159,15 @@ def channel_gradients_kernel(
                 dO = load_rows(grad_o, first_token, tokens, head, HV, V, first_v, C, BV)
                 dO = multiply_by_scales(dO, row_scales, chunk_head, first_v, V, BV)
                 dO_S_T += dot(dO, S_T)
-                R_S_T += dot(tl.trans(load_matrix(R, chunk_head, first_v, V, BV, C)), S_T)
+                R_S_T += dot(tl.trans(load_matrix(R, chunk_head, first_v, V, BV, C).to(dtype)), S_T)
                 dS_T = load_state_columns(
                     grad_states, chunk_head, first_v, first_channel, K, V, BV, BD
                 )
                 U_dS_T += dot(tl.trans(load_matrix(U, chunk_head, first_v, V, BV, C)), dS_T)
                 S_dot_dS += tl.sum(S_T.to(tl.float32) * dS_T.to(tl.float32), axis=0)
-            queries = load_rows(q, first_token, tokens, qk_head, H, K, first_channel, C, BD)
-            keys = load_rows(k, first_token, tokens, qk_head, H, K, first_channel, C, BD)
-            queries = rq[:, None] * queries.to(tl.float32)
-            keys = rk[:, None] * keys.to(tl.float32)
+            raw_q = load_rows(q, first_token, tokens, qk_head, H, K, first_channel, C, BD)
+            raw_k = load_rows(k, first_token, tokens, qk_head, H, K, first_channel, C, BD)
+            queries, keys = rq[:, None] * raw_q.to(tl.float32), rk[:, None] * raw_k.to(tl.float32)
             dQ = scale * tl.exp(G.to(tl.float32)) * dO_S_T
             dK_bracket = -tl.exp(G.to(tl.float32)) * R_S_T
             dK_out = tl.exp((gamma[None, :] - G).to(tl.float32)) * U_dS_T
@@ -156,13 +175,16 @@ def channel_gradients_kernel(
             K_dK_out = tl.where(row + 1 < tokens, keys * dK_out, 0.0)
             K_dK_out = tl.where(row == C - 1, 0.0, K_dK_out)
             from_start = tl.exp(gamma.to(tl.float32)) * S_dot_dS + tl.sum(K_dK_out, axis=0)  # [BD]
-            # gradient times value: from a token on; those with beta, without it
-            terms, terms_beta = queries * dQ - K_dK_out, keys * dK_bracket
+            terms = queries * dQ - K_dK_out + strength[:, None] * keys * dK_bracket
+            product = tl.sum(keys * dK_bracket, axis=1)
+            K_bracket += product
+            K_bracket_size += tl.abs(product)
 
             # === through pairs ===
             for level in range(LEVELS):
                 f = level_factors(G, level, C, BD)
-                q_f, k_f = round_decayed(queries * f, dtype), round_decayed(keys * f, dtype)
+                q_f = round_decayed(rq[:, None] * raw_q.to(tl.float32) * f, dtype)
+                k_f = round_decayed(rk[:, None] * raw_k.to(tl.float32) * f, dtype)
                 pairs = level_pairs(level, C)
                 right = (row >> (LEVELS - 1 - level)) & 1 == 1  # tokens in right halves
                 dQ_f = dot_decayed(tl.where(pairs & (row > column), dP, 0.0), k_f, dtype)
@@ -172,14 +194,19 @@ def channel_gradients_kernel(
                 dK += tl.where(right, strength[:, None], 1.0) * f * dK_f
                 terms += q_f.to(tl.float32) * dQ_f
                 K_dK_f = k_f.to(tl.float32) * dK_f
-                terms -= tl.where(right, 0.0, K_dK_f)
-                terms_beta += tl.where(right, K_dK_f, 0.0)
+                terms += tl.where(right, strength[:, None], -1.0) * K_dK_f
+                product = tl.sum(tl.where(right, K_dK_f, 0.0), axis=1)
+                K_bracket += product
+                K_bracket_size += tl.abs(product)
+            queries, keys = rq[:, None] * raw_q.to(tl.float32), rk[:, None] * raw_k.to(tl.float32)
             dQ += dP_diagonal[:, None] * keys
             dK += dP_diagonal[:, None] * queries
-            grad_beta += tl.sum(terms_beta, axis=1)
 
             # === g ===
-            terms += strength[:, None] * terms_beta
+            raw, log_decay = load_channel_gates(  # again, to hold fewer registers until here
+                g, A_log, dt_bias, first_token, tokens, head, first_channel, HV, K, C, BD,
+                FUSED_GATE, LOWER_BOUND,
+            )  # fmt: skip
             dg_tile = from_start[None, :] + tl.cumsum(terms, axis=0, reverse=True)
             dg_tile = tl.where(row < tokens, dg_tile, 0.0)
             if FUSED_GATE:
@@ -211,10 +238,10 @@ def channel_gradients_kernel(
                     Q_dot_dQ += tl.sum(queries * dQ, axis=1)
                     K_dot_dK += tl.sum(keys * dK, axis=1)
 
-        # rowsum(R * U) / beta has the smaller rounding error, since U is rounded only once
-        grad_beta = tl.where(
-            strength > MIN_DIVISOR, R_dot_U / tl.maximum(strength, MIN_DIVISOR), grad_beta
-        )
+        # U is rounded once, so that its product has the smaller error unless V's prevails
+        divides = (strength > MIN_DIVISOR) & (4 * K_bracket_size > tl.abs(R_dot_V))
+        quotient = R_dot_U / tl.maximum(strength, MIN_DIVISOR)
+        grad_beta = tl.where(divides, quotient, R_dot_V + K_bracket)
         if FUSED_SIGMOID:
             grad_beta *= strength * (1 - strength / BETA_SCALE)
         store_scalars(dbeta, grad_beta, first_token, tokens, head, HV, C)

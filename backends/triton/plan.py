@@ -222,6 +222,7 @@ class PrefillPlan(Plan):
         row_scales = None
         if call.q.dtype == torch.float16:
             row_scales = factors.new_empty((slots, HV, V))
+            R = R.float() if call.per_channel else R  # rounded it would be dbeta's largest error
         dS = None if call.initial_state is None else torch.empty_like(call.initial_state)
         decayed, cu_seqlens = self.decay_rows(call, factors, matrices), call.cu_seqlens
         inputs = (call.q, call.k, call.v, factors, matrices, *decayed)
