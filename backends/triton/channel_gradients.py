@@ -90,6 +90,14 @@ def compute_R(
 
 
 @triton.jit
+def sum_from_tokens(x, C: tl.constexpr, dtype: tl.constexpr):
+    """The sum of the rows of x [C, BD] from each token on, as a product: the compiler gives scans
+    other layouts, and computes what depends on them once for each."""
+    from_token = tl.where(tl.arange(0, C)[:, None] <= tl.arange(0, C)[None, :], 1.0, 0.0)
+    return dot(from_token, x) if dtype == tl.float32 else dot_split(from_token, x)
+
+
+@triton.jit
 def channel_gradients_kernel(
     q, k, v, g, factors, matrices, states, grad_states, U, R, row_scales, grad_o, A_log, dt_bias,
     sums, dq, dk, dv, dg, dbeta, dA_log, ddt_bias, cu_seqlens,
@@ -207,7 +215,7 @@ def channel_gradients_kernel(
                 g, A_log, dt_bias, first_token, tokens, head, first_channel, HV, K, C, BD,
                 FUSED_GATE, LOWER_BOUND,
             )  # fmt: skip
-            dg_tile = from_start[None, :] + tl.cumsum(terms, axis=0, reverse=True)
+            dg_tile = from_start[None, :] + sum_from_tokens(terms, C, dtype)
             dg_tile = tl.where(row < tokens, dg_tile, 0.0)
             if FUSED_GATE:
                 A_log_value = load_A_log(A_log, head)
