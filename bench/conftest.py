@@ -52,6 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--batches", help="of decode, such as 1,64,512")
     group.addoption("--backends", help="such as triton,fla; all by default")
     group.addoption(
+        "--seconds", type=float, default=1.0, help="GPU timing of a pass of all backends: 1.0"
+    )
+    group.addoption(
         "--ahead", action="store_true", help="first compile for all head counts, in parallel"
     )
 
@@ -160,14 +163,16 @@ def record_pass(request: pytest.FixtureRequest, record: Any) -> Callable[..., No
         if which in row.failures:
             not_timed.append(columns | {"failed": row.failures[which]})
             pytest.fail(f"not timed: {row.failures[which]}")
+        seconds = request.config.getoption("seconds")
         if ON_GPU and which not in row.passes:
-            comparison.time(which, ceilings(DEVICE, DTYPE), wall=False)
+            comparison.time(which, ceilings(DEVICE, DTYPE), wall=False, seconds=seconds)
         found = row.passes.get(which)
         converting = conversions(comparison, backend, which)
         record(
             comparison.call(backend, which),
             found and found.gpu,
             least,
+            seconds / 2,
             **columns,
             path=row.paths[which],
             case=plain_case(case),

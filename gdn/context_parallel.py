@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -72,10 +73,8 @@ class ContextParallel:
         self.rank, self.ranks = group.rank(), group.size()
         self.cu_seqlens = None if cu_seqlens is None else _as_bounds(cu_seqlens)
         self.lengths = None if lengths is None else _as_lengths(lengths, self.ranks)
-        self._split: Split | None = None
-        self._tensors: dict[object, Tensor] = {}
         if self.lengths is not None:
-            self._split = self._make_split(self.lengths)
+            self._check_total(self.lengths)
 
     def __repr__(self) -> str:
         sequences = 1 if self.cu_seqlens is None else len(self.cu_seqlens) - 1
@@ -89,16 +88,15 @@ class ContextParallel:
         """The cumulative lengths of all sequences, once lengths are known."""
         return [0, sum(self.lengths or ())] if self.cu_seqlens is None else self.cu_seqlens
 
-    def _make_split(self, lengths: Sequence[int]) -> Split:
-        if self.bounds[-1] != sum(lengths):
+    def _check_total(self, lengths: Sequence[int]) -> None:
+        if self.cu_seqlens is not None and self.cu_seqlens[-1] != sum(lengths):
             raise ValueError(
                 f"cu_seqlens of ContextParallel must end at the tokens of all ranks, "
-                f"{sum(lengths)}, got {self.bounds[-1]}; they are global"
+                f"{sum(lengths)}, got {self.cu_seqlens[-1]}; they are global"
             )
-        return split(self.rank, lengths, self.bounds, self.layout)
 
-    def for_tokens(self, x: Tensor) -> Split:
-        """The share of this rank, whose tokens are x [1, T_local, ...]. Exchanges the lengths if
+    def for_tokens(self, x: Tensor) -> Placement:
+        """The place of this rank, whose tokens are x [1, T_local, ...]. Exchanges the lengths if
         they are not known."""
         if self.lengths is None:
             if torch.compiler.is_compiling():
@@ -106,33 +104,75 @@ class ContextParallel:
                     "lengths of ContextParallel must be given under torch.compile, got None; "
                     "or call the op once before, outside it"
                 )
-            self.lengths = _exchange_lengths(x, self.group)
+            own = torch.tensor([x.shape[1]], dtype=torch.int64, device=x.device)
+            found = all_gather(own, self.group.group_name, self.ranks)
+            lengths = found.flatten().tolist()
+            self._check_total(lengths)
+            self.lengths = lengths
         if x.shape[1] != self.lengths[self.rank]:
             raise ValueError(
                 f"q must have T_local = {self.lengths[self.rank]} tokens on rank {self.rank} of "
                 f"this ContextParallel, got {x.shape[1]}; make one for every set of lengths"
             )
-        if self._split is None:
-            self._split = self._make_split(self.lengths)
-        return self._split
+        name = self.group.group_name
+        return Placement(name, self.rank, self.layout, tuple(self.lengths), tuple(self.bounds))
+
+
+class Placement(NamedTuple):
+    """A ContextParallel as the last arguments of an operator (`SCHEMA`): plain values, so that
+    graphs can hold them."""
+
+    group: str
+    rank: int
+    layout: Layout
+    lengths: tuple[int, ...]
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> Placement:
+        """From the arguments of an operator."""
+        group, rank, layout, lengths, bounds = arguments[-len(cls._fields) :]
+        return cls(group, rank, layout, tuple(lengths), tuple(bounds))
+
+    @property
+    def split(self) -> Split:
+        """The share of this rank."""
+        return _split(self)
 
     def place(self, number: int) -> tuple[int, int]:
         """`part_of` for this layout."""
-        return part_of(number, self.ranks, self.layout)
+        return part_of(number, len(self.lengths), self.layout)
 
-    def as_tensor(self, values: Sequence[int], device: torch.device) -> Tensor:
-        """Ints as int64 on a device."""
-        key = (device, tuple(values))
-        return self.keep(key, lambda: torch.tensor(values, dtype=torch.int64, device=device))
+    def all_gather(self, x: Tensor) -> Tensor:
+        """The tensors of all ranks [ranks, ...]."""
+        return all_gather(x, self.group, len(self.lengths))
 
-    def keep(self, key: object, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` makes, once, since the layers of a model share it; in a compiled graph it is
-        a part of the graph."""
-        if torch.compiler.is_compiling():
-            return make()
-        if key not in self._tensors:
-            self._tensors[key] = make()
-        return self._tensors[key]
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        import torch.distributed._functional_collectives  # fake kernels of the ops
+
+        ops = torch.ops._c10d_functional
+        return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", self.group))  # type: ignore[no-any-return]
+
+
+SCHEMA = "str group, int rank, str layout, int[] lengths, int[] bounds"
+
+
+@functools.lru_cache(maxsize=64)
+def _split(placement: Placement) -> Split:
+    return split(placement.rank, placement.lengths, placement.bounds, placement.layout)
+
+
+def as_tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Ints as int64 on a device, made once, since the layers of a model share them."""
+    if torch._C._len_torch_dispatch_stack():  # a mode may make a fake tensor
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    return _as_tensor(values, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _as_tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 def _as_ints(name: str, values: Tensor | Sequence[int]) -> list[int]:
@@ -165,23 +205,10 @@ def _as_lengths(values: Sequence[int], ranks: int) -> list[int]:
     return lengths
 
 
-def _exchange_lengths(x: Tensor, group: Any) -> list[int]:
-    own = torch.tensor([x.shape[1]], dtype=torch.int64, device=x.device)
-    return list(all_gather(own, group).flatten().tolist())
-
-
-def all_gather(x: Tensor, group: Any) -> Tensor:
+def all_gather(x: Tensor, group: str, ranks: int) -> Tensor:
     """The tensors of all ranks [ranks, ...], by a functional collective."""
     import torch.distributed._functional_collectives  # fake kernels of the ops
 
     ops = torch.ops._c10d_functional
-    found = ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
-    return ops.wait_tensor(found).view(group.size(), *x.shape)  # type: ignore[no-any-return]
-
-
-def all_reduce(x: Tensor, group: Any) -> Tensor:
-    """The sum over all ranks, by a functional collective."""
-    import torch.distributed._functional_collectives  # fake kernels of the ops
-
-    ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group.group_name))  # type: ignore[no-any-return]
+    found = ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous(), ranks, group))
+    return found.view(ranks, *x.shape)  # type: ignore[no-any-return]

@@ -94,7 +94,7 @@ class Explanation:
 
 def parse_request(request: str, argument: str = "backend") -> list[str]:
     """The names in a request, in order. A request is one name, a comma-separated list, or
-    "auto". (Pinned requests, which only autograd makes, never come here.)"""
+    "auto". (Of pinned requests only those of other processes come here.)"""
     _check_request(request, argument)
     names: list[str] = []
     try:

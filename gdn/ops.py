@@ -9,6 +9,7 @@ for both passes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NoReturn
 
@@ -37,21 +38,22 @@ _SCHEMA_TYPES: dict[Any, str] = {
 }  # fmt: skip
 
 
-def _schema(kind: type[Call | Step], **mutated: str) -> str:
+def schema(kind: type[Call | Step], **mutated: str) -> str:
+    """The arguments of an op: the fields of a Call or Step, and the request."""
     types = {name: _SCHEMA_TYPES[hint] for name, hint in argument_types(kind).items()} | mutated
     return ", ".join([*(f"{type_} {name}" for name, type_ in types.items()), "str backend"])
 
 
-_GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
+GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
 torch.library.define(
     "gdn::forward",
-    f"({_schema(Call)}, bool save) -> (Tensor o, Tensor final_state, Tensor[] saved)",
+    f"({schema(Call)}, bool save) -> (Tensor o, Tensor final_state, Tensor[] saved)",
 )
 torch.library.define(
     "gdn::backward",
-    f"({_schema(Call)}, Tensor[] saved, Tensor grad_o, Tensor? grad_final_state) -> ({_GRADIENTS})",
+    f"({schema(Call)}, Tensor[] saved, Tensor grad_o, Tensor? grad_final_state) -> ({GRADIENTS})",
 )
-torch.library.define("gdn::decode", f"({_schema(Step, state='Tensor(a!)')}) -> Tensor")
+torch.library.define("gdn::decode", f"({schema(Step, state='Tensor(a!)')}) -> Tensor")
 
 
 def run_forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor | None]:
@@ -138,17 +140,19 @@ def _pin(request: str, call: Call) -> str:
 
 
 class _Differentiable(torch.autograd.Function):
-    """`torch.ops.gdn.forward` with gradients. Arguments: the options, the dispatch keys below
-    autograd, then the tensors."""
+    """A forward op with gradients. Arguments: the names of the ops; the options with the pinned
+    request, and what the op takes behind `save`; the dispatch keys below autograd; the tensors."""
 
     @staticmethod
-    def forward(ctx: Any, options: tuple[Any, ...], keys: Any, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, names: Any, options: Any, more: Any, keys: Any, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowAutograd():
-            op = torch.ops.gdn.forward.default
-            o, final_state, saved = op.redispatch(keys, *tensors, *options, True)
+            op = getattr(torch.ops.gdn, names[0]).default
+            o, final_state, saved = op.redispatch(keys, *tensors, *options, True, *more)
         ctx.save_for_backward(*tensors, *saved)
-        ctx.options = options
+        ctx.op, ctx.options, ctx.more = names[1], options, more
         ctx.mark_non_differentiable(*saved)
         return o, final_state, *saved
 
@@ -162,38 +166,49 @@ class _Differentiable(torch.autograd.Function):
             grad_o = call.v.new_zeros(call.v.shape)
         if not call.output_final_state:
             grad_final_state = None
-        found = torch.ops.gdn.backward(*call, pinned, saved, grad_o, grad_final_state)
+        op = getattr(torch.ops.gdn, ctx.op)
+        found = op(*call, pinned, saved, grad_o, grad_final_state, *ctx.more)
         gradients = dict(zip(Gradients._fields, found, strict=True))
-        needed = zip(Call._fields, tensors[:CALL_TENSORS], ctx.needs_input_grad[2:], strict=False)
+        needed = zip(Call._fields, tensors[:CALL_TENSORS], ctx.needs_input_grad[4:], strict=False)
         return (
-            None,
-            None,
+            *[None] * 4,
             *(gradients[name] if x is not None and need else None for name, x, need in needed),
         )
 
 
-def _forward_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    below, (request, save) = keys & torch._C._after_autograd_keyset, args[CALL_ARGUMENTS:]
-    refuse_transforms()
-    needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:CALL_TENSORS])
-    if needed and not save:
-        raise RuntimeError(
-            "gdn.gated_delta_net was traced or exported without gradients, and an input requires "
-            "grad now; trace it with gradients on, or run it under torch.no_grad()"
+def register_differentiable(forward: str, backward: str, pin: Callable[..., str]) -> None:
+    """Make the op `forward`, which takes a call, request, save and perhaps more, differentiable by
+    the op `backward`. pin(request, call, *more): the pinned request of the backend for both."""
+
+    def autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        below = keys & torch._C._after_autograd_keyset
+        request, save, *more = args[CALL_ARGUMENTS:]
+        refuse_transforms()
+        needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:CALL_TENSORS])
+        if needed and not save:
+            raise RuntimeError(
+                "gdn.gated_delta_net was traced or exported without gradients, and an input "
+                "requires grad now; trace it with gradients on, or run it under torch.no_grad()"
+            )
+        if not needed:
+            with torch._C._AutoDispatchBelowAutograd():
+                op = getattr(torch.ops.gdn, forward).default
+                return op.redispatch(below, *args)  # type: ignore[no-any-return]
+        pinned = pin(request, Call(*args[:CALL_ARGUMENTS]), *more)
+        options = (*args[CALL_TENSORS:CALL_ARGUMENTS], pinned)
+        o, final_state, *saved = _Differentiable.apply(  # type: ignore[no-untyped-call]
+            (forward, backward), options, more, below, *args[:CALL_TENSORS]
         )
-    if not needed:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.gdn.forward.default.redispatch(below, *args)  # type: ignore[no-any-return]
-    options = (*args[CALL_TENSORS:CALL_ARGUMENTS], _pin(request, Call(*args[:CALL_ARGUMENTS])))
-    o, final_state, *saved = _Differentiable.apply(options, below, *args[:CALL_TENSORS])  # type: ignore[no-untyped-call]
-    return o, final_state, saved
+        return o, final_state, saved
+
+    _LIBRARY.impl(forward, autograd, "Autograd", with_keyset=True)
 
 
 _LIBRARY: Any = torch.library.Library("gdn", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
+register_differentiable("forward", "backward", _pin)
 
 
-def _gradients_like(call: Call) -> list[Tensor]:
+def gradients_like(call: Call) -> list[Tensor]:
     """Uninitialised contiguous gradients, an empty tensor for each input that is None."""
     return [call.q.new_empty(0) if x is None else x.new_empty(x.shape) for x in call.differentiable]
 
@@ -209,7 +224,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
         if _has_tokens(call):
             gradients = plan.backward(call, saved, grad_o, grad_final_state)
             return tuple(call.q.new_empty(0) if x is None else x for x in gradients)
-        zeros = Gradients(*(x.zero_() for x in _gradients_like(call)))
+        zeros = Gradients(*(x.zero_() for x in gradients_like(call)))
         if call.initial_state is not None and grad_final_state is not None:
             zeros.initial_state.copy_(grad_final_state)  # type: ignore[union-attr]
         return tuple(zeros)  # type: ignore[arg-type]
@@ -217,17 +232,18 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("gdn::backward")
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(_gradients_like(Call(*args[:CALL_ARGUMENTS])))
+    return tuple(gradients_like(Call(*args[:CALL_ARGUMENTS])))
 
 
-def _refuse_double_backward(ctx: Any, *grads: object) -> NoReturn:
+def refuse_double_backward(ctx: Any, *grads: object) -> NoReturn:
+    """The derivative of an op of gradients."""
     raise RuntimeError(
         f"gdn.gated_delta_net has no double backward; use {DEFINITION}, which is differentiable "
         "any number of times, or take gradients without create_graph=True"
     )
 
 
-torch.library.register_autograd("gdn::backward", _refuse_double_backward)
+torch.library.register_autograd("gdn::backward", refuse_double_backward)
 
 
 def _refuse_vmap(*args: object) -> NoReturn:

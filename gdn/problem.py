@@ -196,8 +196,7 @@ def describe(call: Call, needs_grad: bool) -> Problem:
         N=call.sequences,
         dtype=call.q.dtype,
         device=call.q.device.type,
-        # Dynamo, which traces this with cp=, warns of a call of a cached function
-        sm=compute_capability(call.q.device) if call.q.is_cuda else None,
+        sm=compute_capability(call.q.device),
         varlen=call.cu_seqlens is not None,
         initial_state=call.initial_state is not None,
         needs_grad=needs_grad,

@@ -97,8 +97,16 @@ def unregister_backend(name: str) -> None:
 
 def pin(backend: Backend) -> str:
     """A request that always means this instance, even if its name is registered anew. With it
-    backward runs on the backend that ran forward."""
-    request = f"{backend.name}#{id(backend):x}"
+    backward runs on the backend that ran forward.
+
+    It ends with the number of the instance among those of its name, which another process most
+    likely counts alike: compilers keep graphs, with the request in them, for later processes.
+    """
+    for request, pinned in _pinned.items():
+        if pinned is backend:
+            return request
+    number = sum(pinned.name == backend.name for pinned in _pinned.values())
+    request = f"{backend.name}#{number}"
     _pinned[request] = backend
     return request
 
@@ -127,10 +135,14 @@ def _load_entry_points() -> None:
 
 
 def find_backend(name: str) -> Backend:
-    """The backend of that name. UnknownBackendError, with similar names, if there is none."""
+    """The backend of that name. UnknownBackendError, with similar names, if there is none. A pinned
+    request of another process means the name in it."""
     backend = _backends.get(name) or _pinned.get(name)
     if backend is not None:
         return backend
+    name = name.partition("#")[0]
+    if name in _backends:
+        return _backends[name]
     if name in BUILTIN:
         loaded: Backend = importlib.import_module(f"gdn.backends.{name}").BACKEND
         return _backends.setdefault(name, loaded)

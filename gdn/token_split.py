@@ -47,14 +47,12 @@ class Split(NamedTuple):
     segments: the segments of all its parts.
     empty: sequences without tokens whose states belong to this rank.
     sequences: N, the number of sequences over all ranks.
-    crossing: whether any sequence lies on several parts. If not, no states are exchanged.
     """
 
     parts: tuple[Part, ...]
     segments: tuple[Segment, ...]
     empty: tuple[int, ...]
     sequences: int
-    crossing: bool
 
     @property
     def bounds(self) -> list[int]:
@@ -123,5 +121,4 @@ def split(rank: int, lengths: Sequence[int], bounds: Sequence[int], layout: Layo
         for n, (a, b) in enumerate(sequences)
         if a == b and places[next((p for p, (_, e) in enumerate(ranges) if a < e), last)][0] == rank
     )
-    crossing = any(a < edge < b for edge in edges for a, b in sequences)
-    return Split(tuple(parts), tuple(segments), empty, len(sequences), crossing)
+    return Split(tuple(parts), tuple(segments), empty, len(sequences))

@@ -3,25 +3,22 @@
 
 from __future__ import annotations
 
-import datetime
+import contextlib
+import functools
 import itertools
-import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import gdn
+from gdn.context_parallel import Placement
 from gdn.testing import Case, make_inputs
 
-LIMIT = 60.0
-"""Seconds after which a collective gives up."""
 TOKENS = ("q", "k", "v", "g", "beta")
 PER_TOKEN = ("o", *(f"d_{name}" for name in TOKENS))
 SHARES = ("d_initial_state", "d_A_log", "d_dt_bias")
@@ -64,6 +61,16 @@ class Parallel:
     def bounds(self) -> list[int]:
         return [0, *itertools.accumulate(self.sequences or (sum(self.lengths),))]
 
+    def sent(self, size: int, HV: int, K: int, V: int) -> list[tuple[str, int]]:
+        """The collectives of a forward and a backward, and the bytes that a rank gives them
+        (docs/distributed.md). size: bytes of a number."""
+        parts = 2 if self.layout == "zigzag" else 1
+        states = [("all_reduce", size * (len(self.bounds()) - 1) * HV * K * V)]
+        states = states if self.final_state else []
+        forward = ("all_gather", size * HV * K * (V + K) * parts)
+        backward = ("all_gather", size * HV * K * V * parts)
+        return [forward, *states, *states, backward]
+
     def owner(self, sequence: int) -> int:
         """The rank that holds the first token of a sequence, or of an empty one the next token."""
         token = self.bounds()[sequence]
@@ -73,43 +80,24 @@ class Parallel:
         return 0 if self.layout == "zigzag" else self.ranks - 1
 
 
-def start(run: Callable[..., None], ranks: int, folder: Path, limit: float, *args: Any) -> None:
-    """Run `run(rank, *args)` in new processes of one gloo group. A rank that fails ends all.
-    AssertionError with the tracebacks, or if they take longer than `limit` seconds."""
-    context = mp.spawn(_enter, (run, ranks, folder, args), ranks, join=False)
-    deadline = time.monotonic() + limit
-    try:
-        while not context.join(timeout=1):
-            if time.monotonic() > deadline:
-                raise AssertionError(f"the ranks did not end within {limit} s")
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        found = sorted(folder.glob("failed-*"), key=lambda path: path.stat().st_mtime_ns)
-        raise AssertionError("\n".join(path.read_text() for path in found)) from error
-    finally:
-        for process in context.processes:
-            process.kill()
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[str, int]]]:
+    """The collectives that run within it, and the bytes of what this rank gives them."""
+    found: list[tuple[str, int]] = []
 
+    def record(name: str) -> Callable[..., Tensor]:
+        collective = getattr(Placement, name)
 
-def _enter(rank: int, run: Callable[..., None], ranks: int, folder: Path, args: Any) -> None:
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=LIMIT)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=limit
-    )
-    try:
-        run(rank, *args)
-        dist.barrier()
-    except Exception:
-        (folder / f"failed-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
-        raise
-    dist.destroy_process_group()
+        def run(at: Placement, x: Tensor) -> Tensor:
+            found.append((name, x.nbytes))
+            return collective(at, x)
 
+        return run
 
-def fail_alone(rank: int) -> None:
-    """Rank 1 raises; rank 0 waits for it in the op's exchange."""
-    inputs = make_inputs(Case("alone", T=8 + rank))
-    cp = gdn.ContextParallel(dist.group.WORLD, lengths=(8, 8))
-    gdn.gated_delta_net(**inputs, cp=cp, backend="torch")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather", "all_reduce"):
+            patch.setattr(Placement, name, record(name))
+        yield found
 
 
 def run_cases(
@@ -153,7 +141,10 @@ def check(case: Parallel, dtype: torch.dtype, group: Any, backend: str = "torch"
     for lengths in (None, case.lengths):
         cu_seqlens = bounds if case.sequences else None
         cp = gdn.ContextParallel(group, cu_seqlens, case.layout, lengths)
-        found.append(outputs(mine, do[:, own], shares[rank], backend, cp=cp))
+        with recorded() as sent:
+            found.append(outputs(mine, do[:, own], shares[rank], backend, cp=cp))
+        sizes = (*exact["v"].shape[2:3], exact["k"].shape[3], exact["v"].shape[3])
+        assert sent == case.sent(dtype.itemsize, *sizes)
     tolerance = 1e-11 if dtype == torch.float64 else 1e-4
     assert found[0].keys() == want.keys()
     for name, got in found[0].items():
@@ -181,6 +172,9 @@ def check_layer(case: Parallel, group: Any) -> None:
     x, dy = torch.randn(2, 1, T, 8, dtype=torch.float64)
     own = [token for tokens in case.ranges()[dist.get_rank(group)] for token in tokens]
     cp = gdn.ContextParallel(group, bounds, case.layout)
+    parts = 2 if case.layout == "zigzag" else 1
+    halo = ("all_gather", (layer.conv_size - 1) * sum(layer.sizes) * x.itemsize * parts)
+    states = replace(case, final_state=False).sent(x.itemsize, layer.HV, layer.K, layer.V)
     found = []
     for tokens, where in (
         (slice(None), {"cu_seqlens": bounds}),
@@ -188,11 +182,13 @@ def check_layer(case: Parallel, group: Any) -> None:
         (own, {"cp": cp}),
     ):
         leaf = x[:, tokens].clone().requires_grad_()
-        y = layer(leaf, **where)
         inputs = {"x": leaf, **dict(layer.named_parameters())}
         whole = "cp" not in where  # may have no tokens, and then skips its convolution
         leaves = list(inputs.values())
-        grads = torch.autograd.grad(y, leaves, dy[:, tokens], materialize_grads=whole)
+        with recorded() as sent:
+            y = layer(leaf, **where)
+            grads = torch.autograd.grad(y, leaves, dy[:, tokens], materialize_grads=whole)
+        assert sent == ([] if whole else [halo, *states, halo])
         found.append({"y": y.detach(), **dict(zip(inputs, grads, strict=True))})
     want, got, again = found
     for name, value in got.items():
@@ -207,7 +203,8 @@ def check_layer(case: Parallel, group: Any) -> None:
 
 
 def compile_agrees(rank: int) -> None:
-    """One graph, forward and backward, with the bits of the eager call."""
+    """The op, and a layer: one graph each, forward and backward, with the bits of the eager
+    call."""
     case = Parallel("compiled", (5, 9), (3, 8, 0, 3), options={"fused": True})
     inputs = make_inputs(case.case(torch.float32))
     inputs.pop("cu_seqlens")
@@ -215,13 +212,30 @@ def compile_agrees(rank: int) -> None:
     mine = {n: x[:, own] if n in TOKENS else x for n, x in inputs.items()}
     cp = gdn.ContextParallel(dist.group.WORLD, case.bounds(), lengths=case.lengths)
     do, shares = loss_weights(case, inputs)
-    eager = outputs(mine, do[:, own], shares[rank], "torch", cp=cp)
-    op = torch.compile(gdn.gated_delta_net, fullgraph=True, backend="aot_eager")
-    for _ in range(2):  # the second call finds what the first one compiled
-        got = outputs(mine, do[:, own], shares[rank], "torch", op, cp=cp)
+    run = functools.partial(outputs, mine, do[:, own], shares[rank], "torch", cp=cp)
+    same_bits(run, gdn.gated_delta_net)
+
+    layer = gdn.nn.GatedDeltaNet(8, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=4)
+    x, dy = torch.randn(2, 1, case.lengths[rank], 8)
+
+    def run_layer(op: Callable[..., Any]) -> dict[str, Tensor]:
+        leaves = {"x": x.clone().requires_grad_(), **dict(layer.named_parameters())}
+        y = op(leaves["x"], cp=cp)
+        found = torch.autograd.grad(y, list(leaves.values()), dy)
+        return {"y": y.detach(), **dict(zip(leaves, found, strict=True))}
+
+    same_bits(run_layer, layer)
+
+
+def same_bits(run: Callable[..., dict[str, Tensor]], op: Callable[..., Any]) -> None:
+    """What `run(op=op)` returns, where op is compiled. A second call compiles nothing."""
+    eager = run(op=op)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for again in (False, True):
+        with torch._dynamo.config.patch(error_on_recompile=again):
+            got = run(op=compiled)
         assert got.keys() == eager.keys()
         assert all(torch.equal(x, eager[n]) for n, x in got.items())
-        torch._dynamo.config.error_on_recompile = True
 
 
 def loss_weights(case: Parallel, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:

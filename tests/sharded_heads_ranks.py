@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from context_parallel_ranks import TOKENS, run_cases
+from data_parallel_ranks import check_data_parallel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -20,9 +21,10 @@ CASE = Case("sharded", T=21, H=2, HV=4, K=8, V=12, dtype=torch.float64, fused=Tr
 
 
 def run_all(rank: int, *args: Any) -> None:
-    """`run_cases`, then `check_heads`."""
+    """`run_cases`, then `check_heads` and `check_data_parallel`."""
     run_cases(rank, *args)
     check_heads(rank)
+    check_data_parallel()
 
 
 def check_heads(rank: int) -> None:

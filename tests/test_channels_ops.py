@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import may_fail_with_fla, require
+from support import require
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,15 +27,15 @@ LEAVES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_is_an_op_of_pytorch(
-    request: pytest.FixtureRequest, backend: str, device: str, dtype: torch.dtype, case: Case
-) -> None:
+def test_is_an_op_of_pytorch(backend: str, device: str, dtype: torch.dtype, case: Case) -> None:
     """opcheck, and one node under torch.compile with the same gradients."""
-    may_fail_with_fla(request, backend, device)
     inputs = with_gradients(make_inputs(replace(case, dtype=dtype), device))
     require(backend, inputs)
     call = Call(**{"scale": 0.5} | inputs)
-    torch.library.opcheck(torch.ops.gdn.forward.default, (*call, backend, True))
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if backend != "fla":  # some of what fla saves it does not write, and NaN is not NaN
+        tests.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.gdn.forward.default, (*call, backend, True), test_utils=tests)
     leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
 
     def step(inputs: dict[str, Any]) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 import gdn
+from gdn import registry
 from gdn.testing import Case, make_inputs, with_gradients
 
 
@@ -50,3 +52,30 @@ def test_compiled_call_keeps_the_request_it_was_traced_under(device: str) -> Non
     with gdn.use_backend("torch"):
         expected = compiled()
     assert torch.equal(compiled(), expected)
+
+
+def test_a_graph_runs_in_another_process(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's cache may hand it one in which the backend is pinned, but not yet there."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    found = {}
+
+    def record(graph: Any, inputs: object) -> Any:
+        for node in graph.graph.nodes:
+            if "gdn." in str(node.target):
+                (found[str(node.target)],) = (x for x in node.args if isinstance(x, str))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    compiled = torch.compile(gdn.gated_delta_net, fullgraph=True, backend=backend)
+    inputs = with_gradients(make_inputs(Case("named", T=5, dtype=torch.float64), device))
+    compiled(**inputs, backend="triton,torch").o.sum().backward()
+    (request,) = set(found.values())
+    assert found.keys() == {"gdn.forward.default", "gdn.backward.default"}
+    assert request == registry.pin(registry.find_backend("torch"))
+    monkeypatch.setattr(registry, "_pinned", {})
+    assert registry.find_backend(request).name == "torch"
+    with pytest.raises(gdn.UnknownBackendError, match="unknown backend 'trch'"):
+        registry.find_backend("trch#0")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from context_parallel_ranks import LIMIT, Parallel, compile_agrees, fail_alone, run_cases, start
+from context_parallel_ranks import Parallel, compile_agrees, run_cases
+from processes import LIMIT, fail_alone, start
 from sharded_heads_ranks import run_all
 
 FUSED = {"fused": True, "allow_neg_eigval": True}
@@ -38,8 +39,8 @@ CASES = [
 
 
 def test_every_rank_agrees_with_the_whole_sequences(tmp_path: Path) -> None:
-    """All cases, and then heads in shards (DTensor), in processes that start once; a rank that
-    fails names its case."""
+    """All cases, then heads in shards (DTensor), then DDP and FSDP2, in processes that start once;
+    a rank that fails names its case."""
     start(run_all, 4, tmp_path, 240, CASES, (torch.float64, torch.float32))
 
 
@@ -57,7 +58,8 @@ def test_torch_compile_makes_one_graph(tmp_path: Path) -> None:
 
 
 def test_a_failing_rank_ends_all_with_its_message(tmp_path: Path) -> None:
-    """The other one, which waits for it, does not hang until the time-out of the collectives."""
+    """The other one, which waits for it, does not hang until the time-out of the collectives. A
+    rank that calls the op alone gets an error when the time-out of its group is over."""
     begin = time.monotonic()
     with pytest.raises(AssertionError, match="T_local = 8 tokens on rank 1 of this"):
         start(fail_alone, 2, tmp_path, LIMIT / 2)

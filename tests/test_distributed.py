@@ -14,7 +14,7 @@ import torch.distributed as dist
 from context_parallel_ranks import Parallel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import TOKENS, capabilities_of, require
+from support import TOKENS, assert_close, capabilities_of, require, truth
 
 import gdn
 from gdn.testing import Case, make_inputs, run_definition
@@ -28,11 +28,8 @@ GATES = (
 SUMMARIES = [
     Case("dense", T=70, H=1, HV=1, K=16, V=12, initial_state=True),
     Case("packed", lengths=(9, 0, 8), H=1, HV=2, K=16, V=24, initial_state=True, fused=True),
+    Case("half", lengths=(70, 0, 9), H=1, HV=1, dtype=torch.bfloat16, l2norm=True),
 ]
-
-
-def tolerance(dtype: torch.dtype) -> dict[str, float]:
-    return dict.fromkeys(("rtol", "atol"), 1e-11 if dtype == torch.float64 else 1e-4)
 
 
 def gate_options(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -40,40 +37,42 @@ def gate_options(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", SUMMARIES, ids=lambda case: case.name)
-def test_a_summary_gives_the_final_state_from_any_state(case: Case, backend: str) -> None:
+def test_a_summary_gives_the_final_state_from_any_state(
+    case: Case, backend: str, device: str
+) -> None:
     if not capabilities_of(backend).context_parallel:
         pytest.skip("does not claim context parallelism")
-    inputs = make_inputs(case)
+    inputs = make_inputs(case, device)
     require(backend, inputs)
     tensors = [inputs[name] for name in TOKENS[1:]]
     N, M = gdn.distributed.summarize(*tensors, **gate_options(inputs), backend=backend).split(
         [case.V, case.K], -1
     )
     assert M.dtype == torch.float32
-    _, expected = run_definition(inputs)
-    found = M @ inputs["initial_state"] + N
-    torch.testing.assert_close(found, expected.float(), **tolerance(torch.float32))
+    _, expected = run_definition(make_inputs(case))
+    assert_close("final_state", M @ inputs["initial_state"] + N, expected, case.dtype)
 
 
 @pytest.mark.parametrize("case", SUMMARIES, ids=lambda case: case.name)
-def test_a_summary_of_gradients_gives_that_of_the_initial_state(case: Case, backend: str) -> None:
+def test_a_summary_of_gradients_gives_that_of_the_initial_state(
+    case: Case, backend: str, device: str
+) -> None:
     if not capabilities_of(backend).context_parallel:
         pytest.skip("does not claim context parallelism")
-    inputs = with_gradients(make_inputs(case))
+    inputs = make_inputs(case, device)
     require(backend, inputs)
-    do, dS = make_output_gradients(case)
-    o, S = run_definition(inputs)
-    (expected,) = torch.autograd.grad((o, S), inputs["initial_state"], (do.double(), dS.double()))
-    inputs = {n: x.detach() if torch.is_tensor(x) else x for n, x in inputs.items()}
+    do, dS = make_output_gradients(case, device)
+    expected = truth(case)["initial_state"]
     tensors = [inputs[name] for name in ("q", "k", "g", "beta")]
     known: dict[str, Any] = gate_options(inputs) | {"backend": backend}
     own = gdn.distributed.summarize_gradient(*tensors, do, **known)
+    assert own.dtype == torch.float32
     keys = [inputs[name] for name in TOKENS[1:]]
     M = gdn.distributed.summarize(*keys, **known)[..., case.V :]
-    torch.testing.assert_close(M.mT @ dS + own, expected, **tolerance(torch.float32))
+    assert_close("d_initial_state", M.mT @ dS + own, expected, case.dtype)
     known["grad_final_state"] = dS
     whole = gdn.distributed.summarize_gradient(*tensors, do, **known)
-    torch.testing.assert_close(whole, expected, **tolerance(torch.float32))
+    assert_close("d_initial_state", whole, expected, case.dtype)
 
 
 def test_summaries_of_parts_compose() -> None:
@@ -91,7 +90,7 @@ def test_summaries_of_parts_compose() -> None:
     right = gdn.distributed.compose(parts[2], parts[3])
     right = gdn.distributed.compose(gdn.distributed.compose(parts[0], parts[1]), right)
     for found in (left, right):
-        torch.testing.assert_close(found, whole, **tolerance(torch.float64))
+        torch.testing.assert_close(found, whole, rtol=1e-11, atol=1e-11)
     with pytest.raises(ValueError, match="both come from summarize"):
         gdn.distributed.compose(left, whole[..., 1:])
 
@@ -195,6 +194,8 @@ def test_errors_name_the_argument_and_the_remedy(group: Any) -> None:
         call(group)
     with pytest.raises(gdn.BackendUnsupportedError, match="context parallelism"):
         call(cp, backend="fla")
+    with pytest.raises(gdn.BackendUnsupportedError, match="decay per channel"):
+        call(cp, **make_inputs(Case("channels", T=8, per_channel=True)), backend="triton")
     layer = gdn.nn.GatedDeltaNet(8, num_k_heads=1, num_v_heads=1, head_k_dim=8, head_v_dim=8)
     with pytest.raises(ValueError, match="cp must come without cache and cu_seqlens"):
         layer(torch.zeros(1, 8, 8), cp=cp, cu_seqlens=torch.tensor([0, 8]))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import test_agreement
 import test_decode
+import test_distributed
 import torch
 from hopper import emulate
 from support import assert_close, run, truth
@@ -53,6 +54,7 @@ CUT = replace(LARGE, name="cut", T=1550, B=1, H=1, HV=2, gates="weak")
 GROUPED = Case(
     "grouped", T=250, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16, fused=True, gates="model"
 )
+SUMMARY = replace(CHECKED[0], T=70, H=1, HV=2)  # with kernels that other tests compile too
 DECODED = ("one-token", "packed", "speculative")
 WORLDS = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 
@@ -191,6 +193,17 @@ def test_decode_agrees_with_the_definition(world: Callable[..., None], name: str
     world(late=False)
     case = next(case for case in STEPS if case.name == name)
     test_decode.test_agrees_with_the_definition("emulated", "cpu", case, torch.bfloat16)
+
+
+@WORLDS
+def test_summaries_of_context_parallelism(world: Callable[..., None], late: bool) -> None:
+    """N, M and N', which a rank sends."""
+    world(late)
+    for check_summary in (
+        test_distributed.test_a_summary_gives_the_final_state_from_any_state,
+        test_distributed.test_a_summary_of_gradients_gives_that_of_the_initial_state,
+    ):
+        check_summary(SUMMARY, "emulated", "cpu")
 
 
 SMALL = replace(LARGE, name="small", B=1, T=130)

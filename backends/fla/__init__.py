@@ -110,8 +110,10 @@ def _tilelang_channels() -> bool:
 
 
 def is_safe(call: Call | Problem) -> bool:
-    """Whether fla may take the faster kernel for gates that are at least -5 (its safe_gate)."""
-    return call.gate_lower_bound is not None and call.gate_lower_bound >= -5
+    """Whether fla may take the faster kernel for gates that are at least -5 (its safe_gate). That
+    kernel does not compile for K below 16."""
+    K = call.K if isinstance(call, Problem) else call.q.shape[3]
+    return call.gate_lower_bound is not None and call.gate_lower_bound >= -5 and K >= 16
 
 
 def _triton_miscompiles() -> bool:

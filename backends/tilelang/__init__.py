@@ -44,6 +44,7 @@ class TileLangBackend(Backend):
         flags=frozenset(FLAGS),
         decode=(torch.float32, torch.bfloat16),
         speculative=True,
+        context_parallel=True,
     )
     priority = 400
 

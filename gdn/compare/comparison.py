@@ -200,27 +200,28 @@ class Comparison:
             torch.cuda.synchronize(self.device)
         return functools.partial(self.inputs.backward, outputs, again=True)
 
-    def gpu_times(self, which: str, names: list[str]) -> dict[str, Timing]:
-        """GPU time of one pass by backend, interleaved; measured once, then remembered. A backward
-        that cannot be captured in a graph is timed as "fwd+bwd" minus "fwd"."""
+    def gpu_times(self, which: str, names: list[str], seconds: float = 1.0) -> dict[str, Timing]:
+        """GPU time of one pass by backend, interleaved, in about so many seconds; measured once,
+        then remembered. A backward that cannot be captured in a graph is timed as "fwd+bwd" minus
+        "fwd"."""
         found = self._gpu.setdefault(which, {})
         graphs = {i.name: i.capabilities.cuda_graph for i in gdn.list_backends()}
         new = [name for name in names if name not in found]
         if which == "bwd":
             runs = {name: self.call(name, which) for name in new if graphs[name]}
-            times = gpu_times(runs, graphs)
+            times = gpu_times(runs, graphs, seconds)
             found |= {name: timing for name, timing in times.items() if timing.clock == "graph"}
             rest = [name for name in new if name not in found]
-            both, forward = (self.gpu_times(other, rest) for other in ("fwd+bwd", "fwd"))
+            both, forward = (self.gpu_times(pair, rest, seconds) for pair in ("fwd+bwd", "fwd"))
             found |= {name: both[name].less(forward[name]) for name in rest}
         elif new:
             runs = {name: self.call(name, which) for name in new}
-            found |= gpu_times(runs, graphs)
+            found |= gpu_times(runs, graphs, seconds)
         return found
 
-    def time(self, which: str, limits: Ceilings, wall: bool = True) -> None:
+    def time(self, which: str, limits: Ceilings, wall: bool = True, seconds: float = 1.0) -> None:
         """Time one pass of all rows that are fit, and store the measurements in the rows. Without
-        `wall`, only GPU time."""
+        `wall`, only GPU time; `seconds` is what that takes, about."""
         names = [row.backend for row in self.rows if row.fit(which)]
         walls, gpus = {}, {}
         if wall and names:
@@ -229,7 +230,7 @@ class Comparison:
             del runs
         if self.device.type == "cuda" and names:
             with torch.cuda.device(self.device):
-                gpus = self.gpu_times(which, names)
+                gpus = self.gpu_times(which, names, seconds)
         least = least_work(self.case, which)
         for row in (row for row in self.rows if row.fit(which)):
             timing = gpus.get(row.backend, walls.get(row.backend))

@@ -49,7 +49,7 @@ class StepComparison:
         kwargs = self.inputs.kwargs | {"state": copy_pool(self.inputs.kwargs["state"])}
         return functools.partial(gdn.gated_delta_net_decode, **kwargs, backend=backend)
 
-    def time(self, which: str, limits: Ceilings, wall: bool = True) -> None:
+    def time(self, which: str, limits: Ceilings, wall: bool = True, seconds: float = 1.0) -> None:
         """Time all rows that are fit, interleaved, and store the measurements in the rows."""
         fit = [row for row in self.rows if row.fit(which)]
         runs = {row.backend: self.call(row.backend) for row in fit}
@@ -58,7 +58,7 @@ class StepComparison:
         if self.device.type == "cuda" and runs:
             graphs = {i.name: i.capabilities.cuda_graph for i in gdn.list_backends()}
             with torch.cuda.device(self.device):
-                gpus = gpu_times(runs, graphs)
+                gpus = gpu_times(runs, graphs, seconds)
         least = least_step_work(self.case)
         for row in fit:
             timing = gpus.get(row.backend, walls.get(row.backend))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdn.context_parallel import ContextParallel, all_gather
-from gdn.token_split import Split, split
+from gdn.context_parallel import SCHEMA, ContextParallel, Placement
+from gdn.ops import refuse_double_backward
+from gdn.token_split import Part, Split
 
 
 def conv_halo(x: Tensor, taps: int, cp: ContextParallel) -> tuple[Tensor, Tensor]:
@@ -39,35 +41,96 @@ def conv_halo(x: Tensor, taps: int, cp: ContextParallel) -> tuple[Tensor, Tensor
         raise ValueError(f"x must be [1, T_local, D], got {tuple(x.shape)}; pack along T")
     if taps < 1:
         raise ValueError(f"taps must be at least 1, got {taps}")
-    own, width = cp.for_tokens(x), taps - 1
-    halos = _Halos.apply(x, width, cp, own)  # type: ignore[no-untyped-call]
-    rows = torch.cat([x, halos.flatten(0, 1)[None], x.new_zeros((1, 1, x.shape[2]))], 1)
-    sources = cp.keep(("halo", taps, x.device), lambda: _sources(own, width, x))
-    places = cp.keep(("places", taps, x.device), lambda: _places(own, width, x))
-    return rows.index_select(1, sources), places
+    at = cp.for_tokens(x)
+    padded, places = torch.ops.gdn.halo(x, taps - 1, *at)
+    return padded, places
 
 
-def _sources(own: Split, width: int, x: Tensor) -> Tensor:
-    """For each row of padded its row among x's tokens, the halos of the rank's parts, and a zero
-    row."""
-    zero = own.bounds[-1] + width * len(own.parts)
-    halos = [torch.full((width,), zero, device=x.device) for _ in own.segments]
+torch.library.define(
+    "gdn::halo", f"(Tensor x, int width, {SCHEMA}) -> (Tensor padded, Tensor places)"
+)
+torch.library.define("gdn::halo_backward", f"(Tensor grad, int width, {SCHEMA}) -> Tensor")
+
+
+@torch.library.impl("gdn::halo", "CompositeExplicitAutograd")
+def _halo(x: Tensor, width: int, *arguments: Any) -> tuple[Tensor, Tensor]:
+    at = Placement.of(arguments)
+    own = at.split
+    tails = x.new_zeros((len(own.parts), width, x.shape[2]))
+    for slot, (start, end) in enumerate(own.ranges):
+        count = min(width, end - start)
+        tails[slot, width - count :] = x[0, end - count : end]
+    padded = x.new_zeros((1, x.shape[1] + width * len(own.segments), x.shape[2]))
+    places = _places(at, width, x.device)
+    padded.index_copy_(1, places, x)
+    gathered = at.all_gather(tails)
+    for part, rows in zip(own.parts, _neighbours(own, width), strict=True):
+        for row, number, place in rows:
+            padded[0, _first_row(own, part, width) + row] = gathered[(*at.place(number), place)]
+    return padded, places.clone()  # an operator's results are its own
+
+
+@torch.library.register_fake("gdn::halo")
+def _halo_fake(x: Tensor, width: int, *arguments: Any) -> tuple[Tensor, Tensor]:
+    own = Placement.of(arguments).split
+    rows = x.shape[1] + width * len(own.segments)
+    return x.new_empty((1, rows, x.shape[2])), x.new_empty(x.shape[1], dtype=torch.int64)
+
+
+@torch.library.impl("gdn::halo_backward", "CompositeExplicitAutograd")
+def _halo_backward(grad: Tensor, width: int, *arguments: Any) -> Tensor:
+    at = Placement.of(arguments)
+    own = at.split
+    halos = grad.new_zeros((len(own.parts), width, grad.shape[2]))
     for slot, part in enumerate(own.parts):
         if part.before:
-            begin = own.bounds[-1] + slot * width
-            halos[part.segments[0]] = torch.arange(begin, begin + width, device=x.device)
-    found = [torch.empty(0, dtype=torch.int64, device=x.device)]
-    for halo, segment in zip(halos, own.segments, strict=True):
-        found += [halo, torch.arange(segment.start, segment.end, device=x.device)]
-    return torch.cat(found)
+            row = _first_row(own, part, width)
+            halos[slot] = grad[0, row : row + width]
+    found = grad.index_select(1, _places(at, width, grad.device))
+    gathered = at.all_gather(halos)
+    for part, (_, end) in zip(own.parts, own.ranges, strict=True):
+        for number in reversed(part.after):  # the next one first; sums in a fixed order
+            rank, slot = at.place(number)
+            rows = _neighbours(at._replace(rank=rank).split, width)[slot]
+            read = [(row, place) for row, n, place in rows if n == part.number]
+            for row, place in read:
+                found[0, end - width + place] += gathered[rank, slot, row]
+            if not read:
+                break
+    return found
 
 
-def _places(own: Split, width: int, x: Tensor) -> Tensor:
-    found = [torch.empty(0, dtype=torch.int64, device=x.device)]
-    for number, segment in enumerate(own.segments):
-        shift = (number + 1) * width
-        found.append(torch.arange(segment.start + shift, segment.end + shift, device=x.device))
-    return torch.cat(found)
+@torch.library.register_fake("gdn::halo_backward")
+def _halo_backward_fake(grad: Tensor, width: int, *arguments: Any) -> Tensor:
+    own = Placement.of(arguments).split
+    return grad.new_empty((1, own.bounds[-1], grad.shape[2]))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    _, *ctx.options = inputs
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
+    found = torch.ops.gdn.halo_backward(grad, *ctx.options)
+    return found, *[None] * len(ctx.options)
+
+
+torch.library.register_autograd("gdn::halo", _differentiate, setup_context=_keep)
+torch.library.register_autograd("gdn::halo_backward", refuse_double_backward)
+
+
+@functools.lru_cache(maxsize=64)
+def _places(at: Placement, width: int, device: torch.device) -> Tensor:
+    """The row of padded of each token, made once, since the layers of a model share it."""
+    bounds = torch.tensor(at.split.bounds, device=device)
+    tokens = torch.arange(at.lengths[at.rank], device=device)
+    return tokens + width * torch.searchsorted(bounds, tokens, right=True)
+
+
+def _first_row(own: Split, part: Part, width: int) -> int:
+    """The first row of padded of a part's first segment, which is the halo's."""
+    number = part.segments[0]
+    return own.segments[number].start + number * width
 
 
 def _neighbours(own: Split, width: int) -> list[list[tuple[int, int, int]]]:
@@ -81,39 +144,3 @@ def _neighbours(own: Split, width: int) -> list[list[tuple[int, int, int]]]:
                 rows.append((width - 1 - len(rows), number, width - 1 - back))
         found.append(rows)
     return found
-
-
-class _Halos(torch.autograd.Function):
-    """The halos of the rank's parts [parts, width, D], zero where a sequence begins."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, width: int, cp: ContextParallel, own: Split) -> Tensor:
-        ctx.options = x.shape, width, cp, own
-        tails = x.new_zeros((len(own.parts), width, x.shape[2]))
-        if not (width and own.crossing):
-            return tails
-        for slot, (start, end) in enumerate(own.ranges):
-            count = min(width, end - start)
-            tails[slot, width - count :] = x[0, end - count : end]
-        gathered = all_gather(tails, cp.group)
-        halos = torch.zeros_like(tails)
-        for slot, rows in enumerate(_neighbours(own, width)):
-            for row, number, place in rows:
-                halos[slot, row] = gathered[(*cp.place(number), place)]
-        return halos
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        shape, width, cp, own = ctx.options
-        found = grad.new_zeros(shape)
-        if width and own.crossing:
-            gathered = all_gather(grad, cp.group)
-            ends = {part.number: end for part, (_, end) in zip(own.parts, own.ranges, strict=True)}
-            for rank in range(cp.ranks):  # in a fixed order, so that sums are the same every time
-                other = split(rank, cp.lengths, cp.bounds, cp.layout)
-                for slot, rows in enumerate(_neighbours(other, width)):
-                    for row, number, place in rows:
-                        if number in ends:
-                            token = ends[number] - width + place
-                            found[0, token] += gathered[rank, slot, row]
-        return found, None, None, None

@@ -1,0 +1,213 @@
+"""Forward and backward of the op on one rank's tokens, with states exchanged between ranks.
+
+Forward: each part says what leaves at its right edge. It is (N | 0), the state from its own initial
+    state, if the last sequence begins in the part, and (N | M) if the part lies inside the
+    sequence. One all-gather; S <- M S + N over the parts from the begin of the sequence on, in
+    order; then the op, from that S.
+Backward: the same from the right. A part whose first sequence began earlier says (M^T, N'), where
+    M is forward's. One all-gather of N'; dS <- M^T dS + N' from the part where the sequence ends,
+    in reverse order; then the op's backward, with that dS at its right edge.
+States are merged in float64, which no setting of matrix products changes, and rounded once.
+
+`request` is a pinned one (`gdn.registry.pin`); `call.initial_state` is that of all sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gdn.backend import Gradients
+from gdn.context_parallel import Placement, as_tensor
+from gdn.problem import Call
+from gdn.token_split import Part
+
+from .summary import final_state, initial_gradient, summary
+
+CPU = torch.device("cpu")
+
+
+def forward(
+    call: Call, at: Placement, request: str, save: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """o of this rank's tokens; the final states of all sequences, empty unless
+    call.output_final_state; and what `backward` needs, as `saved_like` has it."""
+    (HV, V), K, split = call.v.shape[2:], call.q.shape[3], at.split
+    initial = None if call.initial_state is None else _k_first(call, call.initial_state)
+    states = call.q.new_zeros((len(split.segments), HV, K, V), dtype=call.state_dtype)
+    if initial is not None:
+        _copy_rows(initial, {n: row for row, n in split.first.items()}, states)
+    edges = states.new_zeros((len(split.parts), HV, K, V + K))
+    for slot, part in enumerate(split.parts):
+        if part.after:
+            edges[slot] = _right_edge(call, at, part, request, initial)
+    gathered = at.all_gather(edges)
+    transfers = []
+    for part in split.parts:
+        found = [gathered[at.place(n)] for n in part.before]
+        if found:
+            N, M = [x[..., :V] for x in found], [x[..., V:] for x in found[1:]]
+            states[part.segments[0]] = _fold(N, M)
+        inside = [gathered[at.place(n)][..., V:] for n in part.after[1:]]
+        transfers.append(torch.stack(inside) if inside else states.new_empty((0, HV, K, K)))
+    local = cut(call, at, states)
+    o, finals, saved = torch.ops.gdn.forward(*local, request, save)
+    return o, _final_state(call, at, finals, initial), [states, *transfers, *saved] if save else []
+
+
+def backward(
+    call: Call,
+    at: Placement,
+    request: str,
+    saved: list[Tensor],
+    grad_o: Tensor,
+    grad_final_state: Tensor | None,
+) -> Gradients:
+    """The gradients of this rank's tokens, of the rows of initial_state that it owns, and its share
+    of those of A_log and dt_bias."""
+    parts = len(at.split.parts)
+    states, transfers, saved = saved[0], saved[1 : 1 + parts], saved[1 + parts :]
+    final: Tensor | None = None
+    if call.output_final_state:
+        if grad_final_state is None:
+            grad_final_state = call.q.new_zeros(global_shape(call, at), dtype=call.state_dtype)
+        final = at.all_reduce(_k_first(call, grad_final_state))
+    dS = _left_edges(call, at, request, grad_o, final, transfers)
+    local = cut(call, at, states)
+    found = Gradients(*torch.ops.gdn.backward(*local, request, saved, grad_o, dS))
+    initial = None
+    if call.initial_state is not None:
+        initial = _initial_gradient(call, at, found.initial_state, final)
+    return found._replace(initial_state=initial)
+
+
+def saved_like(call: Call, at: Placement, saved: list[Tensor]) -> list[Tensor]:
+    """Empty tensors with the shapes and dtypes of what `forward` saves, from those of the op: the
+    state before each segment [segments, HV, K, V]; for each part M of the parts in `Part.after` but
+    the first [parts, HV, K, K]; what the op saves."""
+    (HV, V), K = call.v.shape[2:], call.q.shape[3]
+    shapes = [(len(at.split.segments), HV, K, V)]
+    shapes += [(max(0, len(part.after) - 1), HV, K, K) for part in at.split.parts]
+    return [call.q.new_empty(shape, dtype=call.state_dtype) for shape in shapes] + saved
+
+
+def global_shape(call: Call, at: Placement) -> tuple[int, ...]:
+    """The shape of the states of all sequences."""
+    return (at.split.sequences, *call.state_shape[1:])
+
+
+def cut(call: Call, at: Placement, states: Tensor | None) -> Call:
+    """The call of the rank's own segments, from the states before them. They may be None where
+    every one is zero."""
+    split = at.split
+    bounds = None if len(split.segments) == 1 else tuple(split.bounds)
+    if call.initial_state is None and not any(part.before for part in split.parts):
+        states = None
+    return call._replace(
+        initial_state=states,
+        cu_seqlens=None if bounds is None else as_tensor(bounds, call.q.device),
+        cu_seqlens_cpu=None if bounds is None else as_tensor(bounds, CPU),
+        output_final_state=True,
+        state_v_first=False,
+    )
+
+
+def _segment(call: Call, at: Placement, number: int) -> Call:
+    """The call of one segment, without states."""
+    _, start, end, _, _ = at.split.segments[number]
+    q, k, v, g, beta = (x[:, start:end] for x in call[:5])
+    return call._replace(
+        q=q, k=k, v=v, g=g, beta=beta, initial_state=None, cu_seqlens=None, state_v_first=False
+    )
+
+
+def _k_first(call: Call, state: Tensor) -> Tensor:
+    """A state [N, HV, K, V] in the compute dtype from the caller's layout, or the reverse."""
+    return (state.mT if call.state_v_first else state).to(call.state_dtype)
+
+
+def _copy_rows(source: Tensor, rows: dict[int, int], into: Tensor) -> None:
+    """into[row] = source[from] for the pairs (from, row)."""
+    if rows:
+        picked = source[as_tensor(tuple(rows), source.device)]
+        into[as_tensor(tuple(rows.values()), into.device)] = picked.to(into.dtype)
+
+
+def _fold(terms: list[Tensor], transfers: list[Tensor]) -> Tensor:
+    """terms[0], then S <- M S + N over the others."""
+    S = terms[0].double()
+    for N, M in zip(terms[1:], transfers, strict=True):
+        S = torch.baddbmm(N.double(), M.double(), S)
+    return S.to(terms[0].dtype)
+
+
+def _right_edge(
+    call: Call, at: Placement, part: Part, request: str, initial: Tensor | None
+) -> Tensor:
+    """(N | M) of the last segment of a part whose sequence goes on, [HV, K, V + K]."""
+    number = part.segments[-1]
+    segment = at.split.segments[number]
+    one = _segment(call, at, number)
+    if not segment.begins:
+        return summary(one, request)[0]
+    if initial is not None:
+        one = one._replace(initial_state=initial[segment.sequence][None])
+    N = final_state(one, request)[0]
+    return torch.cat([N, N.new_zeros((*N.shape[:2], N.shape[1]))], -1)
+
+
+def _final_state(call: Call, at: Placement, finals: Tensor, initial: Tensor | None) -> Tensor:
+    """The final states of all sequences, the same on every rank, in the caller's layout. Empty
+    unless call.output_final_state."""
+    if not call.output_final_state:
+        return call.q.new_empty(0)
+    split = at.split
+    found = finals.new_zeros((split.sequences, *finals.shape[1:]))
+    _copy_rows(finals, split.last, found)
+    if initial is not None:
+        _copy_rows(initial, {n: n for n in split.empty}, found)
+    found = at.all_reduce(found)
+    return found.mT.contiguous() if call.state_v_first else found
+
+
+def _left_edges(
+    call: Call,
+    at: Placement,
+    request: str,
+    grad_o: Tensor,
+    final: Tensor | None,
+    transfers: list[Tensor],
+) -> Tensor:
+    """The gradient of the state after every segment of the rank, from those of o and of the final
+    states of all sequences."""
+    (HV, V), K, split = call.v.shape[2:], call.q.shape[3], at.split
+    dS = call.q.new_zeros((len(split.segments), HV, K, V), dtype=call.state_dtype)
+    if final is not None:
+        _copy_rows(final, {n: row for row, n in split.last.items()}, dS)
+    edges = dS.new_zeros((len(split.parts), HV, K, V))
+    for slot, part in enumerate(split.parts):
+        if part.before:
+            number = part.segments[0]
+            _, start, end, _, ends = split.segments[number]
+            last = dS[number][None] if ends else None
+            one = _segment(call, at, number)
+            edges[slot] = initial_gradient(one, request, grad_o[:, start:end], last)[0]
+    gathered = at.all_gather(edges)
+    for part, inside in zip(split.parts, transfers, strict=True):
+        if part.after:
+            found = [gathered[at.place(n)] for n in part.after]
+            dS[part.segments[-1]] = _fold(found, list(inside.mT))
+    return dS
+
+
+def _initial_gradient(call: Call, at: Placement, dS: Tensor | None, final: Tensor | None) -> Tensor:
+    """The gradient of initial_state: rows of the sequences that begin on this rank, zeros
+    elsewhere."""
+    assert call.initial_state is not None
+    assert dS is not None
+    found = dS.new_zeros((at.split.sequences, *dS.shape[1:]))
+    _copy_rows(dS, at.split.first, found)
+    if final is not None:
+        _copy_rows(final, {n: n for n in at.split.empty}, found)
+    found = found.mT if call.state_v_first else found
+    return found.to(call.initial_state.dtype).contiguous()
