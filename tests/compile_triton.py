@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from gdn.backends.triton.channel_gradients import channel_gradients_kernel, matrix_gradients_kernel
+from gdn.backends.triton.channel_prepare import decay_rows_kernel, prepare_channels_kernel
 from gdn.backends.triton.combine_pieces import combine_pieces_kernel
 from gdn.backends.triton.decode import decode_kernel
 from gdn.backends.triton.key_gradients import key_gradients_kernel
@@ -31,6 +33,7 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448}
 FLOAT32 = {"transfers", "from_zero", "initial_state", "final_state", "state_in", "state_out"}
 FLOAT32 |= {"piece_states", "grad_final", "grad_initial", "factors", "g", "beta", "A_log"}
 FLOAT32 |= {"dt_bias", "row_scales", "dG_from_o", "dg", "dbeta", "dA_log", "ddt_bias", "state"}
+FLOAT32 |= {"channel_decays", "products", "sums"}
 INT32 = {"N", "T", "chunks_per_sequence", "pieces_per_sequence", "piece_chunks"}
 INT32 |= {"null_index", "slots", "slot_stride"}
 
@@ -48,6 +51,7 @@ DECODE: dict[str, Any] = {"V_FIRST": False, "SPECULATIVE": False}
 DECODE |= {"INDEX_COLUMNS": 1, "G_STRIDES": (32, 32, 1), "BETA_STRIDES": (32, 32, 1), "T": 1}
 DECODE |= {"Q_STRIDES": (8192, 8192, 128), "K_STRIDES": (8192, 8192, 128)}
 DECODE |= {"V_STRIDES": (8192, 8192, 128), "accepted": None, "cu_seqlens": None}
+CHANNELS = {"CHANNELS": True}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (prepare_kernel, {}),
     (scan_kernel, SCAN),
@@ -58,6 +62,14 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (key_gradients_kernel, {}),
     (decode_kernel, DECODE),
     (decode_kernel, DECODE | {"V_FIRST": True}),
+    (prepare_channels_kernel, CHANNELS | {"BD": 32}),
+    (decay_rows_kernel, CHANNELS),
+    (scan_kernel, SCAN | CHANNELS),
+    (scan_kernel, SCAN_FOR_STATES | CHANNELS),
+    (reverse_scan_kernel, REVERSE_SCAN | CHANNELS),
+    (matrix_gradients_kernel, CHANNELS),
+    (channel_gradients_kernel, CHANNELS),
+    (decode_kernel, DECODE | CHANNELS | {"G_STRIDES": (4096, 4096, 128)}),
 ]
 
 
@@ -75,7 +87,9 @@ def type_of(name: str, dtype: str) -> str:
 def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
     """One line of the output."""
     name, itemsize = kernel.fn.__name__, {"bf16": 2, "fp32": 4}[dtype]
-    configuration = choose_configuration(name, COMMON["BK"], itemsize, 32, SHARED_MEMORY[sm])
+    configuration = choose_configuration(
+        name, COMMON["BK"], itemsize, 32, SHARED_MEMORY[sm], "CHANNELS" in flags
+    )
     taken = {n: x for n, x in (COMMON | flags).items() if n in kernel.arg_names}
     stage = Stage(kernel, 1, configuration, **taken)
     constants = stage.kernel_constants

@@ -19,7 +19,11 @@ IN_THE_INTERPRETER = [
     ("cosine-1-beta-1", BFLOAT16),  # the last one that float16 merges of the inverse suffice for
     ("cosine-1-beta-2", BFLOAT16),
     ("cosine-0.95-beta-1.5", FLOAT16),
+    ("channels-cosine-1-beta-2", BFLOAT16),
 ]
+KEYS = CLOSE_KEYS + tuple(
+    replace(case, name=f"channels-{case.name}", per_channel=True) for case in CLOSE_KEYS
+)
 
 
 class Rounded(TorchBackend):
@@ -45,7 +49,7 @@ def results(clean_registry: None) -> Callable[..., dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("name", ["tilelang", "triton"])
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32], ids=str)
-@pytest.mark.parametrize("case", CLOSE_KEYS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", KEYS, ids=lambda case: case.name)
 def test_kernels_lose_at_most_twice_what_rounding_costs(
     results: Callable[..., dict[str, torch.Tensor]],
     name: str,

@@ -23,6 +23,11 @@ from gdn.testing import (
 
 RAW_ROWS = Case("raw-rows", T=100, H=1, HV=2, K=128, gates="weak", l2norm=True)
 LARGE_STATES = Case("large-states", T=100, H=1, HV=2, gates="weak")
+CASES = [
+    replace(case, T=T, per_channel=channels)
+    for case in (RAW_ROWS, LARGE_STATES)
+    for T, channels in ((100, False), (66, True))
+]
 TIMES: dict[str, dict[str, float]] = {
     "raw-rows": {"q": 10, "k": 1000, "v": 100},
     "large-states": {"initial_state": 5e4},
@@ -43,7 +48,9 @@ TILELANG = pytest.param(
 
 @pytest.mark.usefixtures("clean_registry")
 @pytest.mark.parametrize("name", [TILELANG, "triton", "rounded"])
-@pytest.mark.parametrize("case", [RAW_ROWS, LARGE_STATES], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: "channels-" * case.per_channel + case.name
+)
 def test_intermediates_stay_in_range(name: str, case: Case, device: str) -> None:
     """S k of raw keys with norms of 2000 and values of 100 (the norm is fused), and elements of S
     up to 2e5, exceed float16. o and the gradients of q, k and v do not."""

@@ -64,32 +64,6 @@ from .tiles import (
 
 
 @triton.jit
-def compute_R(
-    v, matrices, U, R, row_scales, dv, strength, first_token, tokens, chunk_head, head,
-    HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Overwrite dU^T with R^T = dU^T A and store dV. Return rowsum(R * V) and rowsum(R * U)."""
-    A = load_matrix(matrices, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
-    R_dot_V, R_dot_U = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    for first_v in range(0, V, BV):
-        dU_T = load_matrix(R, chunk_head, first_v, V, BV, C)  # [BV, C]
-        if A.dtype == tl.float16:
-            R_T = dot_split(dU_T, A.to(tl.float32))
-        else:
-            R_T = dot(dU_T, A)
-        store_matrix(R, R_T, chunk_head, first_v, V, BV, C)
-        U_T = load_matrix(U, chunk_head, first_v, V, BV, C).to(tl.float32)
-        R_dot_U += tl.sum(R_T * U_T, axis=0)
-        R_T /= load_row_scales(row_scales, chunk_head, first_v, V, BV, v.dtype.element_ty)[:, None]
-        values = load_rows(v, first_token, tokens, head, HV, V, first_v, C, BV)
-        R_dot_V += tl.sum(R_T * tl.trans(values).to(tl.float32), axis=0)
-        dv_T = strength[None, :] * R_T
-        store_rows_transposed(dv, dv_T, first_token, tokens, head, HV, V, first_v, C, BV)
-    tl.debug_barrier()  # other threads load R^T
-    return R_dot_V, R_dot_U
-
-
-@triton.jit
 def sum_from_tokens(x, C: tl.constexpr, dtype: tl.constexpr):
     """The sum of the rows of x [C, BD] from each token on, as a product: the compiler gives scans
     other layouts, and computes what depends on them once for each."""
@@ -98,9 +72,65 @@ def sum_from_tokens(x, C: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def matrix_gradients_kernel(
+    v, factors, matrices, U, R, row_scales, grad_o, dv, grad_matrices, products, cu_seqlens,
+    scale, N, T, chunks_per_sequence,
+    HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """The first lines of the equations: R^T in place of dU^T, dv, `grad_matrices` and `products`.
+    A program takes a chunk and value head."""
+    chunk_head = tl.program_id(0).to(tl.int64)
+    slot, head = chunk_head // HV, chunk_head % HV
+    first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
+    if tokens <= 0:
+        return
+    dtype: tl.constexpr = v.dtype.element_ty
+    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    strength = load_factor(factors, chunk_head, BETA, C)  # beta, [C]
+    A = load_matrix(matrices, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
+    R_dot_V, R_dot_U = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    for first_v in range(0, V, BV):
+        dU_T = load_matrix(R, chunk_head, first_v, V, BV, C)  # [BV, C]
+        if dtype == tl.float16:
+            R_T = dot_split(dU_T, A.to(tl.float32))
+        else:
+            R_T = dot(dU_T, A)
+        store_matrix(R, R_T, chunk_head, first_v, V, BV, C)
+        U_T = load_matrix(U, chunk_head, first_v, V, BV, C).to(tl.float32)
+        R_dot_U += tl.sum(R_T * U_T, axis=0)
+        R_T /= load_row_scales(row_scales, chunk_head, first_v, V, BV, dtype)[:, None]
+        values = load_rows(v, first_token, tokens, head, HV, V, first_v, C, BV)
+        R_dot_V += tl.sum(R_T * tl.trans(values).to(tl.float32), axis=0)
+        dv_T = strength[None, :] * R_T
+        store_rows_transposed(dv, dv_T, first_token, tokens, head, HV, V, first_v, C, BV)
+    tl.debug_barrier()  # other threads load R^T
+
+    R_U_T, U_R_T = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    dO_U_T, U_dO_T = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for first_v in range(0, V, BV):
+        R_T = load_matrix(R, chunk_head, first_v, V, BV, C).to(dtype)  # [BV, C]
+        U_T = load_matrix(U, chunk_head, first_v, V, BV, C)  # [BV, C]
+        dO = load_rows(grad_o, first_token, tokens, head, HV, V, first_v, C, BV)  # [C, BV]
+        dO = multiply_by_scales(dO, row_scales, chunk_head, first_v, V, BV)
+        R_U_T += dot(tl.trans(R_T), U_T)
+        U_R_T += dot(tl.trans(U_T), R_T)
+        dO_U_T += dot(dO, U_T)
+        U_dO_T += dot(tl.trans(U_T), tl.trans(dO))
+    dP_diagonal = scale * tl.sum(tl.where(row == column, dO_U_T, 0.0), axis=1)  # [C]
+    dP = scale * tl.where(row > column, dO_U_T, U_dO_T)
+    F = -tl.where(row > column, R_U_T, strength[None, :] * U_R_T)
+    store_matrix(grad_matrices, dP, chunk_head * 2, 0, C, C, C)
+    store_matrix(grad_matrices, F, chunk_head * 2 + 1, 0, C, C, C)
+    at = products + chunk_head * (3 * C) + tl.arange(0, C)
+    tl.store(at, R_dot_V)
+    tl.store(at + C, R_dot_U)
+    tl.store(at + 2 * C, dP_diagonal)
+
+
+@triton.jit
 def channel_gradients_kernel(
-    q, k, v, g, factors, matrices, states, grad_states, U, R, row_scales, grad_o, A_log, dt_bias,
-    sums, dq, dk, dv, dg, dbeta, dA_log, ddt_bias, cu_seqlens,
+    q, k, g, factors, states, grad_states, U, R, row_scales, grad_o, grad_matrices, products,
+    A_log, dt_bias, sums, dq, dk, dg, dbeta, dA_log, ddt_bias, cu_seqlens,
     scale, N, T, chunks_per_sequence,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
@@ -119,7 +149,7 @@ def channel_gradients_kernel(
         return
     dtype: tl.constexpr = q.dtype.element_ty
     BK: tl.constexpr = (K + BD - 1) // BD * BD
-    r, row, column = tl.arange(0, C), tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     rq = load_factor(factors, slot * HV + qk_head * (HV // H), RQ, C)
     rk = load_factor(factors, slot * HV + qk_head * (HV // H), RK, C)
     Q_dot_dQ, K_dot_dK = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
@@ -128,27 +158,11 @@ def channel_gradients_kernel(
         chunk_head = slot * HV + head
         strength = load_factor(factors, chunk_head, BETA, C)  # beta, [C]
 
-        # === products over V that need no state ===
-        R_dot_V, R_dot_U = compute_R(
-            v, matrices, U, R, row_scales, dv, strength, first_token, tokens, chunk_head, head,
-            HV, V, BV, C,
-        )  # fmt: skip
-        R_U_T, U_R_T = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-        dO_U_T, U_dO_T = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-        for first_v in range(0, V, BV):
-            R_T = load_matrix(R, chunk_head, first_v, V, BV, C).to(dtype)  # [BV, C]
-            U_T = load_matrix(U, chunk_head, first_v, V, BV, C)  # [BV, C]
-            dO = load_rows(grad_o, first_token, tokens, head, HV, V, first_v, C, BV)  # [C, BV]
-            dO = multiply_by_scales(dO, row_scales, chunk_head, first_v, V, BV)
-            R_U_T += dot(tl.trans(R_T), U_T)
-            U_R_T += dot(tl.trans(U_T), R_T)
-            dO_U_T += dot(dO, U_T)
-            U_dO_T += dot(tl.trans(U_T), tl.trans(dO))
-        dP_diagonal = scale * tl.sum(tl.where(row == column, dO_U_T, 0.0), axis=1)  # [C]
-        # below the diagonal dP and F, above it dP^T and (beta F)^T
-        dP = round_decayed(scale * tl.where(row > column, dO_U_T, U_dO_T), dtype)
-        F = round_decayed(-tl.where(row > column, R_U_T, strength[None, :] * U_R_T), dtype)
-
+        of_head = products + chunk_head * (3 * C) + tl.arange(0, C)
+        R_dot_V, R_dot_U = tl.load(of_head), tl.load(of_head + C)
+        dP_diagonal = tl.load(of_head + 2 * C)
+        dP = load_matrix(grad_matrices, chunk_head * 2, 0, C, C, C)  # above the diagonal dP^T
+        F = load_matrix(grad_matrices, chunk_head * 2 + 1, 0, C, C, C)  # there (beta F)^T
         K_bracket, K_bracket_size = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
         dA_log_term = 0.0
         for first_channel in range(0, K, BD):

@@ -77,7 +77,8 @@ def choose_configuration(
     if name == "combine_pieces_kernel":
         return Configuration(16, 4, 2 if shared_memory > 150_000 else 1)
     if name.endswith("gradients_kernel"):
-        return Configuration(64 if wide or shared_memory < 230_000 else 128, 8, 1)
+        narrow = wide or channels or shared_memory < 230_000
+        return Configuration(64 if narrow else 128, 8, 1)
     if wide:
         return Configuration(32, 8, 1)
     if shared_memory < 230_000:

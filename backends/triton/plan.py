@@ -13,7 +13,7 @@ from gdn.problem import CALL_TENSORS, CHUNK, Call
 
 from ..common.allocation import allocator
 from ..common.chunking import piece_slots
-from .channel_gradients import channel_gradients_kernel
+from .channel_gradients import channel_gradients_kernel, matrix_gradients_kernel
 from .channel_prepare import decay_rows_kernel, prepare_channels_kernel
 from .chunk_buffers import NUM_DECAYED_ROWS, NUM_FACTORS, NUM_MATRICES
 from .combine_pieces import combine_pieces_kernel
@@ -285,7 +285,16 @@ class PrefillPlan(Plan):
         H, HV, sums = self.constants["H"], self.constants["HV"], None
         if HV > H or call.use_qk_l2norm_in_kernel:
             sums = factors.new_empty((self.slots, H, 2, CHUNK, self.constants["BK"]))
-        inputs = (call.q, call.k, call.v, call.g, factors, matrices, *given)
+        (states, grad_states, *rest), (dq, dk, dv, *gradients) = given, out
+        dtype = torch.bfloat16 if call.q.dtype == torch.bfloat16 else torch.float32
+        grad_matrices = factors.new_empty((self.slots, HV, 2, CHUNK, CHUNK), dtype=dtype)
+        products = factors.new_empty((self.slots, HV, 3, CHUNK))
+        self.bind(matrix_gradients_kernel, self.slots * HV, self.chunk_sizes)(
+            (call.v, factors, matrices, *rest, dv, grad_matrices, products, call.cu_seqlens),
+            call.scale,
+        )
+        inputs = (call.q, call.k, call.g, factors, states, grad_states, *rest)
+        inputs = (*inputs, grad_matrices, products, call.A_log, call.dt_bias, sums)
         self.bind(channel_gradients_kernel, self.slots * H, self.chunk_sizes)(
-            (*inputs, call.A_log, call.dt_bias, sums, *out), call.scale
+            (*inputs, dq, dk, *gradients), call.scale
         )
