@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from gdn.backends.triton.channel_gradients import channel_gradients_kernel, matrix_gradients_kernel
+from gdn.backends.triton.channel_gradients import channel_gradients_kernel
 from gdn.backends.triton.channel_prepare import decay_rows_kernel, prepare_channels_kernel
 from gdn.backends.triton.combine_pieces import combine_pieces_kernel
 from gdn.backends.triton.decode import decode_kernel
 from gdn.backends.triton.key_gradients import key_gradients_kernel
 from gdn.backends.triton.launch import Stage, choose_configuration
+from gdn.backends.triton.matrix_gradients import matrix_gradients_kernel
 from gdn.backends.triton.prepare import prepare_kernel
 from gdn.backends.triton.query_gradients import query_gradients_kernel
 from gdn.backends.triton.reverse_scan import reverse_scan_kernel

@@ -48,9 +48,7 @@ TILELANG = pytest.param(
 
 @pytest.mark.usefixtures("clean_registry")
 @pytest.mark.parametrize("name", [TILELANG, "triton", "rounded"])
-@pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: "channels-" * case.per_channel + case.name
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "channels-" * case.per_channel + case.name)
 def test_intermediates_stay_in_range(name: str, case: Case, device: str) -> None:
     """S k of raw keys with norms of 2000 and values of 100 (the norm is fused), and elements of S
     up to 2e5, exceed float16. o and the gradients of q, k and v do not."""

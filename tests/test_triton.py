@@ -199,9 +199,13 @@ def test_compiles_for(sm: int) -> None:
         assert int(shared) <= shared_memory, name
         assert 0 < int(registers) <= 255, name
         if dtype == "bf16":
-            assert int(stack) <= MAX_STACK[sm], f"{name} uses {stack} bytes of stack a thread"
+            most = MAX_CHANNEL_STACK if name == "channel_gradients_kernel" else MAX_STACK
+            assert int(stack) <= most[sm], f"{name} uses {stack} bytes of stack a thread"
 
 
 MAX_STACK = {80: 2048, 90: 512}
 """Bytes of stack a thread with bfloat16 and K = V = 128. A scan has a second copy of its step for
 the last, partial chunk. That copy spills; the loop over full chunks only reloads a few values."""
+MAX_CHANNEL_STACK = {80: 2560, 90: 1536}
+"""The same, of the last stage of backward with a decay per channel. Most of its spills are outside
+its loop over levels, of whose instructions one in thirteen reloads a value."""

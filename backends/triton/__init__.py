@@ -68,7 +68,7 @@ class TritonBackend(Backend):
         return "interpreter" if INTERPRETED else "Triton"
 
     def saved_like(self, call: Call) -> list[Tensor]:
-        from .plan import saved_shapes
+        from .buffer_shapes import saved_shapes
 
         return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(call)]
 

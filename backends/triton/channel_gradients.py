@@ -1,10 +1,9 @@
-"""Backward, last stage with a decay per channel: the gradients of q, k, v, g and beta.
+"""Backward, last stage with a decay per channel: the gradients of q, k, g and beta.
 
-With S the state before the chunk, dS the gradient of the state after it, dU from `reverse_scan.py`,
-a = e^G, z = e^{gamma - G}, * elementwise, and pairs i > j with decays D_ij (`channel_decay.py`),
-for each value head
+With S the state before the chunk, dS the gradient of the state after it, R, dP and F from
+`matrix_gradients.py`, a = e^G, z = e^{gamma - G}, * elementwise, and pairs i > j with decays D_ij
+(`channel_decay.py`), for each value head
 
-    R = A^T dU,   dV = beta * R,   dP = scale tril(dO U^T),   F = -tril(R U^T, -1)
     dQ_i = scale a_i * (dO S^T)_i + sum_j dP_ij D_ij * K_j
     dK_i = beta_i (-a_i * (R S^T)_i + sum_j F_ij D_ij * K_j)
            + z_i * (U dS^T)_i + sum_j D_ji * (dP_ji Q_j + beta_j F_ji K_j)
@@ -18,9 +17,9 @@ contains no g at all, pairs i = j and z of the last token, stays out: it may be 
 what remains. Then follow the gradients through the L2 norm, the sigmoid and the gate.
 
 A program takes a chunk and q/k head, value heads in turn, and BD channels at a time. It sums dQ and
-dK over the value heads in float32 and in order, so that two runs are bit-equal. Reads q, k, v, g,
-`factors`, A, dO, U^T, dU^T, the states and their gradients. Overwrites dU^T with R^T. Writes dq,
-dk, dv, dg, dbeta, and the chunk's terms of dA_log and ddt_bias.
+dK over the value heads in float32 and in order, so that two runs are bit-equal. Reads q, k, g,
+`factors`, dO, U^T, R^T, the states, their gradients and what `matrix_gradients.py` leaves. Writes
+dq, dk, dg, dbeta, and the chunk's terms of dA_log and ddt_bias.
 """
 
 from __future__ import annotations
@@ -40,15 +39,11 @@ from .channel_decay import (
 )
 from .chunk_buffers import (
     BETA,
-    INVERSE,
-    NUM_MATRICES,
     RK,
     RQ,
     load_factor,
     load_matrix,
-    load_row_scales,
     multiply_by_scales,
-    store_matrix,
 )
 from .indexing import locate_chunk
 from .key_gradients import MIN_DIVISOR
@@ -58,7 +53,6 @@ from .tiles import (
     load_rows,
     load_state_columns,
     store_rows,
-    store_rows_transposed,
     store_scalars,
 )
 
@@ -72,59 +66,23 @@ def sum_from_tokens(x, C: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def matrix_gradients_kernel(
-    v, factors, matrices, U, R, row_scales, grad_o, dv, grad_matrices, products, cu_seqlens,
-    scale, N, T, chunks_per_sequence,
-    HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
-):  # fmt: skip
-    """The first lines of the equations: R^T in place of dU^T, dv, `grad_matrices` and `products`.
-    A program takes a chunk and value head."""
-    chunk_head = tl.program_id(0).to(tl.int64)
-    slot, head = chunk_head // HV, chunk_head % HV
-    first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
-    if tokens <= 0:
-        return
-    dtype: tl.constexpr = v.dtype.element_ty
-    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    strength = load_factor(factors, chunk_head, BETA, C)  # beta, [C]
-    A = load_matrix(matrices, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
-    R_dot_V, R_dot_U = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    for first_v in range(0, V, BV):
-        dU_T = load_matrix(R, chunk_head, first_v, V, BV, C)  # [BV, C]
-        if dtype == tl.float16:
-            R_T = dot_split(dU_T, A.to(tl.float32))
-        else:
-            R_T = dot(dU_T, A)
-        store_matrix(R, R_T, chunk_head, first_v, V, BV, C)
-        U_T = load_matrix(U, chunk_head, first_v, V, BV, C).to(tl.float32)
-        R_dot_U += tl.sum(R_T * U_T, axis=0)
-        R_T /= load_row_scales(row_scales, chunk_head, first_v, V, BV, dtype)[:, None]
-        values = load_rows(v, first_token, tokens, head, HV, V, first_v, C, BV)
-        R_dot_V += tl.sum(R_T * tl.trans(values).to(tl.float32), axis=0)
-        dv_T = strength[None, :] * R_T
-        store_rows_transposed(dv, dv_T, first_token, tokens, head, HV, V, first_v, C, BV)
-    tl.debug_barrier()  # other threads load R^T
+def sum_entries(sums, index, first_channel, C: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):
+    """Pointers to BD channels of a tile [C, BK] of `sums`."""
+    r, c = tl.arange(0, C)[:, None], first_channel + tl.arange(0, BD)[None, :]
+    return sums + index * (C * BK) + (r * BK + c)
 
-    R_U_T, U_R_T = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    dO_U_T, U_dO_T = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for first_v in range(0, V, BV):
-        R_T = load_matrix(R, chunk_head, first_v, V, BV, C).to(dtype)  # [BV, C]
-        U_T = load_matrix(U, chunk_head, first_v, V, BV, C)  # [BV, C]
-        dO = load_rows(grad_o, first_token, tokens, head, HV, V, first_v, C, BV)  # [C, BV]
-        dO = multiply_by_scales(dO, row_scales, chunk_head, first_v, V, BV)
-        R_U_T += dot(tl.trans(R_T), U_T)
-        U_R_T += dot(tl.trans(U_T), R_T)
-        dO_U_T += dot(dO, U_T)
-        U_dO_T += dot(tl.trans(U_T), tl.trans(dO))
-    dP_diagonal = scale * tl.sum(tl.where(row == column, dO_U_T, 0.0), axis=1)  # [C]
-    dP = scale * tl.where(row > column, dO_U_T, U_dO_T)
-    F = -tl.where(row > column, R_U_T, strength[None, :] * U_R_T)
-    store_matrix(grad_matrices, dP, chunk_head * 2, 0, C, C, C)
-    store_matrix(grad_matrices, F, chunk_head * 2 + 1, 0, C, C, C)
-    at = products + chunk_head * (3 * C) + tl.arange(0, C)
-    tl.store(at, R_dot_V)
-    tl.store(at + C, R_dot_U)
-    tl.store(at + 2 * C, dP_diagonal)
+
+@triton.jit
+def add_to_sums(
+    sums, dx, x, index, first_channel, group,
+    C: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Add dx [C, BD] of a value head to those of the heads before. Return rowsum(x * the sum)."""
+    entries = sum_entries(sums, index, first_channel, C, BK, BD)
+    if group > 0:
+        dx += tl.load(entries)
+    tl.store(entries, dx)
+    return tl.sum(x * dx, axis=1)
 
 
 @triton.jit
@@ -249,16 +207,15 @@ def channel_gradients_kernel(
                 store_rows(dq, dQ, first_token, tokens, qk_head, H, K, first_channel, C, BD)
                 store_rows(dk, dK, first_token, tokens, qk_head, H, K, first_channel, C, BD)
             else:
-                at = sums + program * (2 * C * BK) + row * BK + first_channel
-                at += tl.arange(0, BD)[None, :]
-                if group > 0:
-                    dQ += tl.load(at)
-                    dK += tl.load(at + C * BK)
-                tl.store(at, dQ)
-                tl.store(at + C * BK, dK)
-                if group == HV // H - 1:
-                    Q_dot_dQ += tl.sum(queries * dQ, axis=1)
-                    K_dot_dK += tl.sum(keys * dK, axis=1)
+                last = group == HV // H - 1
+                product = add_to_sums(
+                    sums, dQ, queries, program * 2, first_channel, group, C, BK, BD
+                )
+                Q_dot_dQ = tl.where(last, Q_dot_dQ + product, 0.0)
+                product = add_to_sums(
+                    sums, dK, keys, program * 2 + 1, first_channel, group, C, BK, BD
+                )
+                K_dot_dK = tl.where(last, K_dot_dK + product, 0.0)
 
         # U is rounded once, so that its product has the smaller error unless V's prevails
         divides = (strength > MIN_DIVISOR) & (4 * K_bracket_size > tl.abs(R_dot_V))
@@ -273,9 +230,8 @@ def channel_gradients_kernel(
     if sums is not None:
         tl.debug_barrier()
         for first_channel in range(0, K, BD):
-            at = sums + program * (2 * C * BK) + row * BK + first_channel
-            at += tl.arange(0, BD)[None, :]
-            dQ, dK = tl.load(at), tl.load(at + C * BK)
+            dQ = tl.load(sum_entries(sums, program * 2, first_channel, C, BK, BD))
+            dK = tl.load(sum_entries(sums, program * 2 + 1, first_channel, C, BK, BD))
             if L2_NORM:
                 queries = load_rows(q, first_token, tokens, qk_head, H, K, first_channel, C, BD)
                 keys = load_rows(k, first_token, tokens, qk_head, H, K, first_channel, C, BD)

@@ -69,7 +69,9 @@ def store_decayed_rows(
     rounded, scales = round_rows(value, decayed_rows.dtype.element_ty)
     index = chunk_head * NUM_DECAYED_ROWS + which
     store_matrix(decayed_rows, rounded, index, 0, C, C, BK)
-    store_factor(factors, tl.sum(tl.zeros([C, 1], tl.float32) + scales, axis=1), chunk_head, factor, C)
+    store_factor(
+        factors, tl.sum(tl.zeros([C, 1], tl.float32) + scales, axis=1), chunk_head, factor, C
+    )
 
 
 @triton.jit

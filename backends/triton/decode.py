@@ -2,10 +2,11 @@
 
     S <- e^g S;  u = beta (v - S^T k);  S <- S + k u^T;  o = S^T (scale q)      for every token
 
-With a decay per channel e^g scales the rows of S. L2 norm, gate and sigmoid are fused. A program takes a sequence, a value head and a block of BV
-columns of V. It keeps that part of the state in registers, as S^T [BV, K]. Offsets follow the
-pool's own layout, [V, K] or [K, V], so that loads and stores use whole cache lines. q, k, v, g and
-beta are read by their strides. They are copied only if the elements of a head are not contiguous.
+With a decay per channel e^g scales the rows of S. L2 norm, gate and sigmoid are fused. A program
+takes a sequence, a value head and a block of BV columns of V. It keeps that part of the state in
+registers, as S^T [BV, K]. Offsets follow the pool's own layout, [V, K] or [K, V], so that loads and
+stores use whole cache lines. q, k, v, g and beta are read by their strides. They are copied only if
+the elements of a head, or of its channels, are not contiguous.
 
 Reads the step's tensors, and the state of every live sequence once. A sequence is live if its slot
 is in the pool and is not null_index. Writes o and the states.
@@ -31,10 +32,7 @@ from .tiles import compute_state_offsets, round_to
 @triton.jit
 def load_gate(gate, i, K: tl.constexpr, CHANNELS: tl.constexpr):
     """A head's gate in float32: a number, or its channels i, zero past K."""
-    if CHANNELS:
-        value = tl.load(gate + i, mask=i < K, other=0.0)
-    else:
-        value = tl.load(gate)
+    value = tl.load(gate + i, mask=i < K, other=0.0) if CHANNELS else tl.load(gate)
     return value.to(tl.float32)
 
 

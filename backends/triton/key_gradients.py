@@ -162,9 +162,7 @@ def key_gradients_kernel(
                 raw += tl.load(dt_bias + head).to(tl.float32)
             A_log_value = load_A_log(A_log, head)
             log_decay = compute_log_decay(raw, A_log_value, LOWER_BOUND)
-            dg_tile, terms = backpropagate_gate(
-                dg_tile, raw, A_log_value, log_decay, LOWER_BOUND
-            )
+            dg_tile, terms = backpropagate_gate(dg_tile, raw, A_log_value, log_decay, LOWER_BOUND)
             if A_log is not None:
                 tl.store(dA_log + chunk_head, tl.sum(terms))
             if dt_bias is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from gdn.backend import Forward, Gradients, Plan
@@ -13,56 +12,24 @@ from gdn.problem import CALL_TENSORS, CHUNK, Call
 
 from ..common.allocation import allocator
 from ..common.chunking import piece_slots
-from .channel_gradients import channel_gradients_kernel, matrix_gradients_kernel
+from .buffer_shapes import decayed_shapes, padded_keys, saved_shapes
+from .channel_gradients import channel_gradients_kernel
 from .channel_prepare import decay_rows_kernel, prepare_channels_kernel
-from .chunk_buffers import NUM_DECAYED_ROWS, NUM_FACTORS, NUM_MATRICES
 from .combine_pieces import combine_pieces_kernel
 from .key_gradients import key_gradients_kernel
 from .launch import Stage, choose_configuration, shared_memory_limit
+from .matrix_gradients import matrix_gradients_kernel
 from .piece_length import piece_length
 from .prepare import prepare_kernel
 from .query_gradients import query_gradients_kernel
 from .reverse_scan import reverse_scan_kernel
 from .scan import scan_kernel
 
+CHANNELS, PREPARED_CHANNELS = 64, 32
+"""Channels that kernels have in registers at a time; the second one is `prepare_channels_kernel`'s,
+with half the warps."""
 
 Tensors = tuple[Tensor | None, ...]
-
-
-def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what forward keeps for backward.
-
-    These are `factors` and `matrices` (see `chunk_buffers.py`). If sequences are cut, there follow
-    the transfer matrices of the pieces and their initial states (see `combine_pieces.py`).
-    """
-    (HV, V), K = call.v.shape[2:], call.q.shape[3]
-    slots, length = piece_slots(call, CHUNK), piece_length(call)
-    shapes = [
-        ((slots, HV, NUM_FACTORS.value, CHUNK), torch.float32),
-        ((slots, HV, NUM_MATRICES.value, CHUNK, CHUNK), call.q.dtype),
-    ]
-    if length:
-        pieces = piece_slots(call, length)
-        shapes += [((pieces, HV, rows, K), torch.float32) for rows in (V + K, V)]
-    return shapes
-
-
-def decayed_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of `decayed_rows` and `channel_decays` (see `chunk_buffers.py`); none with
-    a decay per head."""
-    if not call.per_channel:
-        return []
-    places, BK = (piece_slots(call, CHUNK), call.v.shape[2]), padded_keys(call)
-    return [
-        ((*places, NUM_DECAYED_ROWS.value, CHUNK, BK), call.q.dtype),
-        ((*places, BK), torch.float32),
-    ]
-
-
-def padded_keys(call: Call) -> int:
-    """K padded to a tile. Triton 3.6 reads past the end of tiles narrower than 64 that two
-    warpgroups share."""
-    return max(64, triton.next_power_of_2(call.q.shape[3]))
 
 
 def _make_contiguous(call: Call) -> Call:
@@ -94,7 +61,7 @@ class PrefillPlan(Plan):
             "FUSED_SIGMOID": call.use_beta_sigmoid_in_kernel,
             "BETA_SCALE": 2.0 if call.allow_neg_eigval else 1.0,
             "CHANNELS": call.per_channel,
-            "BD": 64,
+            "BD": CHANNELS,
         }
         self.device, self.itemsize = call.q.device, call.q.element_size()
         self.new_saved = [allocator(*kind, self.device) for kind in saved_shapes(call)]
@@ -113,7 +80,7 @@ class PrefillPlan(Plan):
         self.chunk_sizes = (call.sequences, T, chunks_per_sequence)
         self.scan_sizes = (*self.chunk_sizes, *self.piece_sizes)
 
-    def bind(self, kernel: Any, programs: int, sizes: tuple[int, ...], **flags: bool) -> Stage:
+    def bind(self, kernel: Any, programs: int, sizes: tuple[int, ...], **flags: int) -> Stage:
         """A kernel bound to its sizes, to its flags, and to the plan's constants that it takes."""
         key = (kernel.fn, *flags.values())
         if key not in self.stages:
@@ -168,10 +135,14 @@ class PrefillPlan(Plan):
         )  # fmt: skip
 
     def bind_forward(self, call: Call, save: bool) -> list[Stage]:
-        """Forward's stages, in their order; with a decay per channel without `decay_rows_kernel`."""
-        kernel = prepare_channels_kernel if call.per_channel else prepare_kernel
+        """Forward's stages, in their order, apart from `decay_rows`."""
         programs = self.slots * self.constants["HV"]
-        prepare = self.bind(kernel, programs, self.chunk_sizes, SAVE=save)
+        if call.per_channel:
+            prepare = self.bind(
+                prepare_channels_kernel, programs, self.chunk_sizes, BD=PREPARED_CHANNELS, SAVE=save
+            )
+        else:
+            prepare = self.bind(prepare_kernel, programs, self.chunk_sizes, SAVE=save)
         initial, final = call.initial_state is not None, call.output_final_state
         if self.piece_length is None:
             scan = self.bind_scan(call, o=True, final=final, states=False, transfer=False)
@@ -222,7 +193,8 @@ class PrefillPlan(Plan):
         row_scales = None
         if call.q.dtype == torch.float16:
             row_scales = factors.new_empty((slots, HV, V))
-            R = R.float() if call.per_channel else R  # rounded it would be dbeta's largest error
+            if call.per_channel:  # rounded it would be dbeta's largest error
+                R = torch.empty_like(R, dtype=torch.float32)
         dS = None if call.initial_state is None else torch.empty_like(call.initial_state)
         decayed, cu_seqlens = self.decay_rows(call, factors, matrices), call.cu_seqlens
         inputs = (call.q, call.k, call.v, factors, matrices, *decayed)
@@ -266,35 +238,36 @@ class PrefillPlan(Plan):
     def gradients(
         self, call: Call, factors: Tensor, matrices: Tensor, given: Tensors, out: Tensors
     ) -> None:
-        """Fill `out`, the last arguments of `key_gradients_kernel` and dq before them."""
+        """Fill the gradients in `out`: dq, dk, dv, dg, dbeta, terms of dA_log and ddt_bias; last is
+        cu_seqlens. `given`: the states, their gradients, U, R, row_scales and dO."""
         (states, _, U, _, row_scales, grad_o), (dq, *rest) = given, out
         programs, dG_from_o = self.slots * self.constants["H"], torch.empty_like(factors[:, :, 0])
-        inputs = (call.q, call.k, factors, matrices, states, U, row_scales, grad_o)
+        for_q = (call.q, call.k, factors, matrices, states, U, row_scales, grad_o)
         self.bind(query_gradients_kernel, programs, self.chunk_sizes)(
-            (*inputs, dq, dG_from_o, call.cu_seqlens), call.scale
+            (*for_q, dq, dG_from_o, call.cu_seqlens), call.scale
         )
-        inputs = (call.q, call.k, call.v, call.g, factors, *given, dG_from_o)
+        for_k = (call.q, call.k, call.v, call.g, factors, *given, dG_from_o)
         self.bind(key_gradients_kernel, programs, self.chunk_sizes)(
-            (*inputs, call.A_log, call.dt_bias, *rest), call.scale
+            (*for_k, call.A_log, call.dt_bias, *rest), call.scale
         )
 
     def channel_gradients(
         self, call: Call, factors: Tensor, matrices: Tensor, given: Tensors, out: Tensors
     ) -> None:
-        """Fill `out`, the last arguments of `channel_gradients_kernel`."""
-        H, HV, sums = self.constants["H"], self.constants["HV"], None
-        if HV > H or call.use_qk_l2norm_in_kernel:
-            sums = factors.new_empty((self.slots, H, 2, CHUNK, self.constants["BK"]))
-        (states, grad_states, *rest), (dq, dk, dv, *gradients) = given, out
+        """The same with a decay per channel, and dU in place of R."""
+        slots, H, HV, BK = self.slots, *(self.constants[n] for n in ("H", "HV", "BK"))
+        (states, grad_states, *of_values), (dq, dk, dv, *rest) = given, out
         dtype = torch.bfloat16 if call.q.dtype == torch.bfloat16 else torch.float32
-        grad_matrices = factors.new_empty((self.slots, HV, 2, CHUNK, CHUNK), dtype=dtype)
-        products = factors.new_empty((self.slots, HV, 3, CHUNK))
-        self.bind(matrix_gradients_kernel, self.slots * HV, self.chunk_sizes)(
-            (call.v, factors, matrices, *rest, dv, grad_matrices, products, call.cu_seqlens),
-            call.scale,
+        grad_matrices = factors.new_empty((slots, HV, 2, CHUNK, CHUNK), dtype=dtype)
+        products = factors.new_empty((slots, HV, 3, CHUNK))
+        sums = None
+        if HV > H or call.use_qk_l2norm_in_kernel:
+            sums = factors.new_empty((slots, H, 2, CHUNK, BK))
+        found = (grad_matrices, products)
+        self.bind(matrix_gradients_kernel, slots * HV, self.chunk_sizes)(
+            (call.v, factors, matrices, *of_values, dv, *found, call.cu_seqlens), call.scale
         )
-        inputs = (call.q, call.k, call.g, factors, states, grad_states, *rest)
-        inputs = (*inputs, grad_matrices, products, call.A_log, call.dt_bias, sums)
-        self.bind(channel_gradients_kernel, self.slots * H, self.chunk_sizes)(
-            (*inputs, dq, dk, *gradients), call.scale
+        inputs = (call.q, call.k, call.g, factors, states, grad_states, *of_values, *found)
+        self.bind(channel_gradients_kernel, slots * H, self.chunk_sizes)(
+            (*inputs, call.A_log, call.dt_bias, sums, dq, dk, *rest), call.scale
         )

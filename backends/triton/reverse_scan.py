@@ -96,7 +96,8 @@ def reverse_scan_step(
 @triton.jit
 def reverse_scan_kernel(
     q, k, factors, matrices, decayed_rows, channel_decays, grad_o, row_scales, grad_final, R_out,
-    grad_states, grad_initial, cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence, piece_chunks,
+    grad_states, grad_initial, cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence,
+    piece_chunks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
     V_FIRST: tl.constexpr, CHANNELS: tl.constexpr, HAS_GRAD_FINAL: tl.constexpr,

@@ -107,9 +107,7 @@ def scan_step(
             queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK, FULL)  # [C, K]
         P_T = tl.trans(load_matrix(matrices, chunk_head * NUM_MATRICES + SCORES, 0, C, C, C))
         QS_T = dot(S_T_rounded, tl.trans(queries))
-        O_T = S_scales * multiply_by_factor(
-            QS_T, factors, chunk_head, QS_TO_O, C, dtype, CHANNELS
-        )
+        O_T = S_scales * multiply_by_factor(QS_T, factors, chunk_head, QS_TO_O, C, dtype, CHANNELS)
         O_T += dot_rounded(U_T, P_T, dtype)
         store_rows_transposed(o, O_T, first_token, tokens, head, HV, V, first_v, C, BV)
     U_T = multiply_by_factor(U_T, factors, chunk_head, U_TO_STATE, C, dtype, CHANNELS)
