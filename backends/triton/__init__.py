@@ -1,7 +1,8 @@
 """The Triton backend.
 
 Forward (`plan.py` launches the kernels in this order):
-    prepare.py          per chunk: gates, norms, and the matrices that need no state
+    prepare.py          per chunk: gates, norms, and the matrices that need no state;
+    channel_prepare.py  with a decay per channel, also rows of q and k with their decays
     scan.py             per sequence or piece: the state, chunk by chunk, and o
     combine_pieces.py   per sequence: the state before each piece, where sequences are cut
 
@@ -11,10 +12,15 @@ Backward:
     query_gradients.py  per chunk: the gradient of q
     key_gradients.py    per chunk: the gradients of k, v, g and beta
 
+    With a decay per channel, in place of the last two:
+    matrix_gradients.py     per chunk: the gradients of v and of the matrices
+    channel_gradients.py    per chunk: the gradients of q, k, g and beta
+
 Decode: decode.py.
 
 Shared: `launch.py` chooses configurations and launches, `piece_length.py` decides when to cut,
-`indexing.py` finds chunks and pieces, `chunk_buffers.py` is what stages hand to each other,
+`indexing.py` finds chunks and pieces, `chunk_buffers.py` is what stages hand to each other and
+`buffer_shapes.py` its shapes, `channel_decay.py` has the decays between tokens per channel,
 `tiles.py` has loads, stores and products, `activation.py` the fused options, `inverse.py` the
 inverse of a triangular matrix.
 """

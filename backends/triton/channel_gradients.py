@@ -80,6 +80,7 @@ def add_to_sums(
     """Add dx [C, BD] of a value head to those of the heads before. Return rowsum(x * the sum)."""
     entries = sum_entries(sums, index, first_channel, C, BK, BD)
     if group > 0:
+        tl.debug_barrier()  # other threads may have stored it
         dx += tl.load(entries)
     tl.store(entries, dx)
     return tl.sum(x * dx, axis=1)

@@ -48,6 +48,7 @@ def matrix_gradients_kernel(
     for first_v in range(0, V, BV):
         dU_T = load_matrix(R, chunk_head, first_v, V, BV, C)  # [BV, C]
         R_T = dot_split(dU_T, A.to(tl.float32)) if dtype == tl.float16 else dot(dU_T, A)
+        tl.debug_barrier()  # other threads may still load dU^T
         store_matrix(R, R_T, chunk_head, first_v, V, BV, C)
         U_T = load_matrix(U, chunk_head, first_v, V, BV, C).to(tl.float32)
         R_dot_U += tl.sum(R_T * U_T, axis=0)
