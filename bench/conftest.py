@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter as clock
 from typing import Any
 
@@ -61,10 +63,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_TIMED] = []
-    target = config.getoption("benchmark_json", None)  # pytest-benchmark opens it after measuring
-    if target is not None:
+    target = config.getoption("benchmark_json", None)  # pytest-benchmark opens it after measuring,
+    if isinstance(target, (str, os.PathLike)):  # or, before its version 5.3, at once
         try:
-            files.require_writable("--benchmark-json", target)
+            files.require_writable("--benchmark-json", Path(target))
         except ValueError as error:
             raise pytest.UsageError(str(error)) from error
 

@@ -2,16 +2,11 @@
 2510.26692) as one op with many backends."""
 
 from gdn import _checkout, definition, distributed, nn
-from gdn.api import GDNOutput, explain, gated_delta_net, gated_delta_net_decode, warmup
+from gdn.api import GDNOutput, explain, gated_delta_net, warmup
 from gdn.backend import Backend, Capabilities, Plan
 from gdn.context_parallel import ContextParallel
-from gdn.dispatch import (
-    BackendUnsupportedError,
-    Explanation,
-    Verdict,
-    set_default_backend,
-    use_backend,
-)
+from gdn.dispatch import BackendUnsupportedError, set_default_backend, use_backend
+from gdn.explanation import Explanation, Verdict
 from gdn.kimi import kimi_delta_attention, kimi_delta_attention_decode
 from gdn.registry import (
     BackendInfo,
@@ -20,6 +15,7 @@ from gdn.registry import (
     register_backend,
     unregister_backend,
 )
+from gdn.serving import gated_delta_net_decode, gated_delta_net_prefill
 
 _checkout.find_backends()
 
@@ -41,6 +37,7 @@ __all__ = [
     "explain",
     "gated_delta_net",
     "gated_delta_net_decode",
+    "gated_delta_net_prefill",
     "kimi_delta_attention",
     "kimi_delta_attention_decode",
     "list_backends",

@@ -1,26 +1,20 @@
-"""The public functions: the ops `gated_delta_net` and `gated_delta_net_decode`; `explain`, which
-shows the choice of a backend; `warmup`, which compiles kernels before the first call."""
+"""The public functions: the op `gated_delta_net`; `explain`, which shows the choice of a backend;
+`warmup`, which compiles kernels before the first call. `gdn.serving` has the ops on pools."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any, NamedTuple, Unpack
 
-import torch
 from torch import Tensor
 
-from gdn import calls, dispatch, ops
+from gdn import calls, dispatch, explanation, ops
 from gdn.calls import Options
 from gdn.context_parallel import ContextParallel
 from gdn.distributed import heads
-from gdn.problem import Call, Step, describe, describe_step
-from gdn.validation import (
-    check_cu_seqlens,
-    check_slots,
-    refuse_gradients,
-    validate,
-    validate_step,
-)
+from gdn.problem import Call, describe, describe_pool_call
+from gdn.serving import gated_delta_net_decode, gated_delta_net_prefill
+from gdn.validation import check_bounds, check_cu_seqlens, check_slots, validate, validate_pool_call
 
 
 class GDNOutput(NamedTuple):
@@ -86,7 +80,8 @@ def gated_delta_net(
             sigmoid(beta).
         state_v_first: states are [N, HV, V, K], in and out.
         cu_seqlens: cumulative lengths [N + 1], int32 or int64, of N sequences packed along T, with
-            B = 1.
+            B = 1. They may end before T. The tokens after that are padding and may hold anything;
+            their o and gradients are zero.
         cu_seqlens_cpu: the same values on the CPU; backends that need lengths on the host then
             avoid a device sync.
         chunk_indices: fla's precomputed (sequence, chunk) table [chunks, 2]; only the fla backend
@@ -132,77 +127,8 @@ def gated_delta_net(
         use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
     )  # fmt: skip
     if cp is not None or heads.is_sharded(q):
-        return GDNOutput(*heads.run(call, cp, _request(backend)))
-    return GDNOutput(*ops.run_forward(call, _request(backend), calls.needs_grad(call)))
-
-
-def gated_delta_net_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    *,
-    state: Tensor,
-    state_indices: Tensor | None = None,
-    null_index: int = -1,
-    num_accepted_tokens: Tensor | None = None,
-    scale: float | None = None,
-    gate_lower_bound: float | None = None,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """One decode step: T >= 1 new tokens of each of N sequences. The states lie in a pool and are
-    updated in place. Not differentiable.
-
-    Args:
-        q, k, v, g, beta, scale, gate_lower_bound, the fused options, cu_seqlens, backend: as in
-            `gated_delta_net`. On a GPU q, k and v may be slices of one tensor; they are not copied.
-        state: the pool [slots, HV, K, V] in float32 or bfloat16 (float64 with float64 inputs); the
-            arithmetic is in float32. Slots may be padded: state.stride(0) may exceed HV K V.
-        state_indices: int32 or int64. [N]: the slot that each sequence reads and writes. None means
-            0, 1, ..., N - 1, for a pool of N slots. [N, 1 + T], for speculative decoding: column c
-            is the slot of the state after c tokens of the step. A step reads column 0 and writes
-            the other columns, so several sequences may start from one slot (branches of a prefix).
-            With cu_seqlens there may be fewer columns than tokens; states past the last column are
-            not kept.
-        null_index: a sequence with this slot (padding of a batch) is skipped: its o is zero, and no
-            slot changes.
-        num_accepted_tokens: [N], only with state_indices [N, 1 + T]: how many tokens of the
-            previous step were accepted. The step reads this column instead of column 0. Columns
-            must be in the order of the previous step.
-        state_v_first: the pool is [slots, HV, V, K].
-
-    Returns:
-        o [B, T, HV, V] in v's dtype. Slots that state_indices does not name do not change.
-
-    Raises:
-        ValueError, TypeError, BackendUnsupportedError, UnknownBackendError: as `gated_delta_net`.
-        RuntimeError: an input requires grad while gradients are on.
-
-    No sequence may write to a slot that another one reads or writes. On the CPU this and the values
-    of state_indices and num_accepted_tokens are checked. On a GPU a slot outside the pool counts as
-    null_index, and a slot that one sequence writes and another one uses is a race.
-    """
-    calls.require_pool(state)
-    q, k, v, scale = calls.prepare(q, k, v, beta, scale)
-    g, dt_bias = calls.prepare_gate(v, g, dt_bias, use_gate_in_kernel)
-    call = Call(
-        q, k, v, g, beta, None, A_log, dt_bias, cu_seqlens, None, None,
-        scale, gate_lower_bound, False, use_qk_l2norm_in_kernel, use_gate_in_kernel,
-        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
-    )  # fmt: skip
-    step = Step(call, state, state_indices, num_accepted_tokens, null_index)
-    if torch.is_grad_enabled():
-        refuse_gradients(step)
-    return ops.run_decode(step, _request(backend))
+        return GDNOutput(*heads.run(call, cp, dispatch.request(backend)))
+    return GDNOutput(*ops.run_forward(call, dispatch.request(backend), calls.needs_grad(call)))
 
 
 def explain(
@@ -212,14 +138,16 @@ def explain(
     g: Tensor | None,
     beta: Tensor,
     *,
+    prefill: bool = False,
     backend: str | None = None,
     **options: Unpack[Options],
-) -> dispatch.Explanation:
+) -> explanation.Explanation:
     """Show which backend would run this call, and why the others would not. Computes nothing.
 
     Args:
-        q, k, v, g, beta, **options, backend: as in `gated_delta_net`, or with state= as in
-            `gated_delta_net_decode`. Tensors on the meta device are enough.
+        q, k, v, g, beta, prefill, **options, backend: as in `gated_delta_net`; or with state= as in
+            `gated_delta_net_decode`, or with prefill=True as in
+            `gated_delta_net_prefill`. Tensors on the meta device are enough.
 
     Returns:
         The request and where it was set, the chosen backend, and a verdict for every backend.
@@ -230,16 +158,16 @@ def explain(
     """
     request, source = dispatch.request_in_force(backend)
     cp = options.pop("cp", None)
-    call = calls.make(q, k, v, g, beta, dict(options))
-    if isinstance(call, Step):
-        validate_step(call)
-        check_cu_seqlens(call.call)
+    call = calls.make(q, k, v, g, beta, dict(options), prefill)
+    if not isinstance(call, Call):
+        validate_pool_call(call)
+        check_bounds(call.call)
         check_slots(call)
-        return dispatch.explain(request, source, describe_step(call))
+        return explanation.explain(request, source, describe_pool_call(call))
     validate(call)
     check_cu_seqlens(call)
     problem = replace(describe(call, calls.needs_grad(call)), context_parallel=cp is not None)
-    return dispatch.explain(request, source, problem)
+    return explanation.explain(request, source, problem)
 
 
 def warmup(
@@ -249,6 +177,7 @@ def warmup(
     g: Tensor | None,
     beta: Tensor,
     *,
+    prefill: bool = False,
     backward: bool | None = None,
     sm: int | None = None,
     backend: str | None = None,
@@ -257,8 +186,7 @@ def warmup(
     """Compile the kernels that a call like this one needs, in parallel. Computes nothing.
 
     Args:
-        q, k, v, g, beta, **options, backend: as in `gated_delta_net`, or with state= as in
-            `gated_delta_net_decode`.
+        q, k, v, g, beta, prefill, **options, backend: as in `explain`.
         backward: also compile the kernels of the gradients. None: if an input requires grad.
         sm: compute capability times ten of the GPU to compile for (90: Hopper). The tensors may
             then be on the meta device, and no GPU is needed if the backend can compile without one.
@@ -271,10 +199,10 @@ def warmup(
         ValueError, BackendUnsupportedError, UnknownBackendError: as the call would.
     """
     cp = options.pop("cp", None)
-    call = calls.make(q, k, v, g, beta, dict(options))
-    if isinstance(call, Step):
-        validate_step(call)
-        problem = describe_step(call)
+    call = calls.make(q, k, v, g, beta, dict(options), prefill)
+    if not isinstance(call, Call):
+        validate_pool_call(call)
+        problem = describe_pool_call(call)
     else:
         validate(call)
         backward = calls.needs_grad(call) if backward is None else backward
@@ -287,14 +215,5 @@ def warmup(
 _function: Any
 for _function in (explain, warmup):  # editors read the annotations, help() reads __signature__
     _function.__signature__ = calls.full_signature(
-        _function, gated_delta_net, gated_delta_net_decode
+        _function, gated_delta_net, gated_delta_net_decode, gated_delta_net_prefill
     )
-
-
-def _request(backend: str | None) -> str:
-    """The request in force. torch.compile treats it as a constant, with its value while tracing."""
-    return dispatch.request_in_force(backend)[0]
-
-
-# the mark that torch.compiler.assume_constant_result sets; the decorator imports Dynamo and Triton
-_request._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gdn.problem import Call, Problem, Step
+from gdn.problem import Call, PoolCall, Prefill, Problem, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,9 @@ class Capabilities:
         flags: the boolean options of `gdn.problem.Call` that the backend understands.
         decode: dtypes of the state pools that it decodes from; empty for no decode.
         speculative: decode keeps the state after each token (state_indices [N, 1 + T]).
+        output_states: decode may write new states to another pool.
+        prefill: dtypes of the state pools that it prefills on; empty for none.
+        checkpoints: prefill on a pool also stores states before the last ones.
         per_channel: g may be [B, T, HV, K], a decay for each channel of K.
         gate_lower_bound: the fused gate may have a lower bound.
         context_parallel: sequences may be split over ranks (cp=). `gdn.distributed` makes the
@@ -62,6 +65,9 @@ class Capabilities:
     flags: frozenset[str] = frozenset()
     decode: tuple[torch.dtype, ...] = ()
     speculative: bool = False
+    output_states: bool = False
+    prefill: tuple[torch.dtype, ...] = ()
+    checkpoints: bool = False
     per_channel: bool = False
     gate_lower_bound: bool = False
     context_parallel: bool = False
@@ -78,12 +84,17 @@ def reasons_against(capabilities: Capabilities, problem: Problem) -> list[str]:
     reasons = []
     if p.dtype not in c.dtypes:
         reasons.append(f"dtype must be one of {_names(*c.dtypes)}, got {_names(p.dtype)}")
-    if p.pool is not None and not c.decode:
-        reasons.append("decode is not supported")
-    elif p.pool is not None and p.pool not in c.decode:
-        reasons.append(f"state must be one of {_names(*c.decode)}, got {_names(p.pool)}")
+    pools = c.prefill if p.prefill else c.decode
+    if p.pool is not None and not pools:
+        reasons.append(f"{'prefill on a pool' if p.prefill else 'decode'} is not supported")
+    elif p.pool is not None and p.pool not in pools:
+        reasons.append(f"state must be one of {_names(*pools)}, got {_names(p.pool)}")
     if p.speculative and not c.speculative:
-        reasons.append("state_indices [N, 1 + T] are not supported")
+        reasons.append("a slot for each token (state_indices [N, 1 + T]) is not supported")
+    if p.output_states and not c.output_states:
+        reasons.append("output_states are not supported")
+    if p.checkpoints and not c.checkpoints:
+        reasons.append("checkpoints are not supported")
     if c.devices and p.device not in c.devices:
         reasons.append(f"tensors must be on {' or '.join(c.devices)}, got {p.device}")
     elif (c.min_sm or c.max_sm) and p.sm is None:
@@ -156,15 +167,17 @@ class Plan:
     steps also the same strides).
 
     The backend makes a plan from the first such call, and dispatch keeps it (at most 4096 of them;
-    calls with and without gradients have plans of their own). A plan must not keep the call's
+    calls with and without gradients have plans of their own; those of a `Step` or `Prefill` are
+    also for the same strides). A plan must not keep the call's
     tensors. Its methods run below autograd, with autocast off and the device of q
-    current. B, T, H, HV, K, V are at least 1. Inputs may be non-contiguous and must not be written
-    to. A plan of a `Step` needs only `decode`.
+    current. B, T, N, H, HV, K, V are at least 1. Inputs may be non-contiguous and must not be
+    written to. cu_seqlens may end before T. A plan of a `Step` needs only `decode`, one of a
+    `Prefill` only `prefill`.
     """
 
     def forward(self, call: Call, save: bool) -> Forward:
         """Compute o and the final state. With save, also return what backward needs; else saved is
-        empty."""
+        empty. Tokens past cu_seqlens[-1] have zeros in o, and in backward in all gradients."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def backward(
@@ -176,14 +189,28 @@ class Plan:
         raise NotImplementedError(f"{type(self).__name__} has no backward")
 
     def decode(self, step: Step) -> Tensor:
-        """Take one decode step: return o [B, T, HV, V] in v's dtype, update step.state in place.
+        """Take one decode step: return o [B, T, HV, V] in v's dtype (step.out if given), update
+        step.state, or step.output_states, in place.
 
         A sequence is skipped if its slot is step.null_index or outside the pool, or if its
-        num_accepted_tokens is not a column of state_indices: o is zero, and no slot changes.
+        num_accepted_tokens picks no column of state_indices: o is zero, and no slot changes. A slot
+        that would be written and is step.null_index or outside the pool is skipped alone. Tokens
+        past cu_seqlens[-1] have zeros in a new o and are untouched in step.out. On a GPU
+        cu_seqlens may hold anything: no token outside 0..T may be read or written.
         """
         raise NotImplementedError(f"{type(self).__name__} has no decode")
 
-    def precompile(self, call: Call | Step, backward: bool) -> bool:
+    def prefill(self, prefill: Prefill) -> Tensor:
+        """Run whole sequences on a pool: return o (prefill.out if given), update prefill.state and
+        prefill.checkpoints in place.
+
+        Skipped sequences, slots and tokens as in `decode`. A sequence without tokens leaves its
+        slot alone, or zeroes it if it is fresh. A checkpoint is skipped if its offset is 0, exceeds
+        the length or is no multiple of 64.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no prefill")
+
+    def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
         """Compile the kernels of such calls; with backward also those of the gradients. Return
         False if kernels compile at the first call only. Tensors may be on the meta device."""
         return False
@@ -222,6 +249,6 @@ class Backend(ABC):
         return []
 
     @abstractmethod
-    def plan(self, call: Call | Step) -> Plan:
+    def plan(self, call: Call | PoolCall) -> Plan:
         """Make the plan for calls like this one. Dispatch asks only for calls that this backend
         can run."""

@@ -1,4 +1,4 @@
-"""Makes a `Call` or a `Step` from the arguments of the public functions."""
+"""Makes a `Call`, a `Step` or a `Prefill` from the arguments of the public functions."""
 
 from __future__ import annotations
 
@@ -10,18 +10,27 @@ import torch
 from torch import Tensor
 
 from gdn.context_parallel import ContextParallel
-from gdn.problem import Call, Step
+from gdn.problem import Call, PoolCall, Prefill, Step
 from gdn.validation import check_types, no_tensor
 
 
 class Options(TypedDict, total=False):
-    """Every keyword of `gdn.gated_delta_net` and `gdn.gated_delta_net_decode` except backend, for
-    functions that take the arguments of either op. With state= the call is a decode step."""
+    """Every keyword except backend of `gdn.gated_delta_net`, `gdn.gated_delta_net_decode` and
+    `gdn.gated_delta_net_prefill`, for functions that take the arguments of any of them. With state=
+    the call is a decode step, or a prefill on the pool."""
 
     state: Tensor
     state_indices: Tensor | None
     null_index: int
     num_accepted_tokens: Tensor | None
+    out: Tensor | None
+    output_states: Tensor | None
+    output_indices: Tensor | None
+    leading_column: bool
+    fresh: Tensor | None
+    checkpoint_offsets: Tensor | None
+    checkpoint_indices: Tensor | None
+    checkpoints: Tensor | None
     scale: float | None
     gate_lower_bound: float | None
     initial_state: Tensor | None
@@ -41,10 +50,16 @@ class Options(TypedDict, total=False):
 
 
 def make(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, options: dict[str, Any]
-) -> Call | Step:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    options: dict[str, Any],
+    prefill: bool,
+) -> Call | PoolCall:
     """The Call that `gated_delta_net` makes from these arguments, or with state= the Step that
-    `gated_delta_net_decode` makes."""
+    `gated_delta_net_decode` makes, or with prefill the Prefill of `gated_delta_net_prefill`."""
     options = dict(options)
     q, k, v, scale = prepare(q, k, v, beta, options.pop("scale", None))
     g, dt_bias = prepare_gate(
@@ -56,11 +71,12 @@ def make(
     if transposed is not None:
         given = options.get("state_v_first", False)
         options["state_v_first"] = from_former_name(transposed, given, stacklevel=4)
-    made: Call | Step
-    if "state" in options:
-        own = {name: options.pop(name) for name in Step._fields if name in options}
-        require_pool(own["state"])
-        made = Step(Call(q, k, v, g, beta, scale=scale, **options), **own)
+    made: Call | PoolCall
+    kind: type[PoolCall] = Prefill if prefill else Step
+    if "state" in options or kind is Prefill:
+        own = {name: options.pop(name) for name in kind._fields if name in options}
+        require_pool(own.get("state"))
+        made = kind(Call(q, k, v, g, beta, scale=scale, **options), **own)
     else:
         made = Call(q, k, v, g, beta, scale=scale, **options)
     check_types(made)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Forward, Gradients, Plan
-from gdn.problem import Call, Step
+from gdn.problem import Call, PoolCall, Prefill, Step
 
 
 class CheckedPlan(Plan):
@@ -46,9 +46,20 @@ class CheckedPlan(Plan):
         return result
 
     def decode(self, step: Step) -> Tensor:
-        o = self.plan.decode(step)
-        self._compare("o", o, step.call.v.shape, step.call.v.dtype, step.call)
+        o = self._checked(self.plan.decode(step), step)
         self.decode = self.plan.decode  # type: ignore[method-assign]
+        return o
+
+    def prefill(self, prefill: Prefill) -> Tensor:
+        o = self._checked(self.plan.prefill(prefill), prefill)
+        self.prefill = self.plan.prefill  # type: ignore[method-assign]
+        return o
+
+    def _checked(self, o: Tensor, given: PoolCall) -> Tensor:
+        call = given.call
+        self._compare("o", o, call.v.shape, call.v.dtype, call)
+        if given.out is not None and o is not given.out:
+            raise self._fault("o in `out`", "another tensor")
         return o
 
     def _count(self, name: str, found: Any, expected: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import gdn
-from gdn import dispatch
+from gdn import dispatch, explanation
 from gdn.compare import comparison, console, files, tables
 from gdn.compare.environment import environment
 from gdn.compare.options import (
@@ -52,7 +52,7 @@ def info(args: argparse.Namespace) -> int:
             _describe(call, device.type, grad, sm)
             for call, grad in ((qwen, False), (qwen, True), (kimi, True))
         ]
-        verdicts = [dispatch.verdict(backend.name, problem) for problem in problems]
+        verdicts = [explanation.verdict(backend.name, problem) for problem in problems]
         cells = ["no: " + "; ".join(v.reasons) if v.reasons else f"yes: {v.path}" for v in verdicts]
         rows.append([backend.name, backend.summary, *cells])
     headers = (
@@ -81,7 +81,7 @@ def explain(args: argparse.Namespace) -> int:
     if args.decode:
         flags = problem.flags - {"output_final_state"}
         problem = replace(problem, needs_grad=False, flags=flags, pool=torch.float32)
-    found = dispatch.explain(*dispatch.request_in_force(args.backend), problem)
+    found = explanation.explain(*dispatch.request_in_force(args.backend), problem)
     print(found)
     return 0 if found.chosen else 1
 

@@ -1,4 +1,4 @@
-"""Which backend runs a call: the request in force, every backend's verdict, and the choice.
+"""Which backend runs a call: the request in force, the reasons against backends, and the choice.
 
 Precedence: backend= argument > use_backend context > set_default_backend > GDN_BACKEND (read at
     call time) > auto. One name is strict; a list ("tilelang,triton") and "auto" fall through in
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +23,17 @@ from torch import Tensor
 from gdn import registry
 from gdn.backend import Backend, Plan, reasons_against
 from gdn.checked import CheckedPlan
-from gdn.problem import CALL_TENSORS, Call, Problem, Step, describe, describe_step
+from gdn.problem import (
+    CALL_TENSORS,
+    POOL_TENSORS,
+    Call,
+    PoolCall,
+    Problem,
+    describe,
+    describe_pool_call,
+)
 from gdn.registry import UnknownBackendError, backend_names, find_backend
-from gdn.validation import validate, validate_step
+from gdn.validation import validate, validate_pool_call
 
 _default: str | None = None
 _context: ContextVar[str | None] = ContextVar("gdn_backend", default=None)
@@ -55,41 +63,6 @@ class Chosen(NamedTuple):
 
     plan: Plan
     pinned: str
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether one backend can run a problem: it can, by `path`, if there are no reasons against
-    it."""
-
-    name: str
-    reasons: tuple[str, ...]
-    path: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What `gdn.explain` returns: the request and where it was set, the chosen backend, and a
-    verdict for every backend."""
-
-    request: str
-    source: str
-    problem: Problem
-    chosen: str | None
-    verdicts: tuple[Verdict, ...]
-
-    def __str__(self) -> str:
-        lines = [f"problem  {self.problem}", f"request  {self.request} ({self.source})"]
-        lines.append(
-            f"chosen   {self.chosen or 'none: the call would raise BackendUnsupportedError'}"
-        )
-        width = max((len(verdict.name) for verdict in self.verdicts), default=0)
-        for verdict in self.verdicts:
-            why = "; ".join(verdict.reasons) if verdict.reasons else f"can run it ({verdict.path})"
-            lines.append(
-                f"  {verdict.name:<{width}}  {'no:  ' if verdict.reasons else 'yes: '}{why}"
-            )
-        return "\n".join(lines)
 
 
 def parse_request(request: str, argument: str = "backend") -> list[str]:
@@ -144,6 +117,15 @@ def request_in_force(backend: str | None = None) -> tuple[str, str]:
     if from_environment is not None:
         return from_environment, "GDN_BACKEND"
     return "auto", "default"
+
+
+def request(backend: str | None) -> str:
+    """The request in force. torch.compile treats it as a constant, with its value while tracing."""
+    return request_in_force(backend)[0]
+
+
+# the mark that torch.compiler.assume_constant_result sets; the decorator imports Dynamo and Triton
+request._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -240,29 +222,31 @@ def choose(request: str, call: Call, needs_grad: bool) -> Chosen:
     return chosen
 
 
-def choose_decode(request: str, step: Step) -> Chosen:
-    """`choose` for a decode step."""
-    call: Call = step[0]
-    tensors: tuple[Any, ...] = call[:CALL_TENSORS] + step[1:-1]
+def choose_for_pool(request: str, given: PoolCall) -> Chosen:
+    """`choose` for a call on a pool."""
+    call: Call = given[0]
+    end = POOL_TENSORS[type(given)]
+    tensors: tuple[Any, ...] = call[:CALL_TENSORS] + given[1:end]
     key = (
         registry.generation,
         request,
+        type(given),
         *[
             None if x is None else (x.shape, x.is_contiguous() or x.stride(), x.dtype, x.device)
             for x in tensors
         ],
         math.isfinite(call.scale),
         call[CALL_TENSORS + 1 :],
-        step.null_index,
+        given[end:],
     )
     chosen = _chosen.get(key)
     if chosen is None:
-        validate_step(step)
-        chosen = _remember(key, resolve(request, describe_step(step)), step)
+        validate_pool_call(given)
+        chosen = _remember(key, resolve(request, describe_pool_call(given)), given)
     return chosen
 
 
-def _remember(key: tuple[object, ...], backend: Backend, call: Call | Step) -> Chosen:
+def _remember(key: tuple[object, ...], backend: Backend, call: Call | PoolCall) -> Chosen:
     if len(_chosen) >= _CHOSEN_LIMIT:
         _chosen.clear()
     plan = CheckedPlan(backend, backend.plan(call))
@@ -270,27 +254,8 @@ def _remember(key: tuple[object, ...], backend: Backend, call: Call | Step) -> C
     return chosen
 
 
-def precompile(request: str, call: Call | Step, problem: Problem) -> tuple[str, bool]:
+def precompile(request: str, call: Call | PoolCall, problem: Problem) -> tuple[str, bool]:
     """Compile the kernels that a call like this one needs. Returns the backend's name, and whether
     it compiles anything before its first call."""
     backend = resolve(request, problem)
     return backend.name, backend.plan(call).precompile(call, problem.needs_grad)
-
-
-def verdict(name: str, problem: Problem) -> Verdict:
-    """Whether the named backend can run the problem, and by which path."""
-    reasons = find_reasons(name, problem)
-    if reasons:
-        return Verdict(name, tuple(reasons), None)
-    try:
-        return Verdict(name, (), find_backend(name).path(problem))
-    except Exception as error:  # the path is for readers; the call runs without it
-        return Verdict(name, (), f"unknown, {registry.raised('path', error)}")
-
-
-def explain(request: str, source: str, problem: Problem) -> Explanation:
-    """The verdict for every backend on a problem, and the backend that the request chooses."""
-    verdicts = [verdict(name, problem) for name in backend_names()]
-    able = {verdict.name for verdict in verdicts if not verdict.reasons}
-    chosen = next((name for name in parse_request(request) if name in able), None)
-    return Explanation(request, source, problem, chosen, tuple(verdicts))

@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from gdn.api import GDNOutput, gated_delta_net, gated_delta_net_decode
+from gdn.api import GDNOutput, gated_delta_net
 from gdn.context_parallel import ContextParallel
+from gdn.serving import gated_delta_net_decode
 
 
 def kimi_delta_attention(
@@ -101,6 +102,10 @@ def kimi_delta_attention_decode(
     state_indices: Tensor | None = None,
     null_index: int = -1,
     num_accepted_tokens: Tensor | None = None,
+    out: Tensor | None = None,
+    output_states: Tensor | None = None,
+    output_indices: Tensor | None = None,
+    leading_column: bool = True,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
     use_gate_in_kernel: bool = False,
@@ -135,6 +140,10 @@ def kimi_delta_attention_decode(
         state_indices=state_indices,
         null_index=null_index,
         num_accepted_tokens=num_accepted_tokens,
+        out=out,
+        output_states=output_states,
+        output_indices=output_indices,
+        leading_column=leading_column,
         scale=scale,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         use_gate_in_kernel=use_gate_in_kernel,

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gdn.api import gated_delta_net, gated_delta_net_decode
+from gdn.api import gated_delta_net
 from gdn.context_parallel import ContextParallel
 from gdn.definition import initialize_gates
 from gdn.distributed import conv_halo
+from gdn.serving import gated_delta_net_decode
 
 _STEP = 8
 """Tokens up to which a call with a cache is a decode step rather than a sequence."""

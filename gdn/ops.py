@@ -1,5 +1,5 @@
-"""`torch.ops.gdn.forward`, `.backward` and `.decode`: schemas, fake kernels and autograd, the same
-for every backend.
+"""`torch.ops.gdn.forward` and `.backward`: schemas, fake kernels and autograd, the same for every
+backend. `gdn.pool_ops` has the ops on a pool of states.
 
 torch.compile sees one node for forward and one for backward. The `backend` argument is a request as
 in `gdn.dispatch`, fixed when the call is made or traced. The ops resolve it from metadata, so that
@@ -20,16 +20,14 @@ from torch.autograd import forward_ad
 from gdn import dispatch, registry
 from gdn.backend import Forward, Gradients
 from gdn.calls import autocasts
-from gdn.problem import CALL_TENSORS, Call, Step, argument_types, describe, describe_step
-from gdn.shortcut import CALL_ARGUMENTS, as_step, needs_dispatcher
+from gdn.problem import CALL_TENSORS, Call, PoolCall, argument_types, describe
+from gdn.shortcut import CALL_ARGUMENTS, needs_dispatcher
 from gdn.validation import (
     DEFINITION,
     check_cu_seqlens,
-    check_slots,
     refuse_tangents,
     refuse_transforms,
     validate,
-    validate_step,
 )
 
 _SCHEMA_TYPES: dict[Any, str] = {
@@ -38,8 +36,9 @@ _SCHEMA_TYPES: dict[Any, str] = {
 }  # fmt: skip
 
 
-def schema(kind: type[Call | Step], **mutated: str) -> str:
-    """The arguments of an op: the fields of a Call or Step, and the request."""
+def schema(kind: type[Call | PoolCall], **mutated: str) -> str:
+    """The arguments of an op that takes the fields of `kind`, and the request. mutated: the types
+    of those that it writes to."""
     types = {name: _SCHEMA_TYPES[hint] for name, hint in argument_types(kind).items()} | mutated
     return ", ".join([*(f"{type_} {name}" for name, type_ in types.items()), "str backend"])
 
@@ -53,7 +52,6 @@ torch.library.define(
     "gdn::backward",
     f"({schema(Call)}, Tensor[] saved, Tensor grad_o, Tensor? grad_final_state) -> ({GRADIENTS})",
 )
-torch.library.define("gdn::decode", f"({schema(Step, state='Tensor(a!)')}) -> Tensor")
 
 
 def run_forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor | None]:
@@ -69,18 +67,7 @@ def run_forward(call: Call, request: str, save: bool) -> tuple[Tensor, Tensor | 
     return o, final_state if call.output_final_state else None
 
 
-def run_decode(step: Step, request: str) -> Tensor:
-    """Call the op: return o and update step.state in place. Without gradients."""
-    if forward_ad._current_level >= 0:
-        refuse_tangents(step)
-    arguments = (*step.call, *step[1:])
-    if torch.compiler.is_compiling() or needs_dispatcher(Step, arguments):
-        return torch.ops.gdn.decode(*arguments, request)  # type: ignore[no-any-return]
-    with torch._C._AutoDispatchBelowAutograd():
-        return _decode(step, request)
-
-
-def _surroundings(x: Tensor) -> AbstractContextManager[object]:
+def surroundings(x: Tensor) -> AbstractContextManager[object]:
     """Autocast off (a backend chooses its own precisions) and x's device current."""
     autocast = autocasts(x)
     elsewhere = x.is_cuda and x.get_device() != torch._C._cuda_getDevice()
@@ -94,21 +81,22 @@ def _surroundings(x: Tensor) -> AbstractContextManager[object]:
     return stack
 
 
-def _has_tokens(call: Call) -> bool:
-    return call.q.numel() > 0  # H and K are at least 1
+def has_tokens(call: Call) -> bool:
+    """Whether there is anything to compute."""
+    return call.q.numel() > 0 and call.sequences > 0  # H and K are at least 1
 
 
 def _forward(call: Call, request: str, save: bool) -> Forward:
     plan, pinned = dispatch.choose(request, call, save)
     check_cu_seqlens(call)
-    with _surroundings(call.q):
-        if _has_tokens(call):
+    with surroundings(call.q):
+        if has_tokens(call):
             return plan.forward(call, save)
         saved = registry.find_backend(pinned).saved_like(call) if save else []
         final_state = call.q.new_zeros(call.state_shape, dtype=call.state_dtype)
         if call.initial_state is not None:
             final_state.copy_(call.initial_state)
-        return Forward(call.v.new_empty(call.v.shape), final_state, saved)
+        return Forward(call.v.new_zeros(call.v.shape), final_state, saved)
 
 
 @torch.library.impl("gdn::forward", "CompositeExplicitAutograd")
@@ -220,8 +208,8 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
         args[CALL_ARGUMENTS:],
     )
     plan = dispatch.choose(request, call, True).plan
-    with _surroundings(call.q):
-        if _has_tokens(call):
+    with surroundings(call.q):
+        if has_tokens(call):
             gradients = plan.backward(call, saved, grad_o, grad_final_state)
             return tuple(call.q.new_empty(0) if x is None else x for x in gradients)
         zeros = Gradients(*(x.zero_() for x in gradients_like(call)))
@@ -246,36 +234,9 @@ def refuse_double_backward(ctx: Any, *grads: object) -> NoReturn:
 torch.library.register_autograd("gdn::backward", refuse_double_backward)
 
 
-def _refuse_vmap(*args: object) -> NoReturn:
+def refuse_vmap(*args: object) -> NoReturn:
+    """The vmap rule of all ops."""
     raise RuntimeError("gdn does not support torch.func.vmap; fold the mapped dimension into B")
 
 
-for _op in ("gdn::forward", "gdn::decode"):
-    torch.library.register_vmap(_op, _refuse_vmap)
-
-
-def _decode(step: Step, request: str) -> Tensor:
-    plan = dispatch.choose_decode(request, step).plan
-    call = step.call
-    check_cu_seqlens(call)
-    check_slots(step)
-    if not _has_tokens(call):
-        return call.v.new_empty(call.v.shape)
-    with _surroundings(call.q):
-        o = plan.decode(step)
-    if not step.state.is_inference():
-        torch.autograd.graph.increment_version(step.state)
-    return o
-
-
-@torch.library.impl("gdn::decode", "CompositeExplicitAutograd")
-def _decode_op(*args: Any) -> Tensor:
-    return _decode(as_step(*args[:-1]), args[-1])
-
-
-@torch.library.register_fake("gdn::decode")
-def _decode_fake(*args: Any) -> Tensor:
-    step = as_step(*args[:-1])
-    validate_step(step)
-    dispatch.resolve(args[-1], describe_step(step))
-    return step.call.v.new_empty(step.call.v.shape)
+torch.library.register_vmap("gdn::forward", refuse_vmap)

@@ -1,5 +1,5 @@
-"""One call of an op: `Call` (a whole sequence) and `Step` (decode) hold its tensors and options,
-`Problem` describes it from metadata alone."""
+"""One call of an op: `Call` (whole sequences), `Prefill` (whole sequences on a pool of states) and
+`Step` (decode) hold its tensors and options, `Problem` describes it from metadata alone."""
 
 from __future__ import annotations
 
@@ -87,30 +87,89 @@ class Step(NamedTuple):
     without an initial state, and the pool of states that they start from.
 
     state [slots, HV, K, V] ([slots, HV, V, K] if state_v_first), the last three dimensions
-    contiguous; state_indices None, [N] or [N, 1 + T]; num_accepted_tokens [N].
+    contiguous; state_indices None, [N], or with a slot for each token [N, 1 + T] (leading_column)
+    or [N, T]; num_accepted_tokens [N]; out [B, T, HV, V], written instead of a new tensor;
+    output_states like state, written instead of it at output_indices [N] or [N, T].
     """
 
     call: Call
     state: Tensor
     state_indices: Tensor | None = None
     num_accepted_tokens: Tensor | None = None
+    out: Tensor | None = None
+    output_states: Tensor | None = None
+    output_indices: Tensor | None = None
     null_index: int = -1
+    leading_column: bool = True
+
+    @property
+    def written(self) -> tuple[Tensor | None, ...]:
+        """The tensors that the step updates in place."""
+        return (self.state if self.output_states is None else self.output_states), self.out
+
+    @property
+    def written_table(self) -> Tensor | None:
+        """The slots that the step writes, [N] or with a column a token."""
+        return self.state_indices if self.output_states is None else self.output_indices
 
     @property
     def speculative(self) -> bool:
         """Whether each token's state is stored in its own slot."""
-        return self.state_indices is not None and self.state_indices.dim() == 2
+        table = self.written_table
+        return table is not None and table.dim() == 2
+
+    @property
+    def first_column(self) -> int:
+        """The column of `written_table` that takes the state after the first token."""
+        return int(self.leading_column and self.output_states is None)
 
 
-def argument_types(kind: type[Call | Step]) -> dict[str, Any]:
+class Prefill(NamedTuple):
+    """The arguments of one `gdn.gated_delta_net_prefill` call: the tokens and options as a `Call`
+    without an initial state, and the pool of states that they start from and end in.
+
+    state as in `Step`; state_indices and fresh [N]; checkpoint_offsets [N] or [N, C], and either
+    checkpoint_indices of that shape or checkpoints [N, HV, ...] or [N, C, HV, ...]; out as in
+    `Step`.
+    """
+
+    call: Call
+    state: Tensor
+    state_indices: Tensor | None = None
+    fresh: Tensor | None = None
+    checkpoint_offsets: Tensor | None = None
+    checkpoint_indices: Tensor | None = None
+    checkpoints: Tensor | None = None
+    out: Tensor | None = None
+    null_index: int = -1
+
+    @property
+    def written(self) -> tuple[Tensor | None, ...]:
+        """The tensors that the call updates in place."""
+        return self.state, self.checkpoints, self.out
+
+
+PoolCall = Step | Prefill
+"""A call on a pool of states."""
+
+
+def argument_types(kind: type[Call | PoolCall]) -> dict[str, Any]:
     """The names and types of an op's arguments, in the order of its schema: the fields of `Call`,
-    and after them those that only `Step` has."""
+    and after them those that only a `Step` or `Prefill` has."""
     own = {name: hint for name, hint in get_type_hints(kind).items() if hint is not Call}
     return own if kind is Call else argument_types(Call) | own
 
 
-CALL_TENSORS = sum(Tensor in (hint, *get_args(hint)) for hint in argument_types(Call).values())
+def count_tensors(kind: type[Call | PoolCall]) -> int:
+    """How many own fields of a kind are tensors: the first ones, after the `Call`."""
+    own = (hint for hint in get_type_hints(kind).values() if hint is not Call)
+    return sum(Tensor in (hint, *get_args(hint)) for hint in own)
+
+
+CALL_TENSORS = count_tensors(Call)
 """How many fields of a `Call` are tensors: the first ones."""
+POOL_TENSORS = {kind: 1 + count_tensors(kind) for kind in (Step, Prefill)}
+"""The field of a call on a pool after its last tensor. The tensors begin at field 1."""
 FLAGS = tuple(name for name, hint in argument_types(Call).items() if hint is bool)
 """The boolean options of `Call`."""
 
@@ -121,8 +180,10 @@ class Problem:
 
     `sm` is the compute capability of an NVIDIA device times ten (90 on Hopper), None elsewhere.
     `flags` holds the names of the boolean options of `Call` that are on. `pool` is the dtype of the
-    state pool of a decode step, None for a whole call; `speculative` as in `Step`; `per_channel`
-    and `gate_lower_bound` as in `Call`. `context_parallel`: the call is one rank's part.
+    state pool of a `Step` or `Prefill`, None for a `Call`; `prefill` tells these two apart;
+    `checkpoints`: the prefill stores states before the last ones; `speculative` as in `Step`;
+    `output_states`: the step has them; `per_channel` and `gate_lower_bound` as in `Call`.
+    `context_parallel`: the call is one rank's part.
     """
 
     B: int
@@ -140,7 +201,10 @@ class Problem:
     needs_grad: bool
     flags: frozenset[str]
     pool: torch.dtype | None = None
+    prefill: bool = False
+    checkpoints: bool = False
     speculative: bool = False
+    output_states: bool = False
     per_channel: bool = False
     gate_lower_bound: float | None = None
     context_parallel: bool = False
@@ -158,6 +222,8 @@ class Problem:
                 "initial_state",
                 "needs_grad",
                 "speculative",
+                "output_states",
+                "checkpoints",
                 "per_channel",
                 "context_parallel",
             )
@@ -166,7 +232,8 @@ class Problem:
         if self.gate_lower_bound is not None:
             extras.append(f"gate_lower_bound={self.gate_lower_bound:g}")
         if self.pool is not None:
-            extras.append(f"decode from {str(self.pool).removeprefix('torch.')} states")
+            kind = "prefill on" if self.prefill else "decode from"
+            extras.append(f"{kind} {str(self.pool).removeprefix('torch.')} states")
         return " ".join([sizes, str(self.dtype).removeprefix("torch."), where, *extras])
 
 
@@ -206,7 +273,10 @@ def describe(call: Call, needs_grad: bool) -> Problem:
     )
 
 
-def describe_step(step: Step) -> Problem:
-    """The Problem of a decode step that `gdn.validation.validate_step` has accepted."""
-    problem = describe(step.call, needs_grad=False)
-    return replace(problem, pool=step.state.dtype, speculative=step.speculative)
+def describe_pool_call(given: PoolCall) -> Problem:
+    """The Problem of a call that `gdn.validation.validate_pool_call` has accepted."""
+    problem = replace(describe(given.call, needs_grad=False), pool=given.state.dtype)
+    if isinstance(given, Step):
+        output_states = given.output_states is not None
+        return replace(problem, speculative=given.speculative, output_states=output_states)
+    return replace(problem, prefill=True, checkpoints=given.checkpoint_offsets is not None)

@@ -8,17 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn.problem import CALL_TENSORS, Call, Step, argument_types
+from gdn.problem import (
+    CALL_TENSORS,
+    POOL_TENSORS,
+    Call,
+    PoolCall,
+    Prefill,
+    Step,
+    argument_types,
+)
 from gdn.validation import check_types
 
 CALL_ARGUMENTS = len(argument_types(Call))
 """How many arguments of an op are fields of a `Call`: the first ones."""
+_POOL_END: dict[Any, int] = {Call: CALL_ARGUMENTS}
+_POOL_END |= {kind: CALL_ARGUMENTS + end - 1 for kind, end in POOL_TENSORS.items()}
 _TYPES: dict[Any, set[type]] = {Tensor: {Tensor, torch.nn.Parameter}}
 _TYPES[Tensor | None] = _TYPES[Tensor] | {type(None)}
 _TYPES[float | None] = {float, type(None)}
 _ALLOWED = {
     kind: [_TYPES.get(hint, {hint}) for hint in argument_types(kind).values()]
-    for kind in (Call, Step)
+    for kind in (Call, Step, Prefill)
 }
 
 
@@ -32,7 +42,7 @@ def needs_dispatcher(kind: Any, arguments: tuple[Any, ...]) -> bool:
     dispatcher spends its time on is mostly to convert arguments to its own types and back.
     """
     if not _are_plain(kind, *map(type, arguments)):
-        check_types(Call(*arguments) if kind is Call else as_step(*arguments))
+        check_types(Call(*arguments) if kind is Call else as_pool_call(kind, *arguments))
         return True
     return bool(
         arguments[0].is_meta
@@ -41,7 +51,7 @@ def needs_dispatcher(kind: Any, arguments: tuple[Any, ...]) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_tracing()
         or torch._C._autograd._profiler_enabled()
-        or _any_negative(arguments[:CALL_TENSORS] + arguments[CALL_ARGUMENTS:-1])
+        or _any_negative(arguments[:CALL_TENSORS] + arguments[CALL_ARGUMENTS : _POOL_END[kind]])
     )
 
 
@@ -58,6 +68,6 @@ def _are_plain(kind: Any, *types: type[Any]) -> bool:
     return all(found in allowed for found, allowed in zip(types, _ALLOWED[kind], strict=True))
 
 
-def as_step(*arguments: Any) -> Step:
-    """The Step of the arguments of `torch.ops.gdn.decode`."""
-    return Step(Call(*arguments[:CALL_ARGUMENTS]), *arguments[CALL_ARGUMENTS:])
+def as_pool_call(kind: type[PoolCall], *arguments: Any) -> PoolCall:
+    """The Step or Prefill of the arguments of its op."""
+    return kind(Call(*arguments[:CALL_ARGUMENTS]), *arguments[CALL_ARGUMENTS:])

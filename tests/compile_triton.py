@@ -17,10 +17,11 @@ import triton
 from gdn.backends.triton.channel_gradients import channel_gradients_kernel
 from gdn.backends.triton.channel_prepare import decay_rows_kernel, prepare_channels_kernel
 from gdn.backends.triton.combine_pieces import combine_pieces_kernel
-from gdn.backends.triton.decode import decode_kernel
+from gdn.backends.triton.decode import COUNTS, decode_kernel
 from gdn.backends.triton.key_gradients import key_gradients_kernel
 from gdn.backends.triton.launch import Stage, choose_configuration
 from gdn.backends.triton.matrix_gradients import matrix_gradients_kernel
+from gdn.backends.triton.pool import POOL_COUNTS
 from gdn.backends.triton.prepare import prepare_kernel
 from gdn.backends.triton.query_gradients import query_gradients_kernel
 from gdn.backends.triton.reverse_scan import reverse_scan_kernel
@@ -34,35 +35,53 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448}
 FLOAT32 = {"transfers", "from_zero", "initial_state", "final_state", "state_in", "state_out"}
 FLOAT32 |= {"piece_states", "grad_final", "grad_initial", "factors", "g", "beta", "A_log"}
 FLOAT32 |= {"dt_bias", "row_scales", "dG_from_o", "dg", "dbeta", "dA_log", "ddt_bias", "state"}
-FLOAT32 |= {"channel_decays", "products", "sums"}
+FLOAT32 |= {"into", "pool", "checkpoints", "channel_decays", "products", "sums"}
 INT32 = {"N", "T", "chunks_per_sequence", "pieces_per_sequence", "piece_chunks"}
-INT32 |= {"null_index", "slots", "slot_stride"}
+INT32 |= {"slot_stride", "into_stride", *POOL_COUNTS, *COUNTS}
 
 # Constants. A kernel takes those that it names.
 COMMON: dict[str, Any] = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 64, "BK": 128, "VARLEN": True}
 COMMON |= {"L2_NORM": True, "FUSED_GATE": True, "LOWER_BOUND": None, "FUSED_SIGMOID": True}
-COMMON |= {"BETA_SCALE": 1.0, "SAVE": True, "CHANNELS": False, "BD": 64}
-SCAN = {"V_FIRST": False, "HAS_INITIAL": True, "STORE_FINAL": True, "OUTPUT": True}
-SCAN |= {"STORE_STATES": False, "TRANSFER": False, "CUT": False}
+COMMON |= {"BETA_SCALE": 1.0, "SAVE": True, "POOL": False, "CHANNELS": False, "BD": 64}
+COMMON |= {"Q_STRIDES": (0, 2048, 128), "K_STRIDES": (0, 2048, 128), "V_STRIDES": (0, 4096, 128)}
+COMMON |= {"G_STRIDES": (0, 32, 1), "BETA_STRIDES": (0, 32, 1)}
+NO_POOL = dict.fromkeys(
+    ("pool", "indices", "fresh", "checkpoint_offsets", "checkpoint_indices", "checkpoints")
+)
+SCAN: dict[str, Any] = {"V_FIRST": False, "HAS_INITIAL": True, "STORE_FINAL": True, "OUTPUT": True}
+SCAN |= {"STORE_STATES": False, "TRANSFER": False, "CUT": False, "CLEAR_TAIL": True}
+SCAN |= {"POOL_V_FIRST": False, "CHECKPOINTS": 0}
+POOL_SCAN = SCAN | {"HAS_INITIAL": False, "STORE_FINAL": False, "POOL": True, "CHECKPOINTS": 2}
+POOL_SCAN |= {"checkpoints": None}
+SCAN |= NO_POOL
 SCAN_FOR_STATES = SCAN | {"OUTPUT": False, "STORE_STATES": True, "CUT": True, "STORE_FINAL": False}
 REVERSE_SCAN = {"V_FIRST": False, "HAS_GRAD_FINAL": True, "STORE_GRAD_INITIAL": True}
 REVERSE_SCAN |= {"STORE_STATES": True, "CUT": False}
-COMBINE = {"V_FIRST": False, "HAS_STATE_IN": True, "STORE_STATE_OUT": True, "REVERSE": False}
-DECODE: dict[str, Any] = {"V_FIRST": False, "SPECULATIVE": False}
-DECODE |= {"INDEX_COLUMNS": 1, "G_STRIDES": (32, 32, 1), "BETA_STRIDES": (32, 32, 1), "T": 1}
-DECODE |= {"Q_STRIDES": (8192, 8192, 128), "K_STRIDES": (8192, 8192, 128)}
-DECODE |= {"V_STRIDES": (8192, 8192, 128), "accepted": None, "cu_seqlens": None}
-CHANNELS = {"CHANNELS": True}
+COMBINE: dict[str, Any] = {
+    "V_FIRST": False,
+    "HAS_STATE_IN": True,
+    "STORE_STATE_OUT": True,
+    "REVERSE": False,
+}
+POOL_COMBINE = COMBINE | {"HAS_STATE_IN": False, "STORE_STATE_OUT": False, "POOL": True}
+COMBINE |= NO_POOL
+DECODE: dict[str, Any] = {"V_FIRST": False, "SPECULATIVE": False, "LEADING": True}
+DECODE |= {"FIRST_COLUMN": 1, "UNIT": 8, "CLEAR_TAIL": False}
+DECODE |= {"accepted": None, "cu_seqlens": None, "written": None}
+CHANNELS = {"CHANNELS": True, "G_STRIDES": (0, 4096, 128)}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (prepare_kernel, {}),
     (scan_kernel, SCAN),
     (scan_kernel, SCAN_FOR_STATES),
+    (scan_kernel, POOL_SCAN),
     (combine_pieces_kernel, COMBINE),
+    (combine_pieces_kernel, POOL_COMBINE),
     (reverse_scan_kernel, REVERSE_SCAN),
     (query_gradients_kernel, {}),
     (key_gradients_kernel, {}),
     (decode_kernel, DECODE),
     (decode_kernel, DECODE | {"V_FIRST": True}),
+    (decode_kernel, DECODE | {"UNIT": 1}),
     (prepare_channels_kernel, CHANNELS | {"BD": 32}),
     (decay_rows_kernel, CHANNELS),
     (scan_kernel, SCAN | CHANNELS),
@@ -70,7 +89,7 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (reverse_scan_kernel, REVERSE_SCAN | CHANNELS),
     (matrix_gradients_kernel, CHANNELS),
     (channel_gradients_kernel, CHANNELS),
-    (decode_kernel, DECODE | CHANNELS | {"G_STRIDES": (4096, 4096, 128)}),
+    (decode_kernel, DECODE | CHANNELS),
 ]
 
 
@@ -80,8 +99,10 @@ def type_of(name: str, dtype: str) -> str:
         return "i32"
     if name == "scale":
         return "fp32"
-    if name in ("cu_seqlens", "indices"):
+    if name in ("cu_seqlens", "indices", "checkpoint_offsets", "checkpoint_indices"):
         return "*i32"
+    if name == "fresh":
+        return "*i1"
     return "*fp32" if name in FLOAT32 else f"*{dtype}"
 
 
@@ -99,7 +120,8 @@ def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(kernel.arg_names)
-        if signature[n].startswith("*") or n == "slot_stride"
+        if (signature[n].startswith("*") and not kernel.params[i].do_not_specialize_on_alignment)
+        or n in ("slot_stride", "into_stride")
     }
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"maxnreg": None} | stage.options

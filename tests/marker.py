@@ -8,7 +8,7 @@ import torch
 
 import gdn
 from gdn.backend import Backend, Capabilities, Forward, Plan
-from gdn.problem import FLAGS, Call, Step
+from gdn.problem import FLAGS, Call, PoolCall
 from gdn.testing import Case, make_inputs
 
 INPUTS = make_inputs(Case("dispatch", T=3, K=4, V=4))
@@ -27,7 +27,7 @@ class Marker(Backend):
         able = {"dtypes": (torch.float32,), "initial_state": True, "flags": frozenset(FLAGS)}
         self.capabilities = Capabilities(**able | capabilities)  # type: ignore[misc]
 
-    def plan(self, call: Call | Step) -> Plan:
+    def plan(self, call: Call | PoolCall) -> Plan:
         return MarkerPlan(self.number)
 
 

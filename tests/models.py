@@ -1,4 +1,4 @@
-"""Tiny random models of transformers' Qwen3-Next and Qwen3.5, for tests that need a real model."""
+"""Tiny random models of transformers with a decay per head, for tests that need a real model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+from gdn.integrations.transformers_models import MODELS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -31,12 +33,24 @@ SIZES: dict[str, Any] = {
     "num_experts_per_tok": 2,  # all of them, so that rounding cannot change the choice
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
+    "hc_count": 2,
+    "hc_lowrank": 8,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 128,  # all tokens
+    "indexer_compress_ratio": 2,
 }
-CLASSES = {  # configuration, model, layer
-    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", "Qwen3NextGatedDeltaNet"),
-    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", "Qwen3_5GatedDeltaNet"),
-    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeGatedDeltaNet"),
+MORE_SIZES = {"olmo_hybrid": {"pad_token_id": 0, "eos_token_id": None}}
+CLASSES = {  # configuration, model
+    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM"),
+    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM"),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM"),
+    "qwen4_exp": ("Qwen4ExpTextConfig", "Qwen4ExpForCausalLM"),
+    "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM"),
+    "lara_mini": ("LaraMiniConfig", "LaraMiniForCausalLM"),
 }
+"""Of the `MODELS` with a decay per head; the others are in test_transformers_kimi.py."""
 
 
 def find_modelling(kind: str) -> ModuleType | None:
@@ -54,7 +68,7 @@ def modelling(kind: str) -> Any:
 def make_config(kind: str) -> Any:
     modelling(kind)
     configuration = importlib.import_module(f"transformers.models.{kind}.configuration_{kind}")
-    return getattr(configuration, CLASSES[kind][0])(**SIZES)
+    return getattr(configuration, CLASSES[kind][0])(**SIZES | MORE_SIZES.get(kind, {}))
 
 
 def make_model(kind: str, device: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -70,7 +84,7 @@ def make_model(kind: str, device: str, dtype: torch.dtype = torch.float32) -> An
 def make_layer(kind: str, device: str) -> Any:
     """A linear attention layer alone, every parameter random."""
     torch.manual_seed(0)
-    layer = getattr(modelling(kind), CLASSES[kind][2])(make_config(kind), 0)
+    layer = getattr(modelling(kind), MODELS[kind].layer)(make_config(kind), 0)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
     return layer.to(device)

@@ -3,6 +3,10 @@ and comparisons."""
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +14,16 @@ import torch
 from torch import Tensor
 
 import gdn
+from gdn import dispatch
 from gdn.testing import TOLERANCE
 from gdn.testing.check import assert_close, reasons_against, run, truth
 
 __all__ = [
-    "TOKENS", "assert_close", "capabilities_of", "close", "cut", "may_fail_with_fla",
-    "reasons_against", "require", "run", "truth",
+    "FRAMEWORKS", "TOKENS", "assert_close", "capabilities_of", "close", "cut", "documented_code",
+    "may_fail_with_fla", "poisoned_memory", "reasons_against", "require", "run", "truth",
 ]  # fmt: skip
+
+FRAMEWORKS = Path(__file__).resolve().parents[1] / "docs" / "frameworks.md"
 
 TOKENS = ("q", "k", "v", "g", "beta")
 """The tensors with a row for each token."""
@@ -27,10 +34,10 @@ def capabilities_of(backend: str) -> gdn.Capabilities:
     return next(info.capabilities for info in gdn.list_backends() if info.name == backend)
 
 
-def require(backend: str, inputs: dict[str, Any]) -> None:
+def require(backend: str, inputs: dict[str, Any], prefill: bool = False) -> None:
     """Skip the test unless the backend claims this call; `test_refusals` tests that it refuses
     it."""
-    if reasons := reasons_against(backend, inputs):
+    if reasons := reasons_against(backend, inputs, prefill):
         pytest.skip("; ".join(reasons))
 
 
@@ -42,6 +49,19 @@ def may_fail_with_fla(request: pytest.FixtureRequest, backend: str, device: str)
         request.applymarker(mark)
 
 
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """New memory is NaN, or the largest integer."""
+    for device in ("cpu", "cuda"):  # these two would return memory as it is
+        monkeypatch.delattr(torch._C._dynamo.guards, f"_empty_strided_{device}", raising=False)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
 def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
     """Equal within the tolerance of `dtype`, compared in float64."""
     a, b = a.double(), b.double()
@@ -51,3 +71,12 @@ def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
 def cut(inputs: dict[str, Any], start: int, end: int, **changes: Any) -> dict[str, Any]:
     """Tokens start to end of dense inputs."""
     return inputs | {name: inputs[name][:, start:end] for name in TOKENS} | changes
+
+
+def documented_code() -> dict[str, str]:
+    """The Python of each section of docs/frameworks.md that has any, by the section's title."""
+    sections = re.split(r"^## ", FRAMEWORKS.read_text(), flags=re.MULTILINE)[1:]
+    code = {
+        x.split("\n")[0]: "".join(re.findall(r"```python\n(.*?)```", x, re.S)) for x in sections
+    }
+    return {title: lines for title, lines in code.items() if lines}

@@ -12,7 +12,7 @@ from gdn.backends.torch import TorchBackend
 import gdn
 from gdn.backend import Plan
 from gdn.cli import main
-from gdn.problem import Call, Step
+from gdn.problem import Call, PoolCall, Step
 from gdn.testing import Case, make_inputs, with_gradients
 from gdn.testing.decode import STEPS, make_step
 
@@ -28,7 +28,7 @@ class Recording(TorchBackend):
         super().__init__()
         self.requests: list[tuple[type, bool]] = []
 
-    def plan(self, call: Call | Step) -> Plan:
+    def plan(self, call: Call | PoolCall) -> Plan:
         return RecordingPlan(self.requests)
 
 
@@ -38,7 +38,7 @@ class RecordingPlan(Plan):
     def __init__(self, requests: list[tuple[type, bool]]) -> None:
         self.requests = requests
 
-    def precompile(self, call: Call | Step, backward: bool) -> bool:
+    def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
         self.requests.append((type(call), backward))
         return True
 

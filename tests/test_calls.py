@@ -10,14 +10,24 @@ import pytest
 import torch
 
 import gdn
-from gdn import ops
+from gdn import ops, pool_ops
 from gdn.backend import Gradients
 from gdn.calls import Options
-from gdn.problem import CALL_TENSORS, DIFFERENTIABLE, FLAGS, Call, Step, argument_types
+from gdn.problem import (
+    CALL_TENSORS,
+    DIFFERENTIABLE,
+    FLAGS,
+    POOL_TENSORS,
+    Call,
+    Prefill,
+    Step,
+    argument_types,
+)
 from gdn.testing import Case, make_inputs
 from gdn.testing.decode import StepCase, make_step
+from gdn.testing.prefill import PrefillCase, make_prefill
 
-OPS = (gdn.gated_delta_net, gdn.gated_delta_net_decode)
+OPS = (gdn.gated_delta_net, gdn.gated_delta_net_decode, gdn.gated_delta_net_prefill)
 
 
 def keywords(function: Any) -> dict[str, Any]:
@@ -27,20 +37,38 @@ def keywords(function: Any) -> dict[str, Any]:
     return {name: get_type_hints(function)[name] for name in names}
 
 
-def test_explain_and_warmup_take_the_keywords_of_both_ops() -> None:
-    both = keywords(OPS[1]) | keywords(OPS[0])
-    assert get_type_hints(Options) == both
-    for function, own in ((gdn.explain, {"backend"}), (gdn.warmup, {"backend", "backward", "sm"})):
+def test_explain_and_warmup_take_the_keywords_of_all_ops() -> None:
+    every = keywords(OPS[2]) | keywords(OPS[1]) | keywords(OPS[0])
+    assert get_type_hints(Options) == every
+    own: set[str]
+    for function, own in (
+        (gdn.explain, {"backend", "prefill"}),
+        (gdn.warmup, {"backend", "backward", "sm", "prefill"}),
+    ):
         parameters = inspect.signature(function).parameters
-        assert set(parameters) - {"q", "k", "v", "g", "beta"} == set(both) | own
+        assert set(parameters) - {"q", "k", "v", "g", "beta"} == set(every) | own
 
 
 def test_the_schemas_name_every_field() -> None:
-    for kind, op in ((Call, torch.ops.gdn.forward), (Step, torch.ops.gdn.decode)):
+    ops_by_kind = {
+        Call: torch.ops.gdn.forward, Step: torch.ops.gdn.decode, Prefill: torch.ops.gdn.prefill,
+    }  # fmt: skip
+    for kind, op in ops_by_kind.items():
         names = [argument.name for argument in op.default._schema.arguments]
         assert names[: len(argument_types(kind))] == list(argument_types(kind))
     assert Gradients._fields == DIFFERENTIABLE
     assert Call._fields[CALL_TENSORS:] == ("scale", "gate_lower_bound", *FLAGS)
+    assert Step._fields[POOL_TENSORS[Step] :] == ("null_index", "leading_column")
+    assert Prefill._fields[POOL_TENSORS[Prefill] :] == ("null_index",)
+
+
+def test_ops_declare_what_they_write_to() -> None:
+    for op, written in (
+        (torch.ops.gdn.decode, {"state", "out", "output_states"}),
+        (torch.ops.gdn.prefill, {"state", "out", "checkpoints"}),
+    ):
+        arguments = op.default._schema.arguments
+        assert {x.name for x in arguments if x.alias_info and x.alias_info.is_write} == written
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -53,10 +81,11 @@ def test_every_flag_reaches_its_field(monkeypatch: pytest.MonkeyPatch, flag: str
         return torch.zeros(0), None
 
     monkeypatch.setattr(ops, "run_forward", run_forward)
-    monkeypatch.setattr(ops, "run_decode", lambda step, _: seen.append(step.call))
+    monkeypatch.setattr(pool_ops, "run", lambda given, _: seen.append(given.call))
     cases: list[tuple[Any, dict[str, Any]]] = [
         (OPS[0], make_inputs(Case("call", T=1))),
         (OPS[1], make_step(StepCase("step", B=1))),
+        (OPS[2], make_prefill(PrefillCase("prefill", B=1, T=1))),
     ]
     for function, inputs in cases:
         tensors = {n: x for n, x in inputs.items() if torch.is_tensor(x)}

@@ -38,7 +38,11 @@ def problem(**changes: Any) -> Problem:
         ({}, {"needs_grad": True}, "backward is not supported"),
         ({}, {"pool": torch.float32}, "decode is not supported"),
         ({"decode": (torch.bfloat16,)}, {"pool": torch.float32}, "state must be one of bfloat16"),
-        ({}, {"speculative": True}, "state_indices [N, 1 + T] are not supported"),
+        ({}, {"speculative": True}, "a slot for each token (state_indices [N, 1 + T]) is not"),
+        ({}, {"output_states": True}, "output_states are not supported"),
+        ({}, {"pool": torch.float32, "prefill": True}, "prefill on a pool is not supported"),
+        ({"prefill": (torch.float16,)}, {"pool": torch.float32, "prefill": True}, "one of float16"),
+        ({}, {"checkpoints": True}, "checkpoints are not supported"),
         ({}, {"per_channel": True}, "a decay per channel (g [B, T, HV, K]) is not supported"),
         ({}, {"gate_lower_bound": -5.0}, "gate_lower_bound is not supported"),
         ({}, {"context_parallel": True}, "context parallelism (cp=, gdn.distributed)"),
@@ -52,6 +56,7 @@ def test_each_capability_is_a_reason(
     every = {
         "dtypes": (torch.float32,), "gva": True, "varlen": True, "initial_state": True,
         "backward": True, "decode": (torch.float32,), "speculative": True,
+        "output_states": True, "prefill": (torch.float32,), "checkpoints": True,
         "per_channel": True, "gate_lower_bound": True, "context_parallel": True,
         "flags": frozenset(FLAGS),
     }  # fmt: skip

@@ -12,9 +12,10 @@ from gdn.backends.torch import TorchBackend, TorchPlan
 
 import gdn
 from gdn.backend import Capabilities, Forward, Gradients
-from gdn.problem import Call, Step
+from gdn.problem import Call, PoolCall, Step
 from gdn.testing import CASES, check_backend, inputs
 from gdn.testing.decode import STEPS
+from gdn.testing.prefill import PREFILLS
 
 DTYPES = 4
 
@@ -53,7 +54,7 @@ class Faulty(TorchBackend):
         super().__init__()
         self.fault = fault
 
-    def plan(self, call: Call | Step) -> TorchPlan:
+    def plan(self, call: Call | PoolCall) -> TorchPlan:
         return Changed(self.fault)
 
 
@@ -68,8 +69,9 @@ def test_a_correct_backend_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a third of the cases: the definition goes token by token."""
     monkeypatch.setattr("gdn.testing.check.CASES", CASES[::3])
     monkeypatch.setattr("gdn.testing.check.STEPS", STEPS[::3])
+    monkeypatch.setattr("gdn.testing.check.PREFILLS", PREFILLS[::3])
     agreed, refused = check_backend(Faulty(), "cpu")
-    assert agreed == len(CASES[::3]) + len(STEPS[::3])
+    assert agreed == len(CASES[::3]) + len(STEPS[::3]) + len(PREFILLS[::3])
     assert refused == (DTYPES - 1) * agreed
     assert "faulty" not in {info.name for info in gdn.list_backends()}
 
@@ -77,7 +79,7 @@ def test_a_correct_backend_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_backend_that_declares_one_dtype_refuses_the_rest() -> None:
     agreed, refused = check_backend(Modest(), "cpu")
     assert agreed == sum(_is_plain(case) for case in CASES)
-    assert agreed + refused == DTYPES * (len(CASES) + len(STEPS))
+    assert agreed + refused == DTYPES * (len(CASES) + len(STEPS) + len(PREFILLS))
 
 
 def _is_plain(case: inputs.Case) -> bool:
@@ -103,6 +105,6 @@ def test_faults_are_named(fault: str, words: str) -> None:
 
 def test_a_call_that_runs_unclaimed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gdn.dispatch, "find_reasons", lambda name, problem: [])
-    monkeypatch.setattr("gdn.testing.check.reasons_against", lambda backend, inputs: ("no luck",))
+    monkeypatch.setattr("gdn.testing.check.reasons_against", lambda *_: ("no luck",))
     with pytest.raises(AssertionError, match="modest runs what it does not claim: no luck"):
         check_backend(Modest(), "cpu")

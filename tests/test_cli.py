@@ -20,7 +20,7 @@ from gdn import cli
 from gdn.backend import Forward
 from gdn.compare import comparison
 from gdn.compare.options import make_case
-from gdn.problem import Call, Step
+from gdn.problem import Call, PoolCall
 
 HEADS = "H=1,HV=2,K=16,V=16"
 SMALL = ["--shape", f"T=70,{HEADS}", "--device", "cpu"]
@@ -31,7 +31,7 @@ class Wrong(TorchBackend):
 
     name = "wrong"
 
-    def plan(self, call: Call | Step) -> TorchPlan:
+    def plan(self, call: Call | PoolCall) -> TorchPlan:
         return WrongPlan(None)
 
 
@@ -46,7 +46,7 @@ class Broken(TorchBackend):
 
     name = "broken"
 
-    def plan(self, call: Call | Step) -> TorchPlan:
+    def plan(self, call: Call | PoolCall) -> TorchPlan:
         return BrokenPlan(None)
 
 

@@ -18,7 +18,7 @@ from gdn.compare.comparison import Comparison
 from gdn.compare.decode import DECODE, StepComparison
 from gdn.compare.roofline import Ceilings
 from gdn.compare.timing import Run, Timing
-from gdn.problem import Call, Step
+from gdn.problem import Call, PoolCall, Step
 from gdn.testing import Case, agreement
 from gdn.testing.decode import StepCase
 
@@ -32,7 +32,7 @@ class WrongLater(TorchBackend):
 
     name = "wrong_later"
 
-    def plan(self, call: Call | Step) -> TorchPlan:
+    def plan(self, call: Call | PoolCall) -> TorchPlan:
         return WrongLaterPlan(None)
 
 
@@ -107,7 +107,7 @@ def test_steps_are_checked_and_timed() -> None:
     class WrongStep(TorchBackend):
         name = "wrong_step"
 
-        def plan(self, call: Call | Step) -> TorchPlan:
+        def plan(self, call: Call | PoolCall) -> TorchPlan:
             return WrongPlan(None)
 
     gdn.register_backend(WrongStep())

@@ -113,7 +113,7 @@ def test_a_decay_per_channel_reaches_chunk_kda(
 def test_decode_per_channel_agrees_under_tritons_interpreter(name: str) -> None:
     """With and without a lower bound."""
     pytest.importorskip("fla")
-    from gdn.backends.fla.decode import decode
+    from gdn.backends.fla.pool import decode
 
     case = next(case for case in STEPS if case.name == name)
     for bound in (None, -5.0) if case.fused else (None,):

@@ -26,10 +26,11 @@ def layer(monkeypatch: pytest.MonkeyPatch, device: str) -> GatedDeltaNet:
     return GatedDeltaNet(32, **HEADS, backend="torch").to(device)
 
 
-@pytest.mark.parametrize("kind", models.CLASSES)
+@pytest.mark.parametrize("kind", [kind for kind in models.CLASSES if kind != "olmo_hybrid"])
 def test_loads_the_hugging_face_layer_and_equals_it(
     monkeypatch: pytest.MonkeyPatch, kind: str, device: str
 ) -> None:
+    """OLMo Hybrid's layer has a projection for each of q, k and v."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     models.make_plain(monkeypatch)
     theirs = models.make_layer(kind, device)

@@ -13,7 +13,7 @@ from marker import INPUTS, Marker, MarkerPlan, which_ran
 import gdn
 from gdn import registry
 from gdn.backend import Backend, Forward, Gradients, Plan
-from gdn.problem import Call, Problem, Step
+from gdn.problem import Call, PoolCall, Problem, Step
 from gdn.testing import check_backend, with_gradients
 from gdn.testing.decode import StepCase, make_step
 
@@ -81,7 +81,7 @@ class NoCapabilities(Backend):
     name = "without"
     summary = "forgot something"
 
-    def plan(self, call: Call | Step) -> Plan:
+    def plan(self, call: Call | PoolCall) -> Plan:
         raise AssertionError("never asked")
 
 
@@ -167,7 +167,7 @@ class Returns(Marker):
         super().__init__("returns", backward=True, decode=(torch.float32,), speculative=True)
         self.returned = {"forward": forward, "gradients": gradients, "o": o}
 
-    def plan(self, call: Call | Step) -> Plan:
+    def plan(self, call: Call | PoolCall) -> Plan:
         return ReturnsPlan(self.returned)
 
 

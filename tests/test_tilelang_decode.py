@@ -17,7 +17,8 @@ if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
 
 from gdn.backends.tilelang.compile import TARGET  # noqa: E402
-from gdn.backends.tilelang.decode.kernel import DecodePlan, decode_kernel  # noqa: E402
+from gdn.backends.tilelang.decode.kernel import decode_kernel  # noqa: E402
+from gdn.backends.tilelang.decode.plan import DecodePlan  # noqa: E402
 
 NO_SPILLS = ["-Xptxas", "--warn-on-spills,--warning-as-error"]
 LAYERS = [

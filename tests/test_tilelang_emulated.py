@@ -14,24 +14,29 @@ from typing import Any
 
 import pytest
 import test_agreement
+import test_close_keys
 import test_decode
 import test_distributed
+import test_padded_packs
 import torch
 from hopper import emulate
-from support import assert_close, run, truth
+from support import assert_close, poisoned_memory, run, truth  # noqa: F401
+from test_float16_ranges import LARGE_STATES, LARGE_VALUES, RAW_ROWS, check_ranges
 
 import gdn
-from gdn.testing import CASES, Case, make_inputs, with_gradients
+from gdn.testing import CASES, CLOSE_KEYS, Case, make_inputs, with_gradients
 from gdn.testing.decode import STEPS
 
 pytest.importorskip("tilelang")
 if shutil.which("nvcc") is None or shutil.which("g++") is None:
     pytest.skip("no nvcc or no g++", allow_module_level=True)
 
+from gdn.backends.common import chunking
 from gdn.backends.tilelang import TileLangBackend, streams
 from gdn.backends.tilelang import memory_rounds as rounds
 from gdn.backends.tilelang.backward import plan as backward
-from gdn.backends.tilelang.decode import kernel as decode
+from gdn.backends.tilelang.decode import plan as decode
+from gdn.backends.tilelang.forward import fused_plan
 from gdn.backends.tilelang.forward import plan as forward
 from test_agreement import same_dtype  # noqa: F401
 
@@ -54,8 +59,11 @@ CUT = replace(LARGE, name="cut", T=1550, B=1, H=1, HV=2, gates="weak")
 GROUPED = Case(
     "grouped", T=250, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16, fused=True, gates="model"
 )
+DECODED = (
+    "one-token", "packed", "speculative", "float16-pool", "padded-pack", "padded-pack-out",
+    "sixteen-tokens", "no-leading-column-packed", "last-elsewhere", "each-elsewhere",
+)  # fmt: skip
 SUMMARY = replace(CHECKED[0], T=70, H=1, HV=2)  # with kernels that other tests compile too
-DECODED = ("one-token", "packed", "speculative")
 WORLDS = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 
 
@@ -96,7 +104,7 @@ def world(
         def entries(kernels: list[Any]) -> list[Callable[..., None]]:
             return [emulate(kernel, folder, late, edit, slow) for kernel in kernels]
 
-        for module in (forward, backward, decode):
+        for module in (forward, fused_plan, backward, decode):
             monkeypatch.setattr(module, "launchers", entries)
         gdn.register_backend(Emulated(), replace=True)
 
@@ -121,6 +129,31 @@ def check(case: Case, inputs: dict[str, Any]) -> None:
     expected = truth(case)
     for name, value in run("emulated", case, inputs).items():
         assert_close(name, value, expected[name], case.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["cosine-1-beta-2", "long-equal-keys"])
+def test_close_keys_cost_no_more_than_rounding(
+    world: Callable[..., None], name: str, dtype: torch.dtype
+) -> None:
+    world(late=True)
+    (case,) = (replace(case, dtype=dtype) for case in CLOSE_KEYS if case.name == name)
+    test_close_keys.check_against_rounding("emulated", case, with_gradients(make_inputs(case)))
+
+
+@pytest.mark.parametrize("case", [RAW_ROWS, LARGE_STATES, LARGE_VALUES], ids=lambda case: case.name)
+def test_float16_ranges(world: Callable[..., None], case: Case) -> None:
+    world(late=True)
+    check_ranges("emulated", case)
+
+
+def test_float16_ranges_in_pieces(
+    world: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world(late=False)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "piece_length", lambda call, rows: 64)
+    check_ranges("emulated", LARGE_STATES)
 
 
 @WORLDS
@@ -186,6 +219,19 @@ def test_a_warp_may_be_slow(world: Callable[..., None], slow: int) -> None:
     intra-chunk warpgroup, the producer warp, the storing warp and a dv warp."""
     world(late=True, slow=slow)
     check(GROUPED, with_gradients(make_inputs(GROUPED)))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "pieces"])
+def test_tokens_past_the_last_sequence(
+    world: Callable[..., None], monkeypatch: pytest.MonkeyPatch, cut: bool
+) -> None:
+    """Outputs and gradients there are zero."""
+    world(late=False)
+    if cut:
+        monkeypatch.setattr(chunking, "MIN_PIECE_CHUNKS", 1)
+    case = Case("padded", lengths=(33, 0, 130), H=1, HV=2, dtype=torch.bfloat16, fused=True)
+    test_padded_packs.check("emulated", case, "cpu", 100)
 
 
 @pytest.mark.parametrize("name", DECODED)

@@ -14,15 +14,18 @@ import torch
 import gdn
 from gdn.problem import Call
 from gdn.testing import CASES as SHARED
-from gdn.testing import Case, make_inputs
+from gdn.testing import CLOSE_KEYS, Case, make_inputs
 
 pytest.importorskip("tilelang")
 emulated = pytest.importorskip("test_tilelang_emulated")
 compiled = pytest.importorskip("test_tilelang")
 
+from gdn.backends.tilelang.forward import fused_plan  # noqa: E402
 from gdn.backends.tilelang.forward import plan as forward  # noqa: E402
 from support import assert_close, require, run, truth  # noqa: E402
 from test_agreement import SHORT_NAMES  # noqa: E402
+from test_close_keys import check_against_rounding  # noqa: E402
+from test_float16_ranges import LARGE_STATES, LARGE_VALUES, RAW_ROWS, check_ranges  # noqa: E402
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: E402, F401
 
 CASES = {
@@ -52,8 +55,8 @@ ON_GPU = [
 @pytest.fixture(autouse=True)
 def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call takes the one kernel that it can."""
-    monkeypatch.setattr(forward, "FUSED_SHARE", 0.0)
-    monkeypatch.setattr(forward, "piece_length", lambda call, rows: None)
+    monkeypatch.setattr(fused_plan, "MIN_SHARE", 0.0)
+    monkeypatch.setattr(fused_plan, "choose_piece_length", lambda call: None)
 
 
 @WORLDS
@@ -67,6 +70,30 @@ def test_agrees_with_the_definition(
     world(late)
     monkeypatch.setattr(forward, "prepare", None)  # not used
     check(CASES[name], make_inputs(CASES[name]))
+
+
+@pytest.mark.parametrize("name", ["cosine-1-beta-1", "cosine-1-beta-2", "long-equal-keys"])
+def test_close_keys_cost_no_more_than_rounding(
+    world: Callable[..., None],  # noqa: F811
+    name: str,
+) -> None:
+    world(late=True)
+    (case,) = (case for case in CLOSE_KEYS if case.name == name)
+    case = replace(case, V=128, dtype=torch.bfloat16)
+    check_against_rounding("emulated", case, make_inputs(case))
+
+
+RANGES = pytest.mark.parametrize(
+    "case",
+    [replace(case, V=128) for case in (RAW_ROWS, LARGE_STATES, LARGE_VALUES)],
+    ids=lambda case: case.name,
+)
+
+
+@RANGES
+def test_float16_ranges(world: Callable[..., None], case: Case) -> None:  # noqa: F811
+    world(late=True)
+    check_ranges("emulated", case, backward=False)
 
 
 @pytest.mark.parametrize("slow", [0, 3, 4, 8, 12, 13, 14, 15])
@@ -135,6 +162,22 @@ def test_agrees_with_the_definition_on_a_gpu(monkeypatch: pytest.MonkeyPatch, ca
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CLOSE_KEYS, ids=lambda case: case.name)
+def test_close_keys_on_a_gpu(clean_registry: None, case: Case, dtype: torch.dtype) -> None:
+    case = replace(case, V=128, dtype=dtype)
+    inputs = make_inputs(case, "cuda")
+    require("tilelang", inputs)
+    check_against_rounding("tilelang", case, inputs)
+
+
+@pytest.mark.gpu
+@RANGES
+def test_float16_ranges_on_a_gpu(case: Case) -> None:
+    check_ranges("tilelang", case, "cuda", backward=False)
+
+
+@pytest.mark.gpu
 def test_more_scans_than_sms() -> None:
     """Several thread blocks an SM, one after the other, and lengths from 1 token to 40 chunks."""
     lengths = tuple(1 + 37 * n % 2500 for n in range(40))
@@ -149,21 +192,20 @@ def test_more_scans_than_sms() -> None:
 
 
 @pytest.mark.parametrize(
-    ("B", "HV", "V", "chosen"),
+    ("B", "HV", "chosen"),
     [
-        (4, 32, 128, True),
-        (4, 32, 64, False),  # V = 128 only
-        (4, 16, 128, False),  # 64 scans leave half of 132 SMs idle
-        (1, 144, 128, False),  # the last 12 scans would have the GPU for themselves
-        (4, 48, 128, True),
-        (0, 32, 128, False),
+        (4, 32, True),
+        (4, 16, False),  # 64 scans leave half of 132 SMs idle
+        (1, 144, False),  # the last 12 scans would have the GPU for themselves
+        (4, 48, True),
+        (0, 32, False),
     ],
 )
 def test_is_chosen_where_scans_fill_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, B: int, HV: int, V: int, chosen: bool
+    monkeypatch: pytest.MonkeyPatch, B: int, HV: int, chosen: bool
 ) -> None:
     """Tensors on the meta device count as on a GPU with 132 SMs."""
     monkeypatch.undo()
-    x, v = (torch.empty((B, 8192, HV, n), device="meta") for n in (128, V))
-    call = Call(x, x, v, x[..., 0], x[..., 0])
-    assert forward.choose_fused(call, B * HV) is chosen
+    x = torch.empty((B, 8192, HV, 128), device="meta")
+    call = Call(x, x, x, x[..., 0], x[..., 0])
+    assert fused_plan.fills_gpu(call) is chosen

@@ -1,4 +1,5 @@
-"""transformers' Qwen3-Next and Qwen3.5, tiny and random: gdn changes none of their numbers."""
+"""transformers' models with a decay per head, tiny and random: gdn changes none of their
+numbers."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import gdn
+from gdn.integrations.transformers_functions import run_sequences, run_tokens
 from gdn.testing import TOLERANCE, relative_error
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -162,7 +164,7 @@ def test_copies_and_saved_models(tmp_path: Path, kind: str) -> None:
 
 def test_stray_arguments_are_dropped() -> None:
     q, v, g = torch.randn(1, 3, 1, 8), torch.randn(1, 3, 2, 8), -torch.rand(1, 3, 2)
-    for run in (integration._run_prefill, integration._run_step):
+    for run in (run_sequences, run_tokens):
         plain = run("torch", q, q, v, g=g, beta=-g, output_final_state=True)
         stray = {"chunk_size": 64, "head_first": False, "cu_seqlens": None, "seq_idx": None}
         got = run("torch", q, q, v, g=g, beta=-g, output_final_state=True, **stray)
@@ -179,13 +181,12 @@ def test_sequences_and_steps_grouped_heads_and_packs(backend: str, device: str, 
     v, state = torch.randn(2, T, 4, 16, device=device), torch.randn(2, 4, 8, 16, device=device)
     g, beta = -torch.rand(2, T, 4, device=device), torch.rand(2, T, 4, device=device)
     options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
-    expected = integration._run_prefill(
-        backend, q, k, v, g=g, beta=beta, initial_state=state, **options
-    )
+    expected = run_sequences(backend, q, k, v, g=g, beta=beta, initial_state=state, **options)
     q2, k2 = (x.repeat_interleave(2, 2) for x in (q, k))
     packed = [x.flatten(0, 1)[None] for x in (q, k, v, g, beta)]
     ends = torch.tensor([0, T, 2 * T], device=device, dtype=torch.int32)
-    for run in (integration._run_prefill, integration._run_step):
+    functions: Any = (run_sequences, run_tokens)
+    for run in functions:
         for tensors, more in (
             ((q, k, v, g, beta), {}),
             ((q2, k2, v, g, beta), {}),
@@ -201,7 +202,7 @@ def test_a_step_leaves_the_callers_state_alone() -> None:
     state = torch.randn(1, 2, 8, 8)
     before = state.clone()
     step = {"initial_state": state, "output_final_state": True}
-    o, after = integration._run_step("torch", q, q, v, g, -g, **step)
+    o, after = run_tokens("torch", q, q, v, g, -g, **step)
     expected = gdn.gated_delta_net(q, q, v, g, -g, **step)
     assert torch.equal(state, before)
     torch.testing.assert_close((o, after), tuple(expected))

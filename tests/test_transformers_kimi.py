@@ -60,12 +60,17 @@ CLASSES = {  # configuration, model, more sizes. GLM-5-Next's text model has no 
 FUNCTIONS = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
 
 
-@pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Unpatched means transformers' own PyTorch; and no test leaves a patch behind."""
+def make_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make transformers run its own PyTorch code, even if fla is installed."""
     for module in filter(None, map(models.find_modelling, CLASSES)):
         for name in FUNCTIONS:
             monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Unpatched means transformers' own PyTorch; and no test leaves a patch behind."""
+    make_plain(monkeypatch)
     yield
     integration.unpatch()
 
@@ -166,7 +171,7 @@ def test_packed_sequences(kind: str) -> None:
     """Linear layers alone keep them apart: as each sequence by itself, unpatched."""
     model = make_model(kind)
     packed, alone = models.make_packed("cpu")
-    linear = next(x for x in model.modules() if type(x).__name__.endswith(integration._LAYERS))
+    linear = next(x for x in model.modules() if type(x).__name__ == integration.MODELS[kind].layer)
     x = torch.randn(1, packed["input_ids"].shape[1], SIZES["hidden_size"])
     bounds = packed["cu_seq_lens_q"].tolist()
     parts = [x[:, a:b] for a, b in pairwise(bounds) if b > a]

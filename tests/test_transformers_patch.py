@@ -104,10 +104,43 @@ def test_models_made_while_patched_and_used_afterwards(kind: str) -> None:
 
 
 def test_other_models_and_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"layers of Qwen3-Next or Qwen3.5.*got Linear"):
+    with pytest.raises(ValueError, match=r"linear attention of Qwen3-Next, .*got Linear;"):
         integration.patch(nn.Linear(2, 2))
     module = modelling("qwen3_next")
     for name in ("torch_chunk_gated_delta_rule", "chunk_gated_delta_rule"):
         monkeypatch.delattr(module, name, raising=False)
     with pytest.raises(RuntimeError, match=r"a version that gdn knows, got \d.*in another way"):
         integration.patch()
+
+
+def test_the_tests_cover_every_model_of_the_table() -> None:
+    kimi = importlib.import_module("test_transformers_kimi")
+    per_channel = {name for name, model in integration.MODELS.items() if model.per_channel}
+    assert set(kimi.CLASSES) == per_channel
+    assert set(models.CLASSES) == set(integration.MODELS) - per_channel
+
+
+def test_subclasses_of_known_layers_are_patched(kind: str) -> None:
+    model, inputs = make_model(kind, "cpu"), padded("cpu", 20)
+    expected = model(**inputs).logits
+    known = getattr(modelling(kind), integration.MODELS[kind].layer)
+    own = type("Own", (known,), {"__module__": "elsewhere"})
+    for layer in model.modules():
+        if type(layer) is known:
+            layer.__class__ = own
+    with integration.patch(model, backend="torch"):
+        got = model(**inputs).logits
+        with integration.patch(model, backend="fla"), pytest.raises(gdn.BackendUnsupportedError):
+            model(**inputs)
+    assert not torch.equal(got, expected)
+    assert relative_error(got, expected) <= TOLERANCE[torch.float32]
+
+
+def test_unknown_layers_are_named(kind: str) -> None:
+    strange = type("OtherDeltaNet", (nn.Linear,), {"__module__": "elsewhere"})
+    alone = nn.Sequential(strange(2, 2))
+    with pytest.raises(ValueError, match=r"got Sequential with elsewhere.OtherDeltaNet; other"):
+        integration.patch(alone)
+    both = nn.ModuleList([alone, make_model(kind, "cpu")])
+    with pytest.warns(RuntimeWarning, match=r"leaves as they are, the layers elsewhere.OtherDelta"):
+        integration.patch(both)

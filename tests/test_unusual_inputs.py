@@ -96,7 +96,7 @@ def test_counts_past_the_table_skip_the_row(
     right = gdn.gated_delta_net_decode(**inputs | others | {"state": expected}, backend=backend)
     inputs["num_accepted_tokens"][1] = count
     step = as_step(inputs)
-    o = dispatch.choose_decode(backend, step).plan.decode(step)
+    o = dispatch.choose_for_pool(backend, step).plan.decode(step)
     assert not o[1].any()
     assert_close("o", o[[0, 2]], right, dtype)
     assert_close("state", inputs["state"], expected, torch.float32)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Plan
-from gdn.problem import FLAGS, Call, Problem, Step
+from gdn.problem import FLAGS, Call, PoolCall, Problem
 
 
 class FlaBackend(Backend):
@@ -45,7 +45,9 @@ class FlaBackend(Backend):
         deterministic=True,
         cuda_graph=True,
         flags=frozenset(FLAGS),
-        decode=(torch.float32, torch.bfloat16),
+        decode=(torch.float32, torch.bfloat16, torch.float16),
+        output_states=True,
+        prefill=(torch.float32, torch.bfloat16, torch.float16),
         per_channel=True,
         gate_lower_bound=True,
     )
@@ -86,7 +88,7 @@ class FlaBackend(Backend):
 
         return channels.saved_like(call) if call.per_channel else prefill.saved_like(call)
 
-    def plan(self, call: Call | Step) -> Plan:
+    def plan(self, call: Call | PoolCall) -> Plan:
         from .plan import FlaPlan
 
         return FlaPlan()

@@ -11,7 +11,7 @@ import inspect
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from fla.modules.norm.l2norm import l2norm_bwd, l2norm_fwd
@@ -39,25 +39,43 @@ def beta_scale(call: Call) -> float:
     return 2.0 if call.allow_neg_eigval else 1.0
 
 
-_aliases: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+class _Lengths(NamedTuple):
+    """What is derived from cu_seqlens while it does not change: the same values as another tensor
+    object, and the last one."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    alias: Tensor
+    last: int
 
 
-def alias(x: Tensor) -> Tensor:
-    """The same values as another tensor object: the one of the last call while x has not changed
-    since, a new one when it has.
+_lengths: dict[int, _Lengths] = {}
+
+
+def _derive(x: Tensor) -> _Lengths:
+    """The derived values of the last call while x has not changed since, new ones when it has.
 
     fla keeps what it derives from cu_seqlens by the identity of the tensor, and would not notice
     that its values have changed in place.
     """
-    if x.is_inference():  # does not say when it changes
-        return x.view(x.shape)
-    seen = _aliases.get(id(x))
-    if seen is not None and seen[0]() is x and seen[1] == x._version:
-        return seen[2]
-    made = x.detach().view(x.shape)
-    key = id(x)
-    _aliases[key] = (weakref.ref(x, lambda _: _aliases.pop(key, None)), x._version, made)
-    return made
+    key, version = id(x), -1 if x.is_inference() else x._version
+    seen = _lengths.get(key)
+    if seen is not None and seen.tensor() is x and seen.version == version >= 0:
+        return seen
+    reference = weakref.ref(x, lambda _: _lengths.pop(key, None))
+    found = _Lengths(reference, version, x.detach().view(x.shape), int(x[-1]))
+    if version >= 0:  # an inference tensor does not say when it changes
+        _lengths[key] = found
+    return found
+
+
+def last_token(call: Call) -> int:
+    """The number of tokens up to the end of the last sequence. Reads cu_seqlens on the host, which
+    fla does as well."""
+    if call.cu_seqlens is None:
+        return call.q.shape[1]
+    host = call.cu_seqlens_cpu
+    return _derive(call.cu_seqlens).last if host is None else int(host[-1])
 
 
 def for_fla(call: Call) -> Call:
@@ -66,7 +84,9 @@ def for_fla(call: Call) -> Call:
     tensors = {n: x.contiguous() for n, x in call._asdict().items() if isinstance(x, Tensor)}
     lengths = ("cu_seqlens", "cu_seqlens_cpu")
     tensors |= {
-        name: alias(x).contiguous() for name in lengths if (x := getattr(call, name)) is not None
+        name: _derive(x).alias.contiguous()
+        for name in lengths
+        if (x := getattr(call, name)) is not None
     }
     return call._replace(**tensors)  # type: ignore[arg-type]
 

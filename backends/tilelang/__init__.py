@@ -4,7 +4,8 @@
   the state chunk by chunk and computes the outputs. `fused` does both.
 - `backward/`: `gate_sums`, `recompute_states`, `reverse_scan` and `gradients`, in memory rounds
   (`memory_rounds.py`).
-- `combine_pieces.py`: the states between the pieces of a sequence, for both.
+- `combine_pieces.py`: the states between the pieces of a sequence, for both; `clear_tail.py`: zeros
+  for tokens that belong to no sequence.
 - `decode/`: the serving step, a few tokens a sequence.
 - `tile/`: building blocks that kernels share. `compile.py`: how a kernel is compiled.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Plan
-from gdn.problem import FLAGS, Call, Problem, Step
+from gdn.problem import FLAGS, Call, PoolCall, Problem, Step
 
 
 class TileLangBackend(Backend):
@@ -42,8 +43,9 @@ class TileLangBackend(Backend):
         cuda_graph=True,
         resets=True,
         flags=frozenset(FLAGS),
-        decode=(torch.float32, torch.bfloat16),
+        decode=(torch.float32, torch.bfloat16, torch.float16),
         speculative=True,
+        output_states=True,
         context_parallel=True,
     )
     priority = 400
@@ -60,13 +62,14 @@ class TileLangBackend(Backend):
 
         return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(call)]
 
-    def plan(self, call: Call | Step) -> Plan:
+    def plan(self, call: Call | PoolCall) -> Plan:
         if isinstance(call, Step):
-            from .decode.kernel import DecodePlan
+            from .decode.plan import DecodePlan
 
             return DecodePlan(call)
         from .plan import PrefillPlan
 
+        assert isinstance(call, Call)  # no capability for a prefill on a pool
         return PrefillPlan(call)
 
 

@@ -9,10 +9,11 @@ that piece is not applied. This kernel goes through the pieces in order:
     backward  dS^T <- dS^T M + dN^T     from the last piece to the first (reverse)
 
 dN is the gradient that a piece returns of a zero gradient, and M is forward's. All of it is
-float32.
+float32. Of a piece that forgets (`forward/forgetting.py`) M is zero, and not read.
 
     reads   transfer [pieces, HV, V + K, K], N^T above M^T; dN [pieces, HV, V, K] (backward);
-            S_in, the initial state (backward: the gradient of the final state)
+            forgets [pieces, HV], where there is one; S_in, the initial state (backward: the
+            gradient of the final state)
     writes  boundary [pieces, HV, V, K], the state that each piece starts from (backward: the
             gradient of the state that it ends with); S_out, the gradient of the initial state
 
@@ -37,19 +38,24 @@ OWN = COLUMNS // PARTS
 @kernel(own_barriers=True)
 def combine_pieces(
     *, offsets: str, K: int, V: int, varlen: bool, initial: bool, final: bool, v_first: bool,
-    reverse: bool,
+    reverse: bool, forgetting: bool,
 ) -> Any:  # fmt: skip
     """Build the kernel. initial: whether `S_in` holds a state to start from (else zero);
-    final: whether `S_out` is wanted (reverse only)."""
+    final: whether `S_out` is wanted (reverse only); forgetting: whether there is `forgets`
+    (forward only)."""
     HV, N, pieces, bounds = (T.dynamic(name) for name in ("HV", "N", "pieces", "bounds"))
     state = (N, HV, V, K) if v_first else (N, HV, K, V)
     blocks, each = V // COLUMNS, K // PARTS
 
     @T.macro
-    def load_transfer(transfer, dN, N_next, M_next, piece, head, row, column, part):
+    def load_transfer(transfer, dN, N_next, M_next, piece, head, row, column, part, forgotten):
         for i in T.unroll(OWN):
             N_next[i] = (dN if reverse else transfer)[piece, head, row + i, column]
-        if reverse:  # along a row of M: four numbers an access
+        if forgetting:
+            if forgotten == 0:
+                for k in T.unroll(each):
+                    M_next[k] = transfer[piece, head, V + part * each + k, column]
+        elif reverse:  # along a row of M: four numbers an access
             for k in T.unroll(each // 4):
                 for j in T.vectorized(4):
                     M_next[k * 4 + j] = transfer[piece, head, V + column, part * each + k * 4 + j]
@@ -61,6 +67,7 @@ def combine_pieces(
     def combine_pieces_kernel(
         transfer: T.Tensor((pieces, HV, V + K, K), "float32"),
         dN: T.Tensor((pieces, HV, V, K), "float32"),
+        forgets: T.Tensor((pieces, HV), "int32"),
         boundary: T.Tensor((pieces, HV, V, K), "float32"), S_in: T.Tensor(state, "float32"),
         S_out: T.Tensor(state, "float32"), cu_seqlens: T.Tensor((bounds,), offsets),
         sequences: T.int32, total: T.int32, length: T.int32,
@@ -75,6 +82,7 @@ def combine_pieces(
             partial_smem = T.alloc_shared((PARTS, COLUMNS, K), "float32")
             # variables: an expression would divide again at every use
             n, head, row, first_piece, last, piece = (T.alloc_var("int32") for _ in range(6))
+            forgotten, forgotten_next = (T.alloc_var("int32") for _ in range(2))
 
             # === the place of the thread block, the state to start from ===
             n = cta // (HV * blocks)
@@ -94,7 +102,11 @@ def combine_pieces(
 
             # === piece after piece ===
             piece = first_piece + (last if reverse else 0)
-            load_transfer(transfer, dN, N_next, M_next, piece, head, row, column, part)
+            forgotten = 0
+            forgotten_next = 0
+            if forgetting:
+                forgotten = forgets[piece, head]
+            load_transfer(transfer, dN, N_next, M_next, piece, head, row, column, part, forgotten)
             for step in T.serial(last + 1):
                 for i in T.unroll(OWN):
                     boundary[piece, head, row + i, column] = S[i]
@@ -106,11 +118,16 @@ def combine_pieces(
                         M[k] = M_next[k]
                     piece += -1 if reverse else 1
                     if step < last:  # loads of the next piece run beside this one's sums
-                        load_transfer(transfer, dN, N_next, M_next, piece, head, row, column, part)
+                        if forgetting:
+                            forgotten_next = forgets[piece, head]
+                        load_transfer(
+                            transfer, dN, N_next, M_next, piece, head, row, column, part,
+                            forgotten_next,
+                        )  # fmt: skip
                     T.sync_threads()
                     for i in T.unroll(COLUMNS):
                         sums[i] = 0.0
-                    if reverse or step > 0:
+                    if T.And(reverse or step > 0, forgotten == 0):
                         for k in T.unroll(each):
                             for i in T.unroll(COLUMNS):
                                 sums[i] += S_smem[part * each + k, i] * M[k]
@@ -120,6 +137,7 @@ def combine_pieces(
                     for p in T.unroll(PARTS):
                         for i in T.unroll(OWN):
                             S[i] += partial_smem[p, part * OWN + i, column]
+                    forgotten = forgotten_next
 
             # === the state after the last piece ===
             if final:

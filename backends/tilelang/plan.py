@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from gdn.backend import Forward, Gradients, Plan
-from gdn.problem import Call, Step
+from gdn.problem import Call, PoolCall
 
 from .forward.plan import ForwardPass
 
@@ -31,7 +31,7 @@ class PrefillPlan(Plan):
         gradients = self._backward_pass(call).backward(call, saved, grad_o, grad_final_state)
         return gradients
 
-    def precompile(self, call: Call | Step, backward: bool) -> bool:
+    def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
         """See `gdn.backend.Plan.precompile`."""
         assert isinstance(call, Call)
         self.forward_pass.kernels(save=backward)

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Forward, Gradients, Plan
-from gdn.problem import FLAGS, Call, Step
+from gdn.problem import FLAGS, Call, PoolCall, Prefill, Step
 
 from .chunk_loop import backward, forward, saved_like
 from .decode import decode
+from .prefill import run_prefill
 
 
 class TorchBackend(Backend):
     """`chunk_loop.py` loops over the chunks. `chunk.py` computes one, or with a decay per channel
     `channel_chunk.py`. `layout.py` gathers its tokens, and `activation.py` differentiates the fused
-    options.
+    options. `prefill.py` runs the loop on a pool of states, and `decode.py` takes a step.
 
     `operand_dtype` is the dtype to which operands of matrix products are rounded. By default it is
     the call's dtype on a GPU, and the compute dtype (no rounding) elsewhere. With `rounds_inverse`
@@ -36,8 +37,11 @@ class TorchBackend(Backend):
         cuda_graph=False,  # PyTorch does not promise that its triangular solve can be captured
         resets=True,
         flags=frozenset(FLAGS),
-        decode=(torch.float32, torch.bfloat16, torch.float64),
+        decode=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
         speculative=True,
+        output_states=True,
+        prefill=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+        checkpoints=True,
         per_channel=True,
         gate_lower_bound=True,
         context_parallel=True,
@@ -52,7 +56,7 @@ class TorchBackend(Backend):
     def saved_like(self, call: Call) -> list[Tensor]:
         return saved_like(call)
 
-    def plan(self, call: Call | Step) -> TorchPlan:
+    def plan(self, call: Call | PoolCall) -> TorchPlan:
         return TorchPlan(self.operand_dtype, self.rounds_inverse)
 
 
@@ -74,6 +78,9 @@ class TorchPlan(Plan):
 
     def decode(self, step: Step) -> Tensor:
         return decode(step)
+
+    def prefill(self, prefill: Prefill) -> Tensor:
+        return run_prefill(prefill, *self.rounding)
 
 
 BACKEND = TorchBackend()

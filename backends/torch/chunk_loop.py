@@ -8,12 +8,14 @@ a CPU float32 operands are faster.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gdn.backend import Forward, Gradients
 from gdn.definition import activate, gate_floor
-from gdn.problem import Call
+from gdn.problem import CHUNK, Call
 
 from . import channel_chunk, chunk
 from .activation import backpropagate_activation
@@ -103,9 +105,17 @@ def _split_state(call: Call, state: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def forward(
-    call: Call, save: bool, operand_dtype: torch.dtype | None, rounds_inverse: bool
+    call: Call,
+    save: bool,
+    operand_dtype: torch.dtype | None,
+    rounds_inverse: bool,
+    visit: Callable[[int, Callable[[], Tensor]], None] | None = None,
 ) -> Forward:
-    """See `gdn.backend.Plan.forward`, and `TorchBackend` for the last two."""
+    """See `gdn.backend.Plan.forward`, and `TorchBackend` for the last two options.
+
+    `visit` is called after every chunk with the number of tokens that the longest sequences have
+    done, and a function that returns the states of all sequences, in the caller's order and layout.
+    """
     layout, operand_dtype = make_layout(call), _choose_operand_dtype(call, operand_dtype)
     compute = channel_chunk if call.per_channel else chunk
     S = layout.sort(_join_state(call, call.initial_state))
@@ -121,6 +131,9 @@ def forward(
         o_chunk, after = compute.chunk_forward(inputs, before)
         layout.scatter(o, n, _join_heads(o_chunk, call.v.shape[2]))
         S = after if m == len(S) else torch.cat([after, S[m:]])
+        if visit is not None:
+            visit((n + 1) * CHUNK, lambda S=S: _split_state(call, layout.unsort(S), S.dtype))  # type: ignore[misc]
+    layout.zero_tail(o)
     for states in saved:
         states[row:] = 0  # rows may be unused, and outputs of an op must be defined
     final_state = None
@@ -167,6 +180,8 @@ def backward(
         for total, term in zip(parameter_gradients, raw[4:], strict=True):
             if total is not None and term is not None:
                 total += term
+    for x in (dq, dk, dv, dg, dbeta):
+        layout.zero_tail(x)
     d_initial = None
     if call.initial_state is not None:
         d_initial = _split_state(call, layout.unsort(dS), call.initial_state.dtype)

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from gdn.definition import activate, recurrence
-from gdn.problem import Call, Step
+from gdn.problem import Call, PoolCall, Step
+
+
+def find_live(slots: Tensor, given: PoolCall) -> Tensor:
+    """Which slots are in the pool and not null_index."""
+    return (slots != given.null_index) & (slots >= 0) & (slots < given.state.shape[0])
 
 
 def _locate_tokens(call: Call) -> tuple[Tensor, Tensor]:
@@ -17,10 +22,26 @@ def _locate_tokens(call: Call) -> tuple[Tensor, Tensor]:
     if call.cu_seqlens is None:
         positions = torch.arange(B * T, device=device).view(B, T)
         return positions, torch.ones_like(positions, dtype=torch.bool)
-    starts, lengths = call.cu_seqlens[:-1].long(), call.cu_seqlens.diff()
-    offsets = torch.arange(int(lengths.max()) if len(lengths) else 0, device=device)
+    bounds = call.cu_seqlens.long().clamp(0, T)  # on a GPU its values are not checked
+    starts, lengths = bounds[:-1], bounds.diff()
+    offsets = torch.arange(max(int(lengths.max()), 0) if len(lengths) else 0, device=device)
     exists = offsets < lengths[:, None]
     return torch.where(exists, starts[:, None] + offsets, 0), exists
+
+
+def write_o(given: PoolCall, o: Tensor, live: Tensor) -> Tensor:
+    """o with zeros for the sequences that are not live [N]; in `out`, if that is given, up to the
+    end of the last sequence."""
+    positions, exists = _locate_tokens(given.call)
+    skipped = positions[exists & ~live[:, None]]
+    o.flatten(0, 1)[skipped] = 0
+    if given.out is None:
+        return o
+    end = o.shape[1]
+    if given.call.cu_seqlens is not None:
+        end = int(given.call.cu_seqlens[-1].clamp(0, end))
+    given.out[:, :end] = o[:, :end]
+    return given.out
 
 
 def decode(step: Step) -> Tensor:
@@ -35,15 +56,22 @@ def decode(step: Step) -> Tensor:
     slots = step.state_indices
     if slots is None:
         slots = torch.arange(N, device=positions.device)
-    slots = slots.long().view(N, -1)  # [N, 1], or [N, 1 + T] if speculative
-    in_pool = (slots != step.null_index) & (slots >= 0) & (slots < pool.shape[0])
-    column = slots.new_zeros(N) if step.num_accepted_tokens is None else step.num_accepted_tokens
-    column = column.long()[:, None]  # [N, 1], where the state is read from
+    slots = slots.long().view(N, -1)  # [N, 1], or with a slot for each token
+    in_pool = find_live(slots, step)
+    column = slots.new_zeros(N)
+    if step.num_accepted_tokens is not None:
+        column = step.num_accepted_tokens.long() - int(not step.leading_column)
+    column = column[:, None]  # [N, 1], where the state is read from
     column_exists = (column >= 0) & (column < slots.shape[1])
     column = torch.where(column_exists, column, 0)
-    (live,) = (column_exists & in_pool.gather(1, column))[:, 0].nonzero(as_tuple=True)
-
+    is_live = (column_exists & in_pool.gather(1, column))[:, 0]
+    (live,) = is_live.nonzero(as_tuple=True)
     S = pool[slots.gather(1, column)[live, 0]].to(dtype)  # [live, HV, K, V]
+
+    if step.output_states is not None and step.output_indices is not None:
+        pool = step.output_states.mT if call.state_v_first else step.output_states
+        slots = step.output_indices.long().view(N, -1)
+        in_pool = (slots != step.null_index) & (slots >= 0) & (slots < pool.shape[0])
     o = call.v.new_zeros(call.v.shape)
     flat = [x.flatten(0, 1) for x in (q, k, call.v.to(dtype), g, beta)]
     for t in range(T):
@@ -51,9 +79,11 @@ def decode(step: Step) -> Tensor:
         out, after = recurrence(*(x[position][:, None] for x in flat), S)  # type: ignore[call-arg]
         S = torch.where(has_token[:, None, None, None], after, S)
         o.flatten(0, 1)[position[has_token]] = out[has_token, 0].to(o.dtype)
-        if step.speculative and t + 1 < slots.shape[1]:
-            stored = has_token & in_pool[live, t + 1]
-            pool[slots[live[stored], t + 1]] = S[stored].to(pool.dtype)
-    if not step.speculative:
-        pool[slots[live, 0]] = S.to(pool.dtype)
-    return o
+        column_after = t + step.first_column
+        if step.speculative and column_after < slots.shape[1]:
+            stored = has_token & in_pool[live, column_after]
+            pool[slots[live[stored], column_after]] = S[stored].to(pool.dtype)
+    if not step.speculative and T:
+        stored = exists[live, 0] & in_pool[live, 0]
+        pool[slots[live[stored], 0]] = S[stored].to(pool.dtype)
+    return write_o(step, o, is_live)

@@ -18,6 +18,7 @@ class Layout(ABC):
     """
 
     active: list[int]
+    end: int | None = None
 
     @abstractmethod
     def gather(self, x: Tensor, n: int) -> Tensor:
@@ -30,6 +31,11 @@ class Layout(ABC):
     def zero_padding(self, x: Tensor, n: int) -> Tensor:
         """x [active[n], C, ...] with zeros past the end of each sequence."""
         return x
+
+    def zero_tail(self, x: Tensor) -> None:
+        """Zero the tokens of x [B, T, ...] that belong to no sequence: those from `end` on."""
+        if self.end is not None:
+            x[:, self.end :] = 0
 
     def sort(self, state: Tensor) -> Tensor:
         """Rows of [N, ...] from the caller's order to this layout's."""
@@ -58,11 +64,12 @@ class Dense(Layout):
 
 
 class Packed(Layout):
-    """Sequences of any lengths along T, ordered from longest to shortest."""
+    """Sequences of any lengths along T, ordered from longest to shortest. Tokens past the last
+    one's end belong to none."""
 
     def __init__(self, cu_seqlens: Tensor, device: torch.device) -> None:
         lengths, order = cu_seqlens.diff().sort(descending=True, stable=True)
-        starts = cu_seqlens[:-1][order]
+        starts, self.end = cu_seqlens[:-1][order], int(cu_seqlens[-1])
         longest = int(lengths[0]) if len(lengths) else 0
         self.order, self.inverse = order.to(device), order.argsort().to(device)
         self.active, self.tokens, self.valid = [], [], []

@@ -18,11 +18,14 @@ Backward:
 
 Decode: decode.py.
 
+Prefill on a pool of states: `pool_plan.py` launches forward's kernels, which read and write slots
+by `pool.py`.
+
 Shared: `launch.py` chooses configurations and launches, `piece_length.py` decides when to cut,
-`indexing.py` finds chunks and pieces, `chunk_buffers.py` is what stages hand to each other and
-`buffer_shapes.py` its shapes, `channel_decay.py` has the decays between tokens per channel,
-`tiles.py` has loads, stores and products, `activation.py` the fused options, `inverse.py` the
-inverse of a triangular matrix.
+`indexing.py` finds chunks and pieces, `strides.py` says where tokens lie, `chunk_buffers.py` is
+what stages hand to each other and `buffer_shapes.py` its shapes, `channel_decay.py` has the decays
+between tokens per channel, `tiles.py` loads, stores and products, `activation.py` the fused
+options, `inverse.py` the inverse of a triangular matrix.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Plan
-from gdn.problem import FLAGS, Call, Problem, Step
+from gdn.problem import FLAGS, Call, PoolCall, Prefill, Problem, Step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -62,8 +65,11 @@ class TritonBackend(Backend):
         cuda_graph=not INTERPRETED,
         resets=True,
         flags=frozenset(FLAGS),
-        decode=(torch.float32, torch.bfloat16),
+        decode=(torch.float32, torch.bfloat16, torch.float16),
         speculative=True,
+        output_states=True,
+        prefill=(torch.float32, torch.bfloat16, torch.float16),
+        checkpoints=True,
         per_channel=True,
         gate_lower_bound=True,
         context_parallel=True,
@@ -78,11 +84,15 @@ class TritonBackend(Backend):
 
         return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(call)]
 
-    def plan(self, call: Call | Step) -> Plan:
+    def plan(self, call: Call | PoolCall) -> Plan:
         if isinstance(call, Step):
             from .decode import DecodePlan
 
             return DecodePlan(call)
+        if isinstance(call, Prefill):
+            from .pool_plan import PoolPlan
+
+            return PoolPlan(call)
         from .plan import PrefillPlan
 
         return PrefillPlan(call)

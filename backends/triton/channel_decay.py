@@ -19,21 +19,25 @@ import triton
 import triton.language as tl
 
 from .activation import FLOOR, compute_log_decay, load_A_log
-from .tiles import dot, dot_split, load_rows, round_to
+from .launch import ANY_ALIGNMENT
+from .tiles import dot, dot_split, load_input_rows, round_to
 
 LEVELS = tl.constexpr(6)
 """log2 of the tokens of a chunk."""
+NUMBERS = tuple(name for name in ANY_ALIGNMENT if name not in ("g", "dt_bias"))
+"""Pointers that kernels with a decay per channel read one number at a time."""
 
 
 @triton.jit
 def load_channel_gates(
     g, A_log, dt_bias, first_token, tokens, head, first_channel,
-    HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
+    G_STRIDES: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
     FUSED_GATE: tl.constexpr, LOWER_BOUND: tl.constexpr,
 ):  # fmt: skip
     """Raw gates with dt_bias, and log decays clamped to FLOOR and zero past the end, [C, BD]
     each."""
-    raw = load_rows(g, first_token, tokens, head, HV, K, first_channel, C, BD).to(tl.float32)
+    raw = load_input_rows(g, first_token, tokens, head, G_STRIDES, K, first_channel, C, BD)
+    raw = raw.to(tl.float32)
     log_decay = raw
     if FUSED_GATE:
         if dt_bias is not None:

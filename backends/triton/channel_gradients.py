@@ -30,6 +30,7 @@ import triton.language as tl
 from .activation import FLOOR, backpropagate_gate, load_A_log
 from .channel_decay import (
     LEVELS,
+    NUMBERS,
     dot_decayed,
     level_factors,
     level_pairs,
@@ -48,8 +49,12 @@ from .chunk_buffers import (
 from .indexing import locate_chunk
 from .key_gradients import MIN_DIVISOR
 from .tiles import (
+    clear_rows,
+    clear_scalars,
     dot,
     dot_split,
+    find_batch_row,
+    load_input_rows,
     load_rows,
     load_state_columns,
     store_rows,
@@ -86,7 +91,7 @@ def add_to_sums(
     return tl.sum(x * dx, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=NUMBERS)
 def channel_gradients_kernel(
     q, k, g, factors, states, grad_states, U, R, row_scales, grad_o, grad_matrices, products,
     A_log, dt_bias, sums, dq, dk, dg, dbeta, dA_log, ddt_bias, cu_seqlens,
@@ -94,7 +99,8 @@ def channel_gradients_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
     L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr, LOWER_BOUND: tl.constexpr,
-    FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
+    FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr, Q_STRIDES: tl.constexpr,
+    K_STRIDES: tl.constexpr, G_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """dA_log [slots, HV] and ddt_bias [slots, HV, K] take one term a chunk. The host sums them.
 
@@ -104,8 +110,22 @@ def channel_gradients_kernel(
     program = tl.program_id(0).to(tl.int64)
     slot, qk_head = program // H, program % H
     first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
+    if VARLEN:  # tokens past the last sequence
+        end = tl.load(cu_seqlens + N).to(tl.int64)
+        if first_token + C > end:
+            for first_channel in range(0, K, BD):
+                clear_rows(dq, first_token, end, T, qk_head, H, K, first_channel, C, BD)
+                clear_rows(dk, first_token, end, T, qk_head, H, K, first_channel, C, BD)
+                for head in range(qk_head * (HV // H), (qk_head + 1) * (HV // H)):
+                    clear_rows(dg, first_token, end, T, head, HV, K, first_channel, C, BD)
+            for head in range(qk_head * (HV // H), (qk_head + 1) * (HV // H)):
+                clear_scalars(dbeta, first_token, end, T, head, HV, C)
     if tokens <= 0:
         return
+    q, k = (
+        find_batch_row(q, first_token, T, Q_STRIDES), find_batch_row(k, first_token, T, K_STRIDES)
+    )  # fmt: skip
+    g = find_batch_row(g, first_token, T, G_STRIDES)
     dtype: tl.constexpr = q.dtype.element_ty
     BK: tl.constexpr = (K + BD - 1) // BD * BD
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
@@ -126,7 +146,7 @@ def channel_gradients_kernel(
         dA_log_term = 0.0
         for first_channel in range(0, K, BD):
             _, log_decay = load_channel_gates(
-                g, A_log, dt_bias, first_token, tokens, head, first_channel, HV, K, C, BD,
+                g, A_log, dt_bias, first_token, tokens, head, first_channel, G_STRIDES, K, C, BD,
                 FUSED_GATE, LOWER_BOUND,
             )  # fmt: skip
             G = sum_gates(log_decay, dtype)  # [C, BD]
@@ -146,8 +166,12 @@ def channel_gradients_kernel(
                 )
                 U_dS_T += dot(tl.trans(load_matrix(U, chunk_head, first_v, V, BV, C)), dS_T)
                 S_dot_dS += tl.sum(S_T.to(tl.float32) * dS_T.to(tl.float32), axis=0)
-            raw_q = load_rows(q, first_token, tokens, qk_head, H, K, first_channel, C, BD)
-            raw_k = load_rows(k, first_token, tokens, qk_head, H, K, first_channel, C, BD)
+            raw_q = load_input_rows(
+                q, first_token, tokens, qk_head, Q_STRIDES, K, first_channel, C, BD
+            )
+            raw_k = load_input_rows(
+                k, first_token, tokens, qk_head, K_STRIDES, K, first_channel, C, BD
+            )
             queries, keys = rq[:, None] * raw_q.to(tl.float32), rk[:, None] * raw_k.to(tl.float32)
             dQ = scale * tl.exp(G.to(tl.float32)) * dO_S_T
             dK_bracket = -tl.exp(G.to(tl.float32)) * R_S_T
@@ -185,7 +209,7 @@ def channel_gradients_kernel(
 
             # === g ===
             raw, log_decay = load_channel_gates(  # again, to hold fewer registers until here
-                g, A_log, dt_bias, first_token, tokens, head, first_channel, HV, K, C, BD,
+                g, A_log, dt_bias, first_token, tokens, head, first_channel, G_STRIDES, K, C, BD,
                 FUSED_GATE, LOWER_BOUND,
             )  # fmt: skip
             dg_tile = from_start[None, :] + sum_from_tokens(terms, C, dtype)
@@ -234,8 +258,12 @@ def channel_gradients_kernel(
             dQ = tl.load(sum_entries(sums, program * 2, first_channel, C, BK, BD))
             dK = tl.load(sum_entries(sums, program * 2 + 1, first_channel, C, BK, BD))
             if L2_NORM:
-                queries = load_rows(q, first_token, tokens, qk_head, H, K, first_channel, C, BD)
-                keys = load_rows(k, first_token, tokens, qk_head, H, K, first_channel, C, BD)
+                queries = load_input_rows(
+                    q, first_token, tokens, qk_head, Q_STRIDES, K, first_channel, C, BD
+                )
+                keys = load_input_rows(
+                    k, first_token, tokens, qk_head, K_STRIDES, K, first_channel, C, BD
+                )
                 queries = rq[:, None] * queries.to(tl.float32)
                 keys = rk[:, None] * keys.to(tl.float32)
                 dQ = rq[:, None] * (dQ - queries * Q_dot_dQ[:, None])

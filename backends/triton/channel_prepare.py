@@ -25,6 +25,7 @@ import triton.language as tl
 from .activation import EPS
 from .channel_decay import (
     LEVELS,
+    NUMBERS,
     dot_decayed,
     level_factors,
     level_pairs,
@@ -55,9 +56,15 @@ from .chunk_buffers import (
     store_factor,
     store_matrix,
 )
-from .indexing import locate_chunk
+from .indexing import COUNTS, locate_chunk
 from .inverse import invert_unit_lower
-from .tiles import load_rows, load_scalars, mask_strictly_lower, round_rows
+from .tiles import (
+    find_batch_row,
+    load_input_rows,
+    load_input_scalars,
+    mask_strictly_lower,
+    round_rows,
+)
 
 
 @triton.jit
@@ -76,24 +83,27 @@ def store_decayed_rows(
 
 @triton.jit
 def load_reciprocal_norms(
-    x, first_token, tokens, head, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    x, first_token, tokens, head, STRIDES: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
     """1 / sqrt(sum x^2 + eps) of the rows of a chunk, [C], from tiles of BD columns."""
     squares = tl.zeros([C], tl.float32)
     for first_channel in range(0, K, BD):
-        tile = load_rows(x, first_token, tokens, head, H, K, first_channel, C, BD).to(tl.float32)
+        tile = load_input_rows(x, first_token, tokens, head, STRIDES, K, first_channel, C, BD).to(
+            tl.float32
+        )
         squares += tl.sum(tile * tile, axis=1)
     return 1 / tl.sqrt(squares + EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=NUMBERS)
 def prepare_channels_kernel(
     q, k, g, beta, A_log, dt_bias, factors, matrices, cu_seqlens, scale, N, T, chunks_per_sequence,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
     VARLEN: tl.constexpr, L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr,
     LOWER_BOUND: tl.constexpr, FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
-    SAVE: tl.constexpr,
+    SAVE: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
+    G_STRIDES: tl.constexpr, BETA_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """A diag(beta), P and A. BD: channels that are in registers at a time. SAVE: backward follows,
     so INVERSE is written too, and all of `factors` and `matrices` is defined."""
@@ -110,11 +120,16 @@ def prepare_channels_kernel(
         return
     qk_head = head // (HV // H)
     dtype: tl.constexpr = k.dtype.element_ty
+    q, k = (
+        find_batch_row(q, first_token, T, Q_STRIDES), find_batch_row(k, first_token, T, K_STRIDES)
+    )  # fmt: skip
+    g = find_batch_row(g, first_token, T, G_STRIDES)
+    beta = find_batch_row(beta, first_token, T, BETA_STRIDES)
     rq, rk = tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32)
     if L2_NORM:
-        rq = load_reciprocal_norms(q, first_token, tokens, qk_head, H, K, C, BD)
-        rk = load_reciprocal_norms(k, first_token, tokens, qk_head, H, K, C, BD)
-    strength = load_scalars(beta, first_token, tokens, head, HV, C)  # beta, [C]
+        rq = load_reciprocal_norms(q, first_token, tokens, qk_head, Q_STRIDES, K, C, BD)
+        rk = load_reciprocal_norms(k, first_token, tokens, qk_head, K_STRIDES, K, C, BD)
+    strength = load_input_scalars(beta, first_token, tokens, head, BETA_STRIDES, C)  # beta, [C]
     if FUSED_SIGMOID:
         strength = BETA_SCALE * tl.sigmoid(strength)
     strength = tl.where(tl.arange(0, C) < tokens, strength, 0.0)
@@ -124,12 +139,14 @@ def prepare_channels_kernel(
     P_diagonal = tl.zeros([C], tl.float32)
     for first_channel in range(0, K, BD):
         _, log_decay = load_channel_gates(
-            g, A_log, dt_bias, first_token, tokens, head, first_channel, HV, K, C, BD,
+            g, A_log, dt_bias, first_token, tokens, head, first_channel, G_STRIDES, K, C, BD,
             FUSED_GATE, LOWER_BOUND,
         )  # fmt: skip
         G = sum_gates(log_decay, dtype)  # [C, BD]
-        queries = load_rows(q, first_token, tokens, qk_head, H, K, first_channel, C, BD)
-        keys = load_rows(k, first_token, tokens, qk_head, H, K, first_channel, C, BD)
+        queries = load_input_rows(
+            q, first_token, tokens, qk_head, Q_STRIDES, K, first_channel, C, BD
+        )
+        keys = load_input_rows(k, first_token, tokens, qk_head, K_STRIDES, K, first_channel, C, BD)
         P_diagonal += rq * rk * tl.sum(queries.to(tl.float32) * keys.to(tl.float32), axis=1)
         for level in range(LEVELS):
             f = level_factors(G, level, C, BD)
@@ -153,12 +170,13 @@ def prepare_channels_kernel(
     store_factor(factors, rk, chunk_head, RK, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=NUMBERS)
 def decay_rows_kernel(
     q, k, g, A_log, dt_bias, factors, matrices, decayed_rows, channel_decays, cu_seqlens,
     scale, N, T, chunks_per_sequence,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     VARLEN: tl.constexpr, FUSED_GATE: tl.constexpr, LOWER_BOUND: tl.constexpr,
+    Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, G_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """What `prepare_channels_kernel` leaves: `decayed_rows`, their scales and `channel_decays`."""
     chunk_head = tl.program_id(0).to(tl.int64)
@@ -168,8 +186,24 @@ def decay_rows_kernel(
         return
     dtype: tl.constexpr = k.dtype.element_ty
     qk_head = head // (HV // H)
+    q, k = (
+        find_batch_row(q, first_token, T, Q_STRIDES), find_batch_row(k, first_token, T, K_STRIDES)
+    )  # fmt: skip
+    g = find_batch_row(g, first_token, T, G_STRIDES)
     _, log_decay = load_channel_gates(
-        g, A_log, dt_bias, first_token, tokens, head, 0, HV, K, C, BK, FUSED_GATE, LOWER_BOUND
+        g,
+        A_log,
+        dt_bias,
+        first_token,
+        tokens,
+        head,
+        0,
+        G_STRIDES,
+        K,
+        C,
+        BK,
+        FUSED_GATE,
+        LOWER_BOUND,
     )
     G = sum_gates(log_decay, dtype)  # [C, K]
     is_last = tl.arange(0, C)[:, None] == C - 1
@@ -178,7 +212,9 @@ def decay_rows_kernel(
     tl.store(channel_decays + chunk_head * BK + tl.arange(0, BK), decay)
 
     rk = load_factor(factors, chunk_head, RK, C)
-    keys = rk[:, None] * load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK).to(tl.float32)
+    keys = rk[:, None] * load_input_rows(
+        k, first_token, tokens, qk_head, K_STRIDES, K, 0, C, BK
+    ).to(tl.float32)
     K_out = keys * tl.exp((gamma[None, :] - G).to(tl.float32))
     store_decayed_rows(K_out, K_OUT, U_TO_STATE, decayed_rows, factors, chunk_head, C, BK)
     prefix = tl.exp(G.to(tl.float32))
@@ -187,6 +223,8 @@ def decay_rows_kernel(
     W_rows = dot_decayed(A_beta, K_in, dtype)
     store_decayed_rows(W_rows, W, KS_TO_E, decayed_rows, factors, chunk_head, C, BK)
     rq = load_factor(factors, chunk_head, RQ, C)
-    queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK).to(tl.float32)
+    queries = load_input_rows(q, first_token, tokens, qk_head, Q_STRIDES, K, 0, C, BK).to(
+        tl.float32
+    )
     Q_in = (scale * rq)[:, None] * queries * prefix
     store_decayed_rows(Q_in, Q_IN, QS_TO_O, decayed_rows, factors, chunk_head, C, BK)

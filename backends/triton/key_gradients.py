@@ -49,12 +49,17 @@ from .chunk_buffers import (
     multiply_by_scales,
 )
 from .indexing import locate_chunk
+from .launch import ANY_ALIGNMENT
 from .tiles import (
+    clear_rows,
+    clear_scalars,
     compute_decay_matrix,
     dot,
     dot_rounded,
+    find_batch_row,
+    load_input_rows,
+    load_input_scalars,
     load_rows,
-    load_scalars,
     load_state,
     mask_strictly_lower,
     select_last,
@@ -66,7 +71,7 @@ MIN_DIVISOR = tl.constexpr(0.0625)
 """The kernel divides by beta only where beta is larger than this."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def key_gradients_kernel(
     q, k, v, g, factors, states, grad_states, U, R, row_scales, grad_o, dG_from_o, A_log, dt_bias,
     dk, dv, dg, dbeta, dA_log, ddt_bias, cu_seqlens,
@@ -74,15 +79,30 @@ def key_gradients_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
     L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr, LOWER_BOUND: tl.constexpr,
-    FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
+    FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr, Q_STRIDES: tl.constexpr,
+    K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr, G_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """dA_log and ddt_bias [slots, HV] take one term a chunk. The host sums them."""
     program = tl.program_id(0).to(tl.int64)
     slot, qk_head = program // H, program % H
     first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
+    if VARLEN:  # tokens past the last sequence
+        end = tl.load(cu_seqlens + N).to(tl.int64)
+        if first_token + C > end:
+            clear_rows(dk, first_token, end, T, qk_head, H, K, 0, C, BK)
+            for head in range(qk_head * (HV // H), (qk_head + 1) * (HV // H)):
+                clear_scalars(dg, first_token, end, T, head, HV, C)
+                clear_scalars(dbeta, first_token, end, T, head, HV, C)
+                for first_v in range(0, V, BV):
+                    clear_rows(dv, first_token, end, T, head, HV, V, first_v, C, BV)
     if tokens <= 0:
         return
     dtype: tl.constexpr = q.dtype.element_ty
+    q, k = (
+        find_batch_row(q, first_token, T, Q_STRIDES), find_batch_row(k, first_token, T, K_STRIDES)
+    )  # fmt: skip
+    v = find_batch_row(v, first_token, T, V_STRIDES)
+    g = find_batch_row(g, first_token, T, G_STRIDES)
     valid = tl.arange(0, C) < tokens  # [C]
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     rq = load_factor(factors, slot * HV + qk_head * (HV // H), RQ, C)
@@ -105,13 +125,13 @@ def key_gradients_kernel(
             R_tile = tl.trans(load_matrix(R, chunk_head, first_v, V, BV, C))  # [C, BV]
             R_S_T += dot(R_tile, load_state(states, chunk_head, first_v, K, V, BK, BV))
             R_U_T += dot(R_tile, load_matrix(U, chunk_head, first_v, V, BV, C))
-            values = load_rows(v, first_token, tokens, head, HV, V, first_v, C, BV).to(tl.float32)
+            values = load_input_rows(v, first_token, tokens, head, V_STRIDES, V, first_v, C, BV)
             scales = load_row_scales(row_scales, chunk_head, first_v, V, BV, dtype)  # [BV]
             unscaled_R = R_tile.to(tl.float32) / scales[None, :]
-            grad_beta += tl.sum(unscaled_R * values, axis=1)
+            grad_beta += tl.sum(unscaled_R * values.to(tl.float32), axis=1)
             dv_tile = strength[:, None] * unscaled_R
             store_rows(dv, dv_tile, first_token, tokens, head, HV, V, first_v, C, BV)
-        keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK)  # [C, K]
+        keys = load_input_rows(k, first_token, tokens, qk_head, K_STRIDES, K, 0, C, BK)  # [C, K]
         R_S_T *= tl.exp(G_rounded)[:, None]  # e^G * (R S^T)
         R_dot_KS = rk * tl.sum(keys.to(tl.float32) * R_S_T, axis=1)  # rowsum(R * e^G * (K S))
         dk_tile -= strength[:, None] * R_S_T
@@ -145,7 +165,7 @@ def key_gradients_kernel(
             S_dot_dS += tl.sum(S_T * dS_T.to(tl.float32))
         U_dS_T *= tl.exp((select_last(G, C) - G).to(tl.float32))[:, None]  # e^{gamma-G} * (U dS^T)
         dk_tile += U_dS_T
-        keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK)
+        keys = load_input_rows(k, first_token, tokens, qk_head, K_STRIDES, K, 0, C, BK)
         U_dot_KdS = rk * tl.sum(keys.to(tl.float32) * U_dS_T, axis=1)  # [C]
         exponents_T = (G[None, :] - G[:, None]).to(tl.float32)  # of L^T
         dP_L_T_sum += dP_T * tl.exp(tl.where(row <= column, exponents_T, -float("inf")))
@@ -155,7 +175,7 @@ def key_gradients_kernel(
         # e^{gamma - G_j}: a masked sum, since a cumulative sum less its last term would cancel
         dg_tile += tl.sum(tl.where(row > column, U_dot_KdS[None, :], 0.0), axis=1)
         dg_tile += tl.exp(gamma) * S_dot_dS  # e^gamma
-        raw = load_scalars(g, first_token, tokens, head, HV, C)
+        raw = load_input_scalars(g, first_token, tokens, head, G_STRIDES, C)
         dg_tile = tl.where(valid, dg_tile, 0.0)
         if FUSED_GATE:
             if dt_bias is not None:
@@ -175,9 +195,9 @@ def key_gradients_kernel(
         store_scalars(dbeta, grad_beta, first_token, tokens, head, HV, C)
 
     # === through P and M, summed over the value heads ===
-    queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK)  # [C, K]
+    queries = load_input_rows(q, first_token, tokens, qk_head, Q_STRIDES, K, 0, C, BK)  # [C, K]
     dk_tile += dot_rounded(scale * dP_L_T_sum * rq[None, :], queries, dtype)
-    keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK)
+    keys = load_input_rows(k, first_token, tokens, qk_head, K_STRIDES, K, 0, C, BK)
     D_plus_D_T = (D_sum + tl.trans(D_sum)) * rk[None, :]
     dk_tile += dot_rounded(D_plus_D_T, keys, dtype)
     if L2_NORM:

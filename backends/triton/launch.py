@@ -18,6 +18,13 @@ V_BLOCK_KERNELS = ("scan_kernel", "reverse_scan_kernel", "combine_pieces_kernel"
 """Kernels that have a program for each block of V. The others loop over the blocks, or use no V."""
 
 
+ANY_ALIGNMENT = (
+    "g", "beta", "A_log", "dt_bias", "cu_seqlens", "indices", "accepted", "fresh",
+    "checkpoint_offsets", "checkpoint_indices",
+)  # fmt: skip
+"""Pointers that kernels read one number at a time, so that their alignment does not matter."""
+
+
 class Configuration(NamedTuple):
     """How a kernel is compiled.
 
@@ -110,6 +117,9 @@ class Stage:
         """programs: how many there are for a block of V. The kernel may take fewer constants."""
         self.kernel, self.programs, self.sizes, self.constants = kernel, programs, sizes, constants
         self.launch_compiled: Callable[..., None] | None = None
+        # the pointers for whose alignment the kernel is compiled; the interpreter knows none
+        parameters = getattr(kernel, "params", kernel.arg_names)
+        self.checked = [not getattr(x, "do_not_specialize_on_alignment", False) for x in parameters]
         self.configure(configuration)
 
     def configure(self, configuration: Configuration) -> None:
@@ -133,6 +143,14 @@ class Stage:
             *args, *self.sizes, **self.kernel_constants, **self.options
         )
 
+    def compile(self, tensors: Sequence[Tensor | None], *scale: float) -> None:
+        """Compile for tensors of these dtypes and alignments, without a launch."""
+        if not INTERPRETED:
+            self.kernel.warmup(
+                *tensors, *scale, *self.sizes, grid=(self.grid,), **self.kernel_constants,
+                **self.options,
+            )  # fmt: skip
+
     def autotune(self, *args: Any) -> None:
         """Take the candidate that is fastest on these arguments."""
         times = {}
@@ -149,15 +167,17 @@ class Stage:
     def __call__(self, tensors: Sequence[Tensor | None], *scale: float) -> None:
         """Run the kernel on its tensors and, where it takes one, the scale."""
         pointers, pointer_bits = [], 0
-        for x in tensors:
+        for x, checked in zip(tensors, self.checked, strict=False):
             pointer = None if x is None else x.data_ptr()
             pointers.append(pointer)
-            pointer_bits |= pointer or 0
+            if checked:
+                pointer_bits |= pointer or 0
         aligned = not pointer_bits % 16  # Triton compiles another kernel for unaligned pointers
         if aligned and self.launch_compiled is not None:
             self.launch_compiled(*pointers, *scale)
             return
         can_autotune = self.kernel.fn.__name__ in AUTOTUNE_CANDIDATES and not INTERPRETED
+        can_autotune &= not self.constants.get("POOL")  # runs would change the states
         if can_autotune and os.environ.get("GDN_TRITON_AUTOTUNE") == "1":
             self.autotune(*tensors, *scale)
         compiled = self.run(*tensors, *scale)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .channel_decay import NUMBERS
 from .chunk_buffers import (
     BETA,
     INVERSE,
@@ -26,20 +27,34 @@ from .chunk_buffers import (
     store_matrix,
 )
 from .indexing import locate_chunk
-from .tiles import dot, dot_split, load_rows, store_rows_transposed
+from .tiles import (
+    clear_rows,
+    dot,
+    dot_split,
+    find_batch_row,
+    load_input_rows,
+    load_rows,
+    store_rows_transposed,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=NUMBERS)
 def matrix_gradients_kernel(
     v, factors, matrices, U, R, row_scales, grad_o, dv, grad_matrices, products, cu_seqlens,
     scale, N, T, chunks_per_sequence,
     HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
+    V_STRIDES: tl.constexpr,
 ):  # fmt: skip
     chunk_head = tl.program_id(0).to(tl.int64)
     slot, head = chunk_head // HV, chunk_head % HV
     first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
+    if VARLEN:  # tokens past the last sequence
+        end = tl.load(cu_seqlens + N).to(tl.int64)
+        for first_v in range(0, V, BV):
+            clear_rows(dv, first_token, end, T, head, HV, V, first_v, C, BV)
     if tokens <= 0:
         return
+    v = find_batch_row(v, first_token, T, V_STRIDES)
     dtype: tl.constexpr = v.dtype.element_ty
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     strength = load_factor(factors, chunk_head, BETA, C)  # beta, [C]
@@ -53,7 +68,7 @@ def matrix_gradients_kernel(
         U_T = load_matrix(U, chunk_head, first_v, V, BV, C).to(tl.float32)
         R_dot_U += tl.sum(R_T * U_T, axis=0)
         R_T /= load_row_scales(row_scales, chunk_head, first_v, V, BV, dtype)[:, None]
-        values = load_rows(v, first_token, tokens, head, HV, V, first_v, C, BV)
+        values = load_input_rows(v, first_token, tokens, head, V_STRIDES, V, first_v, C, BV)
         R_dot_V += tl.sum(R_T * tl.trans(values).to(tl.float32), axis=0)
         dv_T = strength[None, :] * R_T
         store_rows_transposed(dv, dv_T, first_token, tokens, head, HV, V, first_v, C, BV)

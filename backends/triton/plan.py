@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Forward, Gradients, Plan
-from gdn.problem import CALL_TENSORS, CHUNK, Call
+from gdn.problem import CHUNK, Call
 
 from ..common.allocation import allocator
 from ..common.chunking import piece_slots
@@ -24,27 +24,25 @@ from .prepare import prepare_kernel
 from .query_gradients import query_gradients_kernel
 from .reverse_scan import reverse_scan_kernel
 from .scan import scan_kernel
+from .strides import Strides, contiguous_strides, read_in_place
 
 CHANNELS, PREPARED_CHANNELS = 64, 32
 """Channels that kernels have in registers at a time; the second one is `prepare_channels_kernel`'s,
 with half the warps."""
 
 Tensors = tuple[Tensor | None, ...]
-
-
-def _make_contiguous(call: Call) -> Call:
-    tensors: tuple[Tensor | None, ...] = call[:CALL_TENSORS]  # type: ignore[assignment]
-    for x in tensors:
-        if x is not None and not x.is_contiguous():
-            copies = (None if x is None else x.contiguous() for x in tensors)
-            return Call(*copies, *call[CALL_TENSORS:])  # type: ignore[arg-type]
-    return call
+NO_POOL = (None,) * 6
+"""In place of the pool, its indices, fresh, and offsets, indices and buffer of checkpoints."""
 
 
 class PrefillPlan(Plan):
-    """The launches for all calls of one kind: same shapes, dtypes, device and options."""
+    """The launches for all calls of one kind: same shapes, dtypes, device and options.
 
-    def __init__(self, call: Call) -> None:
+    Calls whose tokens have other strides have plans of their own, in `strided`. `pool_flags` and
+    `pool_sizes` are what kernels take of a pool of states; here there is none.
+    """
+
+    def __init__(self, call: Call, strides: Strides | None = None) -> None:
         T, HV = call.q.shape[1], call.v.shape[2]
         self.slots, self.piece_length = piece_slots(call, CHUNK), piece_length(call)
         self.constants: dict[str, Any] = {
@@ -63,6 +61,11 @@ class PrefillPlan(Plan):
             "CHANNELS": call.per_channel,
             "BD": CHANNELS,
         }
+        self.constants |= contiguous_strides(call) if strides is None else strides
+        self.strided: dict[tuple[object, ...], PrefillPlan] = {}
+        self.pool_flags = {"POOL": False, "POOL_V_FIRST": False, "CHECKPOINTS": 0}
+        self.clears_tail = call.cu_seqlens is not None
+        self.pool_sizes = (0, 0, 0, 0, 0)
         self.device, self.itemsize = call.q.device, call.q.element_size()
         self.new_saved = [allocator(*kind, self.device) for kind in saved_shapes(call)]
         self.new_o = allocator(call.v.shape, call.v.dtype, self.device)
@@ -109,10 +112,12 @@ class PrefillPlan(Plan):
         writes, and whether it is the transfer scan of pieces."""
         cut = self.piece_length is not None
         initial = not transfer if cut else call.initial_state is not None
+        pool_flags = dict.fromkeys(self.pool_flags, False) if transfer else self.pool_flags
         return self.bind(
-            scan_kernel, self.scans, self.scan_sizes, V_FIRST=cut or call.state_v_first,
-            HAS_INITIAL=initial, STORE_FINAL=final, OUTPUT=o, STORE_STATES=states,
-            TRANSFER=transfer, CUT=cut,
+            scan_kernel, self.scans, (*self.scan_sizes, *self.pool_sizes),
+            V_FIRST=cut or call.state_v_first, HAS_INITIAL=initial, STORE_FINAL=final, OUTPUT=o,
+            STORE_STATES=states, TRANSFER=transfer, CUT=cut, CLEAR_TAIL=self.clears_tail,
+            **pool_flags,
         )  # fmt: skip
 
     def bind_reverse_scan(self, call: Call, final: bool, initial: bool, states: bool) -> Stage:
@@ -129,9 +134,10 @@ class PrefillPlan(Plan):
     ) -> Stage:
         """The kernel between the two scans of pieces."""
         return self.bind(
-            combine_pieces_kernel, call.sequences * self.constants["HV"], self.piece_sizes,
+            combine_pieces_kernel, call.sequences * self.constants["HV"],
+            (call.q.shape[1], *self.piece_sizes, *self.pool_sizes[:-1]),
             V_FIRST=call.state_v_first, HAS_STATE_IN=state_in, STORE_STATE_OUT=state_out,
-            REVERSE=reverse,
+            REVERSE=reverse, POOL=self.pool_flags["POOL"],
         )  # fmt: skip
 
     def bind_forward(self, call: Call, save: bool) -> list[Stage]:
@@ -156,7 +162,22 @@ class PrefillPlan(Plan):
 
     def forward(self, call: Call, save: bool) -> Forward:
         """See `gdn.backend.Plan.forward`."""
-        q, k, v, g, beta, initial, A_log, dt_bias, cu_seqlens, *_ = call = _make_contiguous(call)
+        plan, call = self.select(call)
+        return plan.run_forward(call, save)
+
+    def select(self, call: Call) -> tuple[PrefillPlan, Call]:
+        """The plan for the strides of a call's tokens, and the call as kernels can read it."""
+        call, strides = read_in_place(call)
+        if strides is None:
+            return self, call
+        key = tuple(strides.values())
+        if key not in self.strided:
+            self.strided[key] = PrefillPlan(call, strides)
+        return self.strided[key], call
+
+    def run_forward(self, call: Call, save: bool) -> Forward:
+        """`forward` of a call that kernels can read, with the plan's strides."""
+        q, k, v, g, beta, initial, A_log, dt_bias, cu_seqlens, *_ = call
         saved = [new() for new in self.new_saved]
         factors, matrices, *piece_buffers = saved
         final = self.new_final() if call.output_final_state else None
@@ -171,11 +192,13 @@ class PrefillPlan(Plan):
             if save and cu_seqlens is not None:
                 piece_states.zero_()  # slots may be unused, and outputs of an op must be defined
             transfer_scan, combine_pieces, final_scan = scans
-            transfer_scan((*inputs, None, None, transfers, None, None, None, cu_seqlens))
-            combine_pieces((transfers, transfers, initial, piece_states, final, cu_seqlens))
-            final_scan((*inputs, piece_states, o, None, None, None, None, cu_seqlens))
+            transfer_scan((*inputs, None, None, transfers, None, None, None, cu_seqlens, *NO_POOL))
+            combine_pieces(
+                (transfers, transfers, initial, piece_states, final, cu_seqlens, *NO_POOL[:3])
+            )
+            final_scan((*inputs, piece_states, o, None, None, None, None, cu_seqlens, *NO_POOL))
         else:
-            scans[0]((*inputs, initial, o, final, None, None, None, cu_seqlens))
+            scans[0]((*inputs, initial, o, final, None, None, None, cu_seqlens, *NO_POOL))
         return Forward(o, final, saved if save else [])
 
     def backward(
@@ -183,7 +206,13 @@ class PrefillPlan(Plan):
     ) -> Gradients:
         """See `gdn.backend.Plan.backward`. Forward's scan runs again for the states, which take too
         much memory to be saved."""
-        call = _make_contiguous(call)
+        plan, call = self.select(call)
+        return plan.run_backward(call, saved, grad_o, grad_final_state)
+
+    def run_backward(
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
+    ) -> Gradients:
+        """`backward` of a call that kernels can read, with the plan's strides."""
         grad_o = grad_o.contiguous()
         grad_final = None if grad_final_state is None else grad_final_state.contiguous()
         factors, matrices, *piece_buffers = saved
@@ -210,17 +239,17 @@ class PrefillPlan(Plan):
                 (*reverse_inputs, None, None, None, from_zero, cu_seqlens)
             )
             self.bind_combine_pieces(call, grad_final is not None, dS is not None, reverse=True)(
-                (transfers, from_zero, grad_final, scan_grad_final, dS, cu_seqlens)
+                (transfers, from_zero, grad_final, scan_grad_final, dS, cu_seqlens, *NO_POOL[:3])
             )
         self.bind_scan(call, o=False, final=False, states=True, transfer=False)(
-            (*inputs, scan_initial, None, None, states, U, row_scales, cu_seqlens)
+            (*inputs, scan_initial, None, None, states, U, row_scales, cu_seqlens, *NO_POOL)
         )
         final, initial = scan_grad_final is not None, scan_grad_initial is not None
         self.bind_reverse_scan(call, final, initial, states=True)(
             (*reverse_inputs, scan_grad_final, R, grad_states, scan_grad_initial, cu_seqlens)
         )
 
-        dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in call[:5])
+        dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in call[:5])
         parameter_terms = [  # of dA_log and ddt_bias, one a chunk; zero in unused slots
             None if x is None else x.new_zeros((slots, *x.shape), dtype=torch.float32)
             for x in (call.A_log, call.dt_bias)

@@ -36,26 +36,29 @@ from .chunk_buffers import (
     store_factor,
     store_matrix,
 )
-from .indexing import locate_chunk
+from .indexing import COUNTS, locate_chunk
 from .inverse import invert_unit_lower
+from .launch import ANY_ALIGNMENT
 from .tiles import (
     compute_decay_matrix,
     dot,
-    load_rows,
-    load_scalars,
+    find_batch_row,
+    load_input_rows,
+    load_input_scalars,
     mask_strictly_lower,
     select_last,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def prepare_kernel(
     q, k, g, beta, A_log, dt_bias, factors, matrices, cu_seqlens,
     scale, N, T, chunks_per_sequence,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     VARLEN: tl.constexpr, L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr,
     LOWER_BOUND: tl.constexpr, FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
-    SAVE: tl.constexpr,
+    SAVE: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
+    G_STRIDES: tl.constexpr, BETA_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """SAVE: backward follows, so INVERSE is written too, and unused slots are zeroed."""
     chunk_head = tl.program_id(0).to(tl.int64)
@@ -72,8 +75,14 @@ def prepare_kernel(
     valid = tl.arange(0, C) < tokens  # [C]
     dtype: tl.constexpr = k.dtype.element_ty
 
+    q, k = (
+        find_batch_row(q, first_token, T, Q_STRIDES), find_batch_row(k, first_token, T, K_STRIDES)
+    )  # fmt: skip
+    g = find_batch_row(g, first_token, T, G_STRIDES)
+    beta = find_batch_row(beta, first_token, T, BETA_STRIDES)
+
     # === gates ===
-    log_decay = load_scalars(g, first_token, tokens, head, HV, C)  # [C]
+    log_decay = load_input_scalars(g, first_token, tokens, head, G_STRIDES, C)  # [C]
     if FUSED_GATE:
         if dt_bias is not None:
             log_decay += tl.load(dt_bias + head).to(tl.float32)
@@ -85,15 +94,15 @@ def prepare_kernel(
     sum_dtype: tl.constexpr = tl.float64 if dtype == tl.float32 else tl.float32
     G = tl.cumsum(log_decay.to(sum_dtype), axis=0)  # [C]
     gamma = select_last(G, C)
-    strength = load_scalars(beta, first_token, tokens, head, HV, C)  # beta, [C]
+    strength = load_input_scalars(beta, first_token, tokens, head, BETA_STRIDES, C)  # beta, [C]
     if FUSED_SIGMOID:
         strength = BETA_SCALE * tl.sigmoid(strength)
     strength = tl.where(valid, strength, 0.0)
 
     # === matrices ===
     qk_head = head // (HV // H)
-    queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK)  # [C, K]
-    keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK)  # [C, K]
+    queries = load_input_rows(q, first_token, tokens, qk_head, Q_STRIDES, K, 0, C, BK)  # [C, K]
+    keys = load_input_rows(k, first_token, tokens, qk_head, K_STRIDES, K, 0, C, BK)  # [C, K]
     keys_T = tl.trans(keys)
     L = compute_decay_matrix(G, C)  # [C, C]
     gamma_minus_G = (gamma - G).to(tl.float32)

@@ -40,8 +40,17 @@ from .chunk_buffers import (
     multiply_by_factor,
     store_matrix,
 )
-from .indexing import piece_bounds
-from .tiles import compute_state_offsets, dot, dot_rounded, load_rows, round_to
+from .indexing import locate_piece, piece_bounds
+from .launch import ANY_ALIGNMENT
+from .tiles import (
+    compute_state_offsets,
+    dot,
+    dot_rounded,
+    find_batch_row,
+    load_input_rows,
+    load_rows,
+    round_to,
+)
 
 
 @triton.jit
@@ -50,7 +59,7 @@ def reverse_scan_step(
     grad_states, first_token, tokens, chunk_head, head, first_v,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STORE_STATES: tl.constexpr,
-    CHANNELS: tl.constexpr, FULL: tl.constexpr,
+    CHANNELS: tl.constexpr, FULL: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """dS^T [BV, K] before a chunk, from dS_T after it. FULL: the chunk has all C tokens."""
     qk_head = head // (HV // H)
@@ -59,8 +68,12 @@ def reverse_scan_step(
         queries = load_decayed_rows(decayed_rows, chunk_head, Q_IN, C, BK)  # [C, K]
         keys = load_decayed_rows(decayed_rows, chunk_head, K_OUT, C, BK)  # [C, K]
     else:
-        queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK, FULL)  # [C, K]
-        keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK, FULL)  # [C, K]
+        queries = load_input_rows(
+            q, first_token, tokens, qk_head, Q_STRIDES, K, 0, C, BK, FULL
+        )  # [C, K]
+        keys = load_input_rows(
+            k, first_token, tokens, qk_head, K_STRIDES, K, 0, C, BK, FULL
+        )  # [C, K]
     dO_T = tl.trans(load_rows(grad_o, first_token, tokens, head, HV, V, first_v, C, BV, FULL))
     P = load_matrix(matrices, chunk_head * NUM_MATRICES + SCORES, 0, C, C, C)
     decay = load_state_decay(factors, channel_decays, chunk_head, C, BK, CHANNELS)
@@ -93,7 +106,7 @@ def reverse_scan_step(
     return dS_T - dot_rounded(to_keys_T, keys, dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def reverse_scan_kernel(
     q, k, factors, matrices, decayed_rows, channel_decays, grad_o, row_scales, grad_final, R_out,
     grad_states, grad_initial, cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence,
@@ -102,15 +115,21 @@ def reverse_scan_kernel(
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
     V_FIRST: tl.constexpr, CHANNELS: tl.constexpr, HAS_GRAD_FINAL: tl.constexpr,
     STORE_GRAD_INITIAL: tl.constexpr, STORE_STATES: tl.constexpr, CUT: tl.constexpr,
+    Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """grad_final and grad_initial are [.., V, K] if V_FIRST, else [.., K, V]."""
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (V + BV - 1) // BV
     piece_head, first_v = program // blocks, ((program % blocks) * BV).to(tl.int32)
     piece, head = piece_head // HV, piece_head % HV
+    n, index = locate_piece(
+        piece, cu_seqlens, N, pieces_per_sequence, piece_chunks, VARLEN, CUT, C
+    )  # fmt: skip
     first_token, tokens, slot = piece_bounds(
-        piece, cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence, piece_chunks,
-        VARLEN, CUT, C,
+        n, index, cu_seqlens, T, chunks_per_sequence, piece_chunks, VARLEN, CUT, C
+    )  # fmt: skip
+    q, k = (
+        find_batch_row(q, first_token, T, Q_STRIDES), find_batch_row(k, first_token, T, K_STRIDES)
     )  # fmt: skip
     offsets, mask = compute_state_offsets(piece_head, first_v, K, V, BK, BV, V_FIRST)
     dS_T = tl.zeros([BV, BK], tl.float32)
@@ -123,14 +142,14 @@ def reverse_scan_kernel(
             dS_T, q, k, factors, matrices, decayed_rows, channel_decays, grad_o, row_scales, R_out,
             grad_states, first_token + full_chunks * C, tokens - full_chunks * C,
             chunk_head + full_chunks * HV, head, first_v,
-            H, HV, K, V, BK, BV, C, STORE_STATES, CHANNELS, False,
+            H, HV, K, V, BK, BV, C, STORE_STATES, CHANNELS, False, Q_STRIDES, K_STRIDES,
         )  # fmt: skip
     for step in range(full_chunks):
         chunk = full_chunks - 1 - step
         dS_T = reverse_scan_step(
             dS_T, q, k, factors, matrices, decayed_rows, channel_decays, grad_o, row_scales, R_out,
             grad_states, first_token + chunk * C, C, chunk_head + chunk * HV, head, first_v,
-            H, HV, K, V, BK, BV, C, STORE_STATES, CHANNELS, True,
+            H, HV, K, V, BK, BV, C, STORE_STATES, CHANNELS, True, Q_STRIDES, K_STRIDES,
         )  # fmt: skip
     if STORE_GRAD_INITIAL:
         tl.store(grad_initial + offsets, dS_T, mask=mask)

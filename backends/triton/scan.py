@@ -49,12 +49,23 @@ from .chunk_buffers import (
     store_matrix,
     store_row_scales,
 )
-from .indexing import piece_bounds
+from .indexing import COUNTS, load_bound, locate_piece, piece_bounds
+from .launch import ANY_ALIGNMENT
+from .pool import (
+    POOL_COUNTS,
+    find_slot,
+    load_from_slot,
+    next_checkpoint,
+    store_checkpoints,
+    store_to_slot,
+)
 from .tiles import (
+    clear_rows,
     compute_state_offsets,
     dot,
     dot_rounded,
-    load_rows,
+    find_batch_row,
+    load_input_rows,
     round_rows,
     round_to,
     store_rows_transposed,
@@ -68,7 +79,7 @@ def scan_step(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OUTPUT: tl.constexpr,
     STORE_STATES: tl.constexpr, TRANSFER: tl.constexpr, CHANNELS: tl.constexpr,
-    FULL: tl.constexpr,
+    FULL: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """S^T [BV, K] after a chunk, from S_T before it. FULL: the chunk has all C tokens."""
     qk_head = head // (HV // H)
@@ -76,9 +87,13 @@ def scan_step(
     if CHANNELS:
         keys = load_decayed_rows(decayed_rows, chunk_head, K_OUT, C, BK)  # [C, K]
     else:
-        keys = load_rows(k, first_token, tokens, qk_head, H, K, 0, C, BK, FULL)  # [C, K]
+        keys = load_input_rows(
+            k, first_token, tokens, qk_head, K_STRIDES, K, 0, C, BK, FULL
+        )  # [C, K]
     first_column = first_v % V if TRANSFER else first_v
-    values = load_rows(v, first_token, tokens, head, HV, V, first_column, C, BV, FULL)  # [C, BV]
+    values = load_input_rows(
+        v, first_token, tokens, head, V_STRIDES, V, first_column, C, BV, FULL
+    )  # [C, BV]
     if TRANSFER:
         values = tl.where(first_v < V, values, 0.0)
     A_beta_T = tl.trans(load_matrix(matrices, chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C))
@@ -104,7 +119,9 @@ def scan_step(
         if CHANNELS:
             queries = load_decayed_rows(decayed_rows, chunk_head, Q_IN, C, BK)  # [C, K]
         else:
-            queries = load_rows(q, first_token, tokens, qk_head, H, K, 0, C, BK, FULL)  # [C, K]
+            queries = load_input_rows(
+                q, first_token, tokens, qk_head, Q_STRIDES, K, 0, C, BK, FULL
+            )  # [C, K]
         P_T = tl.trans(load_matrix(matrices, chunk_head * NUM_MATRICES + SCORES, 0, C, C, C))
         QS_T = dot(S_T_rounded, tl.trans(queries))
         O_T = S_scales * multiply_by_factor(QS_T, factors, chunk_head, QS_TO_O, C, dtype, CHANNELS)
@@ -115,27 +132,59 @@ def scan_step(
 
 
 @triton.jit
+def scan_chunks(
+    S_T, q, k, v, factors, matrices, decayed_rows, channel_decays, o, states, U_out, row_scales,
+    first_token, chunk_head, head, first_v, begin, end,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OUTPUT: tl.constexpr,
+    STORE_STATES: tl.constexpr, TRANSFER: tl.constexpr, CHANNELS: tl.constexpr,
+    Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
+):  # fmt: skip
+    """S^T after the full chunks from begin to end, from S_T before them."""
+    for chunk in range(begin, end):
+        S_T = scan_step(
+            S_T, q, k, v, factors, matrices, decayed_rows, channel_decays, o, states, U_out,
+            row_scales, first_token + chunk * C, C, chunk_head + chunk * HV, head, first_v,
+            H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES, TRANSFER, CHANNELS, True,
+            Q_STRIDES, K_STRIDES, V_STRIDES,
+        )  # fmt: skip
+    return S_T
+
+
+@triton.jit(do_not_specialize=COUNTS + POOL_COUNTS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def scan_kernel(
     q, k, v, factors, matrices, decayed_rows, channel_decays, initial_state, o, final_state, states,
-    U_out, row_scales, cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence, piece_chunks,
+    U_out, row_scales, cu_seqlens, pool, indices, fresh, checkpoint_offsets, checkpoint_indices,
+    checkpoints,
+    N, T, chunks_per_sequence, pieces_per_sequence, piece_chunks,
+    null_index, slots, slot_stride, index_stride, checkpoint_columns,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
     V_FIRST: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr,
     CHANNELS: tl.constexpr, OUTPUT: tl.constexpr, STORE_STATES: tl.constexpr,
     TRANSFER: tl.constexpr, CUT: tl.constexpr,
+    POOL: tl.constexpr, POOL_V_FIRST: tl.constexpr, CHECKPOINTS: tl.constexpr,
+    CLEAR_TAIL: tl.constexpr,
+    Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """initial_state and final_state are [.., V, K] if V_FIRST, else [.., K, V].
 
     With TRANSFER, final_state is [pieces, HV, V + K, K]: N^T above M^T.
+
+    POOL: states come from slots of a pool and go back there, by `pool.py`, unless sequences are
+    CUT. CHECKPOINTS: the padded number of checkpoints a sequence, or 0. CLEAR_TAIL: tokens past the
+    last sequence get zeros.
     """
     program = tl.program_id(0).to(tl.int64)
     rows: tl.constexpr = V + K if TRANSFER else V
     blocks: tl.constexpr = (rows + BV - 1) // BV
     piece_head, first_v = program // blocks, ((program % blocks) * BV).to(tl.int32)
     piece, head = piece_head // HV, piece_head % HV
+    n, index = locate_piece(
+        piece, cu_seqlens, N, pieces_per_sequence, piece_chunks, VARLEN, CUT, C
+    )  # fmt: skip
     first_token, tokens, slot = piece_bounds(
-        piece, cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence, piece_chunks,
-        VARLEN, CUT, C,
+        n, index, cu_seqlens, T, chunks_per_sequence, piece_chunks, VARLEN, CUT, C
     )  # fmt: skip
     offsets, mask = compute_state_offsets(piece_head, first_v, K, rows, BK, BV, V_FIRST)
     S_T = tl.zeros([BV, BK], tl.float32)
@@ -144,13 +193,51 @@ def scan_kernel(
     if TRANSFER:  # from row V on, the identity
         diagonal = first_v - V + tl.arange(0, BV)[:, None] == tl.arange(0, BK)[None, :]
         S_T = tl.where(diagonal, 1.0, S_T)
+    q, k = (
+        find_batch_row(q, first_token, T, Q_STRIDES), find_batch_row(k, first_token, T, K_STRIDES)
+    )  # fmt: skip
+    v = find_batch_row(v, first_token, T, V_STRIDES)
+    if POOL:
+        own_slot, live, reads, writes = find_slot(
+            n, indices, fresh, null_index, slots, index_stride, tokens > 0
+        )
+        if not CUT:
+            S_T = load_from_slot(
+                pool, own_slot, slot_stride, head, first_v, reads, K, V, BK, BV, POOL_V_FIRST
+            )
+        if OUTPUT:  # tokens of skipped sequences
+            for chunk in range(tl.where(live, 0, (tokens + C - 1) // C).to(tl.int32)):
+                start = first_token + chunk * C
+                clear_rows(o, start, start, first_token + tokens, head, HV, V, first_v, C, BV)
+        tokens = tl.where(live, tokens, 0)
     chunk_head = slot * HV + head
     full_chunks = (tokens // C).to(tl.int32)
-    for chunk in range(full_chunks):
-        S_T = scan_step(
+    begin = full_chunks * 0
+    if CHECKPOINTS:  # the loop over chunks stays innermost, so that Triton pipelines its loads
+        before = index * (piece_chunks * C)
+        while begin < full_chunks:
+            end = next_checkpoint(
+                begin, full_chunks, before, n, checkpoint_offsets, checkpoint_columns, CHECKPOINTS,
+                C,
+            )  # fmt: skip
+            S_T = scan_chunks(
+                S_T, q, k, v, factors, matrices, decayed_rows, channel_decays, o, states, U_out,
+                row_scales, first_token, chunk_head, head, first_v, begin, end,
+                H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES, TRANSFER, CHANNELS,
+                Q_STRIDES, K_STRIDES, V_STRIDES,
+            )  # fmt: skip
+            store_checkpoints(
+                S_T, before + end * C, n, checkpoint_offsets, checkpoint_indices, checkpoints,
+                pool, null_index, slots, slot_stride, checkpoint_columns, head, first_v,
+                HV, K, V, BK, BV, POOL_V_FIRST, CHECKPOINTS,
+            )  # fmt: skip
+            begin = end
+    else:
+        S_T = scan_chunks(
             S_T, q, k, v, factors, matrices, decayed_rows, channel_decays, o, states, U_out,
-            row_scales, first_token + chunk * C, C, chunk_head + chunk * HV, head, first_v,
-            H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES, TRANSFER, CHANNELS, True,
+            row_scales, first_token, chunk_head, head, first_v, begin, full_chunks,
+            H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES, TRANSFER, CHANNELS,
+            Q_STRIDES, K_STRIDES, V_STRIDES,
         )  # fmt: skip
     if tokens > full_chunks * C:
         S_T = scan_step(
@@ -158,6 +245,15 @@ def scan_kernel(
             row_scales, first_token + full_chunks * C, tokens - full_chunks * C,
             chunk_head + full_chunks * HV, head, first_v,
             H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES, TRANSFER, CHANNELS, False,
+            Q_STRIDES, K_STRIDES, V_STRIDES,
         )  # fmt: skip
     if STORE_FINAL:
         tl.store(final_state + offsets, S_T, mask=mask)
+    if POOL and not CUT:
+        store_to_slot(
+            pool, S_T, own_slot, slot_stride, head, first_v, writes, K, V, BK, BV, POOL_V_FIRST
+        )
+    if OUTPUT and CLEAR_TAIL:  # tokens past the last sequence, each scan a share of their chunks
+        end, pieces = load_bound(cu_seqlens, N, T), tl.num_programs(0) // (HV * blocks)
+        for chunk in range(piece.to(tl.int32), ((T - end + C - 1) // C).to(tl.int32), pieces):
+            clear_rows(o, end + chunk * C, end, T, head, HV, V, first_v, C, BV)

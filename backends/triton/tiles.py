@@ -126,11 +126,48 @@ def load_rows(
     """
     r, d = tl.arange(0, C)[:, None], tl.arange(0, BD)[None, :]
     pointers = x + ((first_token * HEADS + head) * D + first_column) + (r * (HEADS * D) + d)
+    return _load_tile(pointers, r, first_column + d, tokens, D, BD, FULL)
+
+
+@triton.jit
+def _load_tile(
+    pointers, r, column, tokens, D: tl.constexpr, BD: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
     if FULL and D % BD == 0:
         return tl.load(pointers)
     if FULL:
-        return tl.load(pointers, mask=(first_column + d < D) & (r >= 0), other=0.0)
-    return tl.load(pointers, mask=(r < tokens) & (first_column + d < D), other=0.0)
+        return tl.load(pointers, mask=(column < D) & (r >= 0), other=0.0)
+    return tl.load(pointers, mask=(r < tokens) & (column < D), other=0.0)
+
+
+@triton.jit
+def load_input_rows(
+    x, first_token, tokens, head, STRIDES: tl.constexpr, D: tl.constexpr,
+    first_column, C: tl.constexpr, BD: tl.constexpr, FULL: tl.constexpr = False,
+):  # fmt: skip
+    """`load_rows` of a tensor whose tokens and heads have any STRIDES, of `token_strides`."""
+    r, d = tl.arange(0, C)[:, None], tl.arange(0, BD)[None, :]
+    start = first_token * STRIDES[1] + head * STRIDES[2] + first_column
+    return _load_tile(x + start + (r * STRIDES[1] + d), r, first_column + d, tokens, D, BD, FULL)
+
+
+@triton.jit
+def load_input_scalars(
+    x, first_token, tokens, head, STRIDES: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """`load_scalars` of a tensor whose tokens and heads have any STRIDES."""
+    r = tl.arange(0, C)
+    pointers = x + first_token * STRIDES[1] + head * STRIDES[2] + r * STRIDES[1]
+    return tl.load(pointers, mask=r < tokens, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def find_batch_row(x, first_token, T, STRIDES: tl.constexpr):
+    """x, moved so that rows of the batch may also have any stride. Later offsets count tokens over
+    the whole batch, as if rows followed each other."""
+    if STRIDES[0] != 0:
+        x += (first_token // T) * STRIDES[0]
+    return x
 
 
 @triton.jit
@@ -155,6 +192,26 @@ def store_rows_transposed(
     pointers = x + ((first_token * HEADS + head) * D + first_column) + (r * (HEADS * D) + d)
     mask = (r < tokens) & (first_column + d < D)
     tl.store(pointers, round_to(value, x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def clear_rows(
+    x, first_token, end, T, head, HEADS: tl.constexpr, D: tl.constexpr,
+    first_column, C: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Zero the tokens from `end` to T where `load_rows` reads."""
+    token, d = first_token + tl.arange(0, C)[:, None], tl.arange(0, BD)[None, :]
+    pointers = x + (head * D + first_column) + (token * (HEADS * D) + d)
+    mask = (token >= end) & (token < T) & (first_column + d < D)
+    tl.store(pointers, tl.zeros([C, BD], x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def clear_scalars(x, first_token, end, T, head, HEADS: tl.constexpr, C: tl.constexpr):
+    """Zero the tokens from `end` to T where `load_scalars` reads."""
+    token = first_token + tl.arange(0, C)
+    mask = (token >= end) & (token < T)
+    tl.store(x + token * HEADS + head, tl.zeros([C], x.dtype.element_ty), mask=mask)
 
 
 @triton.jit

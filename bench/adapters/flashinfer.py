@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Forward, Plan
-from gdn.problem import Call, Problem, Step
+from gdn.problem import Call, PoolCall, Problem, Step
 
 FUSED = {"use_gate_in_kernel", "use_beta_sigmoid_in_kernel"}
 ARCHITECTURES = (90, 100, 103, 120, 121)
@@ -64,7 +64,7 @@ class FlashInfer(Backend):
         transposed = "" if "state_v_first" in problem.flags else ", states transposed"
         return f"CuTe DSL, decay exp(g){transposed}"
 
-    def plan(self, call: Call | Step) -> FlashInferPlan:
+    def plan(self, call: Call | PoolCall) -> FlashInferPlan:
         return FlashInferPlan()
 
 
@@ -139,4 +139,6 @@ class FlashInferPlan(Plan):
             scale=call.scale,
             use_qk_l2norm=call.use_qk_l2norm_in_kernel,
         )
+        if step.out is not None:
+            return step.out.copy_(o)
         return o

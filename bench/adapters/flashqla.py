@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Forward, Gradients, Plan
-from gdn.problem import Call, Problem, Step
+from gdn.problem import Call, PoolCall, Problem
 
 ARCHITECTURES = (90, 100, 103, 120, 121)
 ARGUMENTS = ("q", "k", "v", "g", "beta", "scale", "initial_state", "cu_seqlens", "state_v_first")
@@ -57,7 +57,7 @@ class FlashQLA(Backend):
         l2_norm = "use_qk_l2norm_in_kernel" in problem.flags
         return "TileLang, L2 norm by torch.compile" if l2_norm else "TileLang"
 
-    def plan(self, call: Call | Step) -> Plan:
+    def plan(self, call: Call | PoolCall) -> Plan:
         return FlashQLAPlan()
 
 

@@ -47,6 +47,7 @@ CAPABILITIES = (
     "lower bound",
     "backward",
     "decode from",
+    "prefill on pools",
     "fused options",
     "deterministic",
     "CUDA graph",
@@ -179,6 +180,8 @@ def capability_rows(backends: Sequence[BackendInfo]) -> Table:
                 *map(_yes, (c.gva, c.varlen, c.initial_state, c.resets)),
                 *map(_yes, (c.per_channel, c.gate_lower_bound, c.backward)),
                 _names(c.decode) + ("" if c.speculative or not c.decode else "; one slot each"),
+                _names(c.prefill) + ("" if c.checkpoints or not c.prefill else "; no checkpoints")
+                or "no",
                 fused,
                 *map(_yes, (c.deterministic, c.cuda_graph, c.context_parallel)),
                 ", ".join(c.packages) or "nothing",

@@ -26,6 +26,7 @@ from .inputs import (
     run_definition,
     with_gradients,
 )
+from .prefill import PREFILLS, PrefillCase, make_prefill, run_prefill_definition
 
 
 class Checked(NamedTuple):
@@ -77,17 +78,21 @@ def assert_close(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype) -
     assert error <= TOLERANCE[dtype], f"{name}: relative RMS error {error:.2e}"
 
 
-def reasons_against(backend: str, inputs: dict[str, Any]) -> tuple[str, ...]:
-    """The reasons why a backend does not claim this call, or with state= this step; empty if it
-    does."""
-    verdicts = {v.name: v for v in gdn.explain(**inputs, backend=backend).verdicts}
+def reasons_against(backend: str, inputs: dict[str, Any], prefill: bool = False) -> tuple[str, ...]:
+    """The reasons why a backend does not claim this call, or with state= this step, or this prefill
+    on a pool; empty if it does."""
+    found = gdn.explain(**inputs, prefill=prefill, backend=backend)
+    verdicts = {v.name: v for v in found.verdicts}
     return verdicts[backend].reasons
 
 
-def assert_refused(backend: str, inputs: dict[str, Any], reasons: tuple[str, ...]) -> None:
-    """AssertionError unless the call, or with state= the step, raises BackendUnsupportedError with
-    these reasons and leaves the states as they are."""
+def assert_refused(
+    backend: str, inputs: dict[str, Any], reasons: tuple[str, ...], prefill: bool = False
+) -> None:
+    """AssertionError unless the call, or with state= the step, or the prefill on a pool, raises
+    BackendUnsupportedError with these reasons and leaves the states as they are."""
     op: Any = gdn.gated_delta_net_decode if "state" in inputs else gdn.gated_delta_net
+    op = gdn.gated_delta_net_prefill if prefill else op
     before = inputs["state"].clone() if "state" in inputs else None
     try:
         op(**inputs, backend=backend)
@@ -97,7 +102,8 @@ def assert_refused(backend: str, inputs: dict[str, Any], reasons: tuple[str, ...
         raise AssertionError(f"{backend} runs what it does not claim: {'; '.join(reasons)}")
     assert refusal.reasons == {backend: list(reasons)}
     assert all(reason in str(refusal) for reason in reasons)
-    assert before is None or torch.equal(before, inputs["state"])
+    if before is not None:
+        assert torch.equal(before.nan_to_num(7), inputs["state"].nan_to_num(7))
 
 
 def assert_agrees(backend: str, case: Case, inputs: dict[str, Any]) -> None:
@@ -117,17 +123,63 @@ def assert_agrees(backend: str, case: Case, inputs: dict[str, Any]) -> None:
 def assert_step_agrees(backend: str, case: StepCase, inputs: dict[str, Any]) -> None:
     """AssertionError unless o and the written slots agree with the definition and all other slots
     keep their bits."""
-    plain = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in inputs.items()}
-    before = plain["state"].clone()
-    expected_o, expected = run_step_definition(plain | {"state": before.clone()})
+    plain = _on_cpu(inputs)
+    written = inputs["state"] if case.output == "none" else inputs["output_states"]
+    before = written.cpu().clone()
+    expected_o, expected = run_step_definition(plain)
     o = gdn.gated_delta_net_decode(**inputs, backend=backend)
-    assert o.dtype == case.dtype, f"o must be {case.dtype}, got {o.dtype}"
-    assert_close("o", o, expected_o, case.dtype)
-    after = inputs["state"].cpu()
-    written = (expected != before.double()).flatten(1).any(1)
-    assert torch.equal(after[~written], before[~written]), "a slot changed that is not named"
+    assert_o_agrees(case, inputs, o, expected_o)
     precision = torch.float64 if case.dtype == torch.float64 else case.pool
-    assert_close("state", after[written], expected[written], precision)
+    assert_states_agree("state", before, written.cpu(), expected, precision)
+    if case.output != "none":
+        read = (x.cpu().nan_to_num(7) for x in (inputs["state"], plain["state"]))
+        assert torch.equal(*read), "state changed beside output_states"
+
+
+def assert_prefill_agrees(backend: str, case: PrefillCase, inputs: dict[str, Any]) -> None:
+    """AssertionError unless o, the written slots and the checkpoints agree with the definition and
+    all else keeps its bits."""
+    plain = _on_cpu(inputs)
+    expected_o, expected, buffer = run_prefill_definition(plain)
+    o = gdn.gated_delta_net_prefill(**inputs, backend=backend)
+    assert_o_agrees(case, inputs, o, expected_o)
+    exact = torch.float64 if case.dtype == torch.float64 else case.pool
+    precision = max(exact, case.dtype, key=TOLERANCE.__getitem__)
+    assert_states_agree("state", plain["state"], inputs["state"].cpu(), expected, precision)
+    if buffer is not None:
+        before, after = plain["checkpoints"].flatten(0, -4), inputs["checkpoints"].flatten(0, -4)
+        assert_states_agree("checkpoints", before, after.cpu(), buffer.flatten(0, -4), precision)
+
+
+def _on_cpu(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the tensors on the CPU."""
+    return {n: x.cpu().clone() if isinstance(x, Tensor) else x for n, x in inputs.items()}
+
+
+def assert_o_agrees(
+    case: StepCase | PrefillCase, inputs: dict[str, Any], o: Tensor, expected: Tensor
+) -> None:
+    """AssertionError unless o, or `out`, agrees up to the end of the last sequence, and holds zeros
+    after it, or `out` the NaN that it held before."""
+    assert o.dtype == case.dtype, f"o must be {case.dtype}, got {o.dtype}"
+    assert not case.out or o is inputs["out"], "o must be out"
+    end = o.shape[1] - case.tail
+    assert_close("o", o[:, :end], expected[:, :end], case.dtype)
+    tail = o[:, end:]
+    untouched = tail.isnan().all() if case.out else not tail.any()
+    assert untouched, "o is not zero past the last sequence, or out not untouched"
+
+
+def assert_states_agree(
+    name: str, before: Tensor, after: Tensor, expected: Tensor, dtype: torch.dtype
+) -> None:
+    """AssertionError unless the states [N, ...] that change by the definition agree with it and all
+    others keep their bits, NaN included."""
+    kept = (before.double() == expected) | (before.isnan() & expected.isnan())
+    written = ~kept.flatten(1).all(1)
+    still = torch.equal(after[~written].nan_to_num(7), before[~written].nan_to_num(7))
+    assert still, f"{name}: a slot changed that is not named"
+    assert_close(name, after[written], expected[written], dtype)
 
 
 @contextmanager
@@ -153,10 +205,10 @@ def check_backend(backend: Backend | str, device: torch.device | str | None = No
     """Check a backend against the float64 definition on every shared case, in its own test suite.
 
     A case that the backend claims must agree with the definition: o, the final state, every
-    gradient, decode steps and their pools, within `gdn.testing.TOLERANCE`, in each dtype that it
-    claims, with the shapes and dtypes of the contract. A case that it does not claim must be
-    refused with every reason. A backend that does not claim `resets` is not run on the cases with
-    such gates; these do not count.
+    gradient, decode steps, prefills on a pool and their pools, within `gdn.testing.TOLERANCE`, in
+    each dtype that it claims, with the shapes and dtypes of the contract. A case that it does not
+    claim must be refused with every reason. A backend that does not claim `resets` is not run on
+    the cases with such gates; these do not count.
 
     Args:
         backend: a Backend, registered or not, or a registered name.
@@ -177,7 +229,7 @@ def check_backend(backend: Backend | str, device: torch.device | str | None = No
             device = "cuda" if on_gpu else "cpu"
         agreed = refused = 0
         for dtype in TOLERANCE:
-            for case in (*CASES, *STEPS):
+            for case in (*CASES, *STEPS, *PREFILLS):
                 case = replace(case, dtype=dtype)
                 try:
                     claimed = _check_case(name, case, device, able)
@@ -189,9 +241,9 @@ def check_backend(backend: Backend | str, device: torch.device | str | None = No
         return Checked(agreed, refused)
 
 
-def _ask_all(backend: str, inputs: dict[str, Any]) -> None:
+def _ask_all(backend: str, inputs: dict[str, Any], prefill: bool) -> None:
     """Let the backend's exceptions through, which dispatch takes for reasons."""
-    found, problem = registry.find_backend(backend), gdn.explain(**inputs).problem
+    found, problem = registry.find_backend(backend), gdn.explain(**inputs, prefill=prefill).problem
     found.unavailable()
     if not reasons_of(found.capabilities, problem):
         found.unsupported(problem)
@@ -202,20 +254,25 @@ def _check_case(
     backend: str, case: Case, device: torch.device | str, able: Capabilities
 ) -> bool | None:
     """Check one case. Return whether the backend claims it; None if it was not run."""
+    prefill = isinstance(case, PrefillCase)
     if isinstance(case, StepCase):
         inputs = make_step(case, device)
+    elif isinstance(case, PrefillCase):
+        inputs = make_prefill(case, device)
     else:
         inputs = make_inputs(case, device)
         inputs["output_final_state"] = "output_final_state" in able.flags
         if able.backward:
             inputs = with_gradients(inputs)
-    reasons = reasons_against(backend, inputs)
-    _ask_all(backend, inputs)
+    reasons = reasons_against(backend, inputs, prefill)
+    _ask_all(backend, inputs, prefill)
     if reasons:
-        assert_refused(backend, inputs, reasons)
+        assert_refused(backend, inputs, reasons, prefill)
         return False
     if isinstance(case, StepCase):
         assert_step_agrees(backend, case, inputs)
+    elif isinstance(case, PrefillCase):
+        assert_prefill_agrees(backend, case, inputs)
     elif case.needs_resets and not able.resets:
         return None
     else:

@@ -19,10 +19,11 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _keys(case: Case, B: int, T: int, generator: torch.Generator) -> Tensor:
-    """Unit keys whose pairwise cosine is `case.cosine` on average."""
+    """Keys of the case's norm whose pairwise cosine is `case.cosine` on average."""
     own = F.normalize(_normal(generator, B, T, case.H, case.K), dim=-1)
     common = F.normalize(_normal(generator, 1, 1, case.H, case.K), dim=-1)
-    return F.normalize(case.cosine**0.5 * common + (1 - case.cosine) ** 0.5 * own, dim=-1)
+    keys = F.normalize(case.cosine**0.5 * common + (1 - case.cosine) ** 0.5 * own, dim=-1)
+    return case.key_norm * keys
 
 
 def _log_decay(case: Case, B: int, T: int, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,8 @@
 """The checks of arguments, and their error messages."""
 
-from .metadata import validate, validate_step
+from .metadata import validate
+from .pools import validate_pool_call
+from .slots import check_slots, is_live
 from .types import (
     DEFINITION,
     check_types,
@@ -9,17 +11,19 @@ from .types import (
     refuse_tangents,
     refuse_transforms,
 )
-from .values import check_cu_seqlens, check_slots
+from .values import check_bounds, check_cu_seqlens
 
 __all__ = [
     "DEFINITION",
+    "check_bounds",
     "check_cu_seqlens",
     "check_slots",
     "check_types",
+    "is_live",
     "no_tensor",
     "refuse_gradients",
     "refuse_tangents",
     "refuse_transforms",
     "validate",
-    "validate_step",
+    "validate_pool_call",
 ]

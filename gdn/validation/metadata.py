@@ -8,23 +8,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gdn.problem import DIFFERENTIABLE, Call, Step
+from gdn.problem import DIFFERENTIABLE, Call
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _shape(x: Tensor) -> tuple[int, ...]:
+def shape_of(x: Tensor) -> tuple[int, ...]:
+    """x's shape, as error messages show it."""
     return tuple(x.shape)
 
 
-def _require(ok: bool, message: Callable[[], str]) -> None:
+def require(ok: bool, message: Callable[[], str]) -> None:
+    """ValueError with the message unless ok."""
     if not ok:
         raise ValueError(message())
 
 
-def _require_shape(name: str, x: Tensor, form: str, shape: tuple[int, ...], hint: str = "") -> None:
-    if _shape(x) != shape:
-        raise ValueError(f"{name} must be {form} = {shape}, got {_shape(x)}{hint}")
+def require_shape(name: str, x: Tensor, form: str, shape: tuple[int, ...], hint: str = "") -> None:
+    """ValueError unless x has this shape; form names its dimensions."""
+    if shape_of(x) != shape:
+        raise ValueError(f"{name} must be {form} = {shape}, got {shape_of(x)}{hint}")
 
 
 def validate(call: Call) -> None:
@@ -40,17 +43,17 @@ def validate(call: Call) -> None:
     ):
         if x.dim() != 4:
             raise ValueError(
-                f"{name} must be {form} (4 dimensions), got {_shape(x)}; tokens come before heads"
+                f"{name} must be {form} (4 dimensions), got {shape_of(x)}; tokens come before heads"
             )
         if x.dtype not in DTYPES:
             raise ValueError(
                 f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; "
                 "cast it with .to(torch.bfloat16)"
             )
-    B, T, H, K = _shape(q)
-    HV, V = _shape(v)[2:]
-    _require_shape("k", k, "[B, T, H, K]", (B, T, H, K), " (q's shape)")
-    _require_shape("v", v, "[B, T, HV, V]", (B, T, HV, V), "; B and T are q's")
+    B, T, H, K = shape_of(q)
+    HV, V = shape_of(v)[2:]
+    require_shape("k", k, "[B, T, H, K]", (B, T, H, K), " (q's shape)")
+    require_shape("v", v, "[B, T, HV, V]", (B, T, HV, V), "; B and T are q's")
     if not (q.dtype == k.dtype == v.dtype):
         raise ValueError(
             f"q, k and v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them"
@@ -63,14 +66,14 @@ def validate(call: Call) -> None:
         )
     if call.per_channel:
         hint = "; give g one dimension less for a decay per head"
-        _require_shape("g", call.g, "[B, T, HV, K]", (B, T, HV, K), hint)
+        require_shape("g", call.g, "[B, T, HV, K]", (B, T, HV, K), hint)
     else:
-        _require_shape("g", call.g, "[B, T, HV]", (B, T, HV), ", or [B, T, HV, K] per channel")
-    _require_shape("beta", call.beta, "[B, T, HV]", (B, T, HV))
+        require_shape("g", call.g, "[B, T, HV]", (B, T, HV), ", or [B, T, HV, K] per channel")
+    require_shape("beta", call.beta, "[B, T, HV]", (B, T, HV))
     _validate_options(call)
     _validate_cu_seqlens(call)
     if call.initial_state is not None:
-        _require_state(
+        require_state(
             "initial_state", call.initial_state, "N", call.state_shape, call.state_v_first
         )
     for name, tensor in zip(DIFFERENTIABLE, call.differentiable, strict=True):
@@ -97,7 +100,7 @@ def validate(call: Call) -> None:
 
 
 def _validate_options(call: Call) -> None:
-    _require(
+    require(
         math.isfinite(call.scale),
         lambda: f"scale must be finite, got {call.scale}; leave it out for K^-0.5",
     )
@@ -108,30 +111,30 @@ def _validate_options(call: Call) -> None:
         x = getattr(call, name)
         if x is None:
             continue
-        _require(
+        require(
             call.use_gate_in_kernel,
             lambda name=name: (
                 f"{name} must come with use_gate_in_kernel=True, got False; "  # type: ignore[misc]
                 "without it g is the finished log decay"
             ),
         )
-        _require_shape(name, x, *shape)
-    _require(
+        require_shape(name, x, *shape)
+    require(
         not call.use_gate_in_kernel or call.A_log is not None or bound is not None,
         lambda: "A_log must be given with use_gate_in_kernel=True, got None; pass A_log [HV]",
     )
-    _require(
+    require(
         bound is None or call.use_gate_in_kernel,
         lambda: (
             "gate_lower_bound must come with use_gate_in_kernel=True, got False; "
             "without it g is the finished log decay"
         ),
     )
-    _require(
+    require(
         bound is None or -math.inf < bound < 0,
         lambda: f"gate_lower_bound must be finite and below 0, got {bound}; models use -5",
     )
-    _require(
+    require(
         not call.allow_neg_eigval or call.use_beta_sigmoid_in_kernel,
         lambda: (
             "allow_neg_eigval must come with use_beta_sigmoid_in_kernel=True, got False; "
@@ -147,7 +150,7 @@ def _validate_cu_seqlens(call: Call) -> None:
             continue
         if x.dim() != 1 or x.shape[0] < 1 or x.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"{name} must be int32 or int64 [N + 1], got {x.dtype} {_shape(x)}; "
+                f"{name} must be int32 or int64 [N + 1], got {x.dtype} {shape_of(x)}; "
                 "prefix the cumulative lengths with 0"
             )
     if call.cu_seqlens is not None and B != 1:
@@ -163,8 +166,8 @@ def _validate_cu_seqlens(call: Call) -> None:
                 f"cu_seqlens_cpu must be on the CPU, got {call.cu_seqlens_cpu.device}; "
                 "it is cu_seqlens.cpu()"
             )
-        _require_shape(
-            "cu_seqlens_cpu", call.cu_seqlens_cpu, "cu_seqlens' shape", _shape(call.cu_seqlens)
+        require_shape(
+            "cu_seqlens_cpu", call.cu_seqlens_cpu, "cu_seqlens' shape", shape_of(call.cu_seqlens)
         )
     indices = call.chunk_indices
     if indices is not None:
@@ -179,63 +182,17 @@ def _validate_cu_seqlens(call: Call) -> None:
         ):
             raise ValueError(
                 f"chunk_indices must be int32 or int64 [chunks, 2], got {indices.dtype} "
-                f"{_shape(indices)}; "
+                f"{shape_of(indices)}; "
                 "leave it out to have it computed"
             )
 
 
-def _require_state(
+def require_state(
     name: str, state: Tensor, rows: str, shape: tuple[int, ...], v_first: bool
 ) -> None:
-    got, hint = _shape(state), ""
+    """ValueError unless states have this shape, with a hint if it is the other layout."""
+    got, hint = shape_of(state), ""
     if got != shape and got == (*shape[:2], shape[3], shape[2]):
         hint = f"; that is the other layout, pass state_v_first={not v_first}"
     form = f"[{rows}, HV, V, K]" if v_first else f"[{rows}, HV, K, V]"
-    _require_shape(name, state, form, shape, hint)
-
-
-def validate_step(step: Step) -> None:
-    """Raise ValueError unless the decode step is well-formed; from metadata alone."""
-    call, state, indices = step.call, step.state, step.state_indices
-    validate(call)
-    N, T = call.sequences, call.q.shape[1]
-    dtypes = (torch.float64,) if call.q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
-    if state.dtype not in dtypes:
-        raise ValueError(
-            f"state must be {' or '.join(map(str, dtypes))} with q in {call.q.dtype}, "
-            f"got {state.dtype}; keep the pool in float32"
-        )
-    slots = state.shape[0] if state.dim() == 4 else 0
-    _require_state("state", state, "slots", (slots, *call.state_shape[1:]), call.state_v_first)
-    inner = state.shape[1] * state.shape[2] * state.shape[3]
-    # state[:1] would ask for a fake tensor's GPU
-    contiguous = state.narrow(0, 0, 1 if slots else 0).is_contiguous()
-    if not contiguous or (slots > 1 and state.stride(0) < inner):
-        raise ValueError(
-            "state must have contiguous slots that do not overlap (slots may be padded), "
-            f"got strides {state.stride()}; it is updated in place, and a copy would be lost"
-        )
-    for name, x in (("state_indices", indices), ("num_accepted_tokens", step.num_accepted_tokens)):
-        if x is not None and x.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} must be int32 or int64, got {x.dtype}; cast it with .int()")
-    for name in ("state", "state_indices", "num_accepted_tokens"):
-        x = getattr(step, name)
-        if x is not None and x.device != call.q.device:
-            raise ValueError(
-                f"{name} must be on q's device {call.q.device}, got {x.device}; use .to(q.device)"
-            )
-    if indices is None:
-        _require_shape("state", state, "[N, ...]", (N, *state.shape[1:]), "; or give state_indices")
-    elif indices.dim() != 2:
-        _require_shape("state_indices", indices, "[N] or [N, 1 + T]", (N,))
-    elif call.cu_seqlens is None or indices.shape[0] != N:
-        _require_shape("state_indices", indices, "[N, 1 + T]", (N, 1 + T))
-    if step.num_accepted_tokens is not None:
-        _require_shape("num_accepted_tokens", step.num_accepted_tokens, "[N]", (N,))
-        _require(
-            step.speculative,
-            lambda: (
-                "num_accepted_tokens must come with state_indices [N, 1 + T], got "
-                f"{None if indices is None else _shape(indices)}; each token needs its own slot"
-            ),
-        )
+    require_shape(name, state, form, shape, hint)

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gdn.problem import CALL_TENSORS, DIFFERENTIABLE, FLAGS, Call, Step
+from gdn.problem import (
+    CALL_TENSORS,
+    DIFFERENTIABLE,
+    FLAGS,
+    POOL_TENSORS,
+    Call,
+    PoolCall,
+    Step,
+)
 
 DEFINITION = "gdn.definition.gated_delta_rule(gdn.problem.Call(q, k, v, g, beta, scale=K**-0.5))"
 """What error messages recommend where the op has no derivative. A Call's default scale is 1."""
@@ -22,24 +30,27 @@ def no_tensor(name: str, x: object, remedy: str = "see torch.as_tensor") -> Type
     return TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; {remedy}")
 
 
-def tensors_of(call: Call | Step) -> Iterable[tuple[str, Tensor | None]]:
+def tensors_of(call: Call | PoolCall) -> Iterable[tuple[str, Tensor | None]]:
     """Name and value of every argument that is a tensor or None."""
-    if isinstance(call, Step):
-        yield from tensors_of(call.call)
-        yield from zip(Step._fields[1:-1], call[1:-1], strict=True)
-    else:
+    if isinstance(call, Call):
         yield from zip(Call._fields[:CALL_TENSORS], call[:CALL_TENSORS], strict=True)
+    else:
+        end = POOL_TENSORS[type(call)]
+        yield from tensors_of(call.call)
+        yield from zip(call._fields[1:end], call[1:end], strict=True)
 
 
-def check_types(call: Call | Step) -> None:
+def check_types(call: Call | PoolCall) -> None:
     """TypeError if a tensor argument is not a tensor, a flag not a bool, or another option not a
     number. What converts without loss is taken: 1 for True, numpy's numbers, 0-d tensors."""
     for name, x in tensors_of(call):
         if not (x is None or isinstance(x, Tensor)):
             raise no_tensor(name, x)
-    own = call.call if isinstance(call, Step) else call
-    for name in FLAGS:
-        x = getattr(own, name)
+    own = call if isinstance(call, Call) else call.call
+    flags = {name: getattr(own, name) for name in FLAGS}
+    if isinstance(call, Step):
+        flags["leading_column"] = call.leading_column
+    for name, x in flags.items():
         if not (x is None or _converts(x, float)):
             raise TypeError(f"{name} must be a bool, got {_shown(x)}; pass True or False")
     bound = own.gate_lower_bound
@@ -47,7 +58,7 @@ def check_types(call: Call | Step) -> None:
         raise TypeError(f"gate_lower_bound must be a number, got {_shown(bound)}; pass -5.0")
     if not _converts(own.scale, float):
         raise TypeError(f"scale must be a number, got {_shown(own.scale)}; leave it out for K^-0.5")
-    if isinstance(call, Step) and not _converts(call.null_index, operator.index):
+    if not isinstance(call, Call) and not _converts(call.null_index, operator.index):
         raise TypeError(f"null_index must be an int, got {_shown(call.null_index)}; pass -1")
 
 
@@ -66,9 +77,16 @@ def _converts(x: Any, into: Callable[[Any], object]) -> bool:
     return not isinstance(x, str | bytes)
 
 
-def refuse_tangents(call: Call | Step) -> None:
+def op_name(call: Call | PoolCall) -> str:
+    """The public function that makes such calls."""
+    if isinstance(call, Call):
+        return "gated_delta_net"
+    return "gated_delta_net_decode" if isinstance(call, Step) else "gated_delta_net_prefill"
+
+
+def refuse_tangents(call: Call | PoolCall) -> None:
     """RuntimeError if an input has a forward-mode tangent, which the op would drop."""
-    op = "gated_delta_net" if isinstance(call, Call) else "gated_delta_net_decode"
+    op = op_name(call)
     differentiable = (*DIFFERENTIABLE, "state")
     for name, x in tensors_of(call):
         if x is None or name not in differentiable:
@@ -80,12 +98,12 @@ def refuse_tangents(call: Call | Step) -> None:
             )
 
 
-def refuse_gradients(step: Step) -> None:
-    """RuntimeError if an input of a decode step requires grad."""
-    for name, x in tensors_of(step):
+def refuse_gradients(given: PoolCall) -> None:
+    """RuntimeError if an input of a call on a pool requires grad."""
+    for name, x in tensors_of(given):
         if getattr(x, "requires_grad", False):  # `check_types` reports other types
             raise RuntimeError(
-                f"gdn.gated_delta_net_decode is not differentiable, and {name} requires grad; "
+                f"gdn.{op_name(given)} is not differentiable, and {name} requires grad; "
                 "call it under torch.no_grad(), or use gdn.gated_delta_net"
             )
 

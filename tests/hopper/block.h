@@ -120,7 +120,9 @@ template <class T> T __shfl_xor_sync(uint, T x, int by, int = 32) { return shuff
 template <class T> T __shfl_up_sync(uint, T x, int by, int = 32) { return shuffle(x, lane() - by); }
 template <class T> T __shfl_down_sync(uint, T x, int by, int = 32) { return shuffle(x, lane() + by); }
 template <class T> T __shfl_sync(uint, T x, int from, int = 32) { return shuffle(x, from); }
-inline int __any_sync(uint, int x) {
-  for (int by = 16; by; by /= 2) x |= __shfl_xor_sync(~0u, x, by);
+inline uint __reduce_max_sync(uint, uint x) {
+  for (int by = 16; by; by /= 2) x = std::max(x, __shfl_xor_sync(~0u, x, by));
   return x;
 }
+inline float __uint_as_float(uint x) { return bits<float>(x); }
+inline uint __float_as_uint(float x) { return bits<uint>(x); }

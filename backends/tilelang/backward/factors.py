@@ -8,6 +8,7 @@ class Factor:
     BETA = 1
     RQ, RK = 2, 3  # 1 / norm of q and of k, or 1 without the L2 norm
     RV = 4  # rowsum(R * V), one row for every 64 columns of V; only in `gradients`
+    # In float16, as many rows follow: the scales of the rows of S^T and U^T (`tile/row_scales.py`).
 
     G_BETA = slice(0, 2)  # written together by `gate_sums`
     NORMS = slice(2, 4)  # written together by forward

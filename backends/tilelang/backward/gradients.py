@@ -6,6 +6,8 @@ and dv where beta is small).
 
 Reads q, k, g, dO, `G_beta`, `norms`, rowsum(R * V), U^T, S^T, dS^T and, in the memory of dv, the
 stored R. Writes dq, dk, dg, dbeta, dv where beta is small, and partial sums for A_log and dt_bias.
+In float16 U^T and S^T are over the scales of their rows (`tile/row_scales.py`), by which it
+multiplies dO, R and dS where any scale exceeds 1.
 
 Thread block: one on an SM; it takes every `thread_blocks`-th pair of chunk and q/k head, and loads
 the next one while it finishes one. It sums dq and dk over the value heads of the q/k head in
@@ -31,6 +33,7 @@ from gdn.problem import CHUNK as C
 from ..compile import kernel
 from ..tile.fragment_sums import PRELUDE
 from ..tile.indexing import Fields, rolled_loop
+from ..tile.largest import PRELUDE as LARGEST
 from ..tile.layout import ROWS
 from ..tile.ragged_rows import clear_past_end, clear_rows_past_end
 from .factors import Factor
@@ -49,6 +52,7 @@ from .gradients_intra import (
     accumulate_F,
     compute_kk_qk,
     keep_norms,
+    multiply_by_scales,
     stage_tiles,
 )
 from .gradients_memory import (
@@ -56,13 +60,16 @@ from .gradients_memory import (
     COLUMNS,
     Barriers,
     GradientsSmem,
+    find_largest_scales,
+    largest_scale,
     load_rows,
     load_state,
     locate_chunk,
 )
 
-ROWS_CLEARED, TILES_READY, INTER, INTRA = range(1, 5)
-"""Named barriers: the first two of inter- and intra-chunk warpgroups, the others of one kind."""
+ROWS_READY, TILES_READY, INTER, INTRA, R_READ = range(1, 6)
+"""Named barriers: the first two of inter- and intra-chunk warpgroups, the next two of one kind, the
+last one of the intra-chunk warpgroup and the dv warps."""
 REGISTERS = {1: (224, 224, 56), 2: (160, 136, 56)}
 """By K / 64: registers a thread of the inter-chunk warpgroups, the intra-chunk one, the others."""
 
@@ -99,13 +106,18 @@ def gradients(
         """An inter-chunk warpgroup: block h of dq and dk."""
         T.clear(frag.dq)
         T.clear(frag.dk)
+        frag.largest_scales[1] = 1.0
         for g in rolled_loop(group):
             n = chunk.heads_done + g
             T.barrier_wait(bars.tokens_ready[n % 2], n // 2 % 2)
             if chunk.live < C:
-                T.sync_threads(ROWS_CLEARED, consumers)
+                T.sync_threads(ROWS_READY, consumers)
+            if smem.has_scales:
+                find_largest_scales(smem, frag, n % 2)
+                if frag.largest_scales[0] > 1:
+                    T.sync_threads(ROWS_READY, consumers)
             accumulate_inter_chunk(
-                smem, frag, bars, h, n, g, group, chunk.chunks_done % 2, scale, thread
+                smem, frag, bars, h, n, g, group, chunk.chunks_done % 2, scale, INTER, thread
             )
             T.barrier_arrive(bars.sums_ready[n % 2])
             T.barrier_arrive(bars.tokens_free[n % 2])
@@ -134,6 +146,7 @@ def gradients(
         compute_kk_qk(smem, frag, parity, scale)
         T.clear(frag.F)
         T.clear(frag.D)
+        frag.largest_scales[1] = 1.0
         for g in rolled_loop(group):
             n = before + g
             b = n % 2
@@ -141,7 +154,13 @@ def gradients(
             if live < C:
                 clear_rows_past_end((smem.do, smem.R), b, live)
                 T.fence_proxy_async()
-                T.sync_threads(ROWS_CLEARED, consumers)
+                T.sync_threads(ROWS_READY, consumers)
+            if smem.has_scales:
+                find_largest_scales(smem, frag, b)
+                if frag.largest_scales[0] > 1:
+                    T.sync_threads(R_READ, 128 + 64)
+                    multiply_by_scales(smem, b)
+                    T.sync_threads(ROWS_READY, consumers)
             accumulate_D(smem, frag, b, thread)
             accumulate_F(smem, frag, b, thread)
             T.barrier_arrive(bars.sums_ready[b])
@@ -152,7 +171,7 @@ def gradients(
         T.sync_threads(TILES_READY, consumers)
 
     @T.macro
-    def load_chunk(q, k, do, R, G_beta, norms, rowsum_RV, U, S, dS, smem, bars, chunk):
+    def load_chunk(q, k, do, R, G_beta, norms, rowsum_RV, U, S, dS, row_scales, smem, bars, chunk):
         """The producer warp."""
         batch, token, slot, key_head = chunk.batch, chunk.token, chunk.slot, chunk.key_head
         for g in rolled_loop(group):
@@ -172,6 +191,11 @@ def gradients(
                 ),
             ):
                 T.tma_copy(source, target, barrier=bars.tokens_ready[b], leader_scope_threads=32)
+            if smem.has_scales:
+                T.tma_copy(
+                    row_scales[slot, head, :, :], smem.factors[b, smem.first_scales :, :],
+                    barrier=bars.tokens_ready[b], leader_scope_threads=32,
+                )  # fmt: skip
             T.barrier_arrive(bars.tokens_ready[b])
             T.barrier_wait(bars.dS_free, n % 2 ^ 1)
             load_state(dS, smem.dS, bars.dS_ready, slot, head)
@@ -214,6 +238,9 @@ def gradients(
                 smem, dv, n % 2, chunk.batch, chunk.token, chunk.live, chunk.key_head * group + g,
                 thread,
             )  # fmt: skip
+            if smem.has_scales:  # noqa: SIM102, known before the kernel is; the next is not
+                if largest_scale(smem, n % 2) > 1:
+                    T.sync_threads(R_READ, 128 + 64)
             T.barrier_arrive(bars.sums_ready[n % 2])
             T.barrier_arrive(bars.tokens_free[n % 2])
 
@@ -226,14 +253,16 @@ def gradients(
         norms: T.Tensor((slots, H, 2, C), "float32"),
         rowsum_RV: T.Tensor((slots, HV, V // ROWS, C), "float32"),
         U: T.Tensor((slots, HV, V, C), dtype), S: T.Tensor((slots, HV, V, K), dtype),
-        dS: T.Tensor((slots, HV, V, K), dtype), chunk_spans: T.Tensor((rows, 2), "int32"),
+        dS: T.Tensor((slots, HV, V, K), dtype),
+        row_scales: T.Tensor((slots, HV, V // ROWS, ROWS), "float32"),
+        chunk_spans: T.Tensor((rows, 2), "int32"),
         dq: T.Tensor((B, L, H, K), dtype), dk: T.Tensor((B, L, H, K), dtype),
         dv: T.Tensor((B, L, HV, V), dtype), dg: T.Tensor((B, L, HV), gates),
         dbeta: T.Tensor((B, L, HV), strengths), dA_log: T.Tensor((partial, HV), "float32"),
         ddt_bias: T.Tensor((partial, HV), "float32"), scale: T.float32, thread_blocks: T.int32,
     ):  # fmt: skip
         """dv: holds the stored R when the kernel starts."""
-        with T.Kernel(thread_blocks, threads=(128, blocks + 2), prelude=PRELUDE) as first:
+        with T.Kernel(thread_blocks, threads=(128, blocks + 2), prelude=PRELUDE + LARGEST) as first:
             chunk = Fields(*CHUNK_FIELDS)
             chunk["chunks_done"] = 0
             chunk["heads_done"] = 0
@@ -257,7 +286,7 @@ def gradients(
                 T.set_max_nreg(registers[2], 0)
                 if tx < 32:
                     # === producer warp ===
-                    inputs = (q, k, do, dv, G_beta, norms, rowsum_RV, U, S, dS)
+                    inputs = (q, k, do, dv, G_beta, norms, rowsum_RV, U, S, dS, row_scales)
                     for_each_chunk(*mine, load_chunk, *inputs, smem, bars, chunk)
                 elif tx < 64:
                     # === storing warp ===

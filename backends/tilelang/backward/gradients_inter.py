@@ -25,10 +25,11 @@ from gdn.problem import CHUNK as C
 from ..tile.fragment_sums import sum_rows
 from ..tile.gate_math import remaining_beta
 from ..tile.indexing import rolled_loop
+from ..tile.largest import reciprocal_power
 from ..tile.layout import LOG2_E
 from ..tile.ragged_rows import store_row
 from .factors import Factor
-from .gradients_memory import COLUMNS, Dot
+from .gradients_memory import COLUMNS, Dot, row_scale
 
 
 def sum_blocks(smem: Any, b: Any, dot: int, i: Any) -> Any:
@@ -49,6 +50,7 @@ class InterFragments:
         self.rows, self.k_rows = (T.alloc_fragment((C, COLUMNS), dtype) for _ in range(2))
         self.S_dS = T.alloc_local((1,), "float32")
         self.S, self.dS = (T.alloc_local((8,), dtype) for _ in range(2))
+        self.largest_scales = T.alloc_local((2,), "float32")
 
 
 @T.macro
@@ -113,9 +115,10 @@ def sum_S_dS(smem: Any, frag: Any, b: Any, h: Any, thread: Any) -> None:
 @T.macro
 def accumulate_inter_chunk(
     smem: Any, frag: Any, bars: Any, h: Any, n: Any, g: Any, group: int, parity: Any, scale: Any,
-    thread: Any,
+    named_barrier: int, thread: Any,
 ) -> None:  # fmt: skip
     """Add a value head, number g of the q/k head and number n of the thread block, to dQ and dK.
+    named_barrier: of all inter-chunk warpgroups.
 
     This is the critical path. The first product needs neither q nor k: the wait for them overlaps
     it.
@@ -123,6 +126,12 @@ def accumulate_inter_chunk(
     b = n % 2
     # === U dS^T ===
     T.barrier_wait(bars.dS_ready, n % 2)
+    if smem.has_scales:  # noqa: SIM102, known before the kernel is; the next is not
+        if frag.largest_scales[0] > 1:
+            for i, j in T.Parallel(*smem.dS.shape[1:]):
+                smem.dS[h, i, j] *= row_scale(smem, b, i)
+            T.fence_proxy_async()
+            T.sync_threads(named_barrier, smem.q.shape[0] * 128)
     T.wgmma_gemm(
         smem.U[b, :, :], smem.dS[h, :, :], frag.product, transpose_A=True, clear_accum=True
     )
@@ -154,12 +163,22 @@ def accumulate_inter_chunk(
 
 @T.macro
 def add_intra_chunk(smem: Any, frag: Any, h: Any) -> None:
-    """Add what F and D contribute to dQ and dK."""
+    """Add what F and D contribute to dQ and dK. In float16 they are over their scale."""
+    if smem.has_scales:
+        down = T.alloc_var("float32")
+        down = reciprocal_power(frag.largest_scales[1])
+        for i, j in T.Parallel(C, COLUMNS):
+            frag.dq[i, j] *= down
+            frag.dk[i, j] *= down
     T.wgmma_gemm(smem.F_q, smem.k[h, :, :], frag.dq)
     T.wgmma_gemm(smem.F_k, smem.q[h, :, :], frag.dk, transpose_A=True)
     T.wgmma_gemm(smem.D, smem.k[h, :, :], frag.dk)
     T.wgmma_gemm(smem.D_t, smem.k[h, :, :], frag.dk, transpose_A=True)
     T.wait_wgmma(0)
+    if smem.has_scales:
+        for i, j in T.Parallel(C, COLUMNS):
+            frag.dq[i, j] *= frag.largest_scales[1]
+            frag.dk[i, j] *= frag.largest_scales[1]
 
 
 @T.macro

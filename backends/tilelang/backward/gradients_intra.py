@@ -21,9 +21,10 @@ from gdn.problem import CHUNK as C
 
 from ..tile.fragment_sums import multiply, put_aside, sum_columns, sum_rows
 from ..tile.gate_math import remaining_beta
+from ..tile.largest import reciprocal_power
 from ..tile.layout import LOG2_E
 from .factors import Factor
-from .gradients_memory import PairSum
+from .gradients_memory import PairSum, row_scale
 
 
 class IntraFragments:
@@ -34,6 +35,7 @@ class IntraFragments:
         self.product, self.F, self.D = (T.alloc_fragment((C, C), "float32") for _ in range(3))
         self.half = T.alloc_fragment((C, C), dtype)
         self.row_factor = T.alloc_fragment((C,), "float32")
+        self.largest_scales = T.alloc_local((2,), "float32")
 
 
 @T.macro
@@ -114,9 +116,24 @@ def accumulate_F(smem: Any, frag: Any, b: Any, thread: Any) -> None:
 
 
 @T.macro
+def multiply_by_scales(smem: Any, b: Any) -> None:
+    """Multiply the columns of dO and R by the scales that S^T and U^T were divided by."""
+    for i, j in T.Parallel(*smem.do.shape[1:]):
+        smem.do[b, i, j] *= row_scale(smem, b, j)
+        smem.R[b, i, j] *= row_scale(smem, b, j)
+    T.fence_proxy_async()
+
+
+@T.macro
 def stage_tiles(smem: Any, frag: Any, parity: Any, scale: Any) -> None:
-    """Write scale F and D to shared memory as operands. The rows of q and k that they are
-    multiplied by are not normalised, so their factors rq and rk go into the tiles."""
+    """Write scale F and D to shared memory as operands, in float16 over their scale. The rows of q
+    and k that they are multiplied by are not normalised, so rq and rk go into the tiles."""
+    if smem.has_scales:
+        down = T.alloc_var("float32")
+        down = reciprocal_power(frag.largest_scales[1])
+        for i, j in T.Parallel(C, C):
+            frag.F[i, j] *= down
+            frag.D[i, j] *= down
     for i, j in T.Parallel(C, C):
         frag.F[i, j] *= scale
     for i, j in T.Parallel(C, C):

@@ -6,7 +6,9 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
+from ..tile.largest import largest
 from ..tile.layout import ROWS
+from .factors import Factor
 
 COLUMNS = 64
 """Columns of K of an inter-chunk warpgroup; q, k, S and dS lie in blocks of so many."""
@@ -49,7 +51,10 @@ class GradientsSmem:
         # === loaded, for a value head ===
         self.do, self.R = (T.alloc_shared((2, C, V), dtype) for _ in range(2))
         self.U = T.alloc_shared((2, V, C), dtype)  # U^T [V, C]
-        self.factors = T.alloc_shared((2, 4 + V // ROWS, C), "float32")  # rows: see `Factor`
+        # rows: see `Factor`
+        self.has_scales, self.first_scales = dtype == "float16", Factor.RV + V // ROWS
+        rows = self.first_scales + self.has_scales * (V // ROWS)
+        self.factors = T.alloc_shared((2, rows, C), "float32")
         # S^T and dS^T [V, K], blocks of 64 columns
         self.S, self.dS = (T.alloc_shared((blocks, V, COLUMNS), dtype) for _ in range(2))
         # === computed by the intra-chunk warpgroup ===
@@ -78,6 +83,28 @@ class GradientsSmem:
         if not self.stage_in_inputs:
             return self.tiles, which, h * C, 0
         return (self.do, b, 0, h * COLUMNS) if which else (self.U, b, h * C, 0)
+
+
+def row_scale(smem: GradientsSmem, b: Any, row: Any) -> Any:
+    """The scale of a row of S^T and U^T of the value head in buffer b."""
+    return smem.factors[b, smem.first_scales + row // C, row % C]
+
+
+@T.macro
+def largest_scale(smem: Any, b: Any) -> Any:
+    """The largest `row_scale` of the value head in buffer b; by whole warps."""
+    found = T.alloc_var("float32")
+    found = 1.0
+    for row in T.unroll(smem.factors.shape[1] - smem.first_scales):
+        found = T.max(found, largest(T.address_of(smem.factors[b, smem.first_scales + row, 0])))
+    return found
+
+
+@T.macro
+def find_largest_scales(smem: Any, frag: Any, b: Any) -> None:
+    """largest_scales: of the value head in buffer b, and of the chunk's value heads so far."""
+    frag.largest_scales[0] = largest_scale(smem, b)
+    frag.largest_scales[1] = T.max(frag.largest_scales[0], frag.largest_scales[1])
 
 
 class Barriers:

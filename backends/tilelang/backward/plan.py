@@ -22,6 +22,7 @@ from gdn.problem import CHUNK, Call
 
 from ...common.chunking import piece_length, piece_slots, sm_count
 from ..arguments import dtype_name, gate_options, tma_ready
+from ..clear_tail import clear_tail, clear_tail_options
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
 from ..memory_rounds import memory_rounds, sequence_parts
@@ -76,6 +77,7 @@ class Scratch(NamedTuple):
     dS: Tensor  # dS^T after every chunk [slots, HV, V, K]
     U: Tensor  # U^T [slots, HV, V, C]
     rowsum_RV: Tensor  # float32 [slots, HV, V / 64, C]
+    row_scales: Tensor  # of S^T and U^T, float32 [slots, HV, V / 64, 64]; float16 only, else empty
 
 
 class Common(NamedTuple):
@@ -118,11 +120,14 @@ class BackwardPass:
             "offsets": self.offsets, "v_first": self.cut or self.v_first, "cut": self.cut,
         }  # fmt: skip
         self.gate_options = gate_options(call)
+        self.clear_jobs: list[tuple[Any, dict[str, Any]]] = []
+        if call.cu_seqlens is not None:
+            self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=True))]
         self.launchers: dict[tuple[bool, bool], list[Any]] = {}
 
     def kernels(self, initial: bool, final: bool) -> list[Any]:
-        """The compiled kernels in the order of their launches. initial: whether the call has an
-        initial state; final: whether the final state has a gradient."""
+        """The compiled kernels in the order of their launches; `clear_tail` last. initial: whether
+        the call has an initial state; final: whether the final state has a gradient."""
         if self.split:  # a round starts from states and gradients of its neighbours
             initial = final = True
         options = {name: x for name, x in self.gate_options.items() if name != "l2"}
@@ -135,9 +140,11 @@ class BackwardPass:
                 (recompute_states, scan | {"initial": initial}),
                 (reverse_scan, scan | {"final": final, "initial": initial, "outputs": True}),
                 last,
+                *self.clear_jobs,
             )
         combine = {name: self.shape[name] for name in ("K", "V", "varlen")} | {
             "offsets": self.offsets, "v_first": self.v_first, "reverse": True,
+            "forgetting": False,
             # backward begins with the final state
             "initial": final, "final": initial,
         }  # fmt: skip
@@ -148,6 +155,7 @@ class BackwardPass:
             (combine_pieces, combine),
             (reverse_scan, scan | {"final": True, "initial": False, "outputs": True}),
             last,
+            *self.clear_jobs,
         )
 
     def backward(
@@ -163,13 +171,17 @@ class BackwardPass:
 
         # === buffers ===
         dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
+        if cu_seqlens is not None:
+            launch_round.pop()(dq, dk, dv, dg, dbeta, cu_seqlens)
         (HV, V), K, new = v.shape[2:], q.shape[3], q.new_empty
         rows = self.round_slots, HV, V
+        scaled_slots = self.round_slots if q.dtype == torch.float16 else 0
         scratch = Scratch(
             S=new((*rows, K)),
             dS=new((*rows, K)),
             U=new((*rows, CHUNK)),
             rowsum_RV=new((self.round_slots, HV, V // ROWS, CHUNK), dtype=torch.float32),
+            row_scales=new((scaled_slots, HV, V // ROWS, ROWS), dtype=torch.float32),
         )
         chunk_spans = None
         if cu_seqlens is not None:
@@ -226,11 +238,12 @@ class BackwardPass:
         q, k, v, g, do, dq, dk, dv, dg, dbeta = tokens
         G_beta, norms, A, dA_log, ddt_bias = chunks
         A_log, dt_bias, cu_seqlens, chunk_spans, scale = common
-        S, dS, U, rowsum_RV = scratch
+        S, dS, U, rowsum_RV, scales = scratch
+        row_scales = scales if q.dtype == torch.float16 else None
         grid = (N, self.pieces if self.cut else N, self.length or 0)
         begin = states_saved[1] if self.cut else states.begin
         with side_stream(q.device):
-            launch_states(k, v, G_beta, norms, A, begin, cu_seqlens, S, U, *grid)
+            launch_states(k, v, G_beta, norms, A, begin, cu_seqlens, S, U, row_scales, *grid)
 
         inputs = (q, k, v, do, G_beta, norms, A)
         outputs = (dS, dv, rowsum_RV)
@@ -240,7 +253,7 @@ class BackwardPass:
             launch_first, launch_combine, launch_second = launch_reverse
             launch_first(*inputs, None, cu_seqlens, None, None, None, dN, scale, *grid)
             launch_combine(
-                transfer, dN, d_ends, states.d_end, states.d_begin, cu_seqlens, N, q.shape[1],
+                transfer, dN, None, d_ends, states.d_end, states.d_begin, cu_seqlens, N, q.shape[1],
                 self.length,
             )  # fmt: skip
             launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, scale, *grid)
@@ -249,6 +262,6 @@ class BackwardPass:
             launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, states.d_begin, scale, *grid)
         join_side_stream(q.device)
         launch_gradients(
-            q, k, g, A_log, dt_bias, do, G_beta, norms, rowsum_RV, U, S, dS, chunk_spans,
-            dq, dk, dv, dg, dbeta, dA_log, ddt_bias, scale, self.thread_blocks,
+            q, k, g, A_log, dt_bias, do, G_beta, norms, rowsum_RV, U, S, dS, row_scales,
+            chunk_spans, dq, dk, dv, dg, dbeta, dA_log, ddt_bias, scale, self.thread_blocks,
         )  # fmt: skip

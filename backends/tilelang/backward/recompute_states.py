@@ -9,7 +9,8 @@ forward; beta, G, rk (1 / norm of k): [C]; gamma: the last G. All of it is compu
 registers in float32 for the whole scan.
 
 Reads k, v, `G_beta`, `norms`, A and the initial states; if forward cut sequences into pieces, the
-state before each piece. Writes S^T before every chunk, and U^T, both in the dtype of k.
+state before each piece. Writes S^T before every chunk, and U^T, both in the dtype of k; in float16
+both over the scales of their rows (`tile/row_scales.py`), and these scales.
 
 Thread block (sequence or piece, value head, 64 columns of V), two on an SM; its threads:
 
@@ -36,6 +37,8 @@ from ..tile.pacing import ClusterPace, wait_for_cluster
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
+from ..tile.row_scales import PRELUDE as ROW_SCALES
+from ..tile.row_scales import RowScales, begin_scales, multiply_rows, rescale, store_scales
 from .factors import Factor
 
 STAGES = 2
@@ -43,6 +46,9 @@ CONSUMERS = 1
 """Named barrier of the consumer warpgroup."""
 REGISTERS = (224, 32)
 """Registers a thread: consumers, other warps. Two thread blocks then fit on an SM."""
+
+
+PRELUDES = FENCES + PRELUDE + ROW_SCALES
 
 
 class StatesSmem:
@@ -74,6 +80,7 @@ class StatesFragments:
         self.U = T.alloc_fragment((ROWS, C), "float32")  # U^T [64, C]
         self.U_half = T.alloc_fragment((ROWS, C), dtype)
         self.e_gamma = T.alloc_local((1,), "float32")
+        self.rows = RowScales() if dtype == "float16" else None
 
 
 class Barriers:
@@ -129,9 +136,14 @@ def scan_step(smem: Any, frag: Any, bars: Any, chunk: Any, s: Any, tx: Any) -> N
     T.wait_wgmma(0)
 
     # === U ===
+    v = frag.v
+    if frag.rows is not None:
+        v = frag.U
+        T.copy(frag.v, v)
+        multiply_rows(v, frag.rows.reciprocals)
     for i, j in T.Parallel(ROWS, C):
         frag.error[i, j] = smem.factors[s, Factor.BETA, j] * (
-            frag.v[i, j] + smem.KS_factor[s, j] * frag.KS[i, j]
+            v[i, j] + smem.KS_factor[s, j] * frag.KS[i, j]
         )
     T.wgmma_gemm(frag.error, smem.A[s, :, :], frag.U, transpose_B=True, clear_accum=True)
     T.wait_wgmma(0)
@@ -169,11 +181,12 @@ def recompute_states(
         norms: T.Tensor((slots, H, 2, C), "float32"), A: T.Tensor((slots, HV, C, C), dtype),
         S_begin: T.Tensor(state, "float32"), cu_seqlens: T.Tensor((bounds,), offsets),
         S_out: T.Tensor((slots, HV, V, K), dtype), U_out: T.Tensor((slots, HV, V, C), dtype),
+        row_scales: T.Tensor((slots, HV, blocks, ROWS), "float32"),
         sequences: T.int32, pieces: T.int32, length: T.int32,
     ):  # fmt: skip
         """length: tokens of a piece, if cut; pieces: their number, else that of sequences."""
         with T.Kernel(
-            pieces, HV, blocks, threads=256, cluster_dims=(1, 1, blocks), prelude=FENCES + PRELUDE
+            pieces, HV, blocks, threads=256, cluster_dims=(1, 1, blocks), prelude=PRELUDES
         ) as (piece, head, block):
             T.annotate_min_blocks_per_sm(2)
             column, key_head = block * ROWS, head // group
@@ -202,6 +215,8 @@ def recompute_states(
                         )
                 else:
                     T.clear(frag.S)
+                if frag.rows is not None:
+                    begin_scales(frag.rows)
                 for chunk in T.serial(chunks):
                     s = chunk % STAGES
                     token = start + chunk * C
@@ -212,6 +227,9 @@ def recompute_states(
                         clear_rows_past_end((smem.v,), s, stop - token)
                         fence()
                         T.sync_threads(CONSUMERS, 128)
+                    if frag.rows is not None:
+                        rescale(frag.rows, frag.S)
+                        store_scales(frag.rows, row_scales, slot + chunk, head, block, tx)
                     scan_step(smem, frag, bars, chunk, s, tx)
             else:
                 T.set_max_nreg(REGISTERS[1], 0)

@@ -37,13 +37,14 @@ from ..compile import kernel
 from ..tile.fragment_sums import PRELUDE as SUMS
 from ..tile.fragments import PRELUDE
 from ..tile.indexing import Fields, piece_bounds
+from ..tile.largest import PRELUDE as LARGEST
 from ..tile.layout import ROWS
 from ..tile.pacing import ClusterPace, wait_for_cluster
 from ..tile.proxy_fence import PRELUDE as FENCES
 from .reverse_scan_memory import STAGES, Barriers, ReverseScanSmem, load_chunk, store_chunk
 from .reverse_scan_step import ReverseScanFragments, add_rounding_residual, compute_P, scan_step
 
-CUDA = FENCES + PRELUDE + SUMS
+CUDA = FENCES + PRELUDE + SUMS + LARGEST
 REGISTERS = (248, 208, 48)
 """Registers a thread: consumer warpgroup, P warpgroup, other warps."""
 

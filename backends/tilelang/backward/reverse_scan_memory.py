@@ -30,6 +30,8 @@ class ReverseScanSmem:
         self.dO_factor = T.alloc_shared((STAGES, C), "float32")  # scale e^G rq
         self.R_factor = T.alloc_shared((STAGES, C), "float32")  # -beta e^G rk
         self.R_scale = T.alloc_shared((STAGES, C), "float32")  # the stored R is R_scale * R
+        # float16: what R_factor and dO_factor are multiplied by, a power of two, and its reciprocal
+        self.up_down = T.alloc_shared((STAGES, 2), "float32") if dtype == "float16" else None
         self.P = T.alloc_shared((C, C), dtype)
         # === staged for the storing warp ===
         self.dS = T.alloc_shared((1, ROWS, K), dtype)  # dS^T [64, K]

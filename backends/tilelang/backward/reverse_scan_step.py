@@ -9,6 +9,7 @@ from gdn.problem import CHUNK as C
 from ..tile.fragment_sums import put_row
 from ..tile.fragments import load_transposed, store, store_transposed
 from ..tile.gate_math import stored_R_scale
+from ..tile.largest import largest, power_of_two, reciprocal_power
 from ..tile.layout import LOG2_E, ROWS
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
@@ -33,8 +34,9 @@ class ReverseScanFragments:
 
 
 @T.macro
-def compute_factors(smem: Any, s: Any, i: Any, scale: Any) -> None:
-    """Compute the factors of token i of the chunk in stage s."""
+def compute_factors(smem: Any, s: Any, i: Any, live: Any, scale: Any) -> None:
+    """Compute the factors of token i of the chunk in stage s. In float16, if those of R and dO
+    are small, the largest is brought to about 1: raw rows of large norms would leave few digits."""
     smem.G2[s, i] = smem.factors[s, Factor.G, i] * LOG2_E
     e_G = T.exp2(smem.G2[s, i])
     rk = smem.factors[s, Factor.RK, i]
@@ -43,6 +45,18 @@ def compute_factors(smem: Any, s: Any, i: Any, scale: Any) -> None:
     smem.dO_factor[s, i] = smem.P_factor[s, i] * e_G
     smem.R_factor[s, i] = -smem.factors[s, Factor.BETA, i] * rk * e_G
     smem.R_scale[s, i] = stored_R_scale(smem.factors[s, Factor.BETA, i])
+    if smem.up_down is not None:
+        norm = T.alloc_var("float32")
+        norm = T.max(
+            largest(T.address_of(smem.factors[s, Factor.RK, 0]), live),
+            T.abs(scale) * largest(T.address_of(smem.factors[s, Factor.RQ, 0]), live),
+        )
+        norm = T.min(norm, 1.0)
+        smem.dO_factor[s, i] *= reciprocal_power(norm)
+        smem.R_factor[s, i] *= reciprocal_power(norm)
+        if i == 0:
+            smem.up_down[s, 0] = reciprocal_power(norm)
+            smem.up_down[s, 1] = power_of_two(norm)
 
 
 @T.macro
@@ -57,7 +71,7 @@ def compute_P(
         clear_rows_past_end((smem.do,), s, live)
         fence()
     if thread < C:
-        compute_factors(smem, s, thread, scale)
+        compute_factors(smem, s, thread, live, scale)
     T.sync_threads(P_WARPGROUP, 128)
     T.wgmma_gemm(smem.q[s, :, :], smem.k[s, :, :], P_frag, transpose_B=True, clear_accum=True)
     T.wait_wgmma(0)
@@ -83,6 +97,8 @@ def scan_step(
     T.wgmma_gemm(frag.dS_half, smem.k[s, :, :], frag.KdS, transpose_B=True, clear_accum=True)
     load_transposed(smem.do, s, frag.dO, thread)
     frag.e_gamma[0] = T.exp2(smem.factors[s, Factor.G, C - 1] * LOG2_E)
+    if smem.up_down is not None:
+        frag.e_gamma[0] *= smem.up_down[s, 0]
     for i, j in T.Parallel(*frag.dS.shape):
         frag.dS[i, j] *= frag.e_gamma[0]
     for i, j in T.Parallel(ROWS, C):
@@ -118,6 +134,15 @@ def scan_step(
         fence()
         T.barrier_arrive(bars.outputs_ready)
     T.wait_wgmma(0)
+    if smem.up_down is not None:
+        multiply_state(frag, smem.up_down[s, 1])
+
+
+@T.macro
+def multiply_state(frag: Any, factor: Any) -> None:
+    """Multiply dS by a number."""
+    for i, j in T.Parallel(*frag.dS.shape):
+        frag.dS[i, j] *= factor
 
 
 @T.macro
@@ -137,5 +162,9 @@ def add_rounding_residual(smem: Any, frag: Any, s: Any, thread: Any) -> None:
     T.copy(exact, frag.dO_scaled)
     for i, j in T.Parallel(ROWS, C):
         frag.dO_scaled[i, j] = exact[i, j] - frag.dO_scaled[i, j]
+    if smem.up_down is not None:
+        multiply_state(frag, smem.up_down[s, 0])
     T.wgmma_gemm(frag.dO_scaled, smem.q[s, :, :], frag.dS)
     T.wait_wgmma(0)
+    if smem.up_down is not None:
+        multiply_state(frag, smem.up_down[s, 1])

@@ -11,25 +11,16 @@ A thread block has one request, one value head and `width` columns of V; a threa
 the state in the pool's own layout (`state_slice.py`). No tensor cores: a step has too few tokens.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import tilelang.language as T
-from torch import Tensor
 
-from gdn.backend import Plan
 from gdn.definition import L2_EPS
-from gdn.problem import Call, Step
 
-from ...common.allocation import allocator
-from ..arguments import dtype_name
-from ..compile import kernel, launchers
+from ..compile import kernel
 from ..tile.gate_math import log_decay
 from ..tile.indexing import Fields
 from .state_slice import StateSlice, ThreadShape, load_run, reduce_over_keys, store_slice
-
-_CALL_TENSORS = ("g", "beta", "A_log", "dt_bias", "cu_seqlens")
-_STEP_TENSORS = ("state_indices", "num_accepted_tokens")
 
 
 def choose_shape(states: int, K: int, V: int, vec: int, v_first: bool) -> ThreadShape:
@@ -60,30 +51,51 @@ def is_pool_slot(slot: Any, null_index: Any, slots: Any) -> Any:
     return T.And(slot != null_index, T.And(slot >= 0, slot < slots))
 
 
+def token_bound(cu: Any, n: Any, L: Any) -> Any:
+    """The first token of request n, between 0 and L whatever cu holds: no one checks it."""
+    return T.cast(T.min(T.max(T.cast(cu[n], "int64"), T.int64(0)), L), "int32")
+
+
 @kernel(own_barriers=True)
 def decode_kernel(
     *, dtype: str, pool: str, K: int, V: int, shape: ThreadShape, wide: bool, v_first: bool,
     speculative: bool, l2: bool, gate: bool, beta_scale: float, g: str, beta: str,
-    state_indices: str, num_accepted_tokens: str, A_log: str, dt_bias: str, cu_seqlens: str,
+    state_indices: str, num_accepted_tokens: str, output_indices: str, A_log: str, dt_bias: str,
+    cu_seqlens: str, table: bool, leading: bool, clear: bool,
 ) -> Any:  # fmt: skip
     """Build the kernel. g to cu_seqlens: dtypes, "" where the tensor is None; beta_scale: the
     factor of the fused sigmoid, 0 if it is not fused; wide: q, k, v and the pool can be read 16
-    bytes at a time."""
+    bytes at a time; speculative: a slot for each token is written; table: state_indices has
+    columns; leading: its first one takes no token's state; clear: tokens past the last request get
+    zeros."""
     B, L, H, HV, N, columns, bounds, slots, slot_stride = (
         T.dynamic(name, "int64")
         for name in ("B", "L", "H", "HV", "N", "columns", "bounds", "slots", "slot_stride")
     )
-    s = [T.dynamic(f"s{i}", "int64") for i in range(21)]  # the other strides
+    into_slots, into_stride, into_columns = (
+        T.dynamic(name, "int64") for name in ("into_slots", "into_stride", "into_columns")
+    )
+    s = [T.dynamic(f"s{i}", "int64") for i in range(23)]  # the other strides
     vec = (4 if pool == "float32" else 8) if wide else 1
     part = StateSlice(shape, K, vec, v_first)
     keys, values, key_run, blocks = part.keys, part.values, part.key_run, V // part.width
     # the sums over K of a token: S^T k and S^T q, a number a value each; q.k, q.q and k.k
     SK, SQ, QK, QQ, KK = 0, values, 2 * values, 2 * values + 1, 2 * values + 2
     count = KK + 1 if l2 else QK + 1
-    table = ((N, columns), (s[15], s[16])) if speculative else ((N,), (s[15],))
+    elsewhere = bool(output_indices)
+    read = ((N, columns), (s[15], s[16])) if table else ((N,), (s[15],))
+    places = ((N, into_columns), (s[21], s[22])) if speculative else ((N,), (s[21],))
     inner = (V, K) if v_first else (K, V)
+    first_column = int(leading and not elsewhere)
     varlen, has_indices = bool(cu_seqlens), bool(state_indices)
     has_accepted, has_bias, sigmoid = bool(num_accepted_tokens), bool(dt_bias), beta_scale > 0
+
+    @T.macro
+    def clear_token(o, batch, token, head, part, thread):
+        for j in T.serial(T.ceildiv(part.width, shape.threads)):
+            offset = j * shape.threads + thread
+            if offset < part.width:
+                o[batch, token, head, part.v_start + offset] = 0
 
     @T.prim_func
     def decode(
@@ -93,11 +105,13 @@ def decode_kernel(
         g_: T.StridedTensor((B, L, HV), s[9:12], g),
         beta_: T.StridedTensor((B, L, HV), s[12:15], beta),
         state: T.StridedTensor((slots, HV, *inner), (slot_stride, K * V, inner[1], 1), pool),
-        indices: T.StridedTensor(*table, state_indices or "int32"),
+        indices: T.StridedTensor(*read, state_indices or "int32"),
         accepted: T.StridedTensor((N,), (s[17],), num_accepted_tokens or "int32"),
         A: T.StridedTensor((HV,), (s[18],), A_log or "float32"),
         bias: T.StridedTensor((HV,), (s[19],), dt_bias or "float32"),
         cu: T.StridedTensor((bounds,), (s[20],), cu_seqlens or "int32"),
+        into: T.StridedTensor((into_slots, HV, *inner), (into_stride, K * V, inner[1], 1), pool),
+        output: T.StridedTensor(*places, output_indices or "int32"),
         o: T.Tensor((B, L, HV, V), dtype),
         scale: T.float32,
         null_index: T.int64,
@@ -124,11 +138,17 @@ def decode_kernel(
 
             # === the request's tokens and its slot ===
             batch = 0 if varlen else n
-            start = T.cast(cu[n], "int64") if varlen else 0
-            tokens = T.cast(cu[n + 1], "int64") - start if varlen else L
+            span = Fields("start", "tokens")
+            if varlen:
+                span["start"] = token_bound(cu, n, L)
+                span["tokens"] = token_bound(cu, n + 1, L) - span.start
+            start = span.start if varlen else 0
+            tokens = span.tokens if varlen else L
             start_column = T.cast(accepted[n], "int64") if has_accepted else T.int64(0)
+            if has_accepted and not leading:
+                start_column = start_column - 1
             in_table = T.And(start_column >= 0, start_column < columns) if has_accepted else True
-            if speculative:
+            if table:
                 column = T.if_then_else(in_table, start_column, 0) if has_accepted else 0
                 slot = T.cast(indices[n, column], "int64")
             else:
@@ -200,85 +220,28 @@ def decode_kernel(
                     elif part.k_part == 0:
                         for j in T.vectorized(values):
                             o[batch, token, head, part.value(j)] = raw_o[j]
-                    if speculative:
-                        to = T.cast(indices[n, T.min(t + 1, columns - 1)], "int64")
-                        if T.And(is_pool_slot(to, null_index, slots), t + 1 < columns):
+                    if speculative and elsewhere:
+                        to = T.cast(output[n, T.min(t, into_columns - 1)], "int64")
+                        if T.And(is_pool_slot(to, null_index, into_slots), t < into_columns):
+                            store_slice(into, to, head, S, raw_S, part, wide)
+                    elif speculative:
+                        to = T.cast(indices[n, T.min(t + first_column, columns - 1)], "int64")
+                        if T.And(is_pool_slot(to, null_index, slots), t + first_column < columns):
                             store_slice(state, to, head, S, raw_S, part, wide)
-                if not speculative:
+                if not speculative and elsewhere:
+                    to = T.cast(output[n], "int64")
+                    if is_pool_slot(to, null_index, into_slots):
+                        store_slice(into, to, head, S, raw_S, part, wide)
+                elif not speculative:
                     store_slice(state, slot, head, S, raw_S, part, wide)
             else:
                 # === no state: o is zero ===
                 for t in T.serial(tokens):
-                    for j in T.serial(T.ceildiv(part.width, shape.threads)):
-                        offset = j * shape.threads + thread
-                        if offset < part.width:
-                            o[batch, start + t, head, part.v_start + offset] = 0
+                    clear_token(o, batch, start + t, head, part, thread)
+            if clear:
+                # === past the last request: each one a share of the tokens ===
+                end = token_bound(cu, requests, L)
+                for t in T.serial(T.ceildiv(T.max(L - end - n, 0), requests)):
+                    clear_token(o, batch, end + n + t * requests, head, part, thread)
 
     return decode
-
-
-class DecodePlan(Plan):
-    """What all steps of one kind (shapes, strides, dtypes, device, options) have in common."""
-
-    def __init__(self, step: Step) -> None:
-        call = step.call
-        (B, _, HV, V), (H, K) = call.v.shape, call.q.shape[2:]
-        states = (B if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1) * HV
-        vec = 16 // step.state.element_size()
-        self.statics: dict[str, Any] = {
-            "dtype": dtype_name(call.q), "pool": dtype_name(step.state), "K": K, "V": V,
-            "v_first": call.state_v_first, "speculative": step.speculative,
-            "l2": call.use_qk_l2norm_in_kernel, "gate": call.use_gate_in_kernel,
-            "beta_scale": call.use_beta_sigmoid_in_kernel * (1.0 + call.allow_neg_eigval),
-        }  # fmt: skip
-        self.statics |= {name: dtype_name(getattr(call, name)) for name in _CALL_TENSORS}
-        self.statics |= {name: dtype_name(getattr(step, name)) for name in _STEP_TENSORS}
-        self.shapes = {
-            wide: choose_shape(states, K, V, vec if wide else 1, call.state_v_first)
-            for wide in (True, False)
-        }
-        self.scalars = (step.null_index, HV // H)
-        tokens = (call.q, call.k, call.v)
-        self.copies = any(x.stride(3) != 1 for x in tokens)
-        self.wide = _strides_allow_16_bytes(step.state, [0])
-        self.wide &= all(_strides_allow_16_bytes(_with_rows(x), range(3)) for x in tokens)
-        self.new_o = allocator(call.v.shape, call.v.dtype, call.v.device)
-        self.launchers: dict[bool, Any] = {}
-
-    def launcher(self, wide: bool) -> Any:
-        """The function that launches the compiled kernel."""
-        if wide not in self.launchers:
-            compiled = decode_kernel(**self.statics, shape=self.shapes[wide], wide=wide)
-            (self.launchers[wide],) = launchers([compiled])
-        return self.launchers[wide]
-
-    def precompile(self, call: Call | Step, backward: bool) -> bool:
-        """See `gdn.backend.Plan.precompile`."""
-        self.launcher(self.wide)
-        return True
-
-    def decode(self, step: Step) -> Tensor:
-        """See `gdn.backend.Plan.decode`."""
-        call, state = step.call, step.state
-        q, k, v = call.q, call.k, call.v
-        if self.copies:
-            q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
-        o = self.new_o()
-        addresses = q.data_ptr() | k.data_ptr() | v.data_ptr() | state.data_ptr()
-        run = self.launcher(self.wide and not addresses % 16)
-        run(
-            q, k, v, call.g, call.beta, state, step.state_indices, step.num_accepted_tokens,
-            call.A_log, call.dt_bias, call.cu_seqlens, o, call.scale, *self.scalars,
-        )  # fmt: skip
-        return o
-
-
-def _with_rows(x: Tensor) -> Tensor:
-    """x, or a copy of x in which the elements of a head are contiguous."""
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
-def _strides_allow_16_bytes(x: Tensor, dims: Iterable[int]) -> bool:
-    """Whether the strides along `dims` are multiples of 16 bytes."""
-    size = x.element_size()
-    return all(x.shape[i] == 1 or x.stride(i) * size % 16 == 0 for i in dims)

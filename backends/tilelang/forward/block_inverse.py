@@ -7,13 +7,9 @@ M is [C, C] and strictly lower triangular. M_kj stands for its blocks [16, 16], 
     A_rj = (sum_k A_rk (-M_kj)) A_jj  for j < k <= r    from j = r - 1 down to 0
 
 A row of blocks needs no other one, only M and the A_jj. So each warp computes the row of blocks of
-its 16 rows, after one barrier. The products are those of the tensor cores (`mma`), with float16
-operands, or with operands of two parts: x = high + low, both bfloat16. Then a product is three:
-high high + high low + low high, which keeps 16 bits of the mantissa and the range of float32. Two
-parts are needed where entries of M exceed 1, and for results in float16.
-
-A stored block is 512 bytes a part: four tiles of 8 x 8, left ones first, in which a row follows the
-other. So lane n of a warp reads and writes from byte 16 n on.
+its 16 rows, after one barrier. The products have operands of one or two parts (`warp_blocks.py`).
+Two are needed where entries of M exceed 1, and for results in float16. A kernel decides it for each
+chunk, from a bound: |M_ij| <= max |beta| max k.k, where k.k is at most 1 after the L2 norm.
 """
 
 from __future__ import annotations
@@ -25,85 +21,21 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from ..tile.fragments import PAIRS
+from ..tile.largest import PRELUDE as LARGEST_PRELUDE
+from .warp_blocks import BLOCK
+from .warp_blocks import PRELUDE as BLOCKS_PRELUDE
 
-BLOCK = 16
 BLOCKS = C // BLOCK
 BELOW = BLOCKS * (BLOCKS - 1) // 2
 """Blocks below the diagonal. Block (k, j) is number k (k - 1) / 2 + j."""
+LIMIT = 1 + 1 / 64
+"""Above this bound of |M_ij|, operands have two parts. More than 1, since keys that are rounded
+after the L2 norm may be longer than 1."""
 
-PRELUDE = """
-#include <tl_templates/cuda/ldsm.h>
-#include <tl_templates/cuda/instruction/mma.h>
-// x, so that nothing computed from it stays in registers from one chunk to the next.
-__device__ __forceinline__ int gdn_opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-// A block as a warp has it in registers: 8 numbers a lane, as left operand or as it is stored. One
-// part: float16. Two: what bfloat16 keeps of a number, and what it keeps of the rest.
-template <int parts> struct GdnBlock {
-  unsigned x[parts][4];
-  __device__ __forceinline__ static void narrow(float a, float b, unsigned *to, int stride) {
-    if (parts == 1) {
-      half2 pair = gdn_narrow<half2>(make_float2(a, b));
-      to[0] = *reinterpret_cast<unsigned *>(&pair);
-    } else {
-      auto pair = gdn_narrow<__nv_bfloat162>(make_float2(a, b));
-      float2 kept = gdn_widen(pair);
-      auto rest = gdn_narrow<__nv_bfloat162>(make_float2(a - kept.x, b - kept.y));
-      to[0] = *reinterpret_cast<unsigned *>(&pair);
-      to[stride] = *reinterpret_cast<unsigned *>(&rest);
-    }
-  }
-  __device__ __forceinline__ void set(const float *from) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) narrow(from[2 * n], from[2 * n + 1], &x[0][n], 4);
-  }
-  __device__ __forceinline__ void get(float *to) const {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      float2 pair = make_float2(0, 0);
-#pragma unroll
-      for (int p = 0; p < parts; ++p) {
-        float2 more = parts == 1
-            ? gdn_widen(*reinterpret_cast<const half2 *>(&x[p][n]))
-            : gdn_widen(*reinterpret_cast<const __nv_bfloat162 *>(&x[p][n]));
-        pair.x += more.x, pair.y += more.y;
-      }
-      to[2 * n] = pair.x, to[2 * n + 1] = pair.y;
-    }
-  }
-  __device__ __forceinline__ void load(const uint4 *from) {
-#pragma unroll
-    for (int p = 0; p < parts; ++p) tl::ptx_ldmatrix_x4(from + 32 * p + threadIdx.x % 32, x[p]);
-  }
-  __device__ __forceinline__ void load_right(const uint4 *from) {
-#pragma unroll
-    for (int p = 0; p < parts; ++p)
-      tl::ptx_ldmatrix_x4_trans(from + 32 * p + threadIdx.x % 32, x[p]);
-  }
-  __device__ __forceinline__ void store(uint4 *to) const {
-#pragma unroll
-    for (int p = 0; p < parts; ++p)
-      tl::ptx_stmatrix_m8n8_x4(
-          to + 32 * p + threadIdx.x % 32, x[p][0], x[p][1], x[p][2], x[p][3]);
-  }
-};
-template <int parts>
-__device__ __forceinline__ void gdn_mma(float *sum, const unsigned *a, const unsigned *b) {
-  constexpr auto type = parts == 1 ? tl::DataType::kFloat16 : tl::DataType::kBFloat16;
-  tl::mma_sync<type, type, tl::DataType::kFloat32, 16, 8, 16, false, true>(sum, a, b);
-}
-// sum += a b: columns 8 half to 8 half + 7 of the product; b was loaded by `load_right`.
-template <int parts>
-__device__ __forceinline__ void gdn_multiply(
-    float *sum, const GdnBlock<parts> &a, const GdnBlock<parts> &b, int half) {
-  if (parts == 2) {
-    gdn_mma<parts>(sum + 4 * half, a.x[parts - 1], b.x[0] + 2 * half);
-    gdn_mma<parts>(sum + 4 * half, a.x[0], b.x[parts - 1] + 2 * half);
-  }
-  gdn_mma<parts>(sum + 4 * half, a.x[0], b.x[0] + 2 * half);
-}
+PRELUDE = (
+    LARGEST_PRELUDE
+    + BLOCKS_PRELUDE
+    + """
 // A block on the diagonal of (I + M)^-1, from 8 numbers of M a lane. `scratch`: [2][8][8] float32.
 template <int parts>
 __device__ __forceinline__ void gdn_invert_diagonal(const float *M, void *scratch, void *to) {
@@ -164,6 +96,33 @@ __device__ __forceinline__ void gdn_invert_diagonal(const float *M, void *scratc
   GdnBlock<parts>::narrow(product[2], product[3], &D.x[0][1], 4);
   D.store(block);
 }
+// Of what a lane has of a warp's rows of a fragment [64, 64]: the block on the diagonal.
+__device__ __forceinline__ void gdn_diagonal(const float *x, int warp, float *y) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    float low = warp % 2 ? x[8 + n] : x[n], high = warp % 2 ? x[24 + n] : x[16 + n];
+    y[n] = warp < 2 ? low : high;
+  }
+}
+// From a warp's rows of M: store the blocks of -M below the diagonal, and invert the one on it.
+template <int parts>
+__device__ __forceinline__ void gdn_begin_inverse(
+    const float *M, void *below, void *scratch, void *diagonal, int warp) {
+  warp = gdn_opaque(warp);
+  uint4 *place = static_cast<uint4 *>(below) + 32 * parts * (warp * (warp - 1) / 2);
+  float y[8];
+#pragma unroll
+  for (int b = 0; b < 3; ++b)
+    if (b < warp) {
+      GdnBlock<parts> block;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) y[n] = -M[8 * b + n];
+      block.set(y);
+      block.store(place + 32 * parts * b);
+    }
+  gdn_diagonal(M, warp, y);
+  gdn_invert_diagonal<parts>(y, scratch, static_cast<uint4 *>(diagonal) + 32 * parts * warp);
+}
 // A lane's 8 numbers of a block, times beta of their columns, to `to`, where the lane's row of 8
 // numbers begins.
 template <class Pair>
@@ -181,12 +140,25 @@ __device__ __forceinline__ void gdn_put_block(const float *x, const float *beta,
   }
   tl::ptx_stmatrix_m8n8_x4(to, word[0], word[1], word[2], word[3]);
 }
+// A lane's 8 numbers of a block, or zeros, to block (row, column) of a matrix [64][64] in memory.
+template <class Pair>
+__device__ __forceinline__ void gdn_keep_block(
+    const float *x, bool zero, Pair *matrix, int row, int column) {
+  int lane = threadIdx.x % 32;
+  Pair *to = matrix + 32 * (16 * row + lane / 4) + 8 * column + lane % 4;
+#pragma unroll
+  for (int n = 0; n < 4; ++n)
+    to[n % 2 * 256 + n / 2 * 4] =
+        gdn_narrow<Pair>(zero ? make_float2(0, 0) : make_float2(x[2 * n], x[2 * n + 1]));
+}
 // A row of blocks of A diag(beta), up to the diagonal, to a tile [64][64] that has the swizzle of
-// 128 bytes. All warps run the same code, without a branch: of columns left of the tile it reads
-// any block, and what it computes goes to `dump`.
+// 128 bytes; if A is given, the row of A to this matrix in memory. All warps run the same code,
+// without a branch: of columns left of the tile it reads any block, and what it computes goes to
+// `dump`. In their place, memory gets the zeros above the diagonal.
 template <int parts, class Pair>
 __device__ __forceinline__ void gdn_solve_row(
-    const void *below, const void *diagonal, const void *beta, void *tile, void *dump, int row) {
+    const void *below, const void *diagonal, const void *beta, void *tile, void *dump, int row,
+    void *A = nullptr) {
   auto M = static_cast<const uint4 *>(below), X = static_cast<const uint4 *>(diagonal);
   row = gdn_opaque(row);
   int lane = threadIdx.x % 32, token = 16 * row + lane % 16;
@@ -217,29 +189,47 @@ __device__ __forceinline__ void gdn_solve_row(
     gdn_put_block<Pair>(
         sum[d], static_cast<const float *>(beta) + 16 * column,
         row < d ? static_cast<uint4 *>(dump) + lane : place);
+    if (A)
+      gdn_keep_block(sum[d], row < d, static_cast<Pair *>(A), row, row < d ? row - d + 4 : column);
   }
 }
 """
+)
 
 
 class BlockInverseSmem:
-    """Shared memory of the inverses of two chunks: a warp may be one chunk ahead of another."""
+    """Shared memory of the inverses of `chunks` chunks at a time."""
 
-    def __init__(self, parts: int) -> None:
+    def __init__(self, parts: int, chunks: int) -> None:
         stored = parts * BLOCK * BLOCK
-        self.below = T.alloc_shared((2, BELOW, stored), "float16")  # -M, below the diagonal
-        self.A_diagonal = T.alloc_shared((2, BLOCKS, stored), "float16")
+        self.below = T.alloc_shared((chunks, BELOW, stored), "float16")  # -M, below the diagonal
+        self.A_diagonal = T.alloc_shared((chunks, BLOCKS, stored), "float16")
         self.scratch = T.alloc_shared((BLOCKS, 2 * 8 * 8), "float32")  # a warp's own
+
+
+def choose_parts(dtype: str, l2: bool, sigmoid: bool, double: bool) -> tuple[int, int]:
+    """The least and the most parts of operands. l2, sigmoid, double: fused options of the call."""
+    least = 2 if dtype == "float16" else 1
+    return least, max(least, 1 if l2 and sigmoid and not double else 2)
+
+
+@T.macro
+def begin_inverse(parts: int, M: Any, inv: Any, warp: Any) -> None:
+    """Store a warp's blocks of M below the diagonal, and of A on the diagonal; M is a fragment."""
+    T.call_extern(
+        "handle", f"gdn_begin_inverse<{parts}>", M.data, T.address_of(inv.below[0, 0, 0]),
+        T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[0, 0, 0]), warp,
+    )  # fmt: skip
 
 
 @T.macro
 def solve_row(
-    parts: int, inv: Any, buffer: Any, beta: Any, A_v: Any, warp: Any, dtype: str
+    parts: int, inv: Any, buffer: Any, beta: Any, A_v: Any, warp: Any, dtype: str, *A: Any
 ) -> None:
     """A warp's rows of A diag(beta), up to the diagonal block. beta: address of C numbers; A_v: of
-    a tile [C, C] of `dtype` with the swizzle of 128 bytes."""
+    a tile [C, C] of `dtype` with the swizzle of 128 bytes; A: of a matrix in memory for A."""
     T.call_extern(
         "handle", f"gdn_solve_row<{parts}, {PAIRS[dtype]}>",
         T.address_of(inv.below[buffer, 0, 0]), T.address_of(inv.A_diagonal[buffer, 0, 0]), beta,
-        A_v, T.address_of(inv.scratch[warp, 0]), warp,
+        A_v, T.address_of(inv.scratch[warp, 0]), warp, *A,
     )  # fmt: skip

@@ -17,11 +17,8 @@ from typing import Any
 import tilelang.language as T
 
 from gdn.definition import L2_EPS
-from gdn.problem import CHUNK as C
 
 from ..tile.fragments import PAIRS
-from ..tile.layout import BETA, KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR, G
-from .block_inverse import BLOCK
 
 SUM, EXPONENT, FROM, TO_M, TO_P, M_FACTOR, P_FACTOR, STRENGTH = range(8)
 """Rows of `tokens` [stages, 8, C], of each token: G; G - log2 rk; e^{R_b - G} rk; the factor
@@ -47,14 +44,6 @@ __device__ __forceinline__ void gdn_scale(
     float2 f = reinterpret_cast<const float2 *>(columns + 8 * n)[threadIdx.x % 4];
     y[4 * n] = x[4 * n] * (row0 * f.x), y[4 * n + 1] = x[4 * n + 1] * (row0 * f.y);
     y[4 * n + 2] = x[4 * n + 2] * (row1 * f.x), y[4 * n + 3] = x[4 * n + 3] * (row1 * f.y);
-  }
-}
-// The column block on the diagonal.
-__device__ __forceinline__ void gdn_diagonal(const float *x, int warp, float *y) {
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    float low = warp % 2 ? x[8 + n] : x[n], high = warp % 2 ? x[24 + n] : x[16 + n];
-    y[n] = warp < 2 ? low : high;
   }
 }
 // Multiply the factors of the warp's tokens by rk, which the diagonal of k k^T gives.
@@ -116,10 +105,11 @@ __device__ __forceinline__ void gdn_invert(
   }
   gdn_invert_diagonal<parts>(y, scratch, static_cast<uint4 *>(to) + 32 * parts * warp);
 }
-// Whether any |beta| of the chunk is above 1.
-__device__ __forceinline__ int gdn_any_above_1(const void *beta) {
-  float2 pair = static_cast<const float2 *>(beta)[threadIdx.x % 32];
-  return __any_sync(0xffffffff, fmaxf(fabsf(pair.x), fabsf(pair.y)) > 1);
+// Store the squares of a warp's keys.
+__device__ __forceinline__ void gdn_store_key_squares(const float *x, void *to, int warp) {
+  float y[8];
+  gdn_diagonal(x, warp, y);
+  gdn_keep_diagonal(static_cast<float *>(to) + 16 * warp, y);
 }
 // Store the blocks of P from those of k q^T, its transpose. `tile` has the swizzle of 128 bytes.
 template <class Pair>
@@ -170,17 +160,10 @@ __device__ __forceinline__ void gdn_store_P(
 
 
 @T.macro
-def any_above_1(tokens: Any, s: Any) -> Any:
-    """Whether any |beta| of the chunk is above 1."""
-    return T.call_extern("int32", "gdn_any_above_1", T.address_of(tokens[s, STRENGTH, 0]))
-
-
-@T.macro
-def begin_inverse(
+def begin_scaled_inverse(
     parts: int, M: Any, inv: Any, buffer: Any, tokens: Any, s: Any, warp: Any
 ) -> None:
-    """Store a warp's blocks of M below the diagonal, and of A on the diagonal; the fragment M is
-    k k^T."""
+    """`begin_inverse` from k k^T, which is in the fragment M."""
     T.call_extern(
         "handle", f"gdn_store_M<{parts}>", M.data, T.address_of(tokens[s, 0, 0]),
         T.address_of(inv.below[buffer, 0, 0]), warp,
@@ -210,42 +193,6 @@ def apply_key_norms(M: Any, smem: Any, s: Any, warp: Any) -> None:
 
 
 @T.macro
-def compute_token_factors(smem: Any, s: Any, lane: Any) -> None:
-    """The factors of two tokens a lane, but for rk and those that the next function computes."""
-    at = T.alloc_local((3,), "float32")  # G, e^{G - R_(a-1)}, beta
-    for n in T.unroll(2):
-        token = lane * 2 + n
-        at[0] = smem.gates[0, G, token]
-        at[2] = smem.gates[0, BETA, token]
-        smem.scan_factors[s, U_FACTOR, token] = T.exp2(smem.gates[0, G, C - 1] - at[0])
-        at[1] = T.exp2(at[0])
-        smem.scan_factors[s, KS_FACTOR, token] = -at[1]
-        if token == C - 1:
-            smem.scan_factors[s, S_FACTOR, 0] = at[1]
-        if token >= BLOCK:
-            at[1] = T.exp2(at[0] - smem.gates[0, G, token // BLOCK * BLOCK - 1])
-        smem.tokens[s, SUM, token] = at[0]
-        smem.tokens[s, EXPONENT, token] = at[0]
-        smem.tokens[s, FROM, token] = T.exp2(
-            smem.gates[0, G, token // BLOCK * BLOCK + BLOCK - 1] - at[0]
-        )
-        smem.tokens[s, STRENGTH, token] = at[2]
-        smem.tokens[s, M_FACTOR, token] = -at[2]
-        smem.tokens[s, TO_M, token] = -at[2] * at[1]
-
-
-@T.macro
-def compute_query_factors(smem: Any, s: Any, scale: Any, lane: Any, l2: bool) -> None:
-    """The factors of two tokens a lane that have rq, from the sums of squares."""
-    at = T.alloc_local((2,), "float32")  # scale rq, e^{G - R_(a-1)}
-    for n in T.unroll(2):
-        token = lane * 2 + n
-        at[0] = scale
-        if l2:
-            at[0] = scale * T.rsqrt(smem.tokens[s, SQUARES, token] + L2_EPS)
-        smem.scan_factors[s, QS_FACTOR, token] = -smem.scan_factors[s, KS_FACTOR, token] * at[0]
-        smem.tokens[s, P_FACTOR, token] = at[0]
-        at[1] = T.exp2(smem.gates[0, G, token])
-        if token >= BLOCK:
-            at[1] = T.exp2(smem.gates[0, G, token] - smem.gates[0, G, token // BLOCK * BLOCK - 1])
-        smem.tokens[s, TO_P, token] = at[0] * at[1]
+def store_key_squares(M: Any, squares: Any, warp: Any) -> None:
+    """Store the squares of a warp's keys; the fragment M is k k^T."""
+    T.call_extern("handle", "gdn_store_key_squares", M.data, T.address_of(squares[0]), warp)

@@ -1,50 +1,121 @@
-"""What a thread block of `fused.py` scans, and its shared memory."""
+"""What a thread block of `fused.py` scans, its shared memory, and the copies of its loading and
+storing warps."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import tilelang.language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
 from gdn.problem import CHUNK as C
 
-from ..tile.indexing import START, STOP, piece_bounds
+from ..tile.indexing import SEQUENCE, START, STOP, piece_bounds
 from ..tile.layout import ROWS
 from .block_inverse import BlockInverseSmem
+from .scan_memory import store_chunk
 
-STAGES = 3
-HEAD, KEY_HEAD, CHUNKS, LAST = range(4, 8)
+HEAD, KEY_HEAD, CHUNKS, LAST, PIECE, NUMBER, LAST_NUMBER, FORGETS = range(4, 12)
 """What a thread block scans, in shared memory, after what `piece_bounds` finds. LAST: live tokens
-of the last chunk."""
+of the last chunk. NUMBER: of the piece in its sequence, from 0 to LAST_NUMBER. FORGETS: whether
+nothing of the state before the piece is left after it (`forgetting.py`)."""
+FIELDS = 12
 
 
 class FusedSmem:
-    """Shared memory: a ring of stages, a chunk each. o takes the place of v."""
+    """Shared memory: a ring of stages, a chunk each. o takes the place of v. Without output there
+    is neither q nor P nor o, and there is space for more stages. parts: of the inverse's
+    operands."""
 
-    def __init__(self, K: int, dtype: str, parts: int) -> None:
-        self.q, self.k = (T.alloc_shared((STAGES, C, K), dtype) for _ in range(2))
-        self.v = T.alloc_shared((STAGES * 2, C, ROWS), dtype)
-        self.P, self.A_v = (T.alloc_shared((STAGES, C, C), dtype) for _ in range(2))
-        self.tokens = T.alloc_shared((STAGES, 8, C), "float32")
-        self.scan_factors = T.alloc_shared((STAGES, 4, C), "float32")
+    STAGES: ClassVar = {True: 3, False: 4}
+
+    def __init__(self, K: int, dtype: str, parts: int, output: bool) -> None:
+        self.stages = stages = self.STAGES[output]
+        self.k = T.alloc_shared((stages, C, K), dtype)
+        self.v = T.alloc_shared((stages * 2, C, ROWS), dtype)
+        self.A_v = T.alloc_shared((stages, C, C), dtype)
+        swizzled = [self.v, self.A_v]
+        if output:
+            self.q = T.alloc_shared((stages, C, K), dtype)
+            self.P = T.alloc_shared((stages, C, C), dtype)
+            swizzled.append(self.P)
+        self.tokens = T.alloc_shared((stages, 8, C), "float32")
+        self.scan_factors = T.alloc_shared((stages, 4, C), "float32")
         self.gates = T.alloc_shared((1, 2, C), "float32")
-        self.inverse = BlockInverseSmem(parts)
-        swizzled = (self.v, self.P, self.A_v)
+        self.inverse = BlockInverseSmem(parts, 2)  # a warp may be one chunk ahead of another
+        self.key_squares = T.alloc_shared((C,), "float32")
         T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in swizzled})
 
 
 @T.macro
 def find_task(
-    task: Any, cta: Any, cu_seqlens: Any, sequences: Any, L: Any, H: Any, HV: Any, varlen: bool
-) -> None:
-    """Fill `task`; by one thread."""
+    task: Any, piece: Any, head: Any, block: Any, cu_seqlens: Any, sequences: Any, L: Any, H: Any,
+    HV: Any, length: Any, varlen: bool, cut: bool, transfer: bool,
+) -> None:  # fmt: skip
+    """Fill `task`; by one thread. block: of a transfer scan, 0 for N and 1 for M; length: tokens of
+    a piece, if sequences are cut."""
     place = T.alloc_local((4,), "int32")
-    piece_bounds(cta // HV, cu_seqlens, sequences, L, L, place, varlen, False)
+    ends = T.alloc_local((2,), "int32")  # the first token of the sequence, and the one after it
+    piece_bounds(piece, cu_seqlens, sequences, L, length, place, varlen, cut)
     for i in T.unroll(4):
         task[i] = place[i]
-    task[HEAD] = cta % HV
-    task[KEY_HEAD] = cta % HV // (HV // H)
+    task[HEAD] = head
+    task[KEY_HEAD] = head // (HV // H)
     tokens = T.max(place[STOP] - place[START], 0)
     task[CHUNKS] = T.ceildiv(tokens, C)
     task[LAST] = tokens - (T.ceildiv(tokens, C) - 1) * C
+    task[PIECE] = piece
+    task[FORGETS] = 0
+    if cut:
+        ends[0] = T.cast(cu_seqlens[place[SEQUENCE]], "int32") if varlen else 0
+        ends[1] = T.cast(cu_seqlens[place[SEQUENCE] + 1], "int32") if varlen else L
+        task[NUMBER] = (place[START] - ends[0]) // length
+        task[LAST_NUMBER] = T.max(T.ceildiv(ends[1] - ends[0], length) - 1, 0)
+        if transfer:  # what is not wanted gets no chunks, which costs nothing
+            wanted = T.And(task[NUMBER] >= block, task[NUMBER] < task[LAST_NUMBER])
+            task[CHUNKS] = T.if_then_else(wanted, task[CHUNKS], 0)
+
+
+@T.macro
+def load_chunks(
+    q: Any, k: Any, v: Any, smem: Any, ready: Any, v_ready: Any, o_ready: Any, v_free: Any,
+    task: Any, has_values: Any, varlen: bool, output: bool,
+) -> None:  # fmt: skip
+    """The loading warp; it loads v only if has_values."""
+    batch = 0 if varlen else task[SEQUENCE]
+    for chunk in T.serial(task[CHUNKS]):
+        s, parity, token = chunk % smem.stages, chunk // smem.stages % 2, task[START] + chunk * C
+        T.barrier_wait(o_ready[s], parity ^ 1)
+        T.tma_copy(
+            k[batch, token : token + C, task[KEY_HEAD], :], smem.k[s, :, :], barrier=ready[s],
+            leader_scope_threads=32,
+        )  # fmt: skip
+        if output:
+            T.tma_copy(
+                q[batch, token : token + C, task[KEY_HEAD], :], smem.q[s, :, :], barrier=ready[s],
+                leader_scope_threads=32,
+            )  # fmt: skip
+        T.barrier_arrive(ready[s])
+        T.barrier_wait(v_free[s], parity ^ 1)
+        if has_values:
+            for wg in T.unroll(2):
+                column = wg * ROWS
+                T.tma_copy(
+                    v[batch, token : token + C, task[HEAD], column : column + ROWS],
+                    smem.v[s * 2 + wg, :, :], barrier=v_ready[s], leader_scope_threads=32,
+                )  # fmt: skip
+        T.barrier_arrive(v_ready[s])
+
+
+@T.macro
+def store_outputs(
+    o: Any, smem: Any, o_ready: Any, v_free: Any, task: Any, lane: Any, varlen: bool, output: bool
+) -> None:
+    """The storing warp."""
+    batch = 0 if varlen else task[SEQUENCE]
+    for chunk in T.serial(task[CHUNKS]):
+        s, token = chunk % smem.stages, task[START] + chunk * C
+        T.barrier_wait(o_ready[s], chunk // smem.stages % 2)
+        if output:
+            store_chunk(o, smem.v, batch, token, task[STOP], task[HEAD], 0, s, 2, lane)
+        T.barrier_arrive(v_free[s])

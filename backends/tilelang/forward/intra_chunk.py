@@ -1,4 +1,4 @@
-"""The intra-chunk stage of `prepare`, by one warpgroup: M, A, A_v and P of a chunk.
+"""The intra-chunk stage of `prepare`, by one warpgroup: M and P of a chunk, and their factors.
 
     rq, rk = 1 / sqrt(sum x^2 + 1e-6) over the rows of q and k if the L2 norm is fused, else 1
     M_ij = beta_i e^{G_i - G_j} rk_i rk_j k_i.k_j  for i > j          [C, C]
@@ -7,7 +7,7 @@
 
 A warp has 16 rows of each matrix and computes only the column blocks of 16 that are not above the
 diagonal. The exponential above the diagonal may be infinite; it is dropped by a selection, never by
-a product with zero.
+a product with zero. `block_inverse.py` computes A and A_v.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import tilelang.language as T
+from tilelang.layout import make_full_bank_swizzled_layout
 
 from gdn.definition import L2_EPS
 from gdn.problem import CHUNK as C
@@ -24,6 +25,7 @@ from ..tile.layout import (
     BETA,
     BETA_RK,
     COLUMN_EXPONENT,
+    KEY_SQUARES,
     KS_FACTOR,
     RK,
     S_FACTOR,
@@ -31,20 +33,21 @@ from ..tile.layout import (
     U_FACTOR,
     G,
 )
-from .inverse import BLOCK, InverseSmem, MergeFragments, scatter_M
+from .block_inverse import BlockInverseSmem
+from .warp_blocks import BLOCK
 
 
 class IntraChunkSmem:
     """Shared memory of one chunk."""
 
-    def __init__(self, K: int, dtype: str) -> None:
+    def __init__(self, K: int, dtype: str, parts: int) -> None:
         self.q, self.k = (T.alloc_shared((1, C, K), dtype) for _ in range(2))
-        self.inverse = InverseSmem()
+        self.inverse = BlockInverseSmem(parts, 1)
         self.gates = T.alloc_shared((2, 2, C), "float32")  # G and beta; of this chunk and the next
-        self.token_factors = T.alloc_shared((RK + 1, C), "float32")
+        self.token_factors = T.alloc_shared((KEY_SQUARES + 1, C), "float32")
         self.P = self.q  # [1, C, C] in q's place
-        A = self.inverse.A
-        self.A_v = A if dtype == "float16" else T.view(A, dtype=dtype)  # in A's place
+        self.A_v = T.alloc_shared((1, C, C), dtype)
+        T.annotate_layout({self.A_v: make_full_bank_swizzled_layout(self.A_v)})
 
 
 class IntraChunkFragments:
@@ -53,19 +56,19 @@ class IntraChunkFragments:
     def __init__(self, dtype: str) -> None:
         self.M = T.alloc_fragment((C, C), "float32")  # k k^T, then M
         self.P = T.alloc_fragment((C, C), "float32")  # q k^T, then P
-        self.A = self.P  # once P is stored
-        self.half = T.alloc_fragment((C, C), dtype)  # what is stored of P and A_v
+        self.P_half = T.alloc_fragment((C, C), dtype)
         self.row_G = T.alloc_fragment((C,), "float32")
         self.row_factor = T.alloc_fragment((C,), "float32")
-        self.merge = MergeFragments()
 
 
 @T.macro
 def compute_k_norm(
     smem: Any, norms: Any, slot: Any, key_head: Any, token: Any, l2: bool, save: bool
 ) -> None:
-    """token_factors[RK] of one token, from the sum of squares that stands there."""
-    smem.token_factors[RK, token] = T.rsqrt(smem.token_factors[RK, token] + L2_EPS) if l2 else 1.0
+    """token_factors[RK] of one token, from its KEY_SQUARES."""
+    smem.token_factors[RK, token] = (
+        T.rsqrt(smem.token_factors[KEY_SQUARES, token] + L2_EPS) if l2 else 1.0
+    )
     if save:
         norms[slot, key_head, 1, token] = smem.token_factors[RK, token]
 
@@ -127,14 +130,13 @@ def clear_block(x: Any, block: Any) -> None:
 
 @T.macro
 def compute_M(smem: Any, frag: Any, b: Any, warp: Any) -> None:
-    """M in frag.M, which holds k k^T, and in the buffers of the inverse. In a diagonal block, what
-    is above the diagonal may be infinite; nothing reads it."""
+    """M in frag.M, which holds k k^T. In a diagonal block, what is above the diagonal may be
+    infinite; nothing reads it."""
     load_row_factors(smem, frag, b, BETA_RK)
     T.wait_wgmma(0)
     for block in T.unroll(C // BLOCK):
         if warp >= block:
             scale_block(frag.M, smem, frag, block)
-            scatter_M(frag.M, smem.inverse, block, warp)
 
 
 @T.macro
@@ -151,21 +153,5 @@ def compute_P(smem: Any, frag: Any, b: Any, warp: Any, thread: Any) -> None:
                 frag.P[i, block * BLOCK + j] = T.if_then_else(
                     i % BLOCK >= j, frag.P[i, block * BLOCK + j], 0.0
                 )
-    T.copy(frag.P, frag.half)
-    store(frag.half, smem.P, 0, thread)
-
-
-@T.macro
-def compute_A_v(smem: Any, frag: Any, b: Any, warp: Any, refined: bool) -> None:
-    """A_v in frag.half. A is in frag.A if refined, else in smem.inverse.A."""
-    for block in T.unroll(C // BLOCK):
-        if not refined:
-            if warp >= block:
-                for i, j in T.Parallel(C, BLOCK):
-                    frag.A[i, block * BLOCK + j] = smem.inverse.A[0, i, block * BLOCK + j]
-            else:
-                clear_block(frag.A, block)
-        if warp >= block:
-            for i, j in T.Parallel(C, BLOCK):
-                frag.A[i, block * BLOCK + j] *= smem.gates[b, BETA, block * BLOCK + j]
-    T.copy(frag.A, frag.half)
+    T.copy(frag.P, frag.P_half)
+    store(frag.P_half, smem.P, 0, thread)

@@ -1,6 +1,6 @@
 """Which kernels a forward call needs, their buffers, and their launches.
 
-`fused` computes all in one kernel, where `choose_fused` says so. Else there are three ways to run
+`fused_plan.py` has the calls that one kernel computes. For all others there are three ways to run
 `prepare` and `scan`, chosen from shapes alone:
 
 - whole sequences: `prepare` of all chunks, then one scan;
@@ -23,35 +23,25 @@ from gdn.problem import CHUNK, Call
 from ...common.allocation import allocator
 from ...common.chunking import piece_length, piece_slots, sm_count
 from ..arguments import dtype_name, gate_options, tma_ready
+from ..clear_tail import clear_tail, clear_tail_options
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
 from ..memory_rounds import sequence_chunks, sequence_parts
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
-from .fused import fused_forward
+from .fused_plan import FusedPass
 from .prepare import BLOCKS_PER_SM, prepare
 from .scan import scan
 
 MIN_SEGMENT_CHUNKS, MAX_SEGMENTS = 32, 4
 MIN_HALF_PIECE_CHUNKS = 32
 """Pieces are halved only if the halves have at least this many chunks."""
-FUSED_SHARE = 0.57
-"""One kernel computes all where whole scans, one on an SM at a time, keep at least this share of
-the SMs busy."""
 
 
 def choose_warpgroups(V: int, scans: int, device: torch.device) -> int:
     """Consumer warpgroups of a thread block of `scan`: 1 where 2 would leave more SMs idle. scans:
     sequences times value heads."""
     return 2 if V == 128 and 2 * scans > sm_count(device) else 1
-
-
-def choose_fused(call: Call, scans: int) -> bool:
-    """Whether one kernel computes a call that saves nothing. scans: sequences times value heads."""
-    if call.v.shape[3] != 2 * ROWS:
-        return False
-    sms = sm_count(call.q.device)
-    return scans > 0 and scans >= FUSED_SHARE * sms * -(-scans // sms)
 
 
 def choose_segments(call: Call, scans: int, save: bool) -> list[tuple[int, int]]:
@@ -75,7 +65,7 @@ def choose_prepare_grid(call: Call, chunks: int) -> tuple[int, int]:
     """Thread blocks of `prepare`, and how many value heads of a q/k head each takes in
     turn: as many as possible while all SMs stay full."""
     HV, group = call.v.shape[2], call.v.shape[2] // call.q.shape[2]
-    most = BLOCKS_PER_SM[dtype_name(call.q)] * sm_count(call.q.device)
+    most = BLOCKS_PER_SM * sm_count(call.q.device)
     heads_at_once = group
     while heads_at_once > 1 and (group % heads_at_once or chunks * HV < most * heads_at_once):
         heads_at_once -= 1
@@ -152,8 +142,7 @@ class ForwardPass:
             "final": call.output_final_state,
             "v_first": call.state_v_first,
         }
-        self.fused = self.pieces[False][0] is None and choose_fused(call, self.sequences * HV)
-        self.fused_job = (fused_forward, self.prepare_options | states)
+        self.fused = FusedPass.of(call, self.prepare_options | states)
         self.segments: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
         self.scan_jobs: dict[bool, list[tuple[Any, dict[str, Any]]]] = {}
         options = shape | states | {"dtype": dtype, "transfer": False}
@@ -174,20 +163,26 @@ class ForwardPass:
         else:
             options |= {"warpgroups": 1, "cut": True}
             transfer_scan = options | {"final": True, "transfer": True}
-            combine = shape | states | {"final": False, "reverse": False}
+            combine = shape | states | {"final": False, "reverse": False, "forgetting": False}
             for save, (_, warpgroups) in self.pieces.items():
                 final_scan = options | {"initial": True, "warpgroups": warpgroups}
                 self.scan_jobs[save] = [
                     (scan, transfer_scan), (combine_pieces, combine), (scan, final_scan)
                 ]  # fmt: skip
+        self.clear_jobs: list[tuple[Any, dict[str, Any]]] = []
+        if call.cu_seqlens is not None:
+            self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=False))]
+        self.run_clear: Any = None
         self.launchers: dict[bool, list[Any]] = {}
 
     def kernels(self, save: bool) -> list[Any]:
-        """The compiled kernels, in the order of their launches."""
+        """The compiled kernels, in the order of their launches. `clear_tail`, which is launched by
+        itself, is compiled beside them."""
         if self.fused and not save:
-            return compile_together(self.fused_job)
+            return compile_together(*self.fused.jobs, *self.clear_jobs)[: len(self.fused.jobs)]
         prepare_job = (prepare, self.prepare_options | {"save": save})
-        return compile_together(prepare_job, *self.scan_jobs[save])
+        jobs = (prepare_job, *self.scan_jobs[save])
+        return compile_together(*jobs, *self.clear_jobs)[: len(jobs)]
 
     def forward(self, call: Call, save: bool) -> Forward:
         """See `gdn.backend.Plan.forward`."""
@@ -201,15 +196,20 @@ class ForwardPass:
         cu_seqlens = tma_ready(call.cu_seqlens)
         o = self.new_o()
         final = self.new_state() if call.output_final_state else None
+        if cu_seqlens is not None:
+            if self.run_clear is None:
+                self.kernels(save)  # compiles all in parallel
+                (self.run_clear,) = launchers(compile_together(*self.clear_jobs))
+            self.run_clear(None, None, o, None, None, cu_seqlens)
+        if self.fused and not save:
+            gates = (g, beta, A_log, dt_bias)
+            self.fused.run(q, k, v, gates, initial, cu_seqlens, o, final, call.scale)
+            return Forward(o, final, [])
         if save not in self.launchers:
             self.launchers[save] = launchers(self.kernels(save))
-        if self.fused and not save:
-            gates = (g, beta, A_log, dt_bias, initial, cu_seqlens)
-            self.launchers[save][0](q, k, v, *gates, o, final, self.sequences, call.scale)
-            return Forward(o, final, [])
+        run_prepare, *run_scans = self.launchers[save]
         P_A_v, scan_factors = self.new_P_A_v(), self.new_scan_factors()
         saved = [new() for new in self.new_saved[save]]
-        run_prepare, *run_scans = self.launchers[save]
         prepared = (
             q, k, g, beta, A_log, dt_bias, cu_seqlens, P_A_v, scan_factors,
             *(saved[:2] if save else (None, None)), self.sequences,
@@ -231,7 +231,7 @@ class ForwardPass:
             transfer, starts = saved[-2:]
             sizes = (N, transfer.shape[0], length)
             run_scans[0](*inputs, initial, cu_seqlens, o, transfer, *sizes, int(save), 0)
-            run_scans[1](transfer, None, starts, initial, None, cu_seqlens, N, T, length)
+            run_scans[1](transfer, None, None, starts, initial, None, cu_seqlens, N, T, length)
             run_scans[2](*inputs, starts, cu_seqlens, o, final, *sizes, 0, 0)
         return Forward(o, final, saved if save else [])
 

@@ -8,7 +8,7 @@
             for backward (save): norms [slots, H, 2, C], float32: rq and rk, once a q/k head;
             A_out [slots, HV, C, C]: A
 
-Thread block: one warpgroup, three or four on an SM. Warp 0 issues the TMA copies, warp 2 computes
+Thread block: one warpgroup, four on an SM. Warp 0 issues the TMA copies, warp 1 computes
 the gates, all four compute the matrices, 16 rows each. An item is a chunk and a value head. A
 thread block takes item after item, `heads_at_once` value heads of a q/k head in a row, so that k is
 loaded and the norms are computed once for all of them. It loads the next k and q as soon as their
@@ -22,29 +22,22 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from ..compile import kernel
-from ..tile.fragments import PRELUDE, store
+from ..tile.fragments import PRELUDE
 from ..tile.gate_math import load_gates, sum_gates
 from ..tile.indexing import Fields, locate_piece
-from ..tile.layout import QS_FACTOR, RK, SCALE_RQ, G
+from ..tile.largest import largest
+from ..tile.layout import BETA, KEY_SQUARES, QS_FACTOR, SCALE_RQ, G
 from ..tile.ragged_rows import clear_past_end
+from .block_inverse import LIMIT, begin_inverse, choose_parts, solve_row
+from .block_inverse import PRELUDE as INVERSE_PRELUDE
 from .intra_chunk import (
     IntraChunkFragments,
     IntraChunkSmem,
-    compute_A_v,
     compute_k_factors,
     compute_k_norm,
     compute_M,
     compute_P,
     compute_q_norm,
-)
-from .inverse import (
-    begin_merge_to_32,
-    begin_merge_to_64,
-    clear_inverse,
-    end_merge_to_32,
-    end_merge_to_64,
-    invert_diagonal_blocks,
-    refine_inverse,
 )
 from .row_norms import PRELUDE as NORMS_PRELUDE
 from .row_norms import sum_squares
@@ -55,8 +48,11 @@ ITEM = (
 """Fields of an item. sequence, token (the chunk's first) and live (tokens from there to the end of
 the sequence) are what `locate_piece` writes. chunk counts the chunks of the launch, head_block the
 blocks of `heads_at_once` value heads, heads_left the heads of the block that are not done."""
-BLOCKS_PER_SM = {"bfloat16": 4, "float16": 3}
-"""Thread blocks on an SM, limited by registers and shared memory; `refine_inverse` takes more."""
+BLOCKS_PER_SM = 4
+"""Thread blocks on an SM, limited by registers and shared memory."""
+
+
+PRELUDES = PRELUDE + NORMS_PRELUDE + INVERSE_PRELUDE
 
 
 @T.macro
@@ -73,7 +69,8 @@ def prepare(
 ) -> Any:  # fmt: skip
     """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
-    slots, refined = T.dynamic("slots"), dtype == "float16"
+    slots = T.dynamic("slots")
+    min_parts, max_parts = choose_parts(dtype, l2, sigmoid, double)
 
     @T.macro
     def locate_item(item, first_chunk, span, heads_at_once, cu_seqlens, sequences, group):
@@ -133,10 +130,11 @@ def prepare(
     ):  # fmt: skip
         """chunks: how many in all; span: how many of each sequence, from first_chunk on (of a
         whole call: all of them, as if there were one sequence); ctas: thread blocks."""
-        with T.Kernel(ctas, threads=128, prelude=PRELUDE + NORMS_PRELUDE) as cta:
-            T.annotate_min_blocks_per_sm(BLOCKS_PER_SM[dtype])
-            smem, frag = IntraChunkSmem(K, dtype), IntraChunkFragments(dtype)
+        with T.Kernel(ctas, threads=128, prelude=PRELUDES) as cta:
+            T.annotate_min_blocks_per_sm(BLOCKS_PER_SM)
+            smem, frag = IntraChunkSmem(K, dtype, max_parts), IntraChunkFragments(dtype)
             inv = smem.inverse
+            bound = T.alloc_var("float32")  # of |M_ij|
             item, next_item = (Fields(*ITEM) for _ in range(2))
             raw_gates = T.alloc_local((6,), "float32")
             k_loads = T.alloc_local((1,), "int32")  # loads of k that were waited for
@@ -154,12 +152,13 @@ def prepare(
             if warp == 0:
                 load_rows(k, next_item, smem.k, k_ready)
                 load_rows(q, next_item, smem.q, q_ready)
-            if warp == 2:
+            if warp == 1:
                 load_item_gates(g, beta, A_log, dt_bias, next_item, raw_gates, lane)
                 sum_gates(
                     raw_gates, next_item.live, smem.gates, 0, lane, gate, bias, sigmoid, double
                 )
-            clear_inverse(inv)
+            for i, j in T.Parallel(C, C):
+                smem.A_v[0, i, j] = 0
             T.sync_threads(1, 128)
             for n in T.serial(items):
                 b = n % 2
@@ -182,84 +181,83 @@ def prepare(
                 T.wgmma_gemm(
                     smem.k[0, :, :], smem.k[0, :, :], frag.M, transpose_B=True, clear_accum=True
                 )
-                if l2 and first_head:
+                if (l2 or min_parts < max_parts) and first_head:
                     sum_squares(
-                        smem.k, warp * 16, T.address_of(smem.token_factors[RK, warp * 16]), lane
-                    )
+                        smem.k, warp * 16,
+                        T.address_of(smem.token_factors[KEY_SQUARES, warp * 16]), lane,
+                    )  # fmt: skip
                     T.sync_warp()
                 if lane < 16:
                     if first_head:
                         compute_k_norm(smem, norms, slot, key_head, warp * 16 + lane, l2, save)
                     compute_k_factors(smem, b, scan_factors, slot, head, warp * 16 + lane, l2)
                 T.sync_threads(1, 128)
-                if warp == 2 and more:  # after the product: it would wait for loads before it
+                if warp == 1 and more:  # after the product: it would wait for loads before it
                     load_item_gates(g, beta, A_log, dt_bias, next_item, raw_gates, lane)
                 compute_M(smem, frag, b, warp)
-                if warp == 0:
-                    T.tma_store_wait(0)  # A_v of the item before has left
-                T.sync_threads(1, 128)
 
-                # === warps 0, 1: diagonal blocks of A; warps 2, 3: norms of q, the next gates ===
+                # === the diagonal blocks of A; the norms of q; the next gates ===
+                bound = 0
+                if min_parts < max_parts:
+                    bound = largest(T.address_of(smem.gates[b, BETA, 0]))
+                    if not l2:
+                        bound *= largest(T.address_of(smem.token_factors[KEY_SQUARES, 0]))
+                if bound > LIMIT:
+                    begin_inverse(max_parts, frag.M, inv, warp)
+                else:
+                    begin_inverse(min_parts, frag.M, inv, warp)
                 if live < C:
                     T.barrier_wait(q_ready, b)
                     clear_before_products(smem.q, live)
-                if warp < 2:
-                    invert_diagonal_blocks(inv, tx)
-                else:
-                    if l2 and first_head:
-                        T.barrier_wait(q_ready, b)
-                        for half in T.unroll(2):
-                            row = (warp - 2) * 32 + half * 16
-                            sum_squares(
-                                smem.q, row, T.address_of(smem.token_factors[SCALE_RQ, row]), lane
-                            )
-                        T.sync_warp()
-                    token = tx - 64
+                if l2 and first_head:
+                    T.barrier_wait(q_ready, b)
+                    sum_squares(
+                        smem.q, warp * 16, T.address_of(smem.token_factors[SCALE_RQ, warp * 16]),
+                        lane,
+                    )  # fmt: skip
+                    T.sync_warp()
+                if lane < 16:
+                    token = warp * 16 + lane
                     if first_head:
                         compute_q_norm(smem, norms, slot, key_head, token, scale, l2, save)
                     scan_factors[slot, head, QS_FACTOR, token] = (
                         T.exp2(smem.gates[b, G, token]) * smem.token_factors[SCALE_RQ, token]
                     )
-                    if warp == 2 and more:
-                        sum_gates(
-                            raw_gates, next_item.live, smem.gates, b ^ 1, lane, gate, bias,
-                            sigmoid, double,
-                        )  # fmt: skip
+                if warp == 1 and more:
+                    sum_gates(
+                        raw_gates, next_item.live, smem.gates, b ^ 1, lane, gate, bias, sigmoid,
+                        double,
+                    )  # fmt: skip
                 T.fence_proxy_async()
                 T.sync_threads(1, 128)
 
-                # === the rest of A, with q k^T and P in between ===
-                begin_merge_to_32(inv, frag.merge)
+                # === q k^T; P, and to memory ===
                 T.barrier_wait(q_ready, b)
                 T.wgmma_gemm(
                     smem.q[0, :, :], smem.k[0, :, :], frag.P, transpose_B=True, clear_accum=True
                 )
-                end_merge_to_32(inv, frag.merge)
-                T.fence_proxy_async()
+                T.wait_wgmma(0)
                 T.sync_threads(1, 128)
-
                 if warp == 0 and more and next_item.heads_left == heads_at_once:
                     load_rows(k, next_item, smem.k, k_ready)
-                begin_merge_to_64(inv, frag.merge)
                 compute_P(smem, frag, b, warp, tx)
-                end_merge_to_64(inv, frag.merge)
+                if warp == 0:
+                    T.tma_store_wait(0)  # A_v of the item before has left
                 T.fence_proxy_async()
                 T.sync_threads(1, 128)
-
-                # === P to memory; A_v, and to memory ===
                 if warp == 0:
                     T.tma_copy(
                         smem.P[0, :, 0:C], P_A_v[slot, head, 0, :, :], leader_scope_threads=32
                     )
-                if refined:
-                    refine_inverse(inv, frag.M, frag.A)
-                    T.sync_threads(1, 128)
-                if save:
-                    for i, j in T.Parallel(C, C):
-                        A_out[slot, head, i, j] = T.cast(inv.A[0, i, j], "float32")
-                compute_A_v(smem, frag, b, warp, refined)
-                T.sync_threads(1, 128)
-                store(frag.half, smem.A_v, 0, tx)
+
+                # === the rest of A, and A_v, to memory ===
+                strength = T.address_of(smem.gates[b, BETA, 0])
+                A_v = T.address_of(smem.A_v[0, 0, 0])
+                A = [T.address_of(A_out[slot, head, 0, 0])] if save else []
+                if bound > LIMIT:
+                    solve_row(max_parts, inv, 0, strength, A_v, warp, dtype, *A)
+                else:
+                    solve_row(min_parts, inv, 0, strength, A_v, warp, dtype, *A)
                 T.fence_proxy_async()
                 if warp == 0:
                     T.tma_store_wait(0)  # P has left q's place

@@ -33,9 +33,11 @@ from ..tile.layout import ROWS
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
+from ..tile.row_scales import PRELUDE as ROW_SCALES
 from .scan_memory import ScanSmem, load_chunk, load_P, store_chunk
 from .scan_step import (
     ScanFragments,
+    begin_scan,
     compute_KS,
     compute_U,
     load_state,
@@ -103,7 +105,7 @@ def scan(
             load_state(frag, S_in, piece, head, row, v_first_in)
         else:
             T.clear(frag.S)
-        T.copy(frag.S, frag.S_half)
+        begin_scan(frag)
 
         # === chunk by chunk ===
         for chunk in T.serial(chunks):
@@ -156,7 +158,7 @@ def scan(
         """length: tokens of a piece; backward: whether M of the first and last pieces is wanted.
         Not cut: length tokens of each sequence after the first `skipped` ones."""
         with T.Kernel(
-            pieces * HV * blocks, threads=consumers + 128, prelude=FENCES + PRELUDE
+            pieces * HV * blocks, threads=consumers + 128, prelude=FENCES + PRELUDE + ROW_SCALES
         ) as cta:
             T.annotate_min_blocks_per_sm(3 - warpgroups)
             # === what the thread block scans ===

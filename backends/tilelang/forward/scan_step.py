@@ -5,7 +5,8 @@
     S <- e^gamma S + K^T (e^{gamma - G} rk * U)   [K, 64]
 
 All products are computed transposed. S^T [64, K] and U^T [64, C] are then left operands, which a
-WGMMA can take from registers, so the float32 state stays in registers for the whole scan.
+WGMMA can take from registers, so the float32 state stays in registers for the whole scan. In
+float16 it is kept over the scales of its rows (`tile/row_scales.py`), and so are K S, U and O.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from gdn.problem import CHUNK as C
 
 from ..tile.fragments import load_transposed, store_transposed
 from ..tile.layout import KS_FACTOR, QS_FACTOR, ROWS, S_FACTOR, U_FACTOR
+from ..tile.row_scales import RowScales, begin_scales, multiply_rows, rescale
 
 
 class ScanFragments:
@@ -32,6 +34,7 @@ class ScanFragments:
         self.half = T.alloc_fragment((ROWS, C), dtype)  # V - e^G rk K S, then U, then O
         self.scaled_U = T.alloc_fragment((ROWS, C), dtype)  # e^{gamma - G} rk U
         self.O = T.alloc_fragment((ROWS, C), "float32")
+        self.rows = RowScales() if dtype == "float16" else None
 
 
 @T.macro
@@ -52,8 +55,19 @@ def set_unit_state(frag: Any, row: Any) -> None:
 
 
 @T.macro
+def begin_scan(frag: Any) -> None:
+    """S_half, once S is there; in float16, S over its scales."""
+    if frag.rows is not None:
+        begin_scales(frag.rows)
+        rescale(frag.rows, frag.S)
+    T.copy(frag.S, frag.S_half)
+
+
+@T.macro
 def store_state(frag: Any, S_out: Any, n: Any, head: Any, row: Any, v_first: bool) -> None:
     """The inverse of `load_state`."""
+    if frag.rows is not None:
+        multiply_rows(frag.S, frag.rows.scales)
     for i, j in T.Parallel(*frag.S.shape):
         if v_first:
             S_out[n, head, row + i, j] = frag.S[i, j]
@@ -74,8 +88,13 @@ def compute_KS(frag: Any, smem: Any, s: Any, v_tile: Any, thread: Any) -> None:
 @T.macro
 def compute_U(frag: Any, smem: Any, s: Any) -> None:
     """Start the products for U and Q S."""
+    V = frag.V
+    if frag.rows is not None:
+        V = frag.U
+        T.copy(frag.V, V)
+        multiply_rows(V, frag.rows.reciprocals)
     for i, j in T.Parallel(ROWS, C):
-        frag.half[i, j] = frag.V[i, j] + smem.scan_factors[s, KS_FACTOR, j] * frag.KS[i, j]
+        frag.half[i, j] = V[i, j] + smem.scan_factors[s, KS_FACTOR, j] * frag.KS[i, j]
     T.wgmma_gemm(frag.half, smem.A_v[s, :, :], frag.U, transpose_B=True, clear_accum=True)
     T.wgmma_gemm(frag.S_half, smem.q[s, :, :], frag.O, transpose_B=True, clear_accum=True)
 
@@ -97,6 +116,8 @@ def scan_step(
         T.barrier_wait(P_ready[p], parity)
     T.wgmma_gemm(frag.half, smem.P[p, :, :], frag.O, transpose_B=True)
     T.wait_wgmma(1)  # S
+    if frag.rows is not None:
+        rescale(frag.rows, frag.S)
     T.copy(frag.S, frag.S_half)
     T.wait_wgmma(0)  # O
 
@@ -104,5 +125,7 @@ def scan_step(
 @T.macro
 def stage_output(frag: Any, o: Any, tile: Any, thread: Any) -> None:
     """Store O to o[tile], [C, ROWS] in shared memory."""
+    if frag.rows is not None:
+        multiply_rows(frag.O, frag.rows.before)
     T.copy(frag.O, frag.half)
     store_transposed(frag.half, o, tile, thread, 0)

@@ -7,8 +7,8 @@ LOG2_E = 1.4426950408889634
 """Converts an exponent from base e to base 2, whose exponential is one instruction."""
 G, BETA = range(2)
 """Rows of `gates` [2, C]: the running sum of the gates times log2(e), and beta."""
-COLUMN_EXPONENT, SCALE_RQ, BETA_RK, RK = range(4)
-"""Rows of `IntraChunkSmem.token_factors` [4, C]: G - log2 rk, scale rq, beta rk and rk."""
+COLUMN_EXPONENT, SCALE_RQ, BETA_RK, RK, KEY_SQUARES = range(5)
+"""Rows of `IntraChunkSmem.token_factors` [5, C]: G - log2 rk, scale rq, beta rk, rk and k.k."""
 U_FACTOR, QS_FACTOR, KS_FACTOR, S_FACTOR = range(4)
 """Rows of `scan_factors` [slots, HV, 4, C], what a scan multiplies by: U by e^{gamma - G} rk, Q S
 by scale e^G rq, K S by -e^G rk, and S by e^gamma, which stands in column 0."""

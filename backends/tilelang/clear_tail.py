@@ -1,0 +1,70 @@
+"""Zeros for the tokens past the last sequence of a packed call: padding of a captured graph.
+
+    writes  dq, dk [B, L, H, K]; dv [B, L, HV, V]; dg, dbeta [B, L, HV] from token cu_seqlens[N] on;
+            in forward only o, in dv's place
+
+All thread blocks take tokens in turn. Where sequences end at L there are none.
+"""
+
+from typing import Any
+
+import tilelang.language as T
+
+from gdn.problem import Call
+
+from .arguments import dtype_name
+from .compile import kernel
+
+BLOCKS, THREADS, RUN = 264, 128, 8
+"""Thread blocks, their threads, and elements that a thread writes at once."""
+
+
+def clear_tail_options(call: Call, backward: bool) -> dict[str, Any]:
+    """The static options of `clear_tail` for a call."""
+    return {
+        "dtype": dtype_name(call.q), "K": call.q.shape[3], "V": call.v.shape[3],
+        "gates": dtype_name(call.g), "strengths": dtype_name(call.beta),
+        "offsets": dtype_name(call.cu_seqlens), "backward": backward,
+    }  # fmt: skip
+
+
+@kernel
+def clear_tail(
+    *, dtype: str, K: int, V: int, gates: str, strengths: str, offsets: str, backward: bool
+) -> Any:
+    """Build the kernel. gates, strengths: dtypes of dg and dbeta."""
+    B, L, H, HV, bounds = (T.dynamic(name) for name in ("B", "L", "H", "HV", "bounds"))
+
+    @T.macro
+    def clear_rows(x, token, heads, width, thread):
+        for i in T.serial(T.ceildiv(heads * width, THREADS * RUN)):
+            element = (i * THREADS + thread) * RUN
+            if element < heads * width:
+                for j in T.vectorized(RUN):
+                    x[0, token, element // width, element % width + j] = 0
+
+    @T.macro
+    def clear_scalars(x, token, heads, thread):
+        for i in T.serial(T.ceildiv(heads, THREADS)):
+            if i * THREADS + thread < heads:
+                x[0, token, i * THREADS + thread] = 0
+
+    @T.prim_func
+    def clear_tail_kernel(
+        dq: T.Tensor((B, L, H, K), dtype), dk: T.Tensor((B, L, H, K), dtype),
+        dv: T.Tensor((B, L, HV, V), dtype), dg: T.Tensor((B, L, HV), gates),
+        dbeta: T.Tensor((B, L, HV), strengths), cu_seqlens: T.Tensor((bounds,), offsets),
+    ):  # fmt: skip
+        with T.Kernel(BLOCKS, threads=THREADS) as cta:
+            thread = T.get_thread_binding()
+            first = T.alloc_var("int32")
+            first = T.cast(cu_seqlens[bounds - 1], "int32") + cta
+            for step in T.serial(T.ceildiv(T.max(L - first, 0), BLOCKS)):
+                clear_rows(dv, first + step * BLOCKS, HV, V, thread)
+                if backward:
+                    clear_rows(dq, first + step * BLOCKS, H, K, thread)
+                    clear_rows(dk, first + step * BLOCKS, H, K, thread)
+                    clear_scalars(dg, first + step * BLOCKS, HV, thread)
+                    clear_scalars(dbeta, first + step * BLOCKS, HV, thread)
+
+    return clear_tail_kernel

@@ -1,0 +1,104 @@
+"""The plan of a decode step: which kernel it takes, and its launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from gdn.backend import Plan
+from gdn.problem import Call, PoolCall, Step
+
+from ...common.allocation import allocator
+from ..arguments import dtype_name
+from ..compile import compile_together, launchers
+from .kernel import choose_shape, decode_kernel
+
+_CALL_TENSORS = ("g", "beta", "A_log", "dt_bias", "cu_seqlens")
+_STEP_TENSORS = ("state_indices", "num_accepted_tokens", "output_indices")
+COUNTS = (1, 32, 128, 2048)
+"""Numbers of states at which `choose_shape` changes."""
+
+
+class DecodePlan(Plan):
+    """What all steps of one kind (shapes, strides, dtypes, device, options) have in common."""
+
+    def __init__(self, step: Step) -> None:
+        call = step.call
+        (B, _, HV, V), (H, K) = call.v.shape, call.q.shape[2:]
+        states = (B if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1) * HV
+        vec = 16 // step.state.element_size()
+        self.statics: dict[str, Any] = {
+            "dtype": dtype_name(call.q), "pool": dtype_name(step.state), "K": K, "V": V,
+            "v_first": call.state_v_first, "speculative": step.speculative,
+            "l2": call.use_qk_l2norm_in_kernel, "gate": call.use_gate_in_kernel,
+            "beta_scale": call.use_beta_sigmoid_in_kernel * (1.0 + call.allow_neg_eigval),
+            "table": step.state_indices is not None and step.state_indices.dim() == 2,
+            "leading": step.leading_column,
+            "clear": call.cu_seqlens is not None and step.out is None,
+        }  # fmt: skip
+        self.statics |= {name: dtype_name(getattr(call, name)) for name in _CALL_TENSORS}
+        self.statics |= {name: dtype_name(getattr(step, name)) for name in _STEP_TENSORS}
+        self.shapes, *self.other_shapes = (
+            {
+                wide: choose_shape(count, K, V, vec if wide else 1, call.state_v_first)
+                for wide in (True, False)
+            }
+            for count in (states, *COUNTS)
+        )
+        self.scalars = (step.null_index, HV // H)
+        tokens = (call.q, call.k, call.v)
+        self.copies = any(x.stride(3) != 1 for x in tokens)
+        self.wide = _strides_allow_16_bytes(step.state, [0])
+        if step.output_states is not None:
+            self.wide &= _strides_allow_16_bytes(step.output_states, [0])
+        self.wide &= all(_strides_allow_16_bytes(_with_rows(x), range(3)) for x in tokens)
+        self.new_o = allocator(call.v.shape, call.v.dtype, call.v.device)
+        self.launchers: dict[bool, Any] = {}
+
+    def launcher(self, wide: bool) -> Any:
+        """The function that launches the compiled kernel."""
+        if wide not in self.launchers:
+            compiled = decode_kernel(**self.statics, shape=self.shapes[wide], wide=wide)
+            (self.launchers[wide],) = launchers([compiled])
+        return self.launchers[wide]
+
+    def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
+        """See `gdn.backend.Plan.precompile`. Also for other numbers of states, and for tensors that
+        are not aligned to 16 bytes, since these change while a server runs."""
+        every = (self.shapes, *self.other_shapes)
+        kinds = {(shapes[wide], wide) for shapes in every for wide in {self.wide, False}}
+        compile_together(
+            *((decode_kernel, self.statics | {"shape": s, "wide": w}) for s, w in kinds)
+        )
+        return True
+
+    def decode(self, step: Step) -> Tensor:
+        """See `gdn.backend.Plan.decode`."""
+        call, state = step.call, step.state
+        q, k, v = call.q, call.k, call.v
+        if self.copies:
+            q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
+        o = self.new_o() if step.out is None else step.out
+        addresses = q.data_ptr() | k.data_ptr() | v.data_ptr() | state.data_ptr()
+        if step.output_states is not None:
+            addresses |= step.output_states.data_ptr()
+        run = self.launcher(self.wide and not addresses % 16)
+        run(
+            q, k, v, call.g, call.beta, state, step.state_indices, step.num_accepted_tokens,
+            call.A_log, call.dt_bias, call.cu_seqlens, step.output_states, step.output_indices,
+            o, call.scale, *self.scalars,
+        )  # fmt: skip
+        return o
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """x, or a copy of x in which the elements of a head are contiguous."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _strides_allow_16_bytes(x: Tensor, dims: Iterable[int]) -> bool:
+    """Whether the strides along `dims` are multiples of 16 bytes."""
+    size = x.element_size()
+    return all(x.shape[i] == 1 or x.stride(i) * size % 16 == 0 for i in dims)

@@ -1,0 +1,137 @@
+"""Skip what float32 cannot see: the chunks of a piece that decay leaves nothing of.
+
+A token multiplies the state by e^g (I - beta k k^T), whose norm is at most
+
+    e^g max(1, |1 - beta |k|^2|)
+
+so the logarithms of these numbers, summed from a token to the end of a piece, bound what is left of
+the state before that token. Where the sum is at most -60, less than 1e-26 is left: a scan for N may
+start there, from zero, and M is zero. A NaN in the sum skips nothing.
+
+All warps of a thread block take part. A warp sums a chunk, from the last one on. Only where the
+gates alone reach -60 are keys read, if they are not normalised; with the L2 norm |k| <= 1, and the
+bound is e^g max(1, |1 - beta|).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tilelang.language as T
+
+from gdn.problem import CHUNK as C
+
+from ..tile.gate_math import load_gates, sum_gates
+from ..tile.indexing import SEQUENCE, START, STOP
+from ..tile.layout import BETA, LOG2_E, G
+from .fused_memory import CHUNKS, FORGETS, HEAD, KEY_HEAD, PIECE
+
+FORGOTTEN = -60 * LOG2_E
+"""The sum of log2 of the bounds from which on nothing is left."""
+ROWS_AT_ONCE = 4
+"""Rows of k that a lane has a part of in registers."""
+
+
+class ForgettingSmem:
+    """Shared memory: the gates of a chunk, and its sum, for each warp."""
+
+    def __init__(self, warps: int) -> None:
+        self.gates = T.alloc_shared((warps, 2, C), "float32")
+        self.sums = T.alloc_shared((warps,), "float32")
+
+
+def growth(beta: Any, squares: Any) -> Any:
+    """log2 max(1, |1 - beta |k|^2|); NaN stays."""
+    factor = T.abs(1 - beta * squares)
+    return T.if_then_else(factor <= 1, 0.0, T.log2(factor))
+
+
+@T.macro
+def sum_lanes(x: Any, lanes: int) -> None:
+    """x[0], summed over each group of so many lanes of a warp."""
+    for power in T.unroll(lanes.bit_length() - 1):
+        x[0] += T.shfl_xor(x[0], 1 << power)
+
+
+@T.macro
+def sum_growth(
+    k: Any, batch: Any, token: Any, key_head: Any, smem: Any, total: Any, warp: Any, lane: Any
+) -> None:
+    """Add the growth of the 64 tokens from `token` on to total[0], some by each lane; eight lanes
+    read a row of k."""
+    K = k.shape[3]
+    row = T.alloc_local((ROWS_AT_ONCE, K // 8), k.dtype)
+    squares = T.alloc_local((1,), "float32")
+    for step in T.serial(C // (4 * ROWS_AT_ONCE)):
+        for n in T.unroll(ROWS_AT_ONCE):
+            t = (step * ROWS_AT_ONCE + n) * 4 + lane // 8
+            for i in T.unroll(K // 64):
+                for j in T.vectorized(8):
+                    row[n, i * 8 + j] = k[batch, token + t, key_head, i * 64 + lane % 8 * 8 + j]
+        for n in T.unroll(ROWS_AT_ONCE):
+            squares[0] = 0.0
+            for i in T.unroll(K // 8):
+                x = T.cast(row[n, i], "float32")
+                squares[0] += x * x
+            sum_lanes(squares, 8)
+            if lane % 8 == 0:
+                t = (step * ROWS_AT_ONCE + n) * 4 + lane // 8
+                total[0] += growth(smem.gates[warp, BETA, t], squares[0])
+
+
+@T.macro
+def skip_forgotten(
+    k: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, forgets: Any, smem: Any, task: Any,
+    block: Any, warp: Any, lane: Any, varlen: bool, l2: bool, gate: bool, bias: bool,
+    sigmoid: bool, double: bool,
+) -> None:  # fmt: skip
+    """If the piece forgets, let the scan for N (block 0) begin at the first chunk that matters, and
+    leave out the one for M (block 1): write FORGETS, START and CHUNKS of `task`, and `forgets`. All
+    chunks are whole, since another piece follows."""
+    raw = T.alloc_local((6,), "float32")
+    mine = T.alloc_local((1,), "float32")
+    total = T.alloc_var("float32")
+    ahead, first, seen = T.alloc_var("int32"), T.alloc_var("int32"), T.alloc_var("int32")
+    batch, warps = 0 if varlen else task[SEQUENCE], smem.sums.shape[0]
+    for keys in T.serial(1 if l2 else 2):  # keys: whether they are read
+        ahead = task[CHUNKS]
+        seen = 0
+        if keys == 1:  # reading stops where keys are so long that the sum may not get there
+            seen = T.if_then_else(first < 0, ahead, T.max(ahead - 2 * (ahead - first) - 1, 0))
+        first = -1
+        total = 0.0
+        while T.And(first < 0, ahead > seen):
+            chunk = ahead - 1 - warp
+            if chunk >= seen:
+                token = task[START] + chunk * C
+                left = task[STOP] - token
+                load_gates(
+                    g, beta, A_log, dt_bias, batch, task[HEAD], token, left, raw, lane, gate, bias
+                )
+                sum_gates(raw, left, smem.gates, warp, lane, gate, bias, sigmoid, double)
+                T.sync_warp()
+                mine[0] = 0.0
+                if l2:
+                    for i in T.unroll(2):
+                        mine[0] += growth(smem.gates[warp, BETA, lane * 2 + i], 1.0)
+                elif keys == 1:
+                    sum_growth(k, batch, token, task[KEY_HEAD], smem, mine, warp, lane)
+                sum_lanes(mine, 32)
+                if lane == 0:
+                    smem.sums[warp] = smem.gates[warp, G, C - 1] + mine[0]
+            T.sync_threads()
+            for i in T.serial(warps):
+                if T.And(first < 0, ahead - 1 - i >= seen):
+                    total += smem.sums[i]
+                    if total <= FORGOTTEN:
+                        first = ahead - 1 - i
+            ahead -= warps
+            T.sync_threads()
+    if T.And(T.And(warp == 0, lane == 0), task[CHUNKS] > 0):
+        if block == 0:
+            forgets[task[PIECE], task[HEAD]] = T.if_then_else(first < 0, 0, 1)
+        if first >= 0:
+            task[FORGETS] = 1
+            task[START] += first * C
+            task[CHUNKS] = T.if_then_else(block == 0, task[CHUNKS] - first, 0)
+    T.sync_threads()

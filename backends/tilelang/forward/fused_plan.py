@@ -1,0 +1,113 @@
+"""When one kernel computes a forward that saves nothing (`fused.py`), and its launches.
+
+Where whole sequences fill the GPU, there is one launch. Else sequences are cut into pieces: the
+kernel's transfer scan, `combine_pieces`, and the kernel again, which starts each piece from its
+real state. Chosen from shapes alone, since what forgets (`forgetting.py`) only the device knows:
+where nothing does, more pieces must not take longer than `prepare` and `scan`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn.problem import CHUNK, Call
+
+from ...common.allocation import allocator
+from ...common.chunking import piece_slots, sm_count
+from ..combine_pieces import combine_pieces
+from ..compile import compile_together, launchers
+from ..tile.layout import ROWS
+from .fused import fused_forward
+
+MIN_SHARE = 0.57
+"""Whole sequences are scanned where their scans, one on an SM at a time, keep at least this share
+of the SMs busy."""
+MIN_PIECES, MIN_PIECE_CHUNKS = 8, 32
+"""Sequences are cut into at least so many pieces, of at least so many chunks: else `prepare` and
+`scan` take less time where nothing forgets."""
+
+
+def fills_gpu(call: Call) -> bool:
+    """Whether scans of whole sequences keep the SMs busy."""
+    scans, sms = call.sequences * call.v.shape[2], sm_count(call.q.device)
+    return scans > 0 and scans >= MIN_SHARE * sms * -(-scans // sms)
+
+
+def choose_piece_length(call: Call) -> int | None:
+    """Tokens of a piece; None if sequences are not cut.
+
+    There are as many pieces as keep all SMs busy. The lengths of packed sequences are not known
+    here, and one may have nearly all tokens: they are cut as if one did.
+    """
+    T, HV, sms = call.q.shape[1], call.v.shape[2], sm_count(call.q.device)
+    packed = call.cu_seqlens is not None
+    pieces = sms // max(HV * (1 if packed else call.sequences), 1)  # of the longest sequence
+    chunks = -(-T // (CHUNK * max(pieces, 1)))
+    few = 2 * call.sequences * HV <= sms
+    return chunks * CHUNK if few and pieces >= MIN_PIECES and chunks >= MIN_PIECE_CHUNKS else None
+
+
+class FusedPass:
+    """What all forward calls of one kind have in common. length: tokens of a piece, None if
+    sequences are not cut."""
+
+    def __init__(self, call: Call, options: dict[str, Any], length: int | None) -> None:
+        """options: those of `fused_forward`, without cut and transfer."""
+        self.length = length
+        self.jobs: list[tuple[Any, dict[str, Any]]] = []
+        self.launchers: list[Any] = []
+        self.pieces = call.sequences
+        if length is not None:
+            self.pieces = piece_slots(call, length)
+            (HV, V), K, device = call.v.shape[2:], call.q.shape[3], call.q.device
+            f32 = torch.float32
+            self.new_transfer = allocator((self.pieces, HV, V + K, K), f32, device)
+            self.new_begins = allocator((self.pieces, HV, V, K), f32, device)
+            self.new_forgets = allocator((self.pieces, HV), torch.int32, device)
+            combine = {
+                name: options[name]
+                for name in ("offsets", "K", "V", "varlen", "initial", "v_first")
+            } | {"final": False, "reverse": False, "forgetting": True}
+            self.jobs = [
+                (fused_forward, options | {"final": True, "cut": True, "transfer": True}),
+                (combine_pieces, combine),
+            ]
+        last = {"cut": length is not None, "transfer": False}
+        last |= {"initial": True} if length is not None else {}
+        self.jobs.append((fused_forward, options | last))
+
+    @classmethod
+    def of(cls, call: Call, options: dict[str, Any]) -> FusedPass | None:
+        """None if other kernels compute the call."""
+        if call.v.shape[3] != 2 * ROWS or not call.sequences:
+            return None
+        length = choose_piece_length(call)
+        return cls(call, options, length) if length is not None or fills_gpu(call) else None
+
+    def kernels(self) -> list[Any]:
+        """The compiled kernels, in the order of their launches."""
+        return compile_together(*self.jobs)
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Any, ...], initial: Tensor | None,
+        cu_seqlens: Tensor | None, o: Tensor, final: Tensor | None, scale: float,
+    ) -> None:  # fmt: skip
+        """Launch the kernels. gates: g, beta, A_log, dt_bias."""
+        if not self.launchers:
+            self.launchers = launchers(self.kernels())
+        N, inputs = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else q.shape[0], (q, k, v)
+        sizes = (N, self.pieces, self.length or 0, scale)
+        if self.length is not None:
+            transfer, forgets = self.new_transfer(), self.new_forgets()
+            begins = self.new_begins()
+            scan, combine, _ = self.launchers
+            scan(*inputs, *gates, initial, cu_seqlens, o, transfer, forgets, *sizes)
+            combine(
+                transfer, None, forgets, begins, initial, None, cu_seqlens, N, q.shape[1],
+                self.length,
+            )  # fmt: skip
+            initial = begins
+        self.launchers[-1](*inputs, *gates, initial, cu_seqlens, o, final, None, *sizes)

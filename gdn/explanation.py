@@ -1,0 +1,64 @@
+"""What `gdn.explain` shows: for every backend, whether it can run a call, and why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gdn import registry
+from gdn.dispatch import find_reasons, parse_request
+from gdn.problem import Problem
+from gdn.registry import backend_names, find_backend
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether one backend can run a problem: it can, by `path`, if there are no reasons against
+    it."""
+
+    name: str
+    reasons: tuple[str, ...]
+    path: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What `gdn.explain` returns: the request and where it was set, the chosen backend, and a
+    verdict for every backend."""
+
+    request: str
+    source: str
+    problem: Problem
+    chosen: str | None
+    verdicts: tuple[Verdict, ...]
+
+    def __str__(self) -> str:
+        lines = [f"problem  {self.problem}", f"request  {self.request} ({self.source})"]
+        lines.append(
+            f"chosen   {self.chosen or 'none: the call would raise BackendUnsupportedError'}"
+        )
+        width = max((len(verdict.name) for verdict in self.verdicts), default=0)
+        for verdict in self.verdicts:
+            why = "; ".join(verdict.reasons) if verdict.reasons else f"can run it ({verdict.path})"
+            lines.append(
+                f"  {verdict.name:<{width}}  {'no:  ' if verdict.reasons else 'yes: '}{why}"
+            )
+        return "\n".join(lines)
+
+
+def verdict(name: str, problem: Problem) -> Verdict:
+    """Whether the named backend can run the problem, and by which path."""
+    reasons = find_reasons(name, problem)
+    if reasons:
+        return Verdict(name, tuple(reasons), None)
+    try:
+        return Verdict(name, (), find_backend(name).path(problem))
+    except Exception as error:  # the path is for readers; the call runs without it
+        return Verdict(name, (), f"unknown, {registry.raised('path', error)}")
+
+
+def explain(request: str, source: str, problem: Problem) -> Explanation:
+    """The verdict for every backend on a problem, and the backend that the request chooses."""
+    verdicts = [verdict(name, problem) for name in backend_names()]
+    able = {verdict.name for verdict in verdicts if not verdict.reasons}
+    chosen = next((name for name in parse_request(request) if name in able), None)
+    return Explanation(request, source, problem, chosen, tuple(verdicts))

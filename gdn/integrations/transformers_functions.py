@@ -1,0 +1,70 @@
+"""gdn under the arguments of transformers' functions for sequences and for single tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn.api import gated_delta_net
+from gdn.integrations.recurrence import run_step
+from gdn.integrations.transformers_packed import check_state
+
+_OPTIONS = ("scale", "use_qk_l2norm_in_kernel", "cu_seqlens")
+
+
+def run_sequences(
+    backend: str | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *_: object,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' function for sequences, with its arguments; those that it does not know either
+    are dropped."""
+    options = {name: kwargs[name] for name in _OPTIONS if kwargs.get(name) is not None}
+    return gated_delta_net(
+        query, key, value, g, beta, initial_state=initial_state,
+        output_final_state=output_final_state, backend=backend, **options,
+    )  # fmt: skip
+
+
+def run_tokens(
+    backend: str | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *_: object,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The same for a few tokens: a decode step, or, where gradients are wanted, a short
+    sequence."""
+    tensors = (query, key, value, g, beta)
+    given = tensors if initial_state is None else (*tensors, initial_state)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return run_sequences(
+            backend, *tensors, initial_state=initial_state,
+            output_final_state=output_final_state, **kwargs,
+        )  # fmt: skip
+    options = {name: kwargs[name] for name in _OPTIONS if kwargs.get(name) is not None}
+    tokens = dict(zip(("q", "k", "v", "g", "beta"), tensors, strict=True))
+    return run_step(backend, tokens, options, initial_state, output_final_state)
+
+
+def run(step: bool, backend: str | None, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """`run_tokens` if step, else `run_sequences`. Kimi's layers pass the bounds of packed sequences
+    on under the name that they were given."""
+    if "cu_seqlens" not in kwargs:
+        kwargs["cu_seqlens"] = kwargs.get("cu_seq_lens_q")
+    check_state(**kwargs)
+    return (run_tokens if step else run_sequences)(backend, *args, **kwargs)

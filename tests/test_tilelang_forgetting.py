@@ -1,0 +1,180 @@
+"""Pieces by one kernel, and the chunks that its transfer scan skips (`forward/forgetting.py`), in
+the emulator and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import gdn
+from gdn.testing import Case, make_inputs
+
+pytest.importorskip("tilelang")
+pytest.importorskip("test_tilelang_emulated")
+
+from gdn.backends.tilelang.forward import fused_plan
+from support import assert_close, run, truth
+from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: F401
+
+LENGTH = 192  # tokens of a piece: three chunks
+CUT = Case(
+    "cut", T=500, H=1, HV=2, K=128, V=128, dtype=torch.bfloat16, gates="weak", state_v_first=True
+)  # fmt: skip
+
+
+@pytest.fixture
+def forgets(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Sequences are cut into pieces of three chunks. The list gets what each call's transfer scan
+    says of its pieces."""
+    found = []
+    new = fused_plan.allocator
+
+    def allocator(shape: Any, dtype: torch.dtype, device: torch.device) -> Callable[[], Any]:
+        def fill() -> torch.Tensor:
+            x = torch.full(shape, -1 if dtype == torch.int32 else torch.nan, device=device)
+            x = x.to(dtype)
+            if dtype == torch.int32:
+                found.append(x)
+            return x
+
+        return fill
+
+    assert new is not allocator
+    monkeypatch.setattr(fused_plan, "allocator", allocator)
+    monkeypatch.setattr(fused_plan, "choose_piece_length", lambda call: LENGTH)
+    return found
+
+
+@WORLDS
+@pytest.mark.parametrize("initial", [True, False])
+def test_pieces_of_which_none_forgets(
+    world: Callable[..., None],  # noqa: F811
+    forgets: list[torch.Tensor],
+    initial: bool,
+    late: bool,
+) -> None:
+    world(late)
+    case = replace(CUT, initial_state=initial)
+    check(case, make_inputs(case))
+    assert forgets[0].tolist() == [[0, 0], [0, 0], [-1, -1]]  # nobody asks the last one
+
+
+@pytest.mark.parametrize("K", [64, 128])
+def test_packed_pieces(world: Callable[..., None], forgets: list[torch.Tensor], K: int) -> None:  # noqa: F811
+    world(late=True)
+    case = replace(
+        CUT, K=K, T=0, lengths=(450, 0, 70, 193), fused=True, gates="model", state_v_first=False
+    )  # fmt: skip
+    check(case, make_inputs(case))
+
+
+@WORLDS
+def test_a_piece_that_forgets_starts_at_the_first_chunk_that_matters(
+    world: Callable[..., None],  # noqa: F811
+    forgets: list[torch.Tensor],
+    late: bool,
+) -> None:
+    """Head 0 forgets within two chunks, head 1 not quite within a piece."""
+    world(late)
+    inputs = make_inputs(replace(CUT, gates="none"))
+    inputs["g"][..., 0] = -60.01 / (2 * 64)
+    inputs["g"][..., 1] = -59.99 / LENGTH
+    check_inputs(inputs)
+    assert forgets[0].tolist() == [[1, 0], [1, 0], [-1, -1]]
+
+
+def check_inputs(inputs: dict[str, Any]) -> None:
+    """Agreement with the definition in float64, of a call of changed inputs."""
+    exact = {
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+    expected = gdn.gated_delta_net(**exact, backend="torch")
+    got = gdn.gated_delta_net(**inputs, backend="emulated")
+    assert_close("o", got.o, expected.o, torch.bfloat16)
+    assert_close("final_state", got.final_state, expected.final_state, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("length", "beta", "g", "forgotten"),
+    [
+        (1.0, 1.0, -0.4, 1),  # |1 - beta |k|^2| <= 1
+        (3.0, 1.0, -0.4, 0),  # each token may multiply the state by 8
+        (3.0, 1.0, -2.0, 0),  # log 8 = 2.08
+        (3.0, 1.0, -3.0, 1),  # -0.92 a token: 66 of them, where the gates alone need 20
+        (1.0, -1.0, -0.4, 0),  # log 2 = 0.69
+        (1.0, -1.0, -1.4, 1),
+        (1.0, 3.0, -1.4, 1),
+        (1.0, 3.0, -0.4, 0),
+    ],
+)
+@pytest.mark.parametrize("l2", [False, True])
+def test_long_keys_and_strengths_count(
+    world: Callable[..., None],  # noqa: F811
+    forgets: list[torch.Tensor],
+    length: float,
+    beta: float,
+    g: float,
+    forgotten: int,
+    l2: bool,
+) -> None:
+    if l2 and length > 1:
+        pytest.skip("the norm makes it 1")
+    world(late=False)
+    inputs = make_inputs(replace(CUT, gates="none", l2norm=l2))
+    inputs["k"] = length * torch.nn.functional.normalize(inputs["k"].float(), dim=-1).bfloat16()
+    if not l2:  # rounding leaves lengths a little above 1
+        inputs["k"] *= 0.98
+    inputs["v"], inputs["beta"] = inputs["v"] * 0, torch.full_like(inputs["beta"], beta)
+    inputs["g"] = torch.full_like(inputs["g"], g)
+    gdn.gated_delta_net(**inputs, backend="emulated")
+    assert forgets[0][:2].tolist() == [[forgotten] * 2] * 2
+
+
+@pytest.mark.parametrize("name", ["g", "beta", "k"])
+def test_nan_is_not_forgotten(
+    world: Callable[..., None],  # noqa: F811
+    forgets: list[torch.Tensor],
+    name: str,
+) -> None:
+    """A NaN among the tokens that decide reaches the next piece, whose end forgets it."""
+    world(late=False)
+    inputs = make_inputs(replace(CUT, gates="none"))
+    inputs["g"][:] = -1.0
+    inputs[name][:, LENGTH - 2] = torch.nan
+    o, _ = gdn.gated_delta_net(**inputs, backend="emulated")
+    assert forgets[0].tolist() == [[0, 0], [1, 1], [-1, -1]]
+    assert o[:, LENGTH - 2 : 2 * LENGTH].isnan().all()
+    assert not o[:, 2 * LENGTH :].isnan().any()
+
+
+def test_minus_infinity_is_forgotten(
+    world: Callable[..., None],  # noqa: F811
+    forgets: list[torch.Tensor],
+) -> None:
+    world(late=False)
+    inputs = make_inputs(replace(CUT, gates="none"))
+    inputs["g"][:, LENGTH - 2] = -torch.inf
+    check_inputs(inputs)
+    assert forgets[0].tolist() == [[1, 1], [0, 0], [-1, -1]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gates", ["none", "weak", "mixed", "model", "fast", "strong"])
+@pytest.mark.parametrize("lengths", [None, (5000, 3, 0, 1597, 64)])
+def test_pieces_on_a_gpu(gates: Any, lengths: tuple[int, ...] | None) -> None:
+    sizes = {"T": 6664} if lengths is None else {"lengths": lengths}
+    case = Case(
+        "pieces", **sizes, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16, gates=gates, fused=True
+    )  # fmt: skip
+    inputs = make_inputs(case, "cuda")
+    expected = truth(case)
+    got = run("tilelang", case, inputs)
+    for name, value in got.items():
+        assert_close(name, value, expected[name], case.dtype)
+    for name, value in run("tilelang", case, inputs).items():
+        assert torch.equal(value, got[name])
