@@ -74,11 +74,9 @@ def store_decayed_rows(
 ):  # fmt: skip
     """Store value [C, BK] over its scales as rows number `which`, and the scales as a factor."""
     rounded, scales = round_rows(value, decayed_rows.dtype.element_ty)
-    index = chunk_head * NUM_DECAYED_ROWS + which
-    store_matrix(decayed_rows, rounded, index, 0, C, C, BK)
-    store_factor(
-        factors, tl.sum(tl.zeros([C, 1], tl.float32) + scales, axis=1), chunk_head, factor, C
-    )
+    store_matrix(decayed_rows, rounded, chunk_head * NUM_DECAYED_ROWS + which, 0, C, C, BK)
+    scales = tl.sum(tl.full([C, 1], 1.0, tl.float32) * scales, axis=1)
+    store_factor(factors, scales, chunk_head, factor, C)
 
 
 @triton.jit
@@ -89,10 +87,8 @@ def load_reciprocal_norms(
     """1 / sqrt(sum x^2 + eps) of the rows of a chunk, [C], from tiles of BD columns."""
     squares = tl.zeros([C], tl.float32)
     for first_channel in range(0, K, BD):
-        tile = load_input_rows(x, first_token, tokens, head, STRIDES, K, first_channel, C, BD).to(
-            tl.float32
-        )
-        squares += tl.sum(tile * tile, axis=1)
+        tile = load_input_rows(x, first_token, tokens, head, STRIDES, K, first_channel, C, BD)
+        squares += tl.sum(tile.to(tl.float32) * tile.to(tl.float32), axis=1)
     return 1 / tl.sqrt(squares + EPS)
 
 
@@ -162,7 +158,6 @@ def prepare_channels_kernel(
     store_matrix(matrices, A * strength[None, :], chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C)
     if SAVE:
         store_matrix(matrices, A, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
-
         store_factor(factors, tl.zeros([C], tl.float32), chunk_head, GATE_SUM, C)
         store_factor(factors, tl.zeros([C], tl.float32), chunk_head, GATE_SUM_RESIDUAL, C)
     store_factor(factors, strength, chunk_head, BETA, C)
@@ -191,20 +186,9 @@ def decay_rows_kernel(
     )  # fmt: skip
     g = find_batch_row(g, first_token, T, G_STRIDES)
     _, log_decay = load_channel_gates(
-        g,
-        A_log,
-        dt_bias,
-        first_token,
-        tokens,
-        head,
-        0,
-        G_STRIDES,
-        K,
-        C,
-        BK,
-        FUSED_GATE,
+        g, A_log, dt_bias, first_token, tokens, head, 0, G_STRIDES, K, C, BK, FUSED_GATE,
         LOWER_BOUND,
-    )
+    )  # fmt: skip
     G = sum_gates(log_decay, dtype)  # [C, K]
     is_last = tl.arange(0, C)[:, None] == C - 1
     gamma = tl.sum(tl.where(is_last, G, 0.0), axis=0)  # [K]
@@ -212,9 +196,8 @@ def decay_rows_kernel(
     tl.store(channel_decays + chunk_head * BK + tl.arange(0, BK), decay)
 
     rk = load_factor(factors, chunk_head, RK, C)
-    keys = rk[:, None] * load_input_rows(
-        k, first_token, tokens, qk_head, K_STRIDES, K, 0, C, BK
-    ).to(tl.float32)
+    keys = load_input_rows(k, first_token, tokens, qk_head, K_STRIDES, K, 0, C, BK)
+    keys = rk[:, None] * keys.to(tl.float32)
     K_out = keys * tl.exp((gamma[None, :] - G).to(tl.float32))
     store_decayed_rows(K_out, K_OUT, U_TO_STATE, decayed_rows, factors, chunk_head, C, BK)
     prefix = tl.exp(G.to(tl.float32))
@@ -223,8 +206,6 @@ def decay_rows_kernel(
     W_rows = dot_decayed(A_beta, K_in, dtype)
     store_decayed_rows(W_rows, W, KS_TO_E, decayed_rows, factors, chunk_head, C, BK)
     rq = load_factor(factors, chunk_head, RQ, C)
-    queries = load_input_rows(q, first_token, tokens, qk_head, Q_STRIDES, K, 0, C, BK).to(
-        tl.float32
-    )
-    Q_in = (scale * rq)[:, None] * queries * prefix
+    queries = load_input_rows(q, first_token, tokens, qk_head, Q_STRIDES, K, 0, C, BK)
+    Q_in = (scale * rq)[:, None] * queries.to(tl.float32) * prefix
     store_decayed_rows(Q_in, Q_IN, QS_TO_O, decayed_rows, factors, chunk_head, C, BK)

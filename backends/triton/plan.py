@@ -143,12 +143,10 @@ class PrefillPlan(Plan):
     def bind_forward(self, call: Call, save: bool) -> list[Stage]:
         """Forward's stages, in their order, apart from `decay_rows`."""
         programs = self.slots * self.constants["HV"]
+        kernel, flags = prepare_kernel, dict[str, int](SAVE=save)
         if call.per_channel:
-            prepare = self.bind(
-                prepare_channels_kernel, programs, self.chunk_sizes, BD=PREPARED_CHANNELS, SAVE=save
-            )
-        else:
-            prepare = self.bind(prepare_kernel, programs, self.chunk_sizes, SAVE=save)
+            kernel, flags = prepare_channels_kernel, flags | {"BD": PREPARED_CHANNELS}
+        prepare = self.bind(kernel, programs, self.chunk_sizes, **flags)
         initial, final = call.initial_state is not None, call.output_final_state
         if self.piece_length is None:
             scan = self.bind_scan(call, o=True, final=final, states=False, transfer=False)
@@ -289,10 +287,9 @@ class PrefillPlan(Plan):
         dtype = torch.bfloat16 if call.q.dtype == torch.bfloat16 else torch.float32
         grad_matrices = factors.new_empty((slots, HV, 2, CHUNK, CHUNK), dtype=dtype)
         products = factors.new_empty((slots, HV, 3, CHUNK))
-        sums = None
-        if HV > H or call.use_qk_l2norm_in_kernel:
-            sums = factors.new_empty((slots, H, 2, CHUNK, BK))
         found = (grad_matrices, products)
+        needs_sums = HV > H or call.use_qk_l2norm_in_kernel
+        sums = factors.new_empty((slots, H, 2, CHUNK, BK)) if needs_sums else None
         self.bind(matrix_gradients_kernel, slots * HV, self.chunk_sizes)(
             (call.v, factors, matrices, *of_values, dv, *found, call.cu_seqlens), call.scale
         )
