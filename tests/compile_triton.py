@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from gdn.backends.triton.channel_gradients import channel_gradients_kernel
+from gdn.backends.triton.channel_prepare import decay_rows_kernel, prepare_channels_kernel
 from gdn.backends.triton.combine_pieces import combine_pieces_kernel
 from gdn.backends.triton.decode import COUNTS, decode_kernel
 from gdn.backends.triton.key_gradients import key_gradients_kernel
 from gdn.backends.triton.launch import Stage, choose_configuration
+from gdn.backends.triton.matrix_gradients import matrix_gradients_kernel
 from gdn.backends.triton.pool import POOL_COUNTS
 from gdn.backends.triton.prepare import prepare_kernel
 from gdn.backends.triton.query_gradients import query_gradients_kernel
@@ -32,14 +35,14 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448}
 FLOAT32 = {"transfers", "from_zero", "initial_state", "final_state", "state_in", "state_out"}
 FLOAT32 |= {"piece_states", "grad_final", "grad_initial", "factors", "g", "beta", "A_log"}
 FLOAT32 |= {"dt_bias", "row_scales", "dG_from_o", "dg", "dbeta", "dA_log", "ddt_bias", "state"}
-FLOAT32 |= {"into", "pool", "checkpoints"}
+FLOAT32 |= {"into", "pool", "checkpoints", "channel_decays", "products", "sums"}
 INT32 = {"N", "T", "chunks_per_sequence", "pieces_per_sequence", "piece_chunks"}
 INT32 |= {"slot_stride", "into_stride", *POOL_COUNTS, *COUNTS}
 
 # Constants. A kernel takes those that it names.
 COMMON: dict[str, Any] = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 64, "BK": 128, "VARLEN": True}
-COMMON |= {"L2_NORM": True, "FUSED_GATE": True, "HAS_DT_BIAS": True, "FUSED_SIGMOID": True}
-COMMON |= {"BETA_SCALE": 1.0, "SAVE": True, "POOL": False}
+COMMON |= {"L2_NORM": True, "FUSED_GATE": True, "LOWER_BOUND": None, "FUSED_SIGMOID": True}
+COMMON |= {"BETA_SCALE": 1.0, "SAVE": True, "POOL": False, "CHANNELS": False, "BD": 64}
 COMMON |= {"Q_STRIDES": (0, 2048, 128), "K_STRIDES": (0, 2048, 128), "V_STRIDES": (0, 4096, 128)}
 COMMON |= {"G_STRIDES": (0, 32, 1), "BETA_STRIDES": (0, 32, 1)}
 NO_POOL = dict.fromkeys(
@@ -65,6 +68,7 @@ COMBINE |= NO_POOL
 DECODE: dict[str, Any] = {"V_FIRST": False, "SPECULATIVE": False, "LEADING": True}
 DECODE |= {"FIRST_COLUMN": 1, "UNIT": 8, "CLEAR_TAIL": False}
 DECODE |= {"accepted": None, "cu_seqlens": None, "written": None}
+CHANNELS = {"CHANNELS": True, "G_STRIDES": (0, 4096, 128)}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (prepare_kernel, {}),
     (scan_kernel, SCAN),
@@ -78,6 +82,14 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (decode_kernel, DECODE),
     (decode_kernel, DECODE | {"V_FIRST": True}),
     (decode_kernel, DECODE | {"UNIT": 1}),
+    (prepare_channels_kernel, CHANNELS | {"BD": 32}),
+    (decay_rows_kernel, CHANNELS),
+    (scan_kernel, SCAN | CHANNELS),
+    (scan_kernel, SCAN_FOR_STATES | CHANNELS),
+    (reverse_scan_kernel, REVERSE_SCAN | CHANNELS),
+    (matrix_gradients_kernel, CHANNELS),
+    (channel_gradients_kernel, CHANNELS),
+    (decode_kernel, DECODE | CHANNELS),
 ]
 
 
@@ -97,7 +109,9 @@ def type_of(name: str, dtype: str) -> str:
 def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
     """One line of the output."""
     name, itemsize = kernel.fn.__name__, {"bf16": 2, "fp32": 4}[dtype]
-    configuration = choose_configuration(name, COMMON["BK"], itemsize, 32, SHARED_MEMORY[sm])
+    configuration = choose_configuration(
+        name, COMMON["BK"], itemsize, 32, SHARED_MEMORY[sm], "CHANNELS" in flags
+    )
     taken = {n: x for n, x in (COMMON | flags).items() if n in kernel.arg_names}
     stage = Stage(kernel, 1, configuration, **taken)
     constants = stage.kernel_constants

@@ -26,7 +26,7 @@ from gdn.testing import (
 )
 
 GATES = ("none", "weak", "mixed", "strong", "resets")
-BASE = Case("channels", T=90, B=2, HV=4, K=24, V=40, per_channel=True)
+BASE = Case("channels", T=70, B=2, H=1, HV=2, K=24, V=40, per_channel=True)
 
 
 @pytest.fixture

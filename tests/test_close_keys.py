@@ -20,7 +20,11 @@ IN_THE_INTERPRETER = [
     ("cosine-1-beta-2", BFLOAT16),
     ("cosine-0.95-beta-1.5", FLOAT16),
     ("long-equal-keys", BFLOAT16),
+    ("channels-cosine-1-beta-2", BFLOAT16),
 ]
+KEYS = CLOSE_KEYS + tuple(
+    replace(case, name=f"channels-{case.name}", per_channel=True) for case in CLOSE_KEYS
+)
 pytestmark = pytest.mark.usefixtures("clean_registry")
 
 
@@ -51,7 +55,7 @@ def check_against_rounding(name: str, case: Case, inputs: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("name", ["tilelang", "triton"])
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32], ids=str)
-@pytest.mark.parametrize("case", CLOSE_KEYS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", KEYS, ids=lambda case: case.name)
 def test_kernels_lose_at_most_twice_what_rounding_costs(
     name: str, case: Case, dtype: torch.dtype, device: str
 ) -> None:

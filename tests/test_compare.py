@@ -86,7 +86,9 @@ def test_the_reference_is_computed_a_few_heads_at_a_time(
 def test_backward_that_is_not_captured_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = []
 
-    def gpu_times(runs: Mapping[str, Run], graphed: Mapping[str, bool]) -> dict[str, Timing]:
+    def gpu_times(
+        runs: Mapping[str, Run], graphed: Mapping[str, bool], seconds: float
+    ) -> dict[str, Timing]:
         timed.append(sorted(runs))
         return {name: Timing(2.0 + len(timed), 0.1, 5, "events") for name in runs}
 

@@ -24,6 +24,8 @@ from gdn.testing import (
 RAW_ROWS = Case("raw-rows", T=100, H=1, HV=2, K=128, gates="weak", l2norm=True)
 LARGE_STATES = Case("large-states", T=100, H=1, HV=2, gates="weak")
 LARGE_VALUES = Case("large-values", T=100, H=1, HV=2, gates="model", initial_state=False)
+CASES = [RAW_ROWS, LARGE_STATES, LARGE_VALUES]
+CASES += [replace(case, name=f"channels-{case.name}", T=66, per_channel=True) for case in CASES]
 TIMES: dict[str, dict[str, float]] = {
     "raw-rows": {"q": 10, "k": 1000, "v": 100},
     "large-states": {"initial_state": 5e4},
@@ -42,7 +44,9 @@ def check_ranges(name: str, case: Case, device: str = "cpu", backward: bool = Tr
     up to 2e5, exceed float16, and values come close. o and the gradients of q, k and v do not."""
     case = replace(case, dtype=torch.float16)
     inputs = make_inputs(case)
-    inputs |= {n: inputs[n] * factor for n, factor in TIMES[case.name].items()}
+    inputs |= {
+        n: inputs[n] * factor for n, factor in TIMES[case.name.removeprefix("channels-")].items()
+    }
     moved = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
     require(name, moved)
     exact = with_gradients(inputs, torch.float64)
@@ -56,7 +60,7 @@ def check_ranges(name: str, case: Case, device: str = "cpu", backward: bool = Tr
 
 @pytest.mark.usefixtures("clean_registry")
 @pytest.mark.parametrize("name", ["tilelang", "triton", "rounded"])
-@pytest.mark.parametrize("case", [RAW_ROWS, LARGE_STATES, LARGE_VALUES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_intermediates_stay_in_range(name: str, case: Case, device: str) -> None:
     gdn.register_backend(Rounded(torch.float16))
     check_ranges(name, case, device)

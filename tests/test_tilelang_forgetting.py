@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ pytest.importorskip("tilelang")
 pytest.importorskip("test_tilelang_emulated")
 
 from gdn.backends.tilelang.forward import fused_plan
-from support import assert_close, run, truth
+from support import TOKENS, assert_close, run, truth
+from test_float16_ranges import LARGE_STATES, check_ranges
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: F401
 
 LENGTH = 192  # tokens of a piece: three chunks
@@ -31,7 +33,6 @@ def forgets(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Sequences are cut into pieces of three chunks. The list gets what each call's transfer scan
     says of its pieces."""
     found = []
-    new = fused_plan.allocator
 
     def allocator(shape: Any, dtype: torch.dtype, device: torch.device) -> Callable[[], Any]:
         def fill() -> torch.Tensor:
@@ -43,7 +44,6 @@ def forgets(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
         return fill
 
-    assert new is not allocator
     monkeypatch.setattr(fused_plan, "allocator", allocator)
     monkeypatch.setattr(fused_plan, "choose_piece_length", lambda call: LENGTH)
     return found
@@ -63,13 +63,49 @@ def test_pieces_of_which_none_forgets(
     assert forgets[0].tolist() == [[0, 0], [0, 0], [-1, -1]]  # nobody asks the last one
 
 
-@pytest.mark.parametrize("K", [64, 128])
-def test_packed_pieces(world: Callable[..., None], forgets: list[torch.Tensor], K: int) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    ("K", "dtype", "gates", "options"),
+    [
+        (64, torch.bfloat16, "weak", {"fused": True}),
+        (128, torch.float16, "weak", {"l2norm": True}),
+        (128, torch.bfloat16, "mixed", {"fused": True, "initial_state": False}),
+        (128, torch.bfloat16, "fast", {"l2norm": True}),
+    ],
+)
+def test_packed_pieces(
+    world: Callable[..., None],  # noqa: F811
+    forgets: list[torch.Tensor],
+    K: int,
+    dtype: torch.dtype,
+    gates: Any,
+    options: dict[str, Any],
+) -> None:
+    """With tokens past the last sequence, on which nothing depends."""
     world(late=True)
     case = replace(
-        CUT, K=K, T=0, lengths=(450, 0, 70, 193), fused=True, gates="model", state_v_first=False
+        CUT, K=K, T=0, lengths=(450, 0, 70, 193), gates=gates, dtype=dtype, state_v_first=False,
+        **options,
     )  # fmt: skip
-    check(case, make_inputs(case))
+    inputs = make_inputs(case)
+    for name in TOKENS:
+        tail = torch.full_like(inputs[name][:, :9], torch.nan)
+        inputs[name] = torch.cat((inputs[name], tail), 1)
+    got = gdn.gated_delta_net(**inputs, backend="emulated")
+    expected = truth(case)
+    assert_close("o", got.o[:, : case.tokens], expected["o"], dtype)
+    assert not got.o[:, case.tokens :].any()
+    assert_close("final_state", got.final_state, expected["final_state"], dtype)
+    if gates != "weak":  # then the pieces that another one follows forget
+        assert forgets[0][:2].tolist() == [[1, 1]] * 2
+
+
+def test_large_float16_states(
+    world: Callable[..., None],  # noqa: F811
+    forgets: list[torch.Tensor],
+) -> None:
+    world(late=True)
+    check_ranges("emulated", replace(LARGE_STATES, T=250, V=128), backward=False)
+    assert forgets[0].tolist() == [[0, 0], [-1, -1]]
 
 
 @WORLDS
@@ -163,14 +199,26 @@ def test_minus_infinity_is_forgotten(
     assert forgets[0].tolist() == [[1, 1], [0, 0], [-1, -1]]
 
 
+def test_serialises_no_product_and_spills_nothing(tmp_path: Path) -> None:
+    """The transfer scan."""
+    compiled = pytest.importorskip("test_tilelang")
+    plan, _ = compiled.plan_of(replace(CUT, T=64 * 32 * 66))
+    kernel = plan.kernels(save=False)[0]
+    said = compiled.verdict(kernel, tmp_path)
+    compiled.assert_registers_suffice(kernel.get_kernel_source(), said)
+    assert "0 bytes spill stores" in said
+    assert "serialized" not in said, said
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("gates", ["none", "weak", "mixed", "model", "fast", "strong"])
-@pytest.mark.parametrize("lengths", [None, (5000, 3, 0, 1597, 64)])
-def test_pieces_on_a_gpu(gates: Any, lengths: tuple[int, ...] | None) -> None:
-    sizes = {"T": 6664} if lengths is None else {"lengths": lengths}
-    case = Case(
-        "pieces", **sizes, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16, gates=gates, fused=True
-    )  # fmt: skip
+@pytest.mark.parametrize("lengths", [None, (1000, 3, 0, 597, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pieces_on_a_gpu(
+    forgets: list[torch.Tensor], gates: Any, lengths: tuple[int, ...] | None, dtype: torch.dtype
+) -> None:
+    sizes: dict[str, Any] = {"T": 1664} if lengths is None else {"lengths": lengths}
+    case = Case("pieces", **sizes, H=2, HV=4, K=128, V=128, dtype=dtype, gates=gates, l2norm=True)
     inputs = make_inputs(case, "cuda")
     expected = truth(case)
     got = run("tilelang", case, inputs)
@@ -178,3 +226,6 @@ def test_pieces_on_a_gpu(gates: Any, lengths: tuple[int, ...] | None) -> None:
         assert_close(name, value, expected[name], case.dtype)
     for name, value in run("tilelang", case, inputs).items():
         assert torch.equal(value, got[name])
+    assert len(forgets) == 2
+    if gates in ("none", "fast"):
+        assert bool(forgets[0][0].all()) == (gates == "fast")

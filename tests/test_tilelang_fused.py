@@ -14,7 +14,7 @@ import torch
 import gdn
 from gdn.problem import Call
 from gdn.testing import CASES as SHARED
-from gdn.testing import CLOSE_KEYS, Case, make_inputs
+from gdn.testing import CLOSE_KEYS, Case, make_inputs, relative_error
 
 pytest.importorskip("tilelang")
 emulated = pytest.importorskip("test_tilelang_emulated")
@@ -94,6 +94,15 @@ RANGES = pytest.mark.parametrize(
 def test_float16_ranges(world: Callable[..., None], case: Case) -> None:  # noqa: F811
     world(late=True)
     check_ranges("emulated", case, backward=False)
+
+
+def test_negative_strengths_stay_in_range(world: Callable[..., None]) -> None:  # noqa: F811
+    """With equal keys A grows to 1e7, although no entry of M exceeds 1."""
+    world(late=False)
+    case = replace(CASES["dense"], B=1, T=64, gates="none", cosine=1.0, beta=-0.3, l2norm=True)
+    inputs, expected = make_inputs(case), truth(case)
+    for name, value in run("emulated", case, inputs).items():
+        assert relative_error(value, expected[name]) < 0.05
 
 
 @pytest.mark.parametrize("slow", [0, 3, 4, 8, 12, 13, 14, 15])

@@ -51,15 +51,11 @@ def combine_pieces(
     def load_transfer(transfer, dN, N_next, M_next, piece, head, row, column, part, forgotten):
         for i in T.unroll(OWN):
             N_next[i] = (dN if reverse else transfer)[piece, head, row + i, column]
-        if forgetting:
-            if forgotten == 0:
-                for k in T.unroll(each):
-                    M_next[k] = transfer[piece, head, V + part * each + k, column]
-        elif reverse:  # along a row of M: four numbers an access
+        if reverse:  # along a row of M: four numbers an access
             for k in T.unroll(each // 4):
                 for j in T.vectorized(4):
                     M_next[k * 4 + j] = transfer[piece, head, V + column, part * each + k * 4 + j]
-        else:
+        elif T.Or(not forgetting, forgotten == 0):
             for k in T.unroll(each):
                 M_next[k] = transfer[piece, head, V + part * each + k, column]
 

@@ -1,7 +1,8 @@
 """The Triton backend.
 
 Forward (`plan.py` launches the kernels in this order):
-    prepare.py          per chunk: gates, norms, and the matrices that need no state
+    prepare.py          per chunk: gates, norms, and the matrices that need no state;
+    channel_prepare.py  with a decay per channel, also rows of q and k with their decays
     scan.py             per sequence or piece: the state, chunk by chunk, and o
     combine_pieces.py   per sequence: the state before each piece, where sequences are cut
 
@@ -11,6 +12,10 @@ Backward:
     query_gradients.py  per chunk: the gradient of q
     key_gradients.py    per chunk: the gradients of k, v, g and beta
 
+    With a decay per channel, in place of the last two:
+    matrix_gradients.py     per chunk: the gradients of v and of the matrices
+    channel_gradients.py    per chunk: the gradients of q, k, g and beta
+
 Decode: decode.py.
 
 Prefill on a pool of states: `pool_plan.py` launches forward's kernels, which read and write slots
@@ -18,7 +23,8 @@ by `pool.py`.
 
 Shared: `launch.py` chooses configurations and launches, `piece_length.py` decides when to cut,
 `indexing.py` finds chunks and pieces, `strides.py` says where tokens lie, `chunk_buffers.py` is
-what stages hand to each other, `tiles.py` has loads, stores and products, `activation.py` the fused
+what stages hand to each other and `buffer_shapes.py` its shapes, `channel_decay.py` has the decays
+between tokens per channel, `tiles.py` loads, stores and products, `activation.py` the fused
 options, `inverse.py` the inverse of a triangular matrix.
 """
 
@@ -64,6 +70,8 @@ class TritonBackend(Backend):
         output_states=True,
         prefill=(torch.float32, torch.bfloat16, torch.float16),
         checkpoints=True,
+        per_channel=True,
+        gate_lower_bound=True,
         context_parallel=True,
     )
     priority = None if INTERPRETED else 300
@@ -72,7 +80,7 @@ class TritonBackend(Backend):
         return "interpreter" if INTERPRETED else "Triton"
 
     def saved_like(self, call: Call) -> list[Tensor]:
-        from .plan import saved_shapes
+        from .buffer_shapes import saved_shapes
 
         return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(call)]
 

@@ -17,6 +17,19 @@ matrices [slots, HV, NUM_MATRICES, C, C], in the call's dtype
     SCORES             P
     INVERSE            A, written for backward only
 
+With a decay per channel, `channel_prepare.py` writes
+
+factors                BETA, RQ and RK as above. U_TO_STATE, QS_TO_O and KS_TO_E are the scales of
+                       the rows of K_OUT, Q_IN and W. GATE_SUM and GATE_SUM_RESIDUAL are 0.
+
+decayed_rows [slots, HV, NUM_DECAYED_ROWS, C, BK], in the call's dtype, rows over their scales,
+which are 1 unless it is float16. BK is K padded with zeros.
+    W                  A diag(beta) (e^G rk * K)
+    Q_IN               scale e^G rq * Q
+    K_OUT              e^{gamma - G} rk * K
+
+channel_decays [slots, HV, BK], float32: e^gamma
+
 row_scales [slots, HV, V], float32, in backward of float16 calls only: powers of two that keep
 states above 65504 in range. In memory, rows of S^T and U^T are divided by them, and rows of dS^T
 and R^T multiplied. They are 1 where S and U are below 2^15.
@@ -34,6 +47,8 @@ GATE_SUM, BETA, U_TO_STATE, QS_TO_O = (tl.constexpr(i) for i in range(4))
 RQ, RK, KS_TO_E, GATE_SUM_RESIDUAL = (tl.constexpr(i) for i in range(4, 8))
 NUM_MATRICES = tl.constexpr(3)
 A_BETA, SCORES, INVERSE = (tl.constexpr(i) for i in range(3))
+NUM_DECAYED_ROWS = tl.constexpr(3)
+W, Q_IN, K_OUT = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
@@ -49,9 +64,41 @@ def store_factor(factors, value, chunk_head, row: tl.constexpr, C: tl.constexpr)
 
 
 @triton.jit
+def multiply_by_factor(
+    x, factors, chunk_head, row: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """x [.., C] times a row of `factors`. With CHANNELS the row has the scales of decayed rows,
+    which are 1 unless dtype is float16."""
+    if CHANNELS and dtype != tl.float16:
+        return x
+    return load_factor(factors, chunk_head, row, C)[None, :] * x
+
+
+@triton.jit
+def load_decayed_rows(
+    decayed_rows, chunk_head, which: tl.constexpr, C: tl.constexpr, BK: tl.constexpr
+):
+    """Rows number `which` of `decayed_rows`, [C, BK]."""
+    return load_matrix(decayed_rows, chunk_head * NUM_DECAYED_ROWS + which, 0, C, C, BK)
+
+
+@triton.jit
 def load_gamma(factors, chunk_head, C: tl.constexpr):
     """gamma, the log decay over a whole chunk: the last element of G."""
     return tl.load(factors + (chunk_head * NUM_FACTORS + GATE_SUM) * C + C - 1)
+
+
+@triton.jit
+def load_state_decay(
+    factors, channel_decays, chunk_head, C: tl.constexpr, BK: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """e^gamma, the decay of S^T over a whole chunk: a number, or [1, BK] with CHANNELS."""
+    if CHANNELS:
+        decay = tl.load(channel_decays + chunk_head * BK + tl.arange(0, BK)[None, :])
+    else:
+        decay = tl.exp(load_gamma(factors, chunk_head, C))
+    return decay
 
 
 @triton.jit

@@ -2,10 +2,11 @@
 
     S <- e^g S;  u = beta (v - S^T k);  S <- S + k u^T;  o = S^T (scale q)      for every token
 
-L2 norm, gate and sigmoid are fused. A program takes a sequence, a value head and a block of BV
-columns of V. It keeps that part of the state in registers, as S^T [BV, K]. Offsets follow the
-pool's own layout, [V, K] or [K, V], so that loads and stores use whole cache lines. q, k, v, g and
-beta are read by their strides. They are copied only if the elements of a head are not contiguous.
+With a decay per channel e^g scales the rows of S. L2 norm, gate and sigmoid are fused. A program
+takes a sequence, a value head and a block of BV columns of V. It keeps that part of the state in
+registers, as S^T [BV, K]. Offsets follow the pool's own layout, [V, K] or [K, V], so that loads and
+stores use whole cache lines. q, k, v, g and beta are read by their strides. They are copied only if
+the elements of a head, or its channels, are not contiguous.
 
 Reads the step's tensors, and the state of every live sequence once. A sequence is live if its slot
 is in the pool and is not null_index. Writes o and the states.
@@ -28,7 +29,7 @@ from gdn.backend import Plan
 from gdn.problem import Call, PoolCall, Step
 
 from ..common.allocation import allocator
-from .activation import EPS, compute_log_decay
+from .activation import EPS, compute_log_decay, load_A_log
 from .indexing import load_bound
 from .launch import ANY_ALIGNMENT, Configuration, Stage, choose_configuration
 from .tiles import INTERPRETED, compute_state_offsets, round_to
@@ -58,6 +59,16 @@ def load_number(x, token, stride, exists):
     return tl.load(x + token * stride, mask=exists, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def load_gate(x, token, stride, channel, K: tl.constexpr, exists, CHANNELS: tl.constexpr):
+    """A gate in float32: a number, or with CHANNELS its channels."""
+    if CHANNELS:
+        gate = load_row(x, token, stride, 1, channel, K, exists)
+    else:
+        gate = load_number(x, token, stride, exists)
+    return gate
+
+
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ANY_ALIGNMENT + ROWS)
 def decode_kernel(
     q, k, v, g, beta, state, indices, accepted, into, written, A_log, dt_bias, cu_seqlens, o,
@@ -68,8 +79,9 @@ def decode_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, SPECULATIVE: tl.constexpr, LEADING: tl.constexpr,
     FIRST_COLUMN: tl.constexpr, UNIT: tl.constexpr, CLEAR_TAIL: tl.constexpr,
-    V_FIRST: tl.constexpr, L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr,
-    FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
+    V_FIRST: tl.constexpr, CHANNELS: tl.constexpr, L2_NORM: tl.constexpr,
+    FUSED_GATE: tl.constexpr, LOWER_BOUND: tl.constexpr, FUSED_SIGMOID: tl.constexpr,
+    BETA_SCALE: tl.constexpr,
 ):  # fmt: skip
     """indices [N] or [N, index_columns]: the slot to read from, in column 0 or the one that
     `accepted` picks; None without indices. into: the pool to write, which may be `state`.
@@ -77,7 +89,8 @@ def decode_kernel(
     With SPECULATIVE, written is [N, written_columns], and the state after token t goes to column
     t + FIRST_COLUMN. Otherwise the last state goes to slot written [N], or back to its own slot if
     written is None. Strides of q, k and v count UNIT elements; if UNIT is not 1, these are 16 bytes
-    and rows are aligned to them. CLEAR_TAIL: tokens past the last sequence get zeros.
+    and rows are aligned to them. CLEAR_TAIL: tokens past the last sequence get zeros. CHANNELS: g
+    and dt_bias have the channels of K.
     """
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -111,7 +124,7 @@ def decode_kernel(
     query = load_row(q, 0, q_token, UNIT, i, K, tokens > 0)  # [K]
     key = load_row(k, 0, k_token, UNIT, i, K, tokens > 0)  # [K]
     value = load_row(v, 0, v_token, UNIT, first_v + j, V, tokens > 0)  # [BV]
-    log_decay = load_number(g, 0, g_token, tokens > 0)
+    log_decay = load_gate(g, 0, g_token, i, K, tokens > 0, CHANNELS)
     strength = load_number(beta, 0, beta_token, tokens > 0)
     offsets, mask = compute_state_offsets(head, first_v, K, V, BK, BV, V_FIRST)
     S_T = tl.load(state + slot * slot_stride + offsets, mask=mask & live, other=0.0).to(tl.float32)
@@ -121,11 +134,11 @@ def decode_kernel(
             key *= tl.rsqrt(tl.sum(key * key) + EPS)
         if FUSED_GATE:
             if dt_bias is not None:
-                log_decay += tl.load(dt_bias + head).to(tl.float32)
-            log_decay = compute_log_decay(log_decay, tl.load(A_log + head).to(tl.float32))
+                log_decay += load_gate(dt_bias, head, K if CHANNELS else 1, i, K, True, CHANNELS)
+            log_decay = compute_log_decay(log_decay, load_A_log(A_log, head), LOWER_BOUND)
         if FUSED_SIGMOID:
             strength = BETA_SCALE * tl.sigmoid(strength)
-        S_T *= tl.exp(log_decay)
+        S_T *= tl.exp(log_decay)[None, :] if CHANNELS else tl.exp(log_decay)
         u = strength * (value - tl.sum(S_T * key[None, :], axis=1))  # [BV]
         # (S + k u^T)^T q from the state before, so that this sum does not wait for u
         out = tl.sum(S_T * query[None, :], axis=1) + u * tl.sum(query * key)  # [BV]
@@ -144,7 +157,7 @@ def decode_kernel(
         query = load_row(q, t + 1, q_token, UNIT, i, K, more)
         key = load_row(k, t + 1, k_token, UNIT, i, K, more)
         value = load_row(v, t + 1, v_token, UNIT, first_v + j, V, more)
-        log_decay = load_number(g, t + 1, g_token, more)
+        log_decay = load_gate(g, t + 1, g_token, i, K, more, CHANNELS)
         strength = load_number(beta, t + 1, beta_token, more)
         o += HV * V
     if not SPECULATIVE:
@@ -174,7 +187,8 @@ class DecodePlan(Plan):
             "H": H, "HV": HV, "K": K, "V": V, "BK": BK, "SPECULATIVE": step.speculative,
             "LEADING": step.leading_column, "FIRST_COLUMN": step.first_column,
             "CLEAR_TAIL": clear_tail, "V_FIRST": call.state_v_first,
-            "L2_NORM": call.use_qk_l2norm_in_kernel, "FUSED_GATE": call.use_gate_in_kernel,
+            "CHANNELS": call.per_channel, "L2_NORM": call.use_qk_l2norm_in_kernel,
+            "FUSED_GATE": call.use_gate_in_kernel, "LOWER_BOUND": call.gate_lower_bound,
             "FUSED_SIGMOID": call.use_beta_sigmoid_in_kernel,
             "BETA_SCALE": 2.0 if call.allow_neg_eigval else 1.0,
         }  # fmt: skip
@@ -205,7 +219,7 @@ class DecodePlan(Plan):
             not x.is_contiguous()
             for x in (step.num_accepted_tokens, call.A_log, call.dt_bias, call.cu_seqlens)
             if x is not None
-        ) or any(_make_rows_contiguous(x) is not x for x in (call.q, call.k, call.v))
+        ) or any(_make_rows_contiguous(x) is not x for x in (call.q, call.k, call.v, call.g))
 
     def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
         """See `gdn.backend.Plan.precompile`."""
@@ -230,12 +244,12 @@ class DecodePlan(Plan):
         call, into = step.call, step.state
         if step.output_states is not None:
             into = step.output_states
-        q, k, v = call.q, call.k, call.v
+        q, k, v, g = call.q, call.k, call.v, call.g
         accepted, A_log, dt_bias, cu_seqlens = (
             step.num_accepted_tokens, call.A_log, call.dt_bias, call.cu_seqlens
         )  # fmt: skip
         if self.needs_copies:
-            q, k, v = map(_make_rows_contiguous, (q, k, v))
+            q, k, v, g = map(_make_rows_contiguous, (q, k, v, g))
             accepted, A_log, dt_bias, cu_seqlens = (
                 None if x is None else x.contiguous()
                 for x in (accepted, A_log, dt_bias, cu_seqlens)
@@ -243,7 +257,7 @@ class DecodePlan(Plan):
         o = self.new_o() if step.out is None else step.out
         written = step.written_table if self.has_table else None
         return (
-            q, k, v, call.g, call.beta, step.state, step.state_indices, accepted, into, written,
+            q, k, v, g, call.beta, step.state, step.state_indices, accepted, into, written,
             A_log, dt_bias, cu_seqlens, o,
         )  # fmt: skip
 
@@ -256,5 +270,5 @@ def _table(x: Tensor | None) -> tuple[int, int, int]:
 
 
 def _make_rows_contiguous(x: Tensor) -> Tensor:
-    """x, or a copy if x is q, k or v and the elements of its heads are not contiguous."""
+    """x, or a copy if x has the elements or channels of heads and they are not contiguous."""
     return x if x.dim() < 4 or x.stride(3) == 1 else x.contiguous()

@@ -29,7 +29,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import FLOOR, backpropagate_norm, compute_log_decay, compute_log_decay_slope
+from .activation import (
+    FLOOR,
+    backpropagate_gate,
+    backpropagate_norm,
+    compute_log_decay,
+    load_A_log,
+)
 from .chunk_buffers import (
     BETA,
     GATE_SUM,
@@ -72,7 +78,7 @@ def key_gradients_kernel(
     scale, N, T, chunks_per_sequence,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
-    L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
+    L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr, LOWER_BOUND: tl.constexpr,
     FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr, Q_STRIDES: tl.constexpr,
     K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr, G_STRIDES: tl.constexpr,
 ):  # fmt: skip
@@ -170,20 +176,19 @@ def key_gradients_kernel(
         dg_tile += tl.sum(tl.where(row > column, U_dot_KdS[None, :], 0.0), axis=1)
         dg_tile += tl.exp(gamma) * S_dot_dS  # e^gamma
         raw = load_input_scalars(g, first_token, tokens, head, G_STRIDES, C)
-        log_decay = raw
+        dg_tile = tl.where(valid, dg_tile, 0.0)
         if FUSED_GATE:
-            if HAS_DT_BIAS:
+            if dt_bias is not None:
                 raw += tl.load(dt_bias + head).to(tl.float32)
-            A_log_value = tl.load(A_log + head).to(tl.float32)
-            log_decay = compute_log_decay(raw, A_log_value)
-        clamped = log_decay <= FLOOR  # by `prepare.py`, so that the gradient is zero
-        dg_tile = tl.where(valid & ~clamped, dg_tile, 0.0)
-        if FUSED_GATE:
-            tl.store(dA_log + chunk_head, tl.sum(tl.where(clamped, 0.0, log_decay * dg_tile)))
-            slope = compute_log_decay_slope(raw, A_log_value)
-            dg_tile = tl.where(clamped, 0.0, dg_tile * slope)
-            if HAS_DT_BIAS:
+            A_log_value = load_A_log(A_log, head)
+            log_decay = compute_log_decay(raw, A_log_value, LOWER_BOUND)
+            dg_tile, terms = backpropagate_gate(dg_tile, raw, A_log_value, log_decay, LOWER_BOUND)
+            if A_log is not None:
+                tl.store(dA_log + chunk_head, tl.sum(terms))
+            if dt_bias is not None:
                 tl.store(ddt_bias + chunk_head, tl.sum(dg_tile))
+        else:
+            dg_tile = tl.where(raw <= FLOOR, 0.0, dg_tile)  # clamped by `prepare.py`
         if FUSED_SIGMOID:
             grad_beta *= strength * (1 - strength / BETA_SCALE)
         store_scalars(dg, dg_tile, first_token, tokens, head, HV, C)

@@ -40,6 +40,8 @@ class Configuration(NamedTuple):
 
 
 AUTOTUNE_CANDIDATES: dict[str, list[tuple[int, ...]]] = {
+    "prepare_channels_kernel": [(0, 4, 1), (0, 4, 1, 168), (0, 8, 1), (0, 8, 1, 128)],
+    "decay_rows_kernel": [(0, 4, 1), (0, 8, 1), (0, 8, 1, 128)],
     "prepare_kernel": [(0, 4, 1, 128), (0, 4, 1, 168), (0, 4, 1), (0, 8, 1)],
     "combine_pieces_kernel": [(16, 4, 1), (16, 4, 2), (32, 4, 1)],
     "scan_kernel": [(BV, w, n) for BV, w in ((64, 4), (64, 8), (128, 8)) for n in (1, 2, 3)],
@@ -61,28 +63,39 @@ def shared_memory_limit(device: torch.device) -> int:
 
 
 def choose_configuration(
-    name: str, BK: int, itemsize: int, scans: int, shared_memory: int
+    name: str, BK: int, itemsize: int, scans: int, shared_memory: int, channels: bool = False
 ) -> Configuration:
-    """The configuration of a kernel, as measured on an H200 with bfloat16 and K = V = 128.
+    """The configuration of a kernel, as measured on an H200 with bfloat16 and K = V = 128; those
+    for a decay per channel are not measured yet.
 
     BK is K padded to a tile, and itemsize the bytes of an element. scans is the number of sequences
-    (or pieces) times value heads. shared_memory is `shared_memory_limit`.
+    (or pieces) times value heads. shared_memory is `shared_memory_limit`. channels: a decay per
+    channel, with which a scan's stage takes 80 KB and more for 128 columns of V.
     """
     wide = itemsize > 2 or BK > 128
     if name == "prepare_kernel":
         return Configuration(0, 4, 1, None if wide else 168)
+    if name == "prepare_channels_kernel":
+        return Configuration(0, 8 if wide else 4, 1)
+    if name == "decay_rows_kernel":
+        return Configuration(0, 8, 1, None if wide else 128)
     if name == "decode_kernel":
         return Configuration(8 if scans < 128 else 32, 1 if scans < 128 else 4, 1)
     if name == "combine_pieces_kernel":
         return Configuration(16, 4, 2 if shared_memory > 150_000 else 1)
+    if name == "channel_gradients_kernel":  # without a limit ptxas gives it 32 registers on sm_80
+        return Configuration(64, 8, 1, 255)
     if name.endswith("gradients_kernel"):
-        return Configuration(64 if wide or shared_memory < 230_000 else 128, 8, 1)
+        narrow = wide or channels or shared_memory < 230_000
+        return Configuration(64 if narrow else 128, 8, 1)
     if wide:
         return Configuration(32, 8, 1)
     if shared_memory < 230_000:
         return Configuration(32, 4, 2 if shared_memory > 100_000 else 1)
     if name == "scan_kernel":
-        return Configuration(128, 8, 3) if scans >= 128 else Configuration(64, 4, 3)
+        return (
+            Configuration(128, 8, 3) if scans >= 128 and not channels else Configuration(64, 4, 3)
+        )
     return Configuration(64, 8, 3)
 
 

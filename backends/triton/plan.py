@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from gdn.backend import Forward, Gradients, Plan
@@ -13,10 +12,13 @@ from gdn.problem import CHUNK, Call
 
 from ..common.allocation import allocator
 from ..common.chunking import piece_slots
-from .chunk_buffers import NUM_FACTORS, NUM_MATRICES
+from .buffer_shapes import decayed_shapes, padded_keys, saved_shapes
+from .channel_gradients import channel_gradients_kernel
+from .channel_prepare import decay_rows_kernel, prepare_channels_kernel
 from .combine_pieces import combine_pieces_kernel
 from .key_gradients import key_gradients_kernel
 from .launch import Stage, choose_configuration, shared_memory_limit
+from .matrix_gradients import matrix_gradients_kernel
 from .piece_length import piece_length
 from .prepare import prepare_kernel
 from .query_gradients import query_gradients_kernel
@@ -24,25 +26,11 @@ from .reverse_scan import reverse_scan_kernel
 from .scan import scan_kernel
 from .strides import Strides, contiguous_strides, read_in_place
 
+CHANNELS, PREPARED_CHANNELS = 64, 32
+"""Channels that kernels have in registers at a time; the second one is `prepare_channels_kernel`'s,
+with half the warps."""
 
-def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what forward keeps for backward.
-
-    These are `factors` and `matrices` (see `chunk_buffers.py`). If sequences are cut, there follow
-    the transfer matrices of the pieces and their initial states (see `combine_pieces.py`).
-    """
-    (HV, V), K = call.v.shape[2:], call.q.shape[3]
-    slots, length = piece_slots(call, CHUNK), piece_length(call)
-    shapes = [
-        ((slots, HV, NUM_FACTORS.value, CHUNK), torch.float32),
-        ((slots, HV, NUM_MATRICES.value, CHUNK, CHUNK), call.q.dtype),
-    ]
-    if length:
-        pieces = piece_slots(call, length)
-        shapes += [((pieces, HV, rows, K), torch.float32) for rows in (V + K, V)]
-    return shapes
-
-
+Tensors = tuple[Tensor | None, ...]
 NO_POOL = (None,) * 6
 """In place of the pool, its indices, fresh, and offsets, indices and buffer of checkpoints."""
 
@@ -63,14 +51,15 @@ class PrefillPlan(Plan):
             "K": call.q.shape[3],
             "V": call.v.shape[3],
             "C": CHUNK,
-            # Triton 3.6 reads past the end of tiles narrower than 64 that two warpgroups share
-            "BK": max(64, triton.next_power_of_2(call.q.shape[3])),
+            "BK": padded_keys(call),
             "VARLEN": call.cu_seqlens is not None,
             "L2_NORM": call.use_qk_l2norm_in_kernel,
             "FUSED_GATE": call.use_gate_in_kernel,
-            "HAS_DT_BIAS": call.dt_bias is not None,
+            "LOWER_BOUND": call.gate_lower_bound,
             "FUSED_SIGMOID": call.use_beta_sigmoid_in_kernel,
             "BETA_SCALE": 2.0 if call.allow_neg_eigval else 1.0,
+            "CHANNELS": call.per_channel,
+            "BD": CHANNELS,
         }
         self.constants |= contiguous_strides(call) if strides is None else strides
         self.strided: dict[tuple[object, ...], PrefillPlan] = {}
@@ -81,6 +70,7 @@ class PrefillPlan(Plan):
         self.new_saved = [allocator(*kind, self.device) for kind in saved_shapes(call)]
         self.new_o = allocator(call.v.shape, call.v.dtype, self.device)
         self.new_final = allocator(call.state_shape, torch.float32, self.device)
+        self.new_decayed = [allocator(*kind, self.device) for kind in decayed_shapes(call)]
         self.stages: dict[tuple[object, ...], Stage] = {}
         self.forward_stages: dict[bool, list[Stage]] = {}
         # the sizes that kernels take, and what they mean where sequences are not packed
@@ -100,9 +90,22 @@ class PrefillPlan(Plan):
             constants = {n: x for n, x in self.constants.items() if n in kernel.arg_names} | flags
             name, BK = kernel.fn.__name__, self.constants["BK"]
             limit = shared_memory_limit(self.device)
-            configuration = choose_configuration(name, BK, self.itemsize, self.scans, limit)
+            configuration = choose_configuration(
+                name, BK, self.itemsize, self.scans, limit, self.constants["CHANNELS"]
+            )
             self.stages[key] = Stage(kernel, programs, configuration, sizes, **constants)
         return self.stages[key]
+
+    def decay_rows(self, call: Call, factors: Tensor, matrices: Tensor) -> list[Tensor | None]:
+        """`decayed_rows` and `channel_decays` of a call; None twice with a decay per head."""
+        if not call.per_channel:
+            return [None, None]
+        decayed = [new() for new in self.new_decayed]
+        gates = (call.g, call.A_log, call.dt_bias, factors, matrices)
+        self.bind(decay_rows_kernel, self.slots * self.constants["HV"], self.chunk_sizes)(
+            (call.q, call.k, *gates, *decayed, call.cu_seqlens), call.scale
+        )
+        return list(decayed)
 
     def bind_scan(self, call: Call, o: bool, final: bool, states: bool, transfer: bool) -> Stage:
         """The scan; the flags say which of o, the final state and the states before chunks it
@@ -138,9 +141,12 @@ class PrefillPlan(Plan):
         )  # fmt: skip
 
     def bind_forward(self, call: Call, save: bool) -> list[Stage]:
-        """Forward's stages, in their order."""
+        """Forward's stages, in their order, apart from `decay_rows`."""
         programs = self.slots * self.constants["HV"]
-        prepare = self.bind(prepare_kernel, programs, self.chunk_sizes, SAVE=save)
+        kernel, flags = prepare_kernel, dict[str, int](SAVE=save)
+        if call.per_channel:
+            kernel, flags = prepare_channels_kernel, flags | {"BD": PREPARED_CHANNELS}
+        prepare = self.bind(kernel, programs, self.chunk_sizes, **flags)
         initial, final = call.initial_state is not None, call.output_final_state
         if self.piece_length is None:
             scan = self.bind_scan(call, o=True, final=final, states=False, transfer=False)
@@ -178,7 +184,7 @@ class PrefillPlan(Plan):
             self.forward_stages[save] = self.bind_forward(call, save)
         prepare, *scans = self.forward_stages[save]
         prepare((q, k, g, beta, A_log, dt_bias, factors, matrices, cu_seqlens), call.scale)
-        inputs = (q, k, v, factors, matrices)
+        inputs = (q, k, v, factors, matrices, *self.decay_rows(call, factors, matrices))
         if piece_buffers:
             transfers, piece_states = piece_buffers
             if save and cu_seqlens is not None:
@@ -214,9 +220,12 @@ class PrefillPlan(Plan):
         row_scales = None
         if call.q.dtype == torch.float16:
             row_scales = factors.new_empty((slots, HV, V))
+            if call.per_channel:  # rounded it would be dbeta's largest error
+                R = torch.empty_like(R, dtype=torch.float32)
         dS = None if call.initial_state is None else torch.empty_like(call.initial_state)
-        inputs, cu_seqlens = (call.q, call.k, call.v, factors, matrices), call.cu_seqlens
-        reverse_inputs = (call.q, call.k, factors, matrices, grad_o, row_scales)
+        decayed, cu_seqlens = self.decay_rows(call, factors, matrices), call.cu_seqlens
+        inputs = (call.q, call.k, call.v, factors, matrices, *decayed)
+        reverse_inputs = (call.q, call.k, factors, matrices, *decayed, grad_o, row_scales)
 
         # initial and final states of what is scanned: sequences, or pieces
         scan_initial, scan_grad_final, scan_grad_initial = call.initial_state, grad_final, dS
@@ -239,29 +248,52 @@ class PrefillPlan(Plan):
         )
 
         dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in call[:5])
-        dG_from_o = torch.empty_like(factors[:, :, 0])
         parameter_terms = [  # of dA_log and ddt_bias, one a chunk; zero in unused slots
-            None if x is None else x.new_zeros((slots, HV), dtype=torch.float32)
+            None if x is None else x.new_zeros((slots, *x.shape), dtype=torch.float32)
             for x in (call.A_log, call.dt_bias)
         ]
-        programs = slots * self.constants["H"]
-        self.bind(query_gradients_kernel, programs, self.chunk_sizes)(
-            (
-                call.q, call.k, factors, matrices, states, U, row_scales, grad_o, dq, dG_from_o,
-                cu_seqlens,
-            ),
-            call.scale,
-        )  # fmt: skip
-        self.bind(key_gradients_kernel, programs, self.chunk_sizes)(
-            (
-                call.q, call.k, call.v, call.g, factors, states, grad_states, U, R, row_scales,
-                grad_o, dG_from_o, call.A_log, call.dt_bias, dk, dv, dg, dbeta, *parameter_terms,
-                cu_seqlens,
-            ),
-            call.scale,
-        )  # fmt: skip
+        gradients = (dq, dk, dv, dg, dbeta, *parameter_terms, cu_seqlens)
+        given = (states, grad_states, U, R, row_scales, grad_o)
+        compute = self.channel_gradients if call.per_channel else self.gradients
+        compute(call, factors, matrices, given, gradients)
         parameter_gradients = (
             None if x is None or terms is None else terms.sum(0).to(x.dtype)
             for x, terms in zip((call.A_log, call.dt_bias), parameter_terms, strict=True)
         )
         return Gradients(dq, dk, dv, dg, dbeta, dS, *parameter_gradients)
+
+    def gradients(
+        self, call: Call, factors: Tensor, matrices: Tensor, given: Tensors, out: Tensors
+    ) -> None:
+        """Fill the gradients in `out`: dq, dk, dv, dg, dbeta, terms of dA_log and ddt_bias; last is
+        cu_seqlens. `given`: the states, their gradients, U, R, row_scales and dO."""
+        (states, _, U, _, row_scales, grad_o), (dq, *rest) = given, out
+        programs, dG_from_o = self.slots * self.constants["H"], torch.empty_like(factors[:, :, 0])
+        for_q = (call.q, call.k, factors, matrices, states, U, row_scales, grad_o)
+        self.bind(query_gradients_kernel, programs, self.chunk_sizes)(
+            (*for_q, dq, dG_from_o, call.cu_seqlens), call.scale
+        )
+        for_k = (call.q, call.k, call.v, call.g, factors, *given, dG_from_o)
+        self.bind(key_gradients_kernel, programs, self.chunk_sizes)(
+            (*for_k, call.A_log, call.dt_bias, *rest), call.scale
+        )
+
+    def channel_gradients(
+        self, call: Call, factors: Tensor, matrices: Tensor, given: Tensors, out: Tensors
+    ) -> None:
+        """The same with a decay per channel, and dU in place of R."""
+        slots, H, HV, BK = self.slots, *(self.constants[n] for n in ("H", "HV", "BK"))
+        (states, grad_states, *of_values), (dq, dk, dv, *rest) = given, out
+        dtype = torch.bfloat16 if call.q.dtype == torch.bfloat16 else torch.float32
+        grad_matrices = factors.new_empty((slots, HV, 2, CHUNK, CHUNK), dtype=dtype)
+        products = factors.new_empty((slots, HV, 3, CHUNK))
+        found = (grad_matrices, products)
+        needs_sums = HV > H or call.use_qk_l2norm_in_kernel
+        sums = factors.new_empty((slots, H, 2, CHUNK, BK)) if needs_sums else None
+        self.bind(matrix_gradients_kernel, slots * HV, self.chunk_sizes)(
+            (call.v, factors, matrices, *of_values, dv, *found, call.cu_seqlens), call.scale
+        )
+        inputs = (call.q, call.k, call.g, factors, states, grad_states, *of_values, *found)
+        self.bind(channel_gradients_kernel, slots * H, self.chunk_sizes)(
+            (*inputs, call.A_log, call.dt_bias, sums, dq, dk, *rest), call.scale
+        )

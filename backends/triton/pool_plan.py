@@ -51,7 +51,7 @@ class PoolPlan(PrefillPlan):
         o = self.new_o() if prefill.out is None else prefill.out
         prepare, *scans = self.prefill_stages
         prepare((q, k, g, beta, A_log, dt_bias, factors, matrices, cu_seqlens), call.scale)
-        inputs = (q, k, v, factors, matrices)
+        inputs = (q, k, v, factors, matrices, *self.decay_rows(call, factors, matrices))
         if piece_buffers:
             transfers, starts = piece_buffers
             scans[0]((*inputs, None, None, transfers, None, None, None, cu_seqlens, *NO_POOL))

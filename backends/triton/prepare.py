@@ -1,6 +1,6 @@
 """Forward, stage 1: everything in a chunk that does not depend on the state.
 
-    g = -exp(A_log) softplus(g_raw + dt_bias), beta = c sigmoid(beta_raw)    where fused
+    g by `activation.py`, beta = c sigmoid(beta_raw)                         where fused
     rq, rk = 1 / sqrt(sum x^2 + 1e-6) of the rows x of q and k               where fused, else 1
     G = cumsum(g) within the chunk, gamma = G_last, L_ij = exp(G_i - G_j) for i >= j
     M_ij = beta_i L_ij rk_i rk_j k_i.k_j for i > j,     A = (I + M)^-1
@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import FLOOR, compute_log_decay, compute_reciprocal_norms
+from .activation import FLOOR, compute_log_decay, compute_reciprocal_norms, load_A_log
 from .chunk_buffers import (
     A_BETA,
     BETA,
@@ -56,7 +56,7 @@ def prepare_kernel(
     scale, N, T, chunks_per_sequence,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     VARLEN: tl.constexpr, L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr,
-    HAS_DT_BIAS: tl.constexpr, FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
+    LOWER_BOUND: tl.constexpr, FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
     SAVE: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
     G_STRIDES: tl.constexpr, BETA_STRIDES: tl.constexpr,
 ):  # fmt: skip
@@ -84,9 +84,9 @@ def prepare_kernel(
     # === gates ===
     log_decay = load_input_scalars(g, first_token, tokens, head, G_STRIDES, C)  # [C]
     if FUSED_GATE:
-        if HAS_DT_BIAS:
+        if dt_bias is not None:
             log_decay += tl.load(dt_bias + head).to(tl.float32)
-        log_decay = compute_log_decay(log_decay, tl.load(A_log + head).to(tl.float32))
+        log_decay = compute_log_decay(log_decay, load_A_log(A_log, head), LOWER_BOUND)
     # clamped so that sums keep their digits; tl.maximum would drop NaN
     log_decay = tl.where(log_decay < FLOOR, FLOOR, log_decay)
     log_decay = tl.where(valid, log_decay, 0.0)  # past the end G keeps its last value

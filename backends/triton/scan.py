@@ -4,12 +4,17 @@
     O = scale e^G rq * (Q S) + P U                 with OUTPUT
     S <- e^gamma S + K^T (e^{gamma - G} rk * U)
 
+With a decay per channel (CHANNELS), of `channel_prepare.py`:
+
+    U = A beta V - W S,   O = Q_in S + P U,   S <- e^gamma * S + K_out^T U
+
 `prepare.py` explains the notation. A program takes a sequence (or a piece), a value head and a
 block of BV columns of V. All is computed transposed: S^T [BV, K] and U^T [BV, C] are the left
 operands of their products. Tensor cores read left operands from registers, so that the state stays
 in registers.
 
-Reads k, v, `factors`, `matrices`, and with OUTPUT also q. Writes o and the final state in forward.
+Reads k, v, `factors`, `matrices`, and with OUTPUT also q; with CHANNELS `decayed_rows` and
+`channel_decays` in place of q and k. Writes o and the final state in forward.
 Writes the state before every chunk and U^T in backward (STORE_STATES).
 
 Where sequences are few, they are CUT into pieces that are scanned in parallel, twice. A piece maps
@@ -28,14 +33,19 @@ import triton.language as tl
 
 from .chunk_buffers import (
     A_BETA,
+    K_OUT,
     KS_TO_E,
     NUM_MATRICES,
+    Q_IN,
     QS_TO_O,
     SCORES,
     U_TO_STATE,
+    W,
+    load_decayed_rows,
     load_factor,
-    load_gamma,
     load_matrix,
+    load_state_decay,
+    multiply_by_factor,
     store_matrix,
     store_row_scales,
 )
@@ -64,17 +74,22 @@ from .tiles import (
 
 @triton.jit
 def scan_step(
-    S_T, q, k, v, factors, matrices, o, states, U_out, row_scales, first_token, tokens, chunk_head,
-    head, first_v,
+    S_T, q, k, v, factors, matrices, decayed_rows, channel_decays, o, states, U_out, row_scales,
+    first_token, tokens, chunk_head, head, first_v,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OUTPUT: tl.constexpr,
-    STORE_STATES: tl.constexpr, TRANSFER: tl.constexpr, FULL: tl.constexpr,
-    Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
+    STORE_STATES: tl.constexpr, TRANSFER: tl.constexpr, CHANNELS: tl.constexpr,
+    FULL: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """S^T [BV, K] after a chunk, from S_T before it. FULL: the chunk has all C tokens."""
     qk_head = head // (HV // H)
     dtype: tl.constexpr = k.dtype.element_ty
-    keys = load_input_rows(k, first_token, tokens, qk_head, K_STRIDES, K, 0, C, BK, FULL)  # [C, K]
+    if CHANNELS:
+        keys = load_decayed_rows(decayed_rows, chunk_head, K_OUT, C, BK)  # [C, K]
+    else:
+        keys = load_input_rows(
+            k, first_token, tokens, qk_head, K_STRIDES, K, 0, C, BK, FULL
+        )  # [C, K]
     first_column = first_v % V if TRANSFER else first_v
     values = load_input_rows(
         v, first_token, tokens, head, V_STRIDES, V, first_column, C, BV, FULL
@@ -82,59 +97,72 @@ def scan_step(
     if TRANSFER:
         values = tl.where(first_v < V, values, 0.0)
     A_beta_T = tl.trans(load_matrix(matrices, chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C))
-    KS_to_E = load_factor(factors, chunk_head, KS_TO_E, C)
-    U_to_state = load_factor(factors, chunk_head, U_TO_STATE, C)
-    QS_to_o = load_factor(factors, chunk_head, QS_TO_O, C)
-    decay = tl.exp(load_gamma(factors, chunk_head, C))
+    decay = load_state_decay(factors, channel_decays, chunk_head, C, BK, CHANNELS)
     S_T_rounded, S_scales = round_rows(S_T, dtype)
-    # with S's scales: e^G rk * k has elements of at most 1, if keys are normalised
-    KS_T = round_to(KS_to_E[None, :] * dot(S_T_rounded, tl.trans(keys)), dtype)  # [BV, C]
-    U_T = dot(tl.trans(values), A_beta_T) - S_scales * dot(KS_T, A_beta_T)  # [BV, C]
+    if CHANNELS:
+        W_T = tl.trans(load_decayed_rows(decayed_rows, chunk_head, W, C, BK))
+        WS_T = multiply_by_factor(
+            dot(S_T_rounded, W_T), factors, chunk_head, KS_TO_E, C, dtype, CHANNELS
+        )
+        U_T = dot(tl.trans(values), A_beta_T) - S_scales * WS_T  # [BV, C]
+    else:
+        # with S's scales: e^G rk * k has elements of at most 1, if keys are normalised
+        KS_to_E = load_factor(factors, chunk_head, KS_TO_E, C)
+        KS_T = round_to(KS_to_E[None, :] * dot(S_T_rounded, tl.trans(keys)), dtype)  # [BV, C]
+        U_T = dot(tl.trans(values), A_beta_T) - S_scales * dot(KS_T, A_beta_T)  # [BV, C]
     if STORE_STATES:
         offsets, mask = compute_state_offsets(chunk_head, first_v, K, V, BK, BV, True)
         down = store_row_scales(row_scales, S_T, U_T, chunk_head, first_v, V, BV, dtype)
         tl.store(states + offsets, round_to(down * S_T, dtype), mask=mask)
         store_matrix(U_out, down * U_T, chunk_head, first_v, V, BV, C)
     if OUTPUT:
-        queries = load_input_rows(
-            q, first_token, tokens, qk_head, Q_STRIDES, K, 0, C, BK, FULL
-        )  # [C, K]
+        if CHANNELS:
+            queries = load_decayed_rows(decayed_rows, chunk_head, Q_IN, C, BK)  # [C, K]
+        else:
+            queries = load_input_rows(
+                q, first_token, tokens, qk_head, Q_STRIDES, K, 0, C, BK, FULL
+            )  # [C, K]
         P_T = tl.trans(load_matrix(matrices, chunk_head * NUM_MATRICES + SCORES, 0, C, C, C))
-        O_T = S_scales * (QS_to_o[None, :] * dot(S_T_rounded, tl.trans(queries)))  # [BV, C]
+        QS_T = dot(S_T_rounded, tl.trans(queries))
+        O_T = S_scales * multiply_by_factor(QS_T, factors, chunk_head, QS_TO_O, C, dtype, CHANNELS)
         O_T += dot_rounded(U_T, P_T, dtype)
         store_rows_transposed(o, O_T, first_token, tokens, head, HV, V, first_v, C, BV)
-    return decay * S_T + dot_rounded(U_to_state[None, :] * U_T, keys, dtype)
+    U_T = multiply_by_factor(U_T, factors, chunk_head, U_TO_STATE, C, dtype, CHANNELS)
+    return decay * S_T + dot_rounded(U_T, keys, dtype)
 
 
 @triton.jit
 def scan_chunks(
-    S_T, q, k, v, factors, matrices, o, states, U_out, row_scales, first_token, chunk_head, head,
-    first_v, begin, end,
+    S_T, q, k, v, factors, matrices, decayed_rows, channel_decays, o, states, U_out, row_scales,
+    first_token, chunk_head, head, first_v, begin, end,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OUTPUT: tl.constexpr,
-    STORE_STATES: tl.constexpr, TRANSFER: tl.constexpr,
+    STORE_STATES: tl.constexpr, TRANSFER: tl.constexpr, CHANNELS: tl.constexpr,
     Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """S^T after the full chunks from begin to end, from S_T before them."""
     for chunk in range(begin, end):
         S_T = scan_step(
-            S_T, q, k, v, factors, matrices, o, states, U_out, row_scales, first_token + chunk * C,
-            C, chunk_head + chunk * HV, head, first_v, H, HV, K, V, BK, BV, C, OUTPUT,
-            STORE_STATES, TRANSFER, True, Q_STRIDES, K_STRIDES, V_STRIDES,
+            S_T, q, k, v, factors, matrices, decayed_rows, channel_decays, o, states, U_out,
+            row_scales, first_token + chunk * C, C, chunk_head + chunk * HV, head, first_v,
+            H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES, TRANSFER, CHANNELS, True,
+            Q_STRIDES, K_STRIDES, V_STRIDES,
         )  # fmt: skip
     return S_T
 
 
 @triton.jit(do_not_specialize=COUNTS + POOL_COUNTS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def scan_kernel(
-    q, k, v, factors, matrices, initial_state, o, final_state, states, U_out, row_scales,
-    cu_seqlens, pool, indices, fresh, checkpoint_offsets, checkpoint_indices, checkpoints,
+    q, k, v, factors, matrices, decayed_rows, channel_decays, initial_state, o, final_state, states,
+    U_out, row_scales, cu_seqlens, pool, indices, fresh, checkpoint_offsets, checkpoint_indices,
+    checkpoints,
     N, T, chunks_per_sequence, pieces_per_sequence, piece_chunks,
     null_index, slots, slot_stride, index_stride, checkpoint_columns,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
     V_FIRST: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr,
-    OUTPUT: tl.constexpr, STORE_STATES: tl.constexpr, TRANSFER: tl.constexpr, CUT: tl.constexpr,
+    CHANNELS: tl.constexpr, OUTPUT: tl.constexpr, STORE_STATES: tl.constexpr,
+    TRANSFER: tl.constexpr, CUT: tl.constexpr,
     POOL: tl.constexpr, POOL_V_FIRST: tl.constexpr, CHECKPOINTS: tl.constexpr,
     CLEAR_TAIL: tl.constexpr,
     Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,
@@ -193,9 +221,10 @@ def scan_kernel(
                 C,
             )  # fmt: skip
             S_T = scan_chunks(
-                S_T, q, k, v, factors, matrices, o, states, U_out, row_scales, first_token,
-                chunk_head, head, first_v, begin, end, H, HV, K, V, BK, BV, C, OUTPUT,
-                STORE_STATES, TRANSFER, Q_STRIDES, K_STRIDES, V_STRIDES,
+                S_T, q, k, v, factors, matrices, decayed_rows, channel_decays, o, states, U_out,
+                row_scales, first_token, chunk_head, head, first_v, begin, end,
+                H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES, TRANSFER, CHANNELS,
+                Q_STRIDES, K_STRIDES, V_STRIDES,
             )  # fmt: skip
             store_checkpoints(
                 S_T, before + end * C, n, checkpoint_offsets, checkpoint_indices, checkpoints,
@@ -205,15 +234,17 @@ def scan_kernel(
             begin = end
     else:
         S_T = scan_chunks(
-            S_T, q, k, v, factors, matrices, o, states, U_out, row_scales, first_token, chunk_head,
-            head, first_v, begin, full_chunks, H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES,
-            TRANSFER, Q_STRIDES, K_STRIDES, V_STRIDES,
+            S_T, q, k, v, factors, matrices, decayed_rows, channel_decays, o, states, U_out,
+            row_scales, first_token, chunk_head, head, first_v, begin, full_chunks,
+            H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES, TRANSFER, CHANNELS,
+            Q_STRIDES, K_STRIDES, V_STRIDES,
         )  # fmt: skip
     if tokens > full_chunks * C:
         S_T = scan_step(
-            S_T, q, k, v, factors, matrices, o, states, U_out, row_scales,
-            first_token + full_chunks * C, tokens - full_chunks * C, chunk_head + full_chunks * HV,
-            head, first_v, H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES, TRANSFER, False,
+            S_T, q, k, v, factors, matrices, decayed_rows, channel_decays, o, states, U_out,
+            row_scales, first_token + full_chunks * C, tokens - full_chunks * C,
+            chunk_head + full_chunks * HV, head, first_v,
+            H, HV, K, V, BK, BV, C, OUTPUT, STORE_STATES, TRANSFER, CHANNELS, False,
             Q_STRIDES, K_STRIDES, V_STRIDES,
         )  # fmt: skip
     if STORE_FINAL:

@@ -26,7 +26,7 @@ PRECISION = tl.constexpr("ieee" if INTERPRETED.value else "bf16x6")
 def round_to(x, dtype: tl.constexpr):
     """x in `dtype`, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:  # Triton's interpreter truncates instead
-        bits = x.to(tl.uint32, bitcast=True)
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
@@ -256,3 +256,16 @@ def load_state(
     if K == BK and V % BV == 0:
         return tl.load(states + offsets)
     return tl.load(states + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_state_columns(
+    states, index, first_v, first_k, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """The tile [BV, BD] from first_v of V and first_k of K, as `load_state`."""
+    i, j = first_k + tl.arange(0, BD)[None, :], first_v + tl.arange(0, BV)[:, None]
+    pointers = states + (index * (K * V) + j * K + i)
+    if K % BD == 0 and V % BV == 0:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(i < K) & (j < V), other=0.0)

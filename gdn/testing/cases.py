@@ -105,7 +105,7 @@ CASES = (
         replace(case, name=f"channels-{case.name}", per_channel=True)
         for case in (
             Case("one-token", T=1, K=20, V=36),
-            Case("grouped-heads", T=65, HV=4, B=2),
+            Case("grouped-heads", T=65, H=1, HV=2, B=2),
             Case("v-first", T=70, K=20, V=36, state_v_first=True),
             Case("packed-fused", lengths=(33, 70, 0, 5), K=32, V=32, fused=True),
             Case("model", T=70, K=128, V=64, H=1, fused=True, gates="model"),
@@ -114,7 +114,7 @@ CASES = (
             Case("no-decay", T=70, gates="none"),
             Case("weak-decay", T=70, gates="weak"),
             Case("strong-decay", T=70, gates="strong"),
-            Case("resets", T=130, HV=4, K=32, V=32, gates="resets"),
+            Case("resets", T=130, H=1, HV=2, K=32, V=32, gates="resets"),
             Case("correlated-keys", T=70, gates="weak", cosine=0.9),
         )
     ),

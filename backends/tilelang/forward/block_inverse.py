@@ -9,7 +9,8 @@ M is [C, C] and strictly lower triangular. M_kj stands for its blocks [16, 16], 
 A row of blocks needs no other one, only M and the A_jj. So each warp computes the row of blocks of
 its 16 rows, after one barrier. The products have operands of one or two parts (`warp_blocks.py`).
 Two are needed where entries of M exceed 1, and for results in float16. A kernel decides it for each
-chunk, from a bound: |M_ij| <= max |beta| max k.k, where k.k is at most 1 after the L2 norm.
+chunk, from a bound: |M_ij| <= max beta max k.k, where k.k is at most 1 after the L2 norm. Where a
+beta is below 0, A may grow although M does not, and two parts have the range for it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ PRELUDE = (
     LARGEST_PRELUDE
     + BLOCKS_PRELUDE
     + """
+// The largest of 64 strengths beta, or infinity if one is below 0; for all lanes of a warp.
+__device__ __forceinline__ float gdn_bound_strengths(const void *beta) {
+  float2 pair = static_cast<const float2 *>(beta)[threadIdx.x % 32];
+  bool below = __reduce_max_sync(0xffffffff, unsigned(fminf(pair.x, pair.y) < 0));
+  return below ? __uint_as_float(0x7f800000) : gdn_largest(beta);
+}
 // A block on the diagonal of (I + M)^-1, from 8 numbers of M a lane. `scratch`: [2][8][8] float32.
 template <int parts>
 __device__ __forceinline__ void gdn_invert_diagonal(const float *M, void *scratch, void *to) {
@@ -220,6 +227,12 @@ def begin_inverse(parts: int, M: Any, inv: Any, warp: Any) -> None:
         "handle", f"gdn_begin_inverse<{parts}>", M.data, T.address_of(inv.below[0, 0, 0]),
         T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[0, 0, 0]), warp,
     )  # fmt: skip
+
+
+def bound_strengths(beta: Any) -> Any:
+    """For `LIMIT`: the largest of C strengths from an address on, or infinity if one is below 0; by
+    whole warps."""
+    return T.call_extern("float32", "gdn_bound_strengths", beta)
 
 
 @T.macro

@@ -1,4 +1,4 @@
-"""Skip what float32 cannot see: the chunks of a piece that decay leaves nothing of.
+"""Skip the chunks of a piece that decay leaves nothing of.
 
 A token multiplies the state by e^g (I - beta k k^T), whose norm is at most
 

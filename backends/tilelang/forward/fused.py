@@ -15,11 +15,11 @@ Thread block (sequence or piece, and value head; V = 128), alone on an SM; its t
     32   gate warp: the factors of a chunk's tokens
     32   norm warp: the norms of q, if they are fused
 
-Pieces are scanned in parallel, twice, as by `scan.py`. The transfer scan has no output: some thread
-blocks find N [pieces, HV, V, K], the state that a piece leaves of a zero state (the first piece, of
-the real one), and others M, its effect on any state. Where nothing of the state before a piece is
-left after it (`forgetting.py`), M is not computed, and the scan for N starts at the first chunk
-that matters.
+Pieces are scanned in parallel, twice, as by `scan.py`. The transfer scan has no output, and two
+thread blocks for each piece and head: one finds N [pieces, HV, V, K], the state that a piece leaves
+of a zero state (the first piece, of the real one), the other M, its effect on any state. Where
+nothing of the state before a piece is left after it (`forgetting.py`), M is not computed, and the
+scan for N starts at the first chunk that matters.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
 from ..tile.row_scales import PRELUDE as ROW_SCALES
-from .block_inverse import LIMIT, choose_parts, solve_row
+from .block_inverse import LIMIT, bound_strengths, choose_parts, solve_row
 from .block_inverse import PRELUDE as INVERSE_PRELUDE
 from .forgetting import ForgettingSmem, skip_forgotten
 from .fused_factors import compute_factors, compute_norms
@@ -194,7 +194,7 @@ def fused_forward(
             if min_parts == max_parts:
                 begin_scaled_inverse(max_parts, M, inv, buffer, tokens, s, warp)
             else:
-                bound = largest(T.address_of(tokens[s, STRENGTH, 0]))
+                bound = bound_strengths(T.address_of(tokens[s, STRENGTH, 0]))
                 if not l2:
                     bound *= largest(T.address_of(smem.key_squares[0]))
                 two_parts = bound > LIMIT

@@ -10,7 +10,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from gdn.problem import CHUNK as C
 
-from ..tile.indexing import SEQUENCE, START, STOP, piece_bounds
+from ..tile.indexing import SEQUENCE, START, STOP, Fields, piece_bounds, piece_number
 from ..tile.layout import ROWS
 from .block_inverse import BlockInverseSmem
 from .scan_memory import store_chunk
@@ -54,23 +54,21 @@ def find_task(
 ) -> None:  # fmt: skip
     """Fill `task`; by one thread. block: of a transfer scan, 0 for N and 1 for M; length: tokens of
     a piece, if sequences are cut."""
-    place = T.alloc_local((4,), "int32")
-    ends = T.alloc_local((2,), "int32")  # the first token of the sequence, and the one after it
-    piece_bounds(piece, cu_seqlens, sequences, L, length, place, varlen, cut)
+    place = Fields("sequence", "start", "stop", "slot", "number", "last_number")
+    piece_bounds(piece, cu_seqlens, sequences, L, length, place.array, varlen, cut)
     for i in T.unroll(4):
-        task[i] = place[i]
+        task[i] = place.array[i]
     task[HEAD] = head
     task[KEY_HEAD] = head // (HV // H)
-    tokens = T.max(place[STOP] - place[START], 0)
+    tokens = T.max(place.stop - place.start, 0)
     task[CHUNKS] = T.ceildiv(tokens, C)
     task[LAST] = tokens - (T.ceildiv(tokens, C) - 1) * C
     task[PIECE] = piece
     task[FORGETS] = 0
     if cut:
-        ends[0] = T.cast(cu_seqlens[place[SEQUENCE]], "int32") if varlen else 0
-        ends[1] = T.cast(cu_seqlens[place[SEQUENCE] + 1], "int32") if varlen else L
-        task[NUMBER] = (place[START] - ends[0]) // length
-        task[LAST_NUMBER] = T.max(T.ceildiv(ends[1] - ends[0], length) - 1, 0)
+        piece_number(cu_seqlens, L, length, place, varlen)
+        task[NUMBER] = place.number
+        task[LAST_NUMBER] = place.last_number
         if transfer:  # what is not wanted gets no chunks, which costs nothing
             wanted = T.And(task[NUMBER] >= block, task[NUMBER] < task[LAST_NUMBER])
             task[CHUNKS] = T.if_then_else(wanted, task[CHUNKS], 0)

@@ -3,7 +3,7 @@
 Where whole sequences fill the GPU, there is one launch. Else sequences are cut into pieces: the
 kernel's transfer scan, `combine_pieces`, and the kernel again, which starts each piece from its
 real state. Chosen from shapes alone, since what forgets (`forgetting.py`) only the device knows:
-where nothing does, more pieces must not take longer than `prepare` and `scan`.
+where nothing does, pieces must hardly take longer than `prepare` and `scan`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MIN_SHARE = 0.57
 of the SMs busy."""
 MIN_PIECES, MIN_PIECE_CHUNKS = 8, 32
 """Sequences are cut into at least so many pieces, of at least so many chunks: else `prepare` and
-`scan` take less time where nothing forgets."""
+`scan` take much less time where nothing forgets."""
 
 
 def fills_gpu(call: Call) -> bool:

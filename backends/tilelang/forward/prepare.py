@@ -28,7 +28,7 @@ from ..tile.indexing import Fields, locate_piece
 from ..tile.largest import largest
 from ..tile.layout import BETA, KEY_SQUARES, QS_FACTOR, SCALE_RQ, G
 from ..tile.ragged_rows import clear_past_end
-from .block_inverse import LIMIT, begin_inverse, choose_parts, solve_row
+from .block_inverse import LIMIT, begin_inverse, bound_strengths, choose_parts, solve_row
 from .block_inverse import PRELUDE as INVERSE_PRELUDE
 from .intra_chunk import (
     IntraChunkFragments,
@@ -199,7 +199,7 @@ def prepare(
                 # === the diagonal blocks of A; the norms of q; the next gates ===
                 bound = 0
                 if min_parts < max_parts:
-                    bound = largest(T.address_of(smem.gates[b, BETA, 0]))
+                    bound = bound_strengths(T.address_of(smem.gates[b, BETA, 0]))
                     if not l2:
                         bound *= largest(T.address_of(smem.token_factors[KEY_SQUARES, 0]))
                 if bound > LIMIT:

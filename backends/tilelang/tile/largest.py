@@ -36,5 +36,5 @@ def power_of_two(x: Any) -> Any:
 
 
 def reciprocal_power(x: Any) -> Any:
-    """1 / `power_of_two`, exactly."""
+    """1 / `power_of_two`, exactly, for x below 2^127."""
     return T.call_extern("float32", "gdn_reciprocal_power", x)
