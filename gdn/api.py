@@ -14,7 +14,14 @@ from gdn.context_parallel import ContextParallel
 from gdn.distributed import heads
 from gdn.problem import Call, describe, describe_pool_call
 from gdn.serving import gated_delta_net_decode, gated_delta_net_prefill
-from gdn.validation import check_bounds, check_cu_seqlens, check_slots, validate, validate_pool_call
+from gdn.validation import (
+    check_bounds,
+    check_cu_seqlens,
+    check_memory,
+    check_slots,
+    validate,
+    validate_pool_call,
+)
 
 
 class GDNOutput(NamedTuple):
@@ -163,6 +170,7 @@ def explain(
         validate_pool_call(call)
         check_bounds(call.call)
         check_slots(call)
+        check_memory(call)
         return explanation.explain(request, source, describe_pool_call(call))
     validate(call)
     check_cu_seqlens(call)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gdn.context_parallel import ContextParallel
 from gdn.problem import Call, PoolCall, Prefill, Step
-from gdn.validation import check_types, no_tensor
+from gdn.validation import check_types, no_tensor, refuse_negated
 
 
 class Options(TypedDict, total=False):
@@ -76,11 +76,23 @@ def make(
     if "state" in options or kind is Prefill:
         own = {name: options.pop(name) for name in kind._fields if name in options}
         require_pool(own.get("state"))
+        _refuse_pool_options(options, f"prefill={not prefill}", prefill)
         made = kind(Call(q, k, v, g, beta, scale=scale, **options), **own)
+        refuse_negated(made)
     else:
+        _refuse_pool_options(options, "state", None)
         made = Call(q, k, v, g, beta, scale=scale, **options)
     check_types(made)
     return made
+
+
+def _refuse_pool_options(options: dict[str, Any], missing: str, got: object) -> None:
+    """ValueError if an option of a call on a pool is left, which belongs to another kind."""
+    for name in options:
+        if name in (*Step._fields[1:], *Prefill._fields[1:]):
+            raise ValueError(
+                f"{name} must come with {missing}, got {got}; other calls have no such option"
+            )
 
 
 def full_signature(function: Any, *ops: Any) -> inspect.Signature:
@@ -155,14 +167,9 @@ def autocasts(x: Tensor) -> bool:
 
 
 def require_pool(state: object) -> None:
-    """TypeError unless the pool is a tensor, ValueError if it cannot be updated in place."""
+    """TypeError unless the pool is a tensor."""
     if not isinstance(state, Tensor):
         raise no_tensor("state", state, "pass the pool")
-    if not torch.compiler.is_compiling() and state.is_neg():  # Dynamo cannot trace is_neg
-        raise ValueError(
-            "state must not be a view that negates its elements when read (is_neg), got one; "
-            "it is updated in place, pass state.resolve_neg()"
-        )
 
 
 def from_former_name(transposed: bool, state_v_first: bool, stacklevel: int = 3) -> bool:

@@ -126,7 +126,8 @@ def kimi_delta_attention_decode(
         All other arguments: as in `gdn.gated_delta_net_decode`, dtypes and units too.
 
     Returns:
-        o [B, T, HV, V] in v's dtype. Slots that state_indices does not name do not change.
+        o [B, T, HV, V] in v's dtype, or `out`. Slots that are not named do not change. With
+        output_states, new states are there, and `state` does not change.
 
     Raises:
         ValueError: g has no channels, or another argument is malformed.

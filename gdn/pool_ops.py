@@ -15,8 +15,10 @@ from gdn.problem import PoolCall, Prefill, Step, describe_pool_call
 from gdn.shortcut import as_pool_call, needs_dispatcher
 from gdn.validation import (
     check_bounds,
+    check_memory,
     check_slots,
     is_live,
+    refuse_negated,
     refuse_tangents,
     validate_pool_call,
 )
@@ -39,6 +41,7 @@ def run(given: PoolCall, request: str) -> Tensor:
         refuse_tangents(given)
     kind, arguments = type(given), (*given.call, *given[1:])
     if torch.compiler.is_compiling() or needs_dispatcher(kind, arguments):
+        refuse_negated(given)
         op = torch.ops.gdn.decode if kind is Step else torch.ops.gdn.prefill
         o: Tensor = op(*arguments, request)
     else:
@@ -51,6 +54,7 @@ def _run(given: PoolCall, request: str) -> Tensor:
     plan, call = dispatch.choose_for_pool(request, given).plan, given.call
     check_bounds(call)
     check_slots(given)
+    check_memory(given)
     with surroundings(call.q):
         if has_tokens(call):
             o = plan.decode(given) if isinstance(given, Step) else plan.prefill(given)

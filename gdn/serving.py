@@ -122,11 +122,11 @@ def gated_delta_net_decode(
             `gated_delta_net`. On a GPU q, k and v may be slices of one tensor; they are not copied.
         state, null_index, out: as in `gated_delta_net_prefill`.
         state_indices: int32 or int64. [N]: the slot that each sequence reads and writes. None means
-            0, 1, ..., N - 1, for a pool of N slots. [N, 1 + T], for speculative decoding: column c
-            is the slot of the state after c tokens of the step. A step reads column 0 and writes
-            the other columns, so several sequences may start from one slot (branches of a prefix).
-            With cu_seqlens there may be fewer columns than tokens; states past the last column are
-            not kept.
+            0, 1, ..., N - 1, for a pool of N slots; slot null_index, for example 0, is skipped then
+            too. [N, 1 + T], for speculative decoding: column c is the slot of the state after c
+            tokens of the step. A step reads column 0 and writes the other columns, so several
+            sequences may start from one slot (branches of a prefix). With cu_seqlens there may be
+            fewer columns than tokens, but at least one; states past the last column are not kept.
         num_accepted_tokens: [N], only with state_indices [N, 1 + T]: how many tokens of the
             previous step were accepted. The step reads this column instead of column 0. Columns
             must be in the order of the previous step.

@@ -71,6 +71,32 @@ BAD_STEPS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+PACKED = StepCase("packed", lengths=(1, 1), HV=4, K=8, V=16, slots="each", leading=False)
+BAD_STEPS |= {
+    "no-columns": (
+        PACKED, {"state_indices": ints([], []), "num_accepted_tokens": None}, "column or more",
+    ),
+    "no-output-columns": (
+        StepCase("packed-elsewhere", lengths=(1, 1), HV=4, K=8, V=16, output="each"),
+        {"output_indices": ints([], [])}, "output_indices must have a column or more",
+    ),
+    "accepted-packed": (PACKED, {"num_accepted_tokens": ints(1, 2)}, "lie in 1..1, got 2"),
+    "accepted-alone": (
+        STEP, {"num_accepted_tokens": ints(1, 1), "leading_column": False}, "[N, T], got (2,)",
+    ),
+    "leading-none": (STEP, {"leading_column": None}, "leading_column must be a bool, got NoneType"),
+    "out-negated": (STEP, {"out": torch._neg_view(ones(2, 2, 4, 16))}, "out must not", "negates"),
+    "states-negated": (
+        ELSEWHERE, {"output_states": torch._neg_view(ones(4, 4, 8, 16))}, "output_states.resolve",
+    ),
+}  # fmt: skip
+BAD_PREFILLS |= {
+    "buffer-negated": (
+        BUFFER, {"checkpoints": torch._neg_view(ones(2, 4, 8, 16))}, "checkpoints.resolve_neg()",
+    ),
+}  # fmt: skip
+
+
 def check(op: Any, inputs: dict[str, Any], words: list[str], **kind: Any) -> None:
     texts = []
     for function in (lambda: op(**inputs), lambda: gdn.explain(**inputs, **kind)):
@@ -101,3 +127,56 @@ def test_a_skipped_row_may_hold_anything() -> None:
     inputs["checkpoint_indices"] = ints(1, 0)
     o = gdn.gated_delta_net_prefill(**inputs)
     assert not o[1].any()
+
+
+def test_states_and_outputs_must_not_share_memory() -> None:
+    memory = torch.zeros(4096)
+    pool = memory[:3072].view(6, 4, 8, 16)
+    own = {"state": pool, "state_indices": ints(0, 1)}
+    step, prefill = make_step(ELSEWHERE) | own, make_prefill(BUFFER) | own
+    decode, whole = gdn.gated_delta_net_decode, gdn.gated_delta_net_prefill
+    check(decode, step | {"output_states": pool[2:]}, ["output_states must not share", "state,"])
+    out = memory[3000:3256].view(2, 2, 4, 16)
+    check(decode, step | {"out": out}, ["out must not share memory with state"])
+    buffer = prefill | {"checkpoints": pool[4:]}
+    check(whole, buffer, ["checkpoints must not share memory with state"], prefill=True)
+
+
+def test_slots_of_two_pools_may_alternate_in_one_buffer() -> None:
+    inputs = make_step(ELSEWHERE)
+    expected = gdn.gated_delta_net_decode(**inputs)
+    slots = max(len(inputs["state"]), len(inputs["output_states"]))
+    both = torch.zeros(slots, 2, 4, 8, 16)
+    both[: len(inputs["state"]), 0] = inputs["state"]
+    pools = {"state": both[:, 0], "output_states": both[:, 1]}
+    assert torch.equal(gdn.gated_delta_net_decode(**inputs | pools), expected)
+    shifted = both.view(slots, -1)[:, 256:768].view(slots, 4, 8, 16)
+    pools["output_states"] = shifted
+    check(gdn.gated_delta_net_decode, inputs | pools, ["output_states must not share memory"])
+
+
+def test_a_step_without_tokens_takes_a_table_without_columns() -> None:
+    inputs = make_step(EACH)
+    inputs |= {name: inputs[name][:, :0] for name in ("q", "k", "v", "g", "beta")}
+    inputs |= {"state_indices": ints([], []), "num_accepted_tokens": None}
+    assert gdn.gated_delta_net_decode(**inputs).shape == (2, 0, 4, 16)
+
+
+def test_a_skipped_row_without_state_indices_writes_nothing() -> None:
+    inputs = make_step(StepCase("own", B=2, HV=4, K=8, V=16, slots="own", output="last"))
+    inputs |= {"null_index": 1, "output_indices": ints(0, 0)}
+    o = gdn.gated_delta_net_decode(**inputs)
+    assert o[0].any()
+    assert not o[1].any()
+
+
+@pytest.mark.parametrize("function", [gdn.explain, gdn.warmup])
+def test_an_option_of_another_kind_of_call_names_what_is_missing(function: Any) -> None:
+    prefill, step = make_prefill(PLAIN), make_step(EACH)
+    with pytest.raises(ValueError, match="fresh must come with prefill=True, got False"):
+        function(**prefill | {"fresh": ones(2).bool()})
+    with pytest.raises(ValueError, match="num_accepted_tokens must come with prefill=False"):
+        function(**make_prefill(PLAIN) | {"num_accepted_tokens": ints(1, 1)}, prefill=True)
+    del step["state"]
+    with pytest.raises(ValueError, match="must come with state, got None"):
+        function(**step)

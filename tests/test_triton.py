@@ -15,7 +15,7 @@ import torch
 from support import assert_close, run, truth
 
 import gdn
-from gdn import dispatch
+from gdn import calls, dispatch
 from gdn.testing import Case, make_inputs, run_definition, with_gradients
 from gdn.testing.decode import StepCase, make_step
 
@@ -209,3 +209,17 @@ the last, partial chunk. That copy spills; the loop over full chunks only reload
 MAX_CHANNEL_STACK = {80: 2560, 90: 1536}
 """The same, of the last stage of backward with a decay per channel. Most of its spills are outside
 its loop over levels, of whose instructions one in thirteen reloads a value."""
+
+
+def test_decode_reads_no_column_that_a_table_lacks(device: str) -> None:
+    """Validation refuses such tables; the kernel must not leave the table's memory either."""
+    inputs = make_step(StepCase("no-column", B=2, HV=4, K=16, V=16), device)
+    inputs["state_indices"] = torch.tensor([[0], [1]], device=device)[:, :0]
+    pool = inputs["state"].clone()
+    from gdn.backends.triton.decode import DecodePlan
+
+    tokens = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
+    options = {name: x for name, x in inputs.items() if name not in ("q", "k", "v", "g", "beta")}
+    step: Any = calls.make(*tokens, options | {"leading_column": False}, prefill=False)
+    assert not DecodePlan(step).decode(step).any()
+    assert torch.equal(inputs["state"], pool)

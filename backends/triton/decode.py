@@ -104,7 +104,7 @@ def decode_kernel(
         column = n * 0
         if accepted is not None:
             column = tl.load(accepted + n).to(tl.int64) - (0 if LEADING else 1)
-            live = (column >= 0) & (column < index_columns)
+        live = (column >= 0) & (column < index_columns)
         place = indices + n * index_row + column * index_column
         slot = tl.load(place, mask=live, other=0).to(tl.int64)
     live &= (slot != null_index) & (slot >= 0) & (slot < slots)

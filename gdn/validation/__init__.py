@@ -1,7 +1,7 @@
 """The checks of arguments, and their error messages."""
 
 from .metadata import validate
-from .pools import validate_pool_call
+from .pools import check_memory, refuse_negated, validate_pool_call
 from .slots import check_slots, is_live
 from .types import (
     DEFINITION,
@@ -17,11 +17,13 @@ __all__ = [
     "DEFINITION",
     "check_bounds",
     "check_cu_seqlens",
+    "check_memory",
     "check_slots",
     "check_types",
     "is_live",
     "no_tensor",
     "refuse_gradients",
+    "refuse_negated",
     "refuse_tangents",
     "refuse_transforms",
     "validate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from gdn.problem import POOL_TENSORS, PoolCall, Prefill, Step
 
 from .metadata import require, require_shape, require_state, shape_of, validate
+from .values import has_values
 
 POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
@@ -18,6 +20,8 @@ TABLES = (
     "checkpoint_indices",
 )  # fmt: skip
 """Tensors of integers."""
+IN_PLACE = ("state", "out", "output_states", "checkpoints")
+"""Tensors that a call may update in place."""
 
 
 def validate_pool_call(given: PoolCall) -> None:
@@ -67,6 +71,52 @@ def _require_pool(name: str, state: Tensor, given: PoolCall) -> None:
         )
 
 
+def refuse_negated(given: PoolCall) -> None:
+    """ValueError if a tensor that the call updates in place is a negated view."""
+    if torch.compiler.is_compiling():  # Dynamo cannot trace is_neg
+        return
+    for name in IN_PLACE:
+        x = getattr(given, name, None)
+        if isinstance(x, Tensor) and x.is_neg():  # `check_types` reports other types
+            raise ValueError(
+                f"{name} must not be a view that negates its elements when read (is_neg), got one; "
+                f"it is updated in place, pass {name}.resolve_neg()"
+            )
+
+
+def check_memory(given: PoolCall) -> None:
+    """ValueError if two of the states and outputs of a call share memory."""
+    other_states = given.output_states if isinstance(given, Step) else given.checkpoints
+    if (given.out is None and other_states is None) or not has_values(given.call.q):
+        return
+    tensors = ((name, getattr(given, name, None)) for name in IN_PLACE)
+    present = [(name, x) for name, x in tensors if x is not None]
+    for (name, x), (other, y) in itertools.combinations(present, 2):
+        if _share_memory(x, y):
+            raise ValueError(
+                f"{other} must not share memory with {name}, got overlapping tensors; "
+                "pass memory of its own, writes to one would change the other"
+            )
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether rows of x and y overlap. A row is contiguous, and there may be gaps between rows."""
+    if not (x.numel() and y.numel()):
+        return False
+    (x_start, x_stride, x_row), (y_start, y_stride, y_row) = (
+        (a.data_ptr(), a.stride(0) * size, a.numel() // a.shape[0] * size)
+        for a, size in ((x, x.element_size()), (y, y.element_size()))
+    )
+    x_end = x_start + (x.shape[0] - 1) * x_stride + x_row
+    y_end = y_start + (y.shape[0] - 1) * y_stride + y_row
+    if x_end <= y_start or y_end <= x_start:
+        return False
+    if x_stride != y_stride or x_stride == 0:
+        return True
+    gap = (y_start - x_start) % x_stride  # the slots of two pools may alternate in one buffer
+    return gap < x_row or gap + y_row > x_stride
+
+
 def _require_out(given: PoolCall) -> None:
     out, v = given.out, given.call.v
     if out is None:
@@ -98,16 +148,16 @@ def _require_like(name: str, x: Tensor, state: Tensor) -> None:
 
 def _validate_step(step: Step) -> None:
     call, indices, columns = step.call, step.state_indices, step.call.q.shape[1]
+    extra = int(step.leading_column)
+    form = "[N, 1 + T]" if extra else "[N, T]"
     if indices is not None:
-        extra = int(step.leading_column)
-        form = "[N, 1 + T]" if extra else "[N, T]"
         _require_table("state_indices", indices, step, form, columns + extra)
     if step.num_accepted_tokens is not None:
         require_shape("num_accepted_tokens", step.num_accepted_tokens, "[N]", (call.sequences,))
         require(
             indices is not None and indices.dim() == 2,
             lambda: (
-                "num_accepted_tokens must come with state_indices [N, 1 + T], got "
+                f"num_accepted_tokens must come with state_indices {form}, got "
                 f"{None if indices is None else shape_of(indices)}; each token needs its own slot"
             ),
         )
@@ -140,6 +190,14 @@ def _require_table(name: str, table: Tensor, step: Step, form: str, columns: int
         require_shape(name, table, f"[N] or {form}", (N,))
     elif step.call.cu_seqlens is None or table.shape[0] != N:
         require_shape(name, table, form, (N, columns))
+    else:
+        require(
+            table.shape[1] > 0,
+            lambda: (
+                f"{name} must have a column or more with cu_seqlens, got {shape_of(table)}; "
+                f"pass [N] or {form}"
+            ),
+        )
 
 
 def _validate_prefill(prefill: Prefill) -> None:

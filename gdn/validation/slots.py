@@ -71,12 +71,12 @@ def _find_writers(name: str, written: Iterable[tuple[int, int]]) -> dict[int, in
 
 def _check_step(step: Step) -> None:
     indices, null = step.state_indices, step.null_index
-    starts: list[int | None] = list(range(step.call.sequences))  # None: skipped
+    slots = list(range(step.call.sequences))
     if indices is not None:
         _check_range("state_indices", indices, step.state.shape[0], null)
-        rows = _rows(indices)
-        starts = [row[column] for row, column in zip(rows, _columns(step), strict=True)]
-        starts = [None if slot == null else slot for slot in starts]
+        rows = zip(_rows(indices), _columns(step), strict=True)
+        slots = [row[column] if row else null for row, column in rows]  # T = 0: perhaps no column
+    starts = [None if slot == null else slot for slot in slots]  # None: skipped
     table, states = step.written_table, step.output_states
     if table is None:
         return
@@ -87,8 +87,8 @@ def _check_step(step: Step) -> None:
     for n, (row, tokens) in enumerate(zip(_rows(table), _lengths(step), strict=True)):
         if starts[n] is not None:
             first = step.first_column if step.speculative else 0
-            slots = row[first : first + tokens] if step.speculative else row
-            written += [(n, slot) for slot in slots if slot != null]
+            into = row[first : first + tokens] if step.speculative else row
+            written += [(n, slot) for slot in into if slot != null]
     writers = _find_writers(name, written)
     for n, slot in enumerate(starts):
         if states is None and slot is not None and writers.get(slot, n) != n:
@@ -106,10 +106,11 @@ def _columns(step: Step) -> list[int]:
     counts: list[int] = accepted.tolist()
     lowest = int(not step.leading_column)
     highest = indices.shape[1] - 1 + lowest
+    limit = f"T = {highest}" if step.call.cu_seqlens is None else f"{highest}"
     for count in counts:
         if not lowest <= count <= highest:
             raise ValueError(
-                f"num_accepted_tokens must lie in {lowest}..T = {highest}, got {count}; "
+                f"num_accepted_tokens must lie in {lowest}..{limit}, got {count}; "
                 "it picks a column of state_indices"
             )
     return [count - lowest for count in counts]

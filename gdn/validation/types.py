@@ -51,7 +51,8 @@ def check_types(call: Call | PoolCall) -> None:
     if isinstance(call, Step):
         flags["leading_column"] = call.leading_column
     for name, x in flags.items():
-        if not (x is None or _converts(x, float)):
+        may_be_none = name in FLAGS  # it means False, which is their default
+        if not ((x is None and may_be_none) or _converts(x, float)):
             raise TypeError(f"{name} must be a bool, got {_shown(x)}; pass True or False")
     bound = own.gate_lower_bound
     if not (bound is None or _converts(bound, float)):
