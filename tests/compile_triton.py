@@ -38,6 +38,8 @@ FLOAT32 |= {"dt_bias", "row_scales", "dG_from_o", "dg", "dbeta", "dA_log", "ddt_
 FLOAT32 |= {"into", "pool", "checkpoints", "channel_decays", "products", "sums"}
 INT32 = {"N", "T", "chunks_per_sequence", "pieces_per_sequence", "piece_chunks"}
 INT32 |= {"slot_stride", "into_stride", *POOL_COUNTS, *COUNTS}
+TABLES = ("cu_seqlens", "indices", "accepted", "written")
+TABLES += ("checkpoint_offsets", "checkpoint_indices")
 
 # Constants. A kernel takes those that it names.
 COMMON: dict[str, Any] = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 64, "BK": 128, "VARLEN": True}
@@ -68,9 +70,13 @@ COMBINE |= NO_POOL
 DECODE: dict[str, Any] = {"V_FIRST": False, "SPECULATIVE": False, "LEADING": True}
 DECODE |= {"FIRST_COLUMN": 1, "UNIT": 8, "CLEAR_TAIL": False}
 DECODE |= {"accepted": None, "cu_seqlens": None, "written": None}
+SPECULATIVE = {"V_FIRST": False, "SPECULATIVE": True, "LEADING": False, "FIRST_COLUMN": 0}
+SPECULATIVE |= {"UNIT": 8, "CLEAR_TAIL": True}
 CHANNELS = {"CHANNELS": True, "G_STRIDES": (0, 4096, 128)}
+NO_A_LOG = {"A_log": None, "LOWER_BOUND": -5.0}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (prepare_kernel, {}),
+    (prepare_kernel, NO_A_LOG),
     (scan_kernel, SCAN),
     (scan_kernel, SCAN_FOR_STATES),
     (scan_kernel, POOL_SCAN),
@@ -82,7 +88,9 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (decode_kernel, DECODE),
     (decode_kernel, DECODE | {"V_FIRST": True}),
     (decode_kernel, DECODE | {"UNIT": 1}),
+    (decode_kernel, SPECULATIVE),
     (prepare_channels_kernel, CHANNELS | {"BD": 32}),
+    (prepare_channels_kernel, CHANNELS | NO_A_LOG | {"BD": 32}),
     (decay_rows_kernel, CHANNELS),
     (scan_kernel, SCAN | CHANNELS),
     (scan_kernel, SCAN_FOR_STATES | CHANNELS),
@@ -99,7 +107,7 @@ def type_of(name: str, dtype: str) -> str:
         return "i32"
     if name == "scale":
         return "fp32"
-    if name in ("cu_seqlens", "indices", "checkpoint_offsets", "checkpoint_indices"):
+    if name in TABLES:
         return "*i32"
     if name == "fresh":
         return "*i1"

@@ -42,7 +42,7 @@ def require(backend: str, inputs: dict[str, Any], prefill: bool = False) -> None
 
 
 def may_fail_with_fla(request: pytest.FixtureRequest, backend: str, device: str) -> None:
-    """fla's decay per channel failed here in its first run on a GPU. Not looked into yet."""
+    """fla's decay per channel failed here on a GPU."""
     if backend == "fla" and device == "cuda":
         reason = "failed in the first run on a GPU; docs/log/open.md"
         mark = pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False)

@@ -31,6 +31,8 @@ HELD_TO_PLAIN = ("o", "final_state", "q", "k", "v")
 DEVIATIONS = {
     ("fla", "correlated-keys", torch.float16): "TF32 merges of its inverse: state off by 2.4e-3",
     ("fla", "channels-at-lower-bound", torch.float16): "failed on an H200; docs/log/open.md",
+    ("fla", "channels-grouped-heads", torch.float16): "one element of 16384 off by 1.2e-3",
+    ("fla", "channels-packed-fused", torch.float16): "A_log off by 2.1e-3",
 }
 
 

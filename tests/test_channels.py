@@ -202,9 +202,11 @@ def test_prefill_then_decode_equals_prefill(backend: str, device: str, dtype: to
 
 @pytest.mark.parametrize("per_channel", [False, True], ids=["head", "channel"])
 def test_a_lower_bound_without_A_log(
-    backend: str, device: str, dtype: torch.dtype, per_channel: bool
+    request: pytest.FixtureRequest, backend: str, device: str, dtype: torch.dtype, per_channel: bool
 ) -> None:
     """A_log = 0; and raw gates of -inf, 1e4 and 1e38 have finite gradients."""
+    if per_channel:  # its gradient of A_log is NaN with such gates
+        may_fail_with_fla(request, backend, device)
     case = Case("bound", T=40, HV=4, K=8, V=8, fused=True, gate_lower_bound=-5.0)
     case = replace(case, per_channel=per_channel, dtype=dtype)
     given = make_inputs(case, device)

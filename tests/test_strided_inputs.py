@@ -92,7 +92,8 @@ def test_triton_copies_nothing(prefill: bool) -> None:
         before = torch.cuda.memory_allocated()
         call()
         peak = torch.cuda.max_memory_allocated() - before
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             call()
             torch.cuda.synchronize()
         return peak, sum(event.device_type.name == "CUDA" for event in profile.events())

@@ -45,7 +45,7 @@ PIECE_CASES = (
     Case("packed", lengths=(0, 330, 64, 700, 65), H=1, HV=2),
     Case("fused", T=300, H=1, HV=2, initial_state=False, fused=True, gates="model"),
     Case("correlated-keys", T=400, H=1, HV=1, gates="weak", cosine=0.9),
-    Case("channels", lengths=(0, 200, 65), H=1, HV=1, per_channel=True),
+    Case("channels", lengths=(0, 330, 65), H=1, HV=1, per_channel=True),
 )
 
 

@@ -65,7 +65,7 @@ def _start(given: PoolCall) -> tuple[Tensor, Tensor, Tensor]:
     pool, slots = given.state, given.state_indices
     if slots is None:
         slots = torch.arange(len(pool), device=pool.device)
-        return slots, torch.ones_like(slots, dtype=torch.bool), pool
+        return slots, _find_live(slots, pool, given.null_index), pool
     live = _find_live(slots, pool, given.null_index)
     return slots, live, pool[torch.where(live, slots, 0)]
 
@@ -88,7 +88,7 @@ def decode(step: Step) -> Tensor:
         stored = live & _find_live(step.output_indices, step.output_states, step.null_index)
         stored &= _lengths(call) > 0
         _scatter(step.output_states, step.output_indices, stored, after)
-    elif step.state_indices is None:
+    elif step.state_indices is None and not 0 <= step.null_index < len(step.state):
         step.state.copy_(after)
         if call.cu_seqlens is None and step.out is None:
             return o

@@ -15,9 +15,11 @@ LARGE = tl.constexpr(definition.LARGE)
 @triton.jit
 def load_A_log(A_log, head):
     """A_log of a value head, 0 if there is none."""
-    if A_log is None:
-        return tl.full((), 0.0, tl.float32)
-    return tl.load(A_log + head).to(tl.float32)
+    if A_log is None:  # noqa: SIM108, Triton compiles both sides of an expression
+        found = tl.full((), 0.0, tl.float32)
+    else:
+        found = tl.load(A_log + head).to(tl.float32)
+    return found
 
 
 @triton.jit

@@ -146,9 +146,9 @@ def decode_kernel(
         S_T += u[:, None] * key[None, :]
         tl.store(o + j, round_to(out, o.dtype.element_ty), mask=j < width)
         if SPECULATIVE:
-            column = t + FIRST_COLUMN
-            stored = live & (column < written_columns)
-            to = tl.load(written + n * written_row + column * written_column, mask=stored, other=0)
+            written_to = written + n * written_row + (t + FIRST_COLUMN) * written_column
+            stored = live & (t + FIRST_COLUMN < written_columns)
+            to = tl.load(written_to, mask=stored, other=0)
             to = to.to(tl.int64)
             stored &= (to != null_index) & (to >= 0) & (to < into_slots)
             rounded = round_to(S_T, into.dtype.element_ty)
