@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import SLOW
 
 import gdn
 from gdn import dispatch, registry
@@ -26,6 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+            elif SLOW.search(item.nodeid) and os.environ.get("GDN_SLOW_TESTS") != "1":
+                item.add_marker(pytest.mark.skip(reason="slow; GDN_SLOW_TESTS=1 or a GPU runs it"))
 
 
 def pytest_configure() -> None:
