@@ -38,8 +38,8 @@ FLOAT32 |= {"dt_bias", "row_scales", "dG_from_o", "dg", "dbeta", "dA_log", "ddt_
 FLOAT32 |= {"into", "pool", "checkpoints", "channel_decays", "products", "sums"}
 INT32 = {"N", "T", "chunks_per_sequence", "pieces_per_sequence", "piece_chunks"}
 INT32 |= {"slot_stride", "into_stride", *POOL_COUNTS, *COUNTS}
-TABLES = ("cu_seqlens", "indices", "accepted", "written")
-TABLES += ("checkpoint_offsets", "checkpoint_indices")
+TABLES = {"cu_seqlens", "indices", "accepted", "written"}
+TABLES |= {"checkpoint_offsets", "checkpoint_indices"}
 
 # Constants. A kernel takes those that it names.
 COMMON: dict[str, Any] = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 64, "BK": 128, "VARLEN": True}

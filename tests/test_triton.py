@@ -218,8 +218,8 @@ def test_decode_reads_no_column_that_a_table_lacks(device: str) -> None:
     pool = inputs["state"].clone()
     from gdn.backends.triton.decode import DecodePlan
 
-    tokens = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
-    options = {name: x for name, x in inputs.items() if name not in ("q", "k", "v", "g", "beta")}
-    step: Any = calls.make(*tokens, options | {"leading_column": False}, prefill=False)
+    q, k, v, g, beta = (inputs.pop(name) for name in ("q", "k", "v", "g", "beta"))
+    options = inputs | {"leading_column": False}
+    step: Any = calls.make(q, k, v, g, beta, options, prefill=False)
     assert not DecodePlan(step).decode(step).any()
     assert torch.equal(inputs["state"], pool)
