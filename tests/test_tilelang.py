@@ -258,20 +258,12 @@ def test_calls_bind_their_arguments(name: str) -> None:
             ),
         ),
         Case(
-            "cut-packed",
-            lengths=(1700, 0, 4930, 30),
-            H=1,
-            HV=2,
-            K=128,
-            V=128,
-            dtype=torch.bfloat16,
-            gates="model",
-            fused=True,
-            state_v_first=True,
+            "cut-packed", lengths=(1700, 0, 4930, 30), H=1, HV=2, K=128, V=128,
+            dtype=torch.bfloat16, gates="model", fused=True, state_v_first=True,
         ),
     ],
     ids=("cut", "cut-half", "cut-packed"),
-)
+)  # fmt: skip
 @pytest.mark.parametrize("halved", [False, True], ids=["whole", "halved"])
 def test_pieces_scanned_in_parallel(
     monkeypatch: pytest.MonkeyPatch, case: Case, halved: bool
