@@ -38,7 +38,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
 
 def schema(kind: type[Call | PoolCall], **mutated: str) -> str:
     """The arguments of an op that takes the fields of `kind`, and the request. mutated: the types
-    of those that it writes to."""
+    of the fields that the op writes to."""
     types = {name: _SCHEMA_TYPES[hint] for name, hint in argument_types(kind).items()} | mutated
     return ", ".join([*(f"{type_} {name}" for name, type_ in types.items()), "str backend"])
 

@@ -42,7 +42,6 @@ from .chunk_buffers import (
     K_OUT,
     KS_TO_E,
     NUM_DECAYED_ROWS,
-    NUM_FACTORS,
     NUM_MATRICES,
     Q_IN,
     QS_TO_O,
@@ -51,6 +50,7 @@ from .chunk_buffers import (
     SCORES,
     U_TO_STATE,
     W,
+    clear_saved,
     load_factor,
     load_matrix,
     store_factor,
@@ -107,12 +107,8 @@ def prepare_channels_kernel(
     slot, head = chunk_head // HV, chunk_head % HV
     first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
     if tokens <= 0:
-        if SAVE:  # saved tensors are outputs of a torch op, which must not hold uninitialised data
-            for row in tl.static_range(NUM_FACTORS):
-                store_factor(factors, tl.zeros([C], tl.float32), chunk_head, row, C)
-            for which in tl.static_range(NUM_MATRICES):
-                zeros = tl.zeros([C, C], tl.float32)
-                store_matrix(matrices, zeros, chunk_head * NUM_MATRICES + which, 0, C, C, C)
+        if SAVE:
+            clear_saved(factors, matrices, chunk_head, C)
         return
     qk_head = head // (HV // H)
     dtype: tl.constexpr = k.dtype.element_ty

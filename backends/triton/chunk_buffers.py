@@ -129,6 +129,17 @@ def store_matrix(x, value, index, first_row, ROWS: tl.constexpr, BR: tl.constexp
 
 
 @triton.jit
+def clear_saved(factors, matrices, chunk_head, C: tl.constexpr):
+    """Zero what is saved of a chunk without tokens: saved tensors are outputs of a torch op, which
+    must not hold uninitialised data."""
+    for row in tl.static_range(NUM_FACTORS):
+        store_factor(factors, tl.zeros([C], tl.float32), chunk_head, row, C)
+    for which in tl.static_range(NUM_MATRICES):
+        zeros = tl.zeros([C, C], tl.float32)
+        store_matrix(matrices, zeros, chunk_head * NUM_MATRICES + which, 0, C, C, C)
+
+
+@triton.jit
 def store_row_scales(
     row_scales, S_T, U_T, chunk_head, first_v, V: tl.constexpr, BV: tl.constexpr,
     dtype: tl.constexpr,

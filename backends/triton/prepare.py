@@ -26,13 +26,13 @@ from .chunk_buffers import (
     GATE_SUM_RESIDUAL,
     INVERSE,
     KS_TO_E,
-    NUM_FACTORS,
     NUM_MATRICES,
     QS_TO_O,
     RK,
     RQ,
     SCORES,
     U_TO_STATE,
+    clear_saved,
     store_factor,
     store_matrix,
 )
@@ -65,12 +65,8 @@ def prepare_kernel(
     slot, head = chunk_head // HV, chunk_head % HV
     first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
     if tokens <= 0:
-        if SAVE:  # saved tensors are outputs of a torch op, which must not hold uninitialised data
-            for row in tl.static_range(NUM_FACTORS):
-                store_factor(factors, tl.zeros([C], tl.float32), chunk_head, row, C)
-            for which in tl.static_range(NUM_MATRICES):
-                zeros = tl.zeros([C, C], tl.float32)
-                store_matrix(matrices, zeros, chunk_head * NUM_MATRICES + which, 0, C, C, C)
+        if SAVE:
+            clear_saved(factors, matrices, chunk_head, C)
         return
     valid = tl.arange(0, C) < tokens  # [C]
     dtype: tl.constexpr = k.dtype.element_ty

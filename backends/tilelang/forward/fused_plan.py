@@ -59,7 +59,7 @@ class FusedPass:
         self.length = length
         self.jobs: list[tuple[Any, dict[str, Any]]] = []
         self.launchers: list[Any] = []
-        self.pieces = call.sequences
+        self.sequences = self.pieces = call.sequences
         if length is not None:
             self.pieces = piece_slots(call, length)
             (HV, V), K, device = call.v.shape[2:], call.q.shape[3], call.q.device
@@ -98,7 +98,7 @@ class FusedPass:
         """Launch the kernels. gates: g, beta, A_log, dt_bias."""
         if not self.launchers:
             self.launchers = launchers(self.kernels())
-        N, inputs = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else q.shape[0], (q, k, v)
+        N, inputs = self.sequences, (q, k, v)
         sizes = (N, self.pieces, self.length or 0, scale)
         if self.length is not None:
             transfer, forgets = self.new_transfer(), self.new_forgets()
