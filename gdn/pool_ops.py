@@ -11,13 +11,12 @@ from torch.autograd import forward_ad
 
 from gdn import dispatch
 from gdn.ops import has_tokens, refuse_vmap, schema, surroundings
-from gdn.problem import PoolCall, Prefill, Step, describe_pool_call
+from gdn.problem import PoolCall, Prefill, Step, describe_pool_call, is_live
 from gdn.shortcut import as_pool_call, needs_dispatcher
 from gdn.validation import (
     check_bounds,
     check_memory,
     check_slots,
-    is_live,
     refuse_negated,
     refuse_tangents,
     validate_pool_call,
@@ -73,7 +72,8 @@ def _zero_fresh(prefill: Prefill) -> None:
     slots, fresh = prefill.state_indices, prefill.fresh
     if fresh is not None and len(fresh):
         slots = torch.arange(len(fresh), device=fresh.device) if slots is None else slots.long()
-        prefill.state[slots[fresh & is_live(slots, prefill)]] = 0
+        live = is_live(slots, prefill.state, prefill.null_index)
+        prefill.state[slots[fresh & live]] = 0
 
 
 def _new(given: PoolCall) -> Tensor:

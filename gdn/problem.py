@@ -153,6 +153,11 @@ PoolCall = Step | Prefill
 """A call on a pool of states."""
 
 
+def is_live(slots: Any, pool: Tensor, null_index: int) -> Any:
+    """Whether slots, a number or a tensor, are in the pool and not null_index."""
+    return (slots != null_index) & (slots >= 0) & (slots < pool.shape[0])
+
+
 def argument_types(kind: type[Call | PoolCall]) -> dict[str, Any]:
     """The names and types of an op's arguments, in the order of its schema: the fields of `Call`,
     and after them those that only a `Step` or `Prefill` has."""

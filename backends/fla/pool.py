@@ -11,11 +11,7 @@ from fla.ops.kda import fused_recurrent_kda
 from torch import Tensor
 
 from gdn.backend import Plan
-from gdn.problem import Call, PoolCall, Prefill, Step
-
-
-def _find_live(slots: Tensor, pool: Tensor, null_index: int) -> Tensor:
-    return (slots != null_index) & (slots >= 0) & (slots < pool.shape[0])
+from gdn.problem import Call, PoolCall, Prefill, Step, is_live
 
 
 def _bounded(call: Call) -> Call:
@@ -65,8 +61,8 @@ def _start(given: PoolCall) -> tuple[Tensor, Tensor, Tensor]:
     pool, slots = given.state, given.state_indices
     if slots is None:
         slots = torch.arange(len(pool), device=pool.device)
-        return slots, _find_live(slots, pool, given.null_index), pool
-    live = _find_live(slots, pool, given.null_index)
+        return slots, is_live(slots, pool, given.null_index), pool
+    live = is_live(slots, pool, given.null_index)
     return slots, live, pool[torch.where(live, slots, 0)]
 
 
@@ -85,7 +81,7 @@ def decode(step: Step) -> Tensor:
     after: Tensor
     o, after = recurrence(**options)
     if step.output_states is not None and step.output_indices is not None:
-        stored = live & _find_live(step.output_indices, step.output_states, step.null_index)
+        stored = live & is_live(step.output_indices, step.output_states, step.null_index)
         stored &= _lengths(call) > 0
         _scatter(step.output_states, step.output_indices, stored, after)
     elif step.state_indices is None and not 0 <= step.null_index < len(step.state):

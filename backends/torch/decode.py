@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from gdn.definition import activate, recurrence
-from gdn.problem import Call, PoolCall, Step
-
-
-def find_live(slots: Tensor, given: PoolCall) -> Tensor:
-    """Which slots are in the pool and not null_index."""
-    return (slots != given.null_index) & (slots >= 0) & (slots < given.state.shape[0])
+from gdn.problem import Call, PoolCall, Step, is_live
 
 
 def _locate_tokens(call: Call) -> tuple[Tensor, Tensor]:
@@ -57,21 +52,21 @@ def decode(step: Step) -> Tensor:
     if slots is None:
         slots = torch.arange(N, device=positions.device)
     slots = slots.long().view(N, -1)  # [N, 1], or with a slot for each token
-    in_pool = find_live(slots, step)
+    in_pool = is_live(slots, step.state, step.null_index)
     column = slots.new_zeros(N)
     if step.num_accepted_tokens is not None:
         column = step.num_accepted_tokens.long() - int(not step.leading_column)
     column = column[:, None]  # [N, 1], where the state is read from
     column_exists = (column >= 0) & (column < slots.shape[1])
     column = torch.where(column_exists, column, 0)
-    is_live = (column_exists & in_pool.gather(1, column))[:, 0]
-    (live,) = is_live.nonzero(as_tuple=True)
+    starts = (column_exists & in_pool.gather(1, column))[:, 0]
+    (live,) = starts.nonzero(as_tuple=True)
     S = pool[slots.gather(1, column)[live, 0]].to(dtype)  # [live, HV, K, V]
 
     if step.output_states is not None and step.output_indices is not None:
         pool = step.output_states.mT if call.state_v_first else step.output_states
         slots = step.output_indices.long().view(N, -1)
-        in_pool = (slots != step.null_index) & (slots >= 0) & (slots < pool.shape[0])
+        in_pool = is_live(slots, pool, step.null_index)
     o = call.v.new_zeros(call.v.shape)
     flat = [x.flatten(0, 1) for x in (q, k, call.v.to(dtype), g, beta)]
     for t in range(T):
@@ -86,4 +81,4 @@ def decode(step: Step) -> Tensor:
     if not step.speculative and T:
         stored = exists[live, 0] & in_pool[live, 0]
         pool[slots[live[stored], 0]] = S[stored].to(pool.dtype)
-    return write_o(step, o, is_live)
+    return write_o(step, o, starts)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gdn.problem import Call, Prefill
+from gdn.problem import Call, Prefill, is_live
 
 from .chunk_loop import forward
-from .decode import find_live, write_o
+from .decode import write_o
 
 
 def _bounded(call: Call) -> Call:
@@ -41,7 +41,7 @@ def _store_checkpoints(
     slots = None
     if table is not None:
         slots = table.long().view(len(live), -1)
-        wanted = torch.where(find_live(slots, prefill), wanted, 0)
+        wanted = torch.where(is_live(slots, prefill.state, prefill.null_index), wanted, 0)
 
     def visit(done: int, states: Callable[[], Tensor]) -> None:
         rows, columns = (wanted == done).nonzero(as_tuple=True)
@@ -64,7 +64,7 @@ def run_prefill(
     N, lengths = call.sequences, _lengths(call)
     slots = prefill.state_indices
     slots = torch.arange(N, device=pool.device) if slots is None else slots.long()
-    live = find_live(slots, prefill)
+    live = is_live(slots, prefill.state, prefill.null_index)
     zeroed = torch.zeros_like(live) if fresh is None else fresh
     initial = pool.new_zeros(call.state_shape, dtype=call.state_dtype)
     read, write = live & ~zeroed & (lengths > 0), live & (zeroed | (lengths > 0))

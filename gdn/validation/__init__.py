@@ -2,7 +2,7 @@
 
 from .metadata import validate
 from .pools import check_memory, refuse_negated, validate_pool_call
-from .slots import check_slots, is_live
+from .slots import check_slots
 from .types import (
     DEFINITION,
     check_types,
@@ -20,7 +20,6 @@ __all__ = [
     "check_memory",
     "check_slots",
     "check_types",
-    "is_live",
     "no_tensor",
     "refuse_gradients",
     "refuse_negated",

@@ -5,18 +5,12 @@ and two writers of a slot are a race."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor
 
-from gdn.problem import CHUNK, PoolCall, Prefill, Step
+from gdn.problem import CHUNK, PoolCall, Prefill, Step, is_live
 
 from .values import has_values
-
-
-def is_live(slots: Any, given: PoolCall) -> Any:
-    """Whether slots, a number or a tensor, are in the pool and not null_index."""
-    return (slots != given.null_index) & (slots >= 0) & (slots < given.state.shape[0])
 
 
 def check_slots(given: PoolCall) -> None:
@@ -120,7 +114,8 @@ def _check_prefill(prefill: Prefill) -> None:
     lengths, indices, fresh = _lengths(prefill), prefill.state_indices, prefill.fresh
     slots = list(range(len(lengths))) if indices is None else indices.tolist()
     zeroed = [False] * len(lengths) if fresh is None else fresh.tolist()
-    live = [n for n, slot in enumerate(slots) if is_live(slot, prefill)]
+    pool, null = prefill.state, prefill.null_index
+    live = [n for n, slot in enumerate(slots) if is_live(slot, pool, null)]
     written = [(n, slots[n]) for n in live if lengths[n] or zeroed[n]]
     offsets, table = prefill.checkpoint_offsets, prefill.checkpoint_indices
     if offsets is not None:
@@ -136,5 +131,5 @@ def _check_prefill(prefill: Prefill) -> None:
             pairs = zip(rows, _rows(table), strict=True)
             wanted = [[slot for at, slot in zip(*row, strict=True) if at] for row in pairs]
             stored = ((n, slot) for n in live for slot in wanted[n])
-            written += [(n, slot) for n, slot in stored if is_live(slot, prefill)]
+            written += [(n, slot) for n, slot in stored if is_live(slot, pool, null)]
     _find_writers("state_indices and checkpoint_indices", written)
