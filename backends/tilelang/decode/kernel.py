@@ -21,14 +21,7 @@ from gdn.definition import L2_EPS
 from ..compile import kernel
 from ..tile.gate_math import fused_log_decay
 from ..tile.indexing import Fields
-from .state_slice import (
-    StateSlice,
-    ThreadShape,
-    load_keys,
-    load_run,
-    reduce_over_keys,
-    store_slice,
-)
+from .state_slice import StateSlice, ThreadShape, load_run, reduce_over_keys, store_slice
 
 
 def choose_shape(states: int, K: int, V: int, vec: int, v_first: bool) -> ThreadShape:
@@ -101,6 +94,7 @@ def decode_kernel(
     varlen, has_indices = bool(cu_seqlens), bool(state_indices)
     has_accepted, has_bias, sigmoid = bool(num_accepted_tokens), bool(dt_bias), beta_scale > 0
     gate_dtype, bias_dtype = g, dt_bias or "float32"
+    gate_run, bias_run = (min(part.key_run, 128 // int(x[-2:])) for x in (gate_dtype, bias_dtype))
 
     def A_log_of(A, head):
         return T.cast(A[head], "float32") if A_log else T.float32(0)
@@ -148,7 +142,8 @@ def decode_kernel(
             raw_k, raw_q = (T.alloc_local((keys,), dtype) for _ in range(2))
             raw_v, raw_o = (T.alloc_local((values,), dtype) for _ in range(2))
             if channels:
-                raw_g, raw_bias = (T.alloc_local((keys,), x) for x in (gate_dtype, bias_dtype))
+                raw_g = T.alloc_local((keys,), gate_dtype)
+                raw_bias = T.alloc_local((bias_run,), bias_dtype)
             sums, u = T.alloc_local((count,), "float32"), T.alloc_local((values,), "float32")
             tiles = shape.threads // (part.lanes * part.k_parts)
             partial_smem = T.alloc_shared((2, tiles, part.warps, count, part.lanes), "float32")
@@ -190,9 +185,9 @@ def decode_kernel(
                     else:
                         load_run(raw_v, 0, v, (batch, token, head, part.value(0)), values, wide)
                     if channels:
-                        load_keys(raw_g, g_, (batch, token, head), part, wide)
-                        if has_bias:  # each time, since it would not fit in registers
-                            load_keys(raw_bias, bias, (head,), part, wide)
+                        for i in T.unroll(keys // gate_run):
+                            row = (batch, token, head, part.key(i * gate_run))
+                            load_run(raw_g, i * gate_run, g_, row, gate_run, wide)
                     else:
                         g_t = T.cast(g_[batch, token, head], "float32")
                     beta_t = T.cast(beta_[batch, token, head], "float32")
@@ -202,8 +197,10 @@ def decode_kernel(
                         decay = T.float32(1)  # S decays here
                         for i in T.unroll(keys):
                             g_i = T.cast(raw_g[i], "float32")
-                            if has_bias:
-                                g_i = g_i + T.cast(raw_bias[i], "float32")
+                            if has_bias:  # a few numbers at a time: all would not fit in registers
+                                if i % bias_run == 0:
+                                    load_run(raw_bias, 0, bias, (head, part.key(i)), bias_run, wide)
+                                g_i = g_i + T.cast(raw_bias[i % bias_run], "float32")
                             if gate:
                                 g_i = fused_log_decay(g_i, A_log_of(A, head), lower_bound)
                             decay_i = T.exp(g_i)

@@ -93,14 +93,6 @@ def load_run(to: Any, at: Any, source: Any, index: Any, n: int, wide: bool) -> N
 
 
 @T.macro
-def load_keys(to: Any, source: Any, row: Any, part: StateSlice, wide: bool) -> None:
-    """to = the thread's channels of a row of source [..., K]."""
-    run = min(part.key_run, 128 // to.dtype.bits)
-    for i in T.unroll(part.keys // run):
-        load_run(to, i * run, source, (*row, part.key(i * run)), run, wide)
-
-
-@T.macro
 def store_slice(
     state: Any, slot: Any, head: Any, S: Any, raw_S: Any, part: StateSlice, wide: bool
 ) -> None:
