@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gdn.testing import Case, make_inputs
 from gdn.testing.decode import StepCase
 
 pytest.importorskip("tilelang")
 pytest.importorskip("test_tilelang_emulated")
 
 import test_decode
-from test_tilelang_emulated import folder, world  # noqa: F401
+from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: F401
 
 STEP = StepCase("channels", B=4, HV=4, per_channel=True)
 STEPS = (
@@ -45,3 +46,20 @@ def test_decode_agrees_with_the_definition(
 ) -> None:
     world(late=False)
     test_decode.test_agrees_with_the_definition("emulated", "cpu", case, dtype)
+
+
+DENSE = Case("dense", T=130, HV=4, per_channel=True, dtype=torch.bfloat16)
+FORWARD = (
+    replace(DENSE, name="mixed", K=128, V=128, T=70, H=1, HV=2),
+)
+
+
+@WORLDS
+@pytest.mark.parametrize("case", FORWARD, ids=lambda case: case.name)
+def test_forward(
+    world: Callable[..., None],  # noqa: F811
+    case: Case,
+    late: bool,
+) -> None:
+    world(late)
+    check(case, make_inputs(case))

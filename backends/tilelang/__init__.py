@@ -57,14 +57,15 @@ class TileLangBackend(Backend):
         return super().unavailable() or (None if _has_nvcc() else "no nvcc, of CUDA 12 or newer")
 
     def unsupported(self, problem: Problem) -> list[str]:
-        """A decay per channel and a lower bound of the gate are for decode alone."""
+        """With a decay per channel there is no backward; without one, no lower bound of the gate
+        but in decode."""
         if problem.pool is not None:
             return []
         reasons = []
-        if problem.per_channel:
-            reasons.append("a decay per channel is supported in decode alone")
-        if problem.gate_lower_bound is not None:
-            reasons.append("gate_lower_bound is supported in decode alone")
+        if problem.per_channel and problem.needs_grad:
+            reasons.append("a decay per channel has no backward, and an input requires grad")
+        if problem.gate_lower_bound is not None and not problem.per_channel:
+            reasons.append("gate_lower_bound needs a decay per channel, except in decode")
         return reasons
 
     def path(self, problem: Problem) -> str:

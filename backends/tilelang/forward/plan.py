@@ -28,9 +28,10 @@ from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
 from ..memory_rounds import sequence_chunks, sequence_parts
 from ..streams import join_side_stream, side_stream
-from ..tile.layout import ROWS
+from ..tile.layout import ROWS, factor_rows
 from .fused_plan import FusedPass
 from .prepare import BLOCKS_PER_SM, prepare
+from .prepare_channels import prepare_channels
 from .scan import scan
 
 MIN_SEGMENT_CHUNKS, MAX_SEGMENTS = 32, 4
@@ -70,6 +71,12 @@ def choose_prepare_grid(call: Call, chunks: int) -> tuple[int, int]:
     while heads_at_once > 1 and (group % heads_at_once or chunks * HV < most * heads_at_once):
         heads_at_once -= 1
     return min(most, chunks * HV // heads_at_once), heads_at_once
+
+
+def prepare_grid(call: Call, chunks: int) -> tuple[int, ...]:
+    """`choose_prepare_grid`, and nothing for `prepare_channels`, which takes one item a thread
+    block."""
+    return () if call.per_channel else choose_prepare_grid(call, chunks)
 
 
 def choose_pieces(call: Call, save: bool) -> tuple[int | None, int]:
@@ -122,11 +129,16 @@ class ForwardPass:
         exact = (call.initial_state, call.A_log, call.dt_bias)
         self.casts = any(x is not None and x.dtype != torch.float32 for x in exact)
         self.slots, low, device = piece_slots(call, CHUNK), call.q.dtype, call.q.device
-        self.prepare_grid = choose_prepare_grid(call, self.slots)
+        self.prepare_grid = prepare_grid(call, self.slots)
         self.new_o = allocator(call.v.shape, low, device)
         self.new_state = allocator(call.state_shape, torch.float32, device)
         self.new_P_A_v = allocator((self.slots, HV, 2, CHUNK, CHUNK), low, device)
-        self.new_scan_factors = allocator((self.slots, HV, 4, CHUNK), torch.float32, device)
+        channels, f32 = call.per_channel, torch.float32
+        rows = factor_rows(K, channels)
+        self.new_scan_factors = allocator((self.slots, HV, rows, CHUNK), f32, device)
+        self.new_decayed_rows: Any = lambda: None
+        if channels:
+            self.new_decayed_rows = allocator((self.slots, HV, 3, CHUNK, K), low, device)
         self.new_saved = {
             save: [allocator(*kind, device) for kind in kinds]
             for save, kinds in ((False, piece_shapes(call, False)), (True, saved_shapes(call)))
@@ -137,22 +149,26 @@ class ForwardPass:
         }  # fmt: skip
         dtype = dtype_name(call.q)
         self.prepare_options: dict[str, Any] = shape | {"dtype": dtype} | gate_options(call)
+        self.channels = channels
+        if channels:
+            has_A_log, bound = call.A_log is not None, call.gate_lower_bound
+            self.prepare_options |= {"A_log": has_A_log, "lower_bound": bound}
         states = {
             "initial": call.initial_state is not None,
             "final": call.output_final_state,
             "v_first": call.state_v_first,
         }
-        self.fused = FusedPass.of(call, self.prepare_options | states)
+        self.fused = None if channels else FusedPass.of(call, self.prepare_options | states)
         self.segments: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
         self.scan_jobs: dict[bool, list[tuple[Any, dict[str, Any]]]] = {}
-        options = shape | states | {"dtype": dtype, "transfer": False}
+        options = shape | states | {"dtype": dtype, "transfer": False, "channels": channels}
         if self.pieces[True][0] is None:
             warpgroups = choose_warpgroups(V, self.sequences * HV, device)
             options |= {"warpgroups": warpgroups, "cut": False}
             scans = self.sequences * HV * V // (ROWS * warpgroups)
             for save, segments in self.segments.items():
                 segments += [
-                    (first, span, *choose_prepare_grid(call, self.sequences * span))
+                    (first, span, *prepare_grid(call, self.sequences * span))
                     for first, span in choose_segments(call, scans, save)
                 ]
                 # each segment but the first starts from the final state of the one before
@@ -180,7 +196,11 @@ class ForwardPass:
         itself, is compiled beside them."""
         if self.fused and not save:
             return compile_together(*self.fused.jobs, *self.clear_jobs)[: len(self.fused.jobs)]
-        prepare_job = (prepare, self.prepare_options | {"save": save})
+        prepare_job: tuple[Any, dict[str, Any]]
+        if self.channels:
+            prepare_job = (prepare_channels, self.prepare_options)
+        else:
+            prepare_job = (prepare, self.prepare_options | {"save": save})
         jobs = (prepare_job, *self.scan_jobs[save])
         return compile_together(*jobs, *self.clear_jobs)[: len(jobs)]
 
@@ -209,12 +229,15 @@ class ForwardPass:
             self.launchers[save] = launchers(self.kernels(save))
         run_prepare, *run_scans = self.launchers[save]
         P_A_v, scan_factors = self.new_P_A_v(), self.new_scan_factors()
+        decayed_rows = self.new_decayed_rows()
         saved = [new() for new in self.new_saved[save]]
         prepared = (
             q, k, g, beta, A_log, dt_bias, cu_seqlens, P_A_v, scan_factors,
-            *(saved[:2] if save else (None, None)), self.sequences,
+            *((decayed_rows,) if self.channels else saved[:2] if save else (None, None)),
+            self.sequences,
         )  # fmt: skip
-        inputs, N, T = (q, k, v, P_A_v, scan_factors), self.sequences, q.shape[1]
+        inputs = (q, k, v, P_A_v, scan_factors, decayed_rows)
+        N, T = self.sequences, q.shape[1]
         if self.segments[save]:
             # the states between parts, if backward has parts, are the final states of segments
             between = saved[2] if len(saved) > 2 else None
@@ -237,7 +260,7 @@ class ForwardPass:
 
     def _run_segments(
         self, save: bool, scale: float, run_prepare: Any, run_scans: list[Any],
-        prepared: tuple[Any, ...], inputs: tuple[Tensor, ...], initial: Tensor | None,
+        prepared: tuple[Any, ...], inputs: tuple[Any, ...], initial: Tensor | None,
         between: Tensor | None, cu_seqlens: Tensor | None, o: Tensor, final: Tensor,
     ) -> None:  # fmt: skip
         """`prepare` of every segment on this stream, and its scan on the second one."""

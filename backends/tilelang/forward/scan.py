@@ -2,7 +2,7 @@
 
 `scan_step.py` has the equations of a chunk. A slot is the number of a chunk.
 
-    reads   q, k [B, L, H, K]; v [B, L, HV, V]; P_A_v [slots, HV, 2, C, C] and
+    reads   q, k [B, L, H, K], or with a decay per channel decayed_rows; v [B, L, HV, V]; P_A_v [slots, HV, 2, C, C] and
             scan_factors [slots, HV, 4, C] from `prepare`; S_in, the states to start from
     writes  o [B, L, HV, V]; S_out, the final states
 
@@ -29,7 +29,7 @@ from gdn.problem import CHUNK as C
 from ..compile import kernel
 from ..tile.fragments import PRELUDE
 from ..tile.indexing import Fields, piece_bounds, piece_number
-from ..tile.layout import ROWS
+from ..tile.layout import ROWS, factor_rows
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
@@ -59,11 +59,12 @@ chunks is how many the thread block scans."""
 @kernel(own_barriers=True)
 def scan(
     *, dtype: str, offsets: str, K: int, V: int, warpgroups: int, varlen: bool, initial: bool,
-    final: bool, v_first: bool, cut: bool, transfer: bool,
+    final: bool, v_first: bool, cut: bool, transfer: bool, channels: bool,
 ) -> Any:  # fmt: skip
     """Build the kernel. warpgroups: consumer warpgroups, 1 or 2; initial, final: whether S_in is
     read and S_out written; cut: into pieces; transfer: the transfer scan, which must have one
-    warpgroup, cut and final."""
+    warpgroup, cut and final; channels: a decay per channel, with `decayed_rows` in place of q and
+    k."""
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
     width, consumers, output = ROWS * warpgroups, 128 * warpgroups, not transfer
@@ -75,6 +76,8 @@ def scan(
         stages = 4
     elif warpgroups == 1 and output:
         stages = 2
+    if channels:  # 16 KB a stage more
+        stages = min(stages, 2 if warpgroups == 2 or cut else 3)
     P_stages = 1 if cut or warpgroups > 1 else 2
     rows = V if output else V + K
     blocks = rows // width
@@ -113,11 +116,12 @@ def scan(
             v_tile = s * warpgroups + wg
             T.barrier_wait(inputs_ready[s], chunk // stages % 2)
             if token + C > stop:  # the rows past the end may hold anything
-                clear_rows_past_end((smem.k,), s, stop - token)
+                if not channels:
+                    clear_rows_past_end((smem.k,), s, stop - token)
                 clear_rows_past_end((smem.v,), v_tile, stop - token)
                 fence()
                 T.sync_threads(1 + wg, 128)
-            compute_KS(frag, smem, s, v_tile, thread)
+            compute_KS(frag, smem, s, v_tile, thread, channels)
             compute_U(frag, smem, s)
             scan_step(frag, smem, s, P_ready, chunk % P_stages, chunk // P_stages % 2, output)
             if output:
@@ -149,7 +153,8 @@ def scan(
     def scan_kernel(
         q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
         v: T.Tensor((B, L, HV, V), dtype), P_A_v: T.Tensor((slots, HV, 2, C, C), dtype),
-        scan_factors: T.Tensor((slots, HV, 4, C), "float32"),
+        scan_factors: T.Tensor((slots, HV, factor_rows(K, channels), C), "float32"),
+        decayed_rows: T.Tensor((slots, HV, 3, C, K), dtype),
         S_in: T.Tensor((N, HV, *shape_in), "float32"),
         cu_seqlens: T.Tensor((bounds,), offsets), o: T.Tensor((B, L, HV, V), dtype),
         S_out: T.Tensor((M, HV, *shape_out), "float32"), sequences: T.int32,
@@ -185,7 +190,7 @@ def scan(
             chunks = task.chunks
 
             # === shared memory and barriers ===
-            smem = ScanSmem(K, stages, P_stages, warpgroups, dtype, output)
+            smem = ScanSmem(K, stages, P_stages, warpgroups, dtype, output, channels)
             inputs_ready, P_ready = (T.alloc_barrier([32] * n) for n in (stages, P_stages))
             # o_ready: the consumers have read the stage, and P, and o is in v's place
             o_ready, stage_free = (T.alloc_barrier([n] * stages) for n in (consumers, 32))
@@ -211,10 +216,10 @@ def scan(
                         s = chunk % stages
                         T.barrier_wait(stage_free[s], chunk // stages % 2 ^ 1)
                         load_chunk(
-                            q, k, v, P_A_v, scan_factors, smem, inputs_ready,
+                            q, k, v, P_A_v, scan_factors, decayed_rows, smem, inputs_ready,
                             0 if varlen else task.sequence, task.start + chunk * C,
                             task.slot + chunk, task.head, task.key_head, row, s, row < V,
-                            output,
+                            output, channels,
                         )  # fmt: skip
                         if output:
                             # the chunk that had this stage of P must be done; its number + stages

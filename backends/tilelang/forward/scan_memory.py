@@ -9,25 +9,28 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from gdn.problem import CHUNK as C
 
-from ..tile.layout import ROWS
+from ..tile.layout import K_IN, K_OUT, Q_IN, ROWS, factor_rows
 from ..tile.ragged_rows import store_live_rows
 
 
 class ScanSmem:
     """Shared memory: a ring of stages, a chunk each; P has a ring of its own with fewer stages. v
-    has a tile [C, 64] for every stage and consumer warpgroup, and o takes its place.
+    has a tile [C, 64] for every stage and consumer warpgroup, and o takes its place. k_out is k;
+    with a decay per channel k is K_in, k_out is K_out and q is Q_in.
 
     The transfer scan has neither q nor P nor o, but its products are written as if it had: dummy
     outputs keep ptxas from serialising the WGMMAs. They read k and A_v, and nothing reads them.
     """
 
     def __init__(
-        self, K: int, stages: int, P_stages: int, warpgroups: int, dtype: str, output: bool
-    ) -> None:
+        self, K: int, stages: int, P_stages: int, warpgroups: int, dtype: str, output: bool,
+        channels: bool,
+    ) -> None:  # fmt: skip
         self.k = T.alloc_shared((stages, C, K), dtype)
+        self.k_out = T.alloc_shared((stages, C, K), dtype) if channels else self.k
         self.v = T.alloc_shared((stages * warpgroups, C, ROWS), dtype)
         self.A_v = T.alloc_shared((stages, C, C), dtype)
-        self.scan_factors = T.alloc_shared((stages, 4, C), "float32")
+        self.scan_factors = T.alloc_shared((stages, factor_rows(K, channels), C), "float32")
         self.q, self.P = self.k, self.A_v
         if output:
             self.q = T.alloc_shared((stages, C, K), dtype)
@@ -37,15 +40,22 @@ class ScanSmem:
 
 @T.macro
 def load_chunk(
-    q: Any, k: Any, v: Any, P_A_v: Any, scan_factors: Any, smem: Any, inputs_ready: Any, batch: Any,
-    token: Any, slot: Any, head: Any, key_head: Any, row: Any, s: Any, has_values: Any,
-    output: bool,
+    q: Any, k: Any, v: Any, P_A_v: Any, scan_factors: Any, decayed_rows: Any, smem: Any,
+    inputs_ready: Any, batch: Any, token: Any, slot: Any, head: Any, key_head: Any, row: Any,
+    s: Any, has_values: Any, output: bool, channels: bool,
 ) -> None:  # fmt: skip
     """Load a chunk to stage s, except P, by one warp; v only if has_values."""
-    T.tma_copy(
-        k[batch, token : token + C, key_head, :], smem.k[s, :, :], barrier=inputs_ready[s],
-        leader_scope_threads=32,
-    )  # fmt: skip
+    if channels:
+        for n, to in ((K_IN, smem.k), (K_OUT, smem.k_out)):
+            T.tma_copy(
+                decayed_rows[slot, head, n, :, :], to[s, :, :], barrier=inputs_ready[s],
+                leader_scope_threads=32,
+            )  # fmt: skip
+    else:
+        T.tma_copy(
+            k[batch, token : token + C, key_head, :], smem.k[s, :, :], barrier=inputs_ready[s],
+            leader_scope_threads=32,
+        )  # fmt: skip
     if has_values:
         warpgroups = smem.v.shape[0] // smem.k.shape[0]
         for wg in T.unroll(warpgroups):
@@ -59,7 +69,12 @@ def load_chunk(
         P_A_v[slot, head, 1, :, :], smem.A_v[s, :, :], barrier=inputs_ready[s],
         leader_scope_threads=32,
     )  # fmt: skip
-    if output:
+    if output and channels:
+        T.tma_copy(
+            decayed_rows[slot, head, Q_IN, :, :], smem.q[s, :, :], barrier=inputs_ready[s],
+            leader_scope_threads=32,
+        )  # fmt: skip
+    elif output:
         T.tma_copy(
             q[batch, token : token + C, key_head, :], smem.q[s, :, :], barrier=inputs_ready[s],
             leader_scope_threads=32,

@@ -4,6 +4,9 @@
     O = scale e^G rq * (Q S) + P U                [C, 64]
     S <- e^gamma S + K^T (e^{gamma - G} rk * U)   [K, 64]
 
+With a decay per channel e^gamma scales the rows of S, and smem's q, k and k_out are Q_in, K_in and
+K_out (`prepare_channels.py`), whose scales take the place of the other factors.
+
 All products are computed transposed. S^T [64, K] and U^T [64, C] are then left operands, which a
 WGMMA can take from registers, so the float32 state stays in registers for the whole scan. In
 float16 it is kept over the scales of its rows (`tile/row_scales.py`), and so are K S, U and O.
@@ -76,12 +79,17 @@ def store_state(frag: Any, S_out: Any, n: Any, head: Any, row: Any, v_first: boo
 
 
 @T.macro
-def compute_KS(frag: Any, smem: Any, s: Any, v_tile: Any, thread: Any) -> None:
+def compute_KS(
+    frag: Any, smem: Any, s: Any, v_tile: Any, thread: Any, channels: bool = False
+) -> None:
     """K S of the chunk in stage s, and e^gamma S. Load V from its tile, which is not read again."""
     T.wgmma_gemm(frag.S_half, smem.k[s, :, :], frag.KS, transpose_B=True, clear_accum=True)
     load_transposed(smem.v, v_tile, frag.V, thread)
     for i, j in T.Parallel(*frag.S.shape):
-        frag.S[i, j] *= smem.scan_factors[s, S_FACTOR, 0]
+        if channels:
+            frag.S[i, j] *= smem.scan_factors[s, S_FACTOR + j // C, j % C]
+        else:
+            frag.S[i, j] *= smem.scan_factors[s, S_FACTOR, 0]
     T.wait_wgmma(0)
 
 
@@ -107,7 +115,7 @@ def scan_step(
     T.wait_wgmma(1)  # U
     for i, j in T.Parallel(ROWS, C):
         frag.scaled_U[i, j] = frag.U[i, j] * smem.scan_factors[s, U_FACTOR, j]
-    T.wgmma_gemm(frag.scaled_U, smem.k[s, :, :], frag.S)
+    T.wgmma_gemm(frag.scaled_U, smem.k_out[s, :, :], frag.S)
     T.copy(frag.U, frag.half)
     T.wait_wgmma(1)  # Q S
     for i, j in T.Parallel(ROWS, C):
