@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import gdn
 from gdn.testing import Case, make_inputs
 from gdn.testing.decode import StepCase
 
@@ -15,7 +18,12 @@ pytest.importorskip("tilelang")
 pytest.importorskip("test_tilelang_emulated")
 
 import test_decode
-from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: F401
+from support import assert_close, poisoned_memory, truth  # noqa: F401
+from test_float16_ranges import CASES as RANGES
+from test_float16_ranges import TIMES, check_ranges
+from test_padded_packs import padded
+from test_tilelang import assert_registers_suffice, plan_of, verdict
+from test_tilelang_emulated import check, folder, forward, world  # noqa: F401
 
 STEP = StepCase("channels", B=4, HV=4, per_channel=True)
 STEPS = (
@@ -48,18 +56,101 @@ def test_decode_agrees_with_the_definition(
     test_decode.test_agrees_with_the_definition("emulated", "cpu", case, dtype)
 
 
-DENSE = Case("dense", T=130, HV=4, per_channel=True, dtype=torch.bfloat16)
+DENSE = Case("dense", T=130, H=1, HV=2, per_channel=True, dtype=torch.bfloat16)
+FUSED = replace(DENSE, T=70, K=128, V=128, fused=True, state_v_first=True)
 FORWARD = (
-    replace(DENSE, name="mixed", K=128, V=128, T=70, H=1, HV=2),
+    FUSED,
+    replace(DENSE, name="packed", lengths=(33, 0, 64, 5), T=0, HV=3, fused=True, gates="model"),
+    replace(FUSED, name="bounded", fused=True, gates="strong", gate_lower_bound=-5.0),
+    replace(DENSE, name="resets", gates="resets", initial_state=False, K=128),
+    replace(DENSE, name="steep", T=70, gates="steep", fused=True, V=128),
+    replace(DENSE, name="no-decay", T=70, gates="none", cosine=0.9, allow_neg_eigval=True),
 )
 
 
-@WORLDS
+@pytest.mark.parametrize("late", [True, False], ids=["late", "early"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", FORWARD, ids=lambda case: case.name)
 def test_forward(
     world: Callable[..., None],  # noqa: F811
     case: Case,
+    dtype: torch.dtype,
     late: bool,
 ) -> None:
     world(late)
+    case = replace(case, dtype=dtype)
     check(case, make_inputs(case))
+
+
+@pytest.mark.parametrize("way", ["two-warpgroups", "segments", "pieces", "halved"])
+def test_forward_as_plans_cut_it(
+    world: Callable[..., None],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    world(late=True)
+    case = replace(FUSED, T=200, B=2, fused=False, gates="weak")
+    if way == "two-warpgroups":
+        monkeypatch.setattr(forward, "choose_warpgroups", lambda V, scans, device: 2)
+    elif way == "segments":
+        monkeypatch.setattr(forward, "MIN_SEGMENT_CHUNKS", 2)
+    else:
+        monkeypatch.setattr(forward, "piece_length", lambda call, rows: 128)
+    if way == "halved":
+        monkeypatch.setattr(forward, "MIN_HALF_PIECE_CHUNKS", 1)
+    check(case, make_inputs(case))
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_float16_ranges(world: Callable[..., None], name: str) -> None:  # noqa: F811
+    world(late=False)
+    case = next(case for case in RANGES if case.name == f"channels-{name}")
+    check_ranges("emulated", case, backward=False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_tokens_past_the_last_sequence(world: Callable[..., None]) -> None:  # noqa: F811
+    world(late=False)
+    case = replace(DENSE, lengths=(33, 0, 70), T=0)
+    inputs = padded(make_inputs(case), 100)
+    o, state = gdn.gated_delta_net(**inputs, backend="emulated")
+    assert not o[:, case.tokens :].any()
+    assert_close("o", o[:, : case.tokens], truth(case)["o"], case.dtype)
+    assert_close("state", state, truth(case)["final_state"], case.dtype)
+
+
+@pytest.mark.parametrize("slow", [0, 3, 4, 7])
+def test_a_warp_of_prepare_may_be_slow(
+    world: Callable[..., None],  # noqa: F811
+    slow: int,
+) -> None:
+    world(late=True, slow=slow)
+    check(FUSED, make_inputs(FUSED))
+
+
+def test_gradients_are_refused() -> None:
+    inputs = make_inputs(FUSED, "meta")
+    inputs["g"].requires_grad_()
+    found = gdn.explain(**inputs, backend="tilelang")
+    reasons = found.verdicts[0].reasons
+    assert "a decay per channel has no backward, and an input requires grad" in reasons
+    bounded = make_inputs(replace(FUSED, per_channel=False, gate_lower_bound=-5.0), "meta")
+    reasons = gdn.explain(**bounded, backend="tilelang").verdicts[0].reasons
+    assert "gate_lower_bound needs a decay per channel, except in decode" in reasons
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "pieces"])
+def test_neither_spills_nor_serialises(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype, cut: bool
+) -> None:
+    """Float16 spills a few registers in its scans, as with a decay per head."""
+    if cut:
+        monkeypatch.setattr(forward, "piece_length", lambda call, rows: 128)
+    plan, _ = plan_of(replace(FUSED, T=256, B=40, dtype=dtype))
+    for kernel in plan.kernels(save=False):
+        said = verdict(kernel, tmp_path)
+        assert_registers_suffice(kernel.get_kernel_source(), said)
+        spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))
+        assert spilled <= (48 if dtype == torch.float16 else 32), said
+        assert "serialized" not in said, said

@@ -1,6 +1,6 @@
 """Dot products of a chunk's tokens that decay on the way, each channel by itself.
 
-    D_ijc = prod_{j < t <= i} a_tc,    a = e^g,    pairs(x, k)_ij = sum_c x_ic k_jc D_ijc    for i > j
+    pairs(x, k)_ij = sum_c x_ic k_jc D_ijc for i > j,    D_ijc = prod_{j < t <= i} a_tc,    a = e^g
 
 A level divides the chunk into blocks of 2 h tokens, h = 1, 2, .. 32. Every pair i > j has one level
 at which i lies in the right half of a block and j in its left half. There D_ij = f_i f_j, with
@@ -28,8 +28,6 @@ from typing import Any
 
 import tilelang.language as T
 
-from gdn.problem import CHUNK as C
-
 from ..tile.fragments import PAIRS
 from .row_norms import TYPES
 
@@ -44,8 +42,8 @@ __device__ __forceinline__ const uint4 *gdn_unit(const void *tile, int row, int 
 }
 // Two channels of a row times f, to a tile. Parts of a number lie a tile apart.
 template <int K, int parts>
-__device__ __forceinline__ void gdn_put_pair(float2 x, float f0, float f1, void *tile, int row, int pair) {
-  x = make_float2(x.x * f0, x.y * f1);
+__device__ __forceinline__ void gdn_put_pair(float2 x, float2 f, void *tile, int row, int pair) {
+  x = make_float2(x.x * f.x, x.y * f.y);
   auto to = (__nv_bfloat162 *)gdn_unit<K>(tile, row, pair / 4) + pair % 4;
 #pragma unroll
   for (int p = 0; p < parts; ++p) {
@@ -58,19 +56,20 @@ __device__ __forceinline__ void gdn_put_pair(float2 x, float f0, float f1, void 
 // Rows of a level, multiplied by their factors: k's, and q's in right halves. q, k: [64][K].
 template <int h, int K, int parts, class Pair>
 __device__ __forceinline__ void gdn_put_level(
-    const float *prefix, const float *suffix, const void *q, const void *k, void *q_rows, void *k_rows) {
+    const float *prefix, const float *suffix, const void *q, const void *k, void *q_rows,
+    void *k_rows) {
   constexpr int tokens = K / 8;
   int first = threadIdx.x / (K / 2) * tokens, pair = threadIdx.x % (K / 2);
 #pragma unroll
   for (int i = 0; i < tokens; ++i) {
     int at = (first + i) * (K / 2) + pair;
     bool right = h < tokens ? i & h : first & h;
-    const float *f = (right ? prefix : suffix) + 2 * i;
-    gdn_put_pair<K, parts>(
-        gdn_widen(static_cast<const Pair *>(k)[at]), f[0], f[1], k_rows, first + i, pair);
+    // not a pointer to one of them, which would put them into local memory
+    float2 f = make_float2(
+        right ? prefix[2 * i] : suffix[2 * i], right ? prefix[2 * i + 1] : suffix[2 * i + 1]);
+    gdn_put_pair<K, parts>(gdn_widen(static_cast<const Pair *>(k)[at]), f, k_rows, first + i, pair);
     if (right)
-      gdn_put_pair<K, parts>(
-          gdn_widen(static_cast<const Pair *>(q)[at]), f[0], f[1], q_rows, first + i, pair);
+      gdn_put_pair<K, parts>(gdn_widen(static_cast<const Pair *>(q)[at]), f, q_rows, first + i, pair);
   }
 }
 // From factors of blocks of h tokens to those of blocks of 2 h.
@@ -107,7 +106,7 @@ __device__ __forceinline__ void gdn_join_halves(float *prefix, float *suffix, vo
     suffix[2 * i] *= right ? 1 : total.x, suffix[2 * i + 1] *= right ? 1 : total.y;
   }
 }
-// sums += 16 rows times 16 rows, of tiles by `gdn_put_pair`; 8 numbers a lane, as `mma` leaves them.
+// sums += 16 rows times 16 rows of tiles by `gdn_put_pair`; 8 numbers a lane, as `mma` leaves them.
 template <int K, int parts>
 __device__ __forceinline__ void gdn_multiply_rows(
     float *sums, const void *left, int row, const void *right, int column) {
@@ -127,8 +126,9 @@ __device__ __forceinline__ void gdn_multiply_rows(
       for (int p = 0; p < 2 * parts - 1; ++p) {  // high high; high low and low high
         const unsigned *right = b[p % 2];
         unsigned pair[2] = {right[half], right[half + 2]};
-        tl::mma_sync<tl::DataType::kBFloat16, tl::DataType::kBFloat16, tl::DataType::kFloat32, 16, 8, 16,
-                     false, true>(sums + 4 * half, a[p / 2], pair);
+        constexpr auto type = tl::DataType::kBFloat16;
+        tl::mma_sync<type, type, tl::DataType::kFloat32, 16, 8, 16, false, true>(
+            sums + 4 * half, a[p / 2], pair);
       }
   }
 }
@@ -154,8 +154,8 @@ __device__ __forceinline__ void gdn_add_level(float *sums, const void *q_rows, c
           sums + h / 2 + 8 * b, left, 16 * row, right, 16 * (h == 16 ? row - 1 : b));
   }
 }
-// A warp's rows of a fragment [64, 64] from the sums of its blocks: 8 on the diagonal, 8 left of it,
-// 16 of the first two columns; with factors of rows and columns.
+// A warp's rows of a fragment [64, 64] from the sums of its blocks: 8 on the diagonal, 8 left of
+// it, 16 of the first two columns; with factors of rows and columns.
 __device__ __forceinline__ void gdn_join_blocks(
     const float *sums, const void *rows, const void *columns, float *to, int row) {
   int lane = threadIdx.x % 32;
@@ -188,9 +188,10 @@ __device__ __forceinline__ void gdn_put_diagonal(
   }
 #pragma unroll
   for (int n = 0; n < 32; ++n) {
-    int i = 16 * row + lane / 4 + n / 2 % 2 * 8, j = 16 * (n / 8) + n % 8 / 4 * 8 + lane % 4 * 2 + n % 2;
-    if (i == j)
-      to[n] = sums[n % 8] * static_cast<const float *>(rows)[i] * static_cast<const float *>(columns)[j];
+    int i = 16 * row + lane / 4 + n / 2 % 2 * 8;
+    int j = 16 * (n / 8) + n % 8 / 4 * 8 + lane % 4 * 2 + n % 2;
+    float factor = static_cast<const float *>(rows)[i] * static_cast<const float *>(columns)[j];
+    if (i == j) to[n] = sums[n % 8] * factor;
   }
 }
 // A warp's rows of a fragment [64, 64] to a tile that has the swizzle of 128 bytes.
@@ -202,54 +203,6 @@ __device__ __forceinline__ void gdn_put_rows(const float *x, const void *ones, v
     gdn_put_block<Pair>(
         x + 8 * b, static_cast<const float *>(ones),
         static_cast<uint4 *>(tile) + 8 * token + (2 * b + lane / 16 ^ token % 8));
-}
-// Two channels of the thread's token i, of Q_in, K_in or K_out (which = 0, 1, 2).
-template <int which, int K, class Pair>
-__device__ __forceinline__ float2 gdn_decayed(
-    const float *prefix, const float *suffix, const void *x, const void *factors, int i) {
-  int row = threadIdx.x / (K / 2) * (K / 8) + i;
-  float2 pair = gdn_widen(static_cast<const Pair *>(x)[row * (K / 2) + threadIdx.x % (K / 2)]);
-  const float *f = (which == 2 ? suffix : prefix) + 2 * i;
-  float factor = static_cast<const float *>(factors)[row];
-  return make_float2(pair.x * factor * f[0], pair.y * factor * f[1]);
-}
-// The largest number of each row, of half of its channels for each warp: to largest [3][K / 64][64].
-template <int which, int K, class Pair>
-__device__ __forceinline__ void gdn_find_largest(
-    const float *prefix, const float *suffix, const void *x, const void *factors, void *largest) {
-  constexpr int tokens = K / 8;
-  int warp = threadIdx.x % (K / 2) / 32, first = threadIdx.x / (K / 2) * tokens;
-  float *to = static_cast<float *>(largest) + (which * (K / 64) + warp) * 64 + first;
-#pragma unroll
-  for (int i = 0; i < tokens; ++i) {
-    float2 pair = gdn_decayed<which, K, Pair>(prefix, suffix, x, factors, i);
-    uint most = __reduce_max_sync(0xffffffff, __float_as_uint(fmaxf(fabsf(pair.x), fabsf(pair.y))));
-    if (threadIdx.x % 32 == 0) to[i] = __uint_as_float(most);
-  }
-}
-// Store Q_in, K_in or K_out to rows [3][64][K] in memory, over the scales of rows if `scaled`, and
-// the scales times `sign` to `scales`.
-template <int which, int K, class Pair, bool scaled>
-__device__ __forceinline__ void gdn_put_decayed_rows(
-    const float *prefix, const float *suffix, const void *x, const void *factors, const void *largest,
-    void *rows, void *scales, float sign) {
-  constexpr int tokens = K / 8;
-  int first = threadIdx.x / (K / 2) * tokens, pair = threadIdx.x % (K / 2);
-  auto to = static_cast<Pair *>(rows) + (which * 64 + first) * (K / 2) + pair;
-  auto most = static_cast<const float *>(largest) + which * K + first;
-#pragma unroll
-  for (int i = 0; i < tokens; ++i) {
-    float2 y = gdn_decayed<which, K, Pair>(prefix, suffix, x, factors, i);
-    float scale = 1;
-    if (scaled) {
-      scale = K == 64 ? most[i] : fmaxf(most[i], most[64 + i]);
-      float over = gdn_reciprocal_power(scale);
-      scale = gdn_power_of_two(scale);
-      y = make_float2(y.x * over, y.y * over);
-    }
-    to[i * (K / 2)] = gdn_narrow<Pair>(y);
-    if (pair == 0) static_cast<float *>(scales)[first + i] = sign * scale;
-  }
 }
 """
 
@@ -304,27 +257,3 @@ def put_matrix(x: Any, ones: Any, tile: Any, row: Any) -> None:
         "handle", f"gdn_put_rows<{PAIRS[tile.dtype]}>", x.data, ones,
         T.address_of(tile[0, 0, 0]), row,
     )  # fmt: skip
-
-
-@T.macro
-def put_decayed_rows(
-    K: int, smem: Any, prefix: Any, suffix: Any, factors: Any, rows: Any, scales: Any
-) -> None:
-    """Store Q_in, K_in and K_out to memory from the address rows[0] on, in float16 over the scales
-    of rows, and these to three addresses. factors: three addresses of factors of rows of q and k."""
-    xs, scaled = (smem.q, smem.k, smem.k), smem.q.dtype == "float16"
-    largest = T.address_of(smem.largest[0, 0, 0])
-    if scaled:
-        for n in (0, 1, 2):
-            T.call_extern(
-                "handle", f"gdn_find_largest<{n}, {K}, {PAIRS[xs[n].dtype]}>", prefix.data,
-                suffix.data, T.address_of(xs[n][0, 0, 0]), factors[n], largest,
-            )  # fmt: skip
-        T.sync_threads()
-    for n in (0, 1, 2):
-        T.call_extern(
-            "handle",
-            f"gdn_put_decayed_rows<{n}, {K}, {PAIRS[xs[n].dtype]}, {str(scaled).lower()}>",
-            prefix.data, suffix.data, T.address_of(xs[n][0, 0, 0]), factors[n], largest, rows[0],
-            scales[n], T.float32(-1 if n == 1 else 1),
-        )  # fmt: skip

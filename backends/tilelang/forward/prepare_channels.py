@@ -1,4 +1,5 @@
-"""Forward, stage 1 with a decay per channel: all that needs no state, for every chunk and value head.
+"""Forward, stage 1 with a decay per channel: all that needs no state, for every chunk and value
+head.
 
     rq, rk = 1 / sqrt(sum x^2 + 1e-6) over the rows of q and k if the L2 norm is fused, else 1
     M_ij = beta_i rk_i rk_j pairs(k, k)_ij                             [C, C]
@@ -33,32 +34,38 @@ from gdn.definition import L2_EPS
 from gdn.problem import CHUNK as C
 
 from ..compile import kernel
-from ..tile.fragments import PAIRS
 from ..tile.fragments import PRELUDE as FRAGMENTS
 from ..tile.gate_math import fused_log_decay
 from ..tile.indexing import Fields, locate_piece
 from ..tile.largest import largest
 from ..tile.layout import KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR
-from .block_inverse import LIMIT, BlockInverseSmem, begin_inverse, bound_strengths, choose_parts
+from .block_inverse import (
+    LIMIT,
+    BlockInverseSmem,
+    begin_inverse,
+    bound_strengths,
+    choose_parts,
+    solve_row,
+)
 from .block_inverse import PRELUDE as INVERSE_PRELUDE
-from .block_inverse import solve_row
 from .channel_pairs import (
     LEVELS,
     add_level,
     join_blocks,
     join_halves,
-    put_decayed_rows,
     put_diagonal,
     put_level,
     put_matrix,
 )
 from .channel_pairs import PRELUDE as PAIRS_PRELUDE
+from .decayed_rows import PRELUDE as ROWS_PRELUDE
+from .decayed_rows import put_decayed_rows
 from .row_norms import PRELUDE as NORMS_PRELUDE
 from .row_norms import sum_squares
 
 ITEM = ("sequence", "token", "live", "slot", "head", "key_head")
 """What a thread block has: the first three as `locate_piece` writes them."""
-PRELUDES = FRAGMENTS + NORMS_PRELUDE + INVERSE_PRELUDE + PAIRS_PRELUDE
+PRELUDES = FRAGMENTS + NORMS_PRELUDE + INVERSE_PRELUDE + PAIRS_PRELUDE + ROWS_PRELUDE
 ROW_Q, ROW_M, COLUMN, ONE = range(4)
 """Rows of `token_factors` [4, C]: scale rq, beta rk, rk, and 1."""
 
@@ -233,9 +240,7 @@ def prepare_channels(
                 T.fence_proxy_async()
                 T.sync_threads(1, 128)
                 if warp == 0:
-                    T.tma_copy(
-                        smem.P[0, :, :], P_A_v[slot, head, 0, :, :], leader_scope_threads=32
-                    )
+                    T.tma_copy(smem.P[0, :, :], P_A_v[slot, head, 0, :, :], leader_scope_threads=32)
                     T.tma_store_wait(0)
             # === M and A ===
             else:

@@ -2,8 +2,9 @@
 
 `scan_step.py` has the equations of a chunk. A slot is the number of a chunk.
 
-    reads   q, k [B, L, H, K], or with a decay per channel decayed_rows; v [B, L, HV, V]; P_A_v [slots, HV, 2, C, C] and
-            scan_factors [slots, HV, 4, C] from `prepare`; S_in, the states to start from
+    reads   q, k [B, L, H, K]; v [B, L, HV, V]; P_A_v [slots, HV, 2, C, C] and
+            scan_factors [slots, HV, 4, C] from `prepare`; S_in, the states to start from; with a
+            decay per channel decayed_rows of `prepare_channels` in place of q and k
     writes  o [B, L, HV, V]; S_out, the final states
 
 Thread block (sequence or piece, value head, 64 W columns of V, with W = 1 or 2); its threads:

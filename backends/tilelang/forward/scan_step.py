@@ -85,12 +85,14 @@ def compute_KS(
     """K S of the chunk in stage s, and e^gamma S. Load V from its tile, which is not read again."""
     T.wgmma_gemm(frag.S_half, smem.k[s, :, :], frag.KS, transpose_B=True, clear_accum=True)
     load_transposed(smem.v, v_tile, frag.V, thread)
-    for i, j in T.Parallel(*frag.S.shape):
-        if channels:
+    if channels:
+        T.wait_wgmma(0)  # beside the product, the factors would not fit in registers
+        for i, j in T.Parallel(*frag.S.shape):
             frag.S[i, j] *= smem.scan_factors[s, S_FACTOR + j // C, j % C]
-        else:
+    else:
+        for i, j in T.Parallel(*frag.S.shape):
             frag.S[i, j] *= smem.scan_factors[s, S_FACTOR, 0]
-    T.wait_wgmma(0)
+        T.wait_wgmma(0)
 
 
 @T.macro
