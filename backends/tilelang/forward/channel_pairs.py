@@ -69,7 +69,8 @@ __device__ __forceinline__ void gdn_put_level(
         right ? prefix[2 * i] : suffix[2 * i], right ? prefix[2 * i + 1] : suffix[2 * i + 1]);
     gdn_put_pair<K, parts>(gdn_widen(static_cast<const Pair *>(k)[at]), f, k_rows, first + i, pair);
     if (right)
-      gdn_put_pair<K, parts>(gdn_widen(static_cast<const Pair *>(q)[at]), f, q_rows, first + i, pair);
+      gdn_put_pair<K, parts>(
+          gdn_widen(static_cast<const Pair *>(q)[at]), f, q_rows, first + i, pair);
   }
 }
 // From factors of blocks of h tokens to those of blocks of 2 h.
@@ -111,7 +112,7 @@ template <int K, int parts>
 __device__ __forceinline__ void gdn_multiply_rows(
     float *sums, const void *left, int row, const void *right, int column) {
   int lane = threadIdx.x % 32;
-#pragma unroll
+#pragma unroll 4
   for (int unit = 0; unit < K / 8; unit += 2) {
     unsigned a[parts][4], b[parts][4];
 #pragma unroll
@@ -196,7 +197,8 @@ __device__ __forceinline__ void gdn_put_diagonal(
 }
 // A warp's rows of a fragment [64, 64] to a tile that has the swizzle of 128 bytes.
 template <class Pair>
-__device__ __forceinline__ void gdn_put_rows(const float *x, const void *ones, void *tile, int row) {
+__device__ __forceinline__ void gdn_put_rows(
+    const float *x, const void *ones, void *tile, int row) {
   int lane = threadIdx.x % 32, token = 16 * row + lane % 16;
 #pragma unroll
   for (int b = 0; b < 4; ++b)

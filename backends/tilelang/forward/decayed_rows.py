@@ -72,7 +72,7 @@ def put_decayed_rows(
     K: int, smem: Any, prefix: Any, suffix: Any, factors: Any, rows: Any, scales: Any
 ) -> None:
     """Store Q_in, K_in and K_out to memory from the address rows[0] on, in float16 over the scales
-    of rows, and these to three addresses. factors: three addresses of factors of rows of q and k."""
+    of rows, and these to three addresses. factors: three addresses of factors of tokens."""
     xs, scaled = (smem.q, smem.k, smem.k), smem.q.dtype == "float16"
     largest = T.address_of(smem.largest[0, 0, 0])
     if scaled:

@@ -21,8 +21,9 @@ where e^gamma scales the rows of S. A slot is the number of a chunk.
             scan_factors [slots, HV, 3 + K / C, C], float32: the scales, with the sign that `scan`
             needs, and e^gamma (`tile/layout.py`)
 
-Thread block: a chunk and a value head; two warpgroups, two thread blocks on an SM. A thread has two
-channels of K / 8 tokens. The first warpgroup multiplies for P, the second one for M and A.
+Thread block: a chunk and a value head; two warpgroups, two thread blocks on an SM (one in float16).
+A thread has two channels of K / 8 tokens. The first warpgroup multiplies for P, the second one for
+M and A.
 """
 
 from typing import Any
@@ -161,7 +162,7 @@ def prepare_channels(
         """chunks: how many in all; span: how many of each sequence, from first_chunk on (of a
         whole call: all of them, as if there were one sequence)."""
         with T.Kernel(chunks * HV, threads=256, prelude=PRELUDES) as cta:
-            T.annotate_min_blocks_per_sm(2)
+            T.annotate_min_blocks_per_sm(3 - parts)
             smem, item = ChannelSmem(K, dtype, parts, max_parts), Fields(*ITEM)
             prefix, suffix = (T.alloc_local((2 * tokens,), "float32") for _ in range(2))
             sums, rows = (T.alloc_local((32,), "float32") for _ in range(2))
