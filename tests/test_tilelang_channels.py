@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ pytest.importorskip("tilelang")
 pytest.importorskip("test_tilelang_emulated")
 
 import test_decode
+from gdn.backends.tilelang import BACKEND
 from support import assert_close, poisoned_memory, truth  # noqa: F401
 from test_float16_ranges import CASES as RANGES
 from test_float16_ranges import TIMES, check_ranges
@@ -128,15 +130,16 @@ def test_a_warp_of_prepare_may_be_slow(
     check(FUSED, make_inputs(FUSED))
 
 
-def test_gradients_are_refused() -> None:
-    inputs = make_inputs(FUSED, "meta")
-    inputs["g"].requires_grad_()
-    found = gdn.explain(**inputs, backend="tilelang")
-    reasons = found.verdicts[0].reasons
-    assert "a decay per channel has no backward, and an input requires grad" in reasons
-    bounded = make_inputs(replace(FUSED, per_channel=False, gate_lower_bound=-5.0), "meta")
-    reasons = gdn.explain(**bounded, backend="tilelang").verdicts[0].reasons
-    assert "gate_lower_bound needs a decay per channel, except in decode" in reasons
+def test_what_is_not_there_is_refused() -> None:
+    def reasons(case: Case, **changes: Any) -> list[str]:
+        found = gdn.explain(**make_inputs(case, "meta")).problem
+        return BACKEND.unsupported(replace(found, **changes))
+
+    assert not reasons(FUSED)
+    (reason,) = reasons(FUSED, needs_grad=True)
+    assert reason == "a decay per channel has no backward, and an input requires grad"
+    (reason,) = reasons(replace(FUSED, per_channel=False, gate_lower_bound=-5.0))
+    assert reason == "gate_lower_bound needs a decay per channel, except in decode"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

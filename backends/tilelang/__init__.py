@@ -1,7 +1,8 @@
 """TileLang kernels for Hopper GPUs. docs/kernels.md explains them and gives a reading order.
 
 - `forward/`: `prepare` computes for all chunks in parallel what needs no state; `scan` then updates
-  the state chunk by chunk and computes the outputs. `fused` does both.
+  the state chunk by chunk and computes the outputs. `fused` does both. With a decay per channel
+  `prepare_channels` takes the place of `prepare`.
 - `backward/`: `gate_sums`, `recompute_states`, `reverse_scan` and `gradients`, in memory rounds
   (`memory_rounds.py`).
 - `combine_pieces.py`: the states between the pieces of a sequence, for both; `clear_tail.py`: zeros
