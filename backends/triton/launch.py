@@ -117,6 +117,8 @@ class Stage:
         """programs: how many there are for a block of V. The kernel may take fewer constants."""
         self.kernel, self.programs, self.sizes, self.constants = kernel, programs, sizes, constants
         self.launch_compiled: Callable[..., None] | None = None
+        self.can_autotune = kernel.fn.__name__ in AUTOTUNE_CANDIDATES and not INTERPRETED
+        self.can_autotune &= not constants.get("POOL")  # runs would change the states
         # the pointers for whose alignment the kernel is compiled; the interpreter knows none
         parameters = getattr(kernel, "params", kernel.arg_names)
         self.checked = [not getattr(x, "do_not_specialize_on_alignment", False) for x in parameters]
@@ -176,9 +178,7 @@ class Stage:
         if aligned and self.launch_compiled is not None:
             self.launch_compiled(*pointers, *scale)
             return
-        can_autotune = self.kernel.fn.__name__ in AUTOTUNE_CANDIDATES and not INTERPRETED
-        can_autotune &= not self.constants.get("POOL")  # runs would change the states
-        if can_autotune and os.environ.get("GDN_TRITON_AUTOTUNE") == "1":
+        if self.can_autotune and os.environ.get("GDN_TRITON_AUTOTUNE") == "1":
             self.autotune(*tensors, *scale)
         compiled = self.run(*tensors, *scale)
         if aligned and not INTERPRETED:
