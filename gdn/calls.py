@@ -72,7 +72,7 @@ def make(
     if transposed is not None:
         given = options.get("state_v_first", False)
         options["state_v_first"] = from_former_name(transposed, given, stacklevel=4)
-    mode = {"batch_invariant": is_batch_invariant()}
+    mode: dict[str, Any] = {"batch_invariant": is_batch_invariant()}
     made: Call | PoolCall
     kind: type[PoolCall] = Prefill if prefill else Step
     if "state" in options or kind is Prefill:

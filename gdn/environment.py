@@ -17,7 +17,7 @@ class Variable:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._key: Any = name if _variables is os.environ else os.environ.encodekey(name)  # type: ignore[attr-defined]
+        self._key: Any = name if _variables is os.environ else os.environ.encodekey(name)
 
     def read(self) -> str | None:
         """Its value now; None if it is not set or empty."""

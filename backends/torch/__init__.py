@@ -72,14 +72,14 @@ class TorchPlan(Plan):
         self.rounding = (operand_dtype, rounds_inverse)
 
     def forward(self, call: Call, save: bool) -> Forward:
-        loop = alone if call.batch_invariant else chunk_loop
-        return loop.forward(call, save, *self.rounding)
+        forward = alone.forward if call.batch_invariant else chunk_loop.forward
+        return forward(call, save, *self.rounding)
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
-        loop = alone if call.batch_invariant else chunk_loop
-        return loop.backward(call, saved, grad_o, grad_final_state, *self.rounding)
+        backward = alone.backward if call.batch_invariant else chunk_loop.backward
+        return backward(call, saved, grad_o, grad_final_state, *self.rounding)
 
     def decode(self, step: Step) -> Tensor:
         if not step.call.batch_invariant:

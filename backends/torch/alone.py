@@ -15,8 +15,10 @@ from gdn.problem import CHUNK, Call, PoolCall
 
 from . import chunk_loop
 
-ROWS = ("state_indices", "num_accepted_tokens", "output_indices", "fresh")
-ROWS += ("checkpoint_offsets", "checkpoint_indices")
+ROWS = (
+    "state_indices", "num_accepted_tokens", "output_indices", "fresh", "checkpoint_offsets",
+    "checkpoint_indices",
+)  # fmt: skip
 """Tensors of a call on a pool that have a row for each sequence."""
 
 
@@ -89,7 +91,7 @@ def forward(call: Call, save: bool, *rounding: Any) -> Forward:
     for part in split(call):
         got = chunk_loop.forward(part.of(call), save, *rounding)
         o[part.values] = got.o
-        if final_state is not None:
+        if final_state is not None and got.final_state is not None:
             final_state[part.states] = got.final_state
         for whole, x in zip(saved, got.saved, strict=True):
             whole[part.saved] = x
@@ -114,7 +116,7 @@ def backward(
         )  # fmt: skip
         places = [part.keys] * 2 + [part.values] * 3 + [part.states] + [part.value_heads] * 2
         for whole, x, at in zip(found, got, places, strict=True):
-            if whole is not None:
+            if whole is not None and x is not None:
                 whole[at] += x
     return found
 
