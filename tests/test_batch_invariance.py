@@ -20,6 +20,9 @@ from gdn.testing.prefill import PrefillCase, make_prefill
 
 Bits = dict[str, Tensor]
 HEAD_DIMS = ((16, 16), (20, 36), (64, 64), (128, 128))
+TABLES = (
+    "state_indices", "num_accepted_tokens", "fresh", "checkpoint_offsets", "checkpoint_indices",
+)  # fmt: skip
 GATES: tuple[Gates, ...] = ("mixed", "none", "model", "fast", "resets")
 
 
@@ -147,9 +150,7 @@ def rows_of(inputs: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
     ends = torch.tensor([len(span) for span in spans]).cumsum(0).tolist()
     own = {name: inputs[name][:, tokens] for name in TOKENS}
     own["cu_seqlens"] = torch.tensor([0, *ends], device=inputs["q"].device)
-    tables = ("state_indices", "num_accepted_tokens", "fresh")
-    tables += ("checkpoint_offsets", "checkpoint_indices")
-    own |= {name: inputs[name][chosen] for name in tables if inputs.get(name) is not None}
+    own |= {name: inputs[name][chosen] for name in TABLES if inputs.get(name) is not None}
     return inputs | own | {"state": copy_pool(inputs["state"], inputs["state"].device)}
 
 

@@ -131,10 +131,11 @@ class Stage:
             "num_warps": configuration.num_warps, "num_stages": configuration.num_stages,
         }  # fmt: skip
         if configuration.BV:
-            constants["BV"] = configuration.BV
+            # in the interpreter a program takes as long whatever its width is
+            constants["BV"] = BV = max(configuration.BV, 64 if INTERPRETED else 0)
         if name in V_BLOCK_KERNELS:
             rows = constants["V"] + (constants["K"] if constants.get("TRANSFER") else 0)
-            self.grid *= triton.cdiv(rows, configuration.BV)
+            self.grid *= triton.cdiv(rows, BV)
         if configuration.maxnreg:
             self.options["maxnreg"] = configuration.maxnreg
         self.kernel_constants = {n: constants[n] for n in self.kernel.arg_names if n in constants}
