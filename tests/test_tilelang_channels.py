@@ -20,7 +20,7 @@ pytest.importorskip("test_tilelang_emulated")
 
 import test_decode
 from gdn.backends.tilelang import BACKEND
-from support import assert_close, poisoned_memory, truth  # noqa: F401
+from support import assert_close, poisoned_memory, run, truth  # noqa: F401
 from test_float16_ranges import CASES as RANGES
 from test_float16_ranges import TIMES, check_ranges
 from test_padded_packs import padded
@@ -128,6 +128,28 @@ def test_a_warp_of_prepare_may_be_slow(
 ) -> None:
     world(late=True, slow=slow)
     check(FUSED, make_inputs(FUSED))
+
+
+LONG = (
+    replace(FUSED, name="two-warpgroups", T=70, B=34, K=64),
+    replace(FUSED, name="segments", T=300, B=2, gates="model"),
+    replace(FUSED, name="pieces", T=2000, gates="model"),
+    replace(FUSED, name="packed-pieces", lengths=(1700, 0, 2400, 30), T=0, gates="model"),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*FORWARD, *LONG], ids=lambda case: case.name)
+def test_forward_on_a_gpu(monkeypatch: pytest.MonkeyPatch, case: Case, dtype: torch.dtype) -> None:
+    """It agrees, and a second run gives the same bits."""
+    monkeypatch.setattr(forward, "MIN_SEGMENT_CHUNKS", 2)
+    case = replace(case, dtype=dtype)
+    inputs = make_inputs(case, "cuda")
+    first, second = (run("tilelang", case, inputs) for _ in range(2))
+    for name, value in first.items():
+        assert_close(name, value, truth(case)[name], dtype)
+        assert torch.equal(value, second[name]), name
 
 
 def test_what_is_not_there_is_refused() -> None:
