@@ -12,15 +12,17 @@ import pytest
 import torch
 
 import gdn
-from gdn.testing import Case, make_inputs
+from gdn.testing import CLOSE_KEYS, Case, make_inputs, run_definition
 from gdn.testing.decode import StepCase
 
 pytest.importorskip("tilelang")
 pytest.importorskip("test_tilelang_emulated")
 
 import test_decode
+import test_distributed
 from gdn.backends.tilelang import BACKEND
 from support import assert_close, poisoned_memory, run, truth  # noqa: F401
+from test_close_keys import check_against_rounding
 from test_float16_ranges import CASES as RANGES
 from test_float16_ranges import TIMES, check_ranges
 from test_padded_packs import padded
@@ -101,6 +103,34 @@ def test_forward_as_plans_cut_it(
     if way == "halved":
         monkeypatch.setattr(forward, "MIN_HALF_PIECE_CHUNKS", 1)
     check(case, make_inputs(case))
+
+
+def test_other_gates(world: Callable[..., None]) -> None:  # noqa: F811
+    """g and beta in bfloat16; a lower bound without A_log, raw gates of -inf, 1e4 and 1e38."""
+    world(late=False)
+    case = replace(DENSE, K=128, T=65)
+    inputs = make_inputs(case)
+    inputs |= {name: inputs[name].bfloat16() for name in ("g", "beta")}
+    bounded = make_inputs(replace(case, fused=True, gate_lower_bound=-5.0)) | {"A_log": None}
+    bounded["g"][:, 10], bounded["g"][:, 20], bounded["g"][:, 30] = -torch.inf, 1e4, 1e38
+    for given in (inputs, bounded):
+        got, expected = gdn.gated_delta_net(**given, backend="emulated"), run_definition(given)
+        assert_close("o", got.o, expected[0], case.dtype)
+        assert_close("final_state", got.final_state, expected[1], case.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_close_keys(world: Callable[..., None], dtype: torch.dtype) -> None:  # noqa: F811
+    world(late=False)
+    case = next(case for case in CLOSE_KEYS if case.name == "cosine-1-beta-2")
+    case = replace(case, per_channel=True, dtype=dtype)
+    check_against_rounding("emulated", case, make_inputs(case))
+
+
+def test_a_summary_of_context_parallelism(world: Callable[..., None]) -> None:  # noqa: F811
+    world(late=True)
+    check_summary = test_distributed.test_a_summary_gives_the_final_state_from_any_state
+    check_summary(replace(DENSE, T=70), "emulated", "cpu")
 
 
 @pytest.mark.parametrize("name", TIMES)

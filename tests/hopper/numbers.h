@@ -26,6 +26,7 @@ struct uint2 { uint x, y; };
 struct uint4 { uint x, y, z, w; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
+inline uint1 make_uint1(uint x) { return {x}; }
 inline uint2 make_uint2(uint x, uint y) { return {x, y}; }
 inline uint4 make_uint4(uint x, uint y, uint z, uint w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
