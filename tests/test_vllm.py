@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vllm_batches import Layer, Request, Row, check, fill, together
+from vllm_batches import Layer, Row, check, fill, make_request, together
 
 import gdn
 from gdn.integrations import vllm as plugin
@@ -103,7 +103,7 @@ def make_metadata(rows: list[Row], padding: int = 0, columns: int = 3) -> Simple
 
 
 def make_rows(kind: str, layer: Layer) -> list[Row]:
-    a, b, c, d = (Request(layer, seed, 160) for seed in (11, 12, 13, 14))
+    a, b, c, d = (make_request(layer, seed, 160) for seed in (11, 12, 13, 14))
     return {
         "mixed": [
             Row(a, 30, 1, (5,)), Row(b, 7, 1, (3,)), Row(c, 20, 140, (9,), checkpoint=(64, 11)),

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from vllm_batches import WIDTH, Layer, Request, Row, check, fill, random, together
+from vllm_batches import WIDTH, Layer, Request, Row, check, fill, make_request, random, together
 
 import gdn
 from gdn.integrations import vllm as plugin
@@ -42,6 +42,22 @@ LAYERS = {
 
 def load(name: str) -> Any:
     return importlib.import_module(f"vllm.{name}")
+
+
+class Kernel:
+    """A kernel of Triton whose grid changes its arguments, as vLLM's does. The interpreter asks for
+    the grid when it has converted them."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            sizes = grid(given)
+            self.kernel[sizes](**given)
+
+        return launch
 
 
 def model_config(x: Layer) -> dict[str, Any]:
@@ -90,6 +106,11 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """vLLM's process groups of this process alone, and gdn in its registry."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # without a GPU vLLM takes no platform, whose layers then take the path of CUDA
+        load("platforms").current_platform.current_device = lambda: torch.device("cpu")
+        load("utils.torch_utils").PIN_MEMORY = False
+        convolution = load("model_executor.layers.mamba.ops.causal_conv1d")
+        convolution._causal_conv1d_fwd_kernel = Kernel(convolution._causal_conv1d_fwd_kernel)
         state = load("distributed.parallel_state")
         config = make_config(QWEN, tmp_path_factory.mktemp("model"))
         with load("config").set_current_vllm_config(config):
@@ -250,7 +271,7 @@ def run(kind: str, layer: Any, config: Any, rows: list[Row], padding: int = 0) -
 
 
 def requests(x: Layer) -> list[Request]:
-    return [Request(x, seed, 220) for seed in (11, 12, 13, 14)]
+    return [make_request(x, seed, 220) for seed in (11, 12, 13, 14)]
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -336,7 +357,7 @@ def test_chunked_prefill_alone(tmp_path: Path) -> None:
         op = load(GDN[5:] + "qwen_gdn_linear_attn").ChunkGatedDeltaRule()
     assert type(op).__module__ == "gdn.integrations.vllm_layers"
     assert op.gdn_prefill_backend == "triton"
-    request = Request(Layer(H=2, HV=4, K=16, V=16), 11, 90)
+    request = make_request(Layer(H=2, HV=4, K=16, V=16), 11, 90)
     x = request.layer
     q, k, v = request.qkv.split([x.H * x.K, x.H * x.K, x.HV * x.V], -1)
     g = -x.A_log.exp() * nn.functional.softplus(request.gate + x.dt_bias)
