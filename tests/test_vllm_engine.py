@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,8 +80,15 @@ def make_config(x: Layer, folder: Path, steps: int = 0, mode: str = "none") -> A
         model=str(folder), tokenizer=str(folder), skip_tokenizer_init=True, dtype="float32",
         max_model_len=1024,
     )  # fmt: skip
+    drafts = None
+    if steps:
+        drafts = c.SpeculativeConfig(
+            method="ngram", num_speculative_tokens=steps, prompt_lookup_max=2,
+            target_model_config=model, target_parallel_config=c.ParallelConfig(),
+        )  # fmt: skip
     config = c.VllmConfig(
         model_config=model,
+        speculative_config=drafts,
         cache_config=c.CacheConfig(block_size=BLOCK),
         scheduler_config=c.SchedulerConfig(
             max_num_seqs=8, max_num_batched_tokens=512, max_model_len=1024, is_encoder_decoder=False
@@ -93,11 +99,6 @@ def make_config(x: Layer, folder: Path, steps: int = 0, mode: str = "none") -> A
     cache.mamba_cache_mode, cache.mamba_block_size = mode, BLOCK
     if mode == "align":
         cache.hash_block_size = cache.cache_hit_alignment_tokens = BLOCK
-    if steps:
-        config.speculative_config = SimpleNamespace(
-            num_speculative_tokens=steps, use_eagle_block_drop=lambda: False,
-            parallel_drafting=False,
-        )  # fmt: skip
     return config
 
 
@@ -118,7 +119,6 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             state.init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
             state.initialize_model_parallel(1)
             plugin.replace(plugin.LAYERS)  # `register` refuses a CPU
-            plugin.replace(plugin.PREFILL)
             yield
             state.destroy_model_parallel()
             state.destroy_distributed_environment()
@@ -130,7 +130,7 @@ def on_torch() -> Iterator[None]:
         yield
 
 
-def make_layer(kind: str, config: Any, x: Layer) -> Any:
+def make_layer(kind: str, config: Any, x: Layer, by_gdn: bool = True) -> Any:
     """The layer that a model of vLLM gets, with the parameters of x."""
     with load("config").set_current_vllm_config(config):
         hf = config.model_config.hf_text_config
@@ -157,7 +157,7 @@ def make_layer(kind: str, config: Any, x: Layer) -> Any:
             (made.conv1d.weight, x.weight[:, None]),
         ):  # fmt: skip
             parameter.copy_(value)
-    assert type(made).__module__ == "gdn.integrations.vllm_layers"
+    assert (type(made).__module__ == "gdn.integrations.vllm_layers") == by_gdn
     return made
 
 
@@ -336,26 +336,60 @@ def test_padding_of_captured_graphs(kind: str, steps: int, tmp_path: Path) -> No
     run(kind, layer, config, rows, padding=2)
 
 
-def test_whole_layer(tmp_path: Path) -> None:
-    """The layer's own forward, projections and gated norm included, against vLLM's without gdn in
-    its place: the op runs, and a profile run compiles and touches nothing."""
+def test_whole_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer's own forward: vLLM's projections and gated norm around the definition. Before, a
+    profile run compiles what is pending."""
+    choice = importlib.import_module("gdn.integrations.vllm_choice")
+    monkeypatch.setattr(choice, "_answers", {})
+    monkeypatch.setattr(choice, "_cold", [])
     config = make_config(QWEN, tmp_path)
     layer = make_layer("qwen", config, QWEN)
-    hidden = random(5, 6, 32)
-    with (
-        torch.inference_mode(),
-        load("config").set_current_vllm_config(config),
-        load("forward_context").set_forward_context(None, config),
-    ):
-        assert layer(hidden).shape == (6, 32)  # a profile run
+    assert len(choice._cold) == 2
+    for number, parameter in enumerate(layer.parameters()):
+        if parameter.dim() == 2:
+            parameter.data.copy_(random(20 + number, *parameter.shape) / 8)
+    hidden, run_in = random(5, 40, 32), load("forward_context").set_forward_context
+    with torch.inference_mode(), load("config").set_current_vllm_config(config):
+        with run_in(None, config):
+            assert layer(hidden).shape == hidden.shape
+        assert not choice._cold
+        qkv, z = layer.in_proj_qkvz(hidden)[0].split([QWEN.channels, QWEN.HV * QWEN.V], -1)
+        beta, gate = layer.in_proj_ba(hidden)[0].chunk(2, -1)
+        rows = [Row(Request(QWEN, 0, 40, raw=(qkv, gate, beta)), 0, 40, (3,))]
+        bind_pages(layer, config, rows)
+        with run_in({PREFIX: make_metadata(layer, config, rows)}, config):
+            found = layer(hidden)
+        o = rows[0].request.o.float()
+        expected = layer._output_projection(o, z.unflatten(-1, (QWEN.HV, QWEN.V)))
+    torch.testing.assert_close(found, expected, atol=TIGHT, rtol=TIGHT)
 
 
-def test_chunked_prefill_alone(tmp_path: Path) -> None:
-    """GDN_VLLM=prefill: vLLM gathers and scatters states around gdn's function."""
+@pytest.fixture
+def prefill_alone() -> Iterator[None]:
+    """As with GDN_VLLM=prefill: the layers are vLLM's own, its chunked prefill is gdn's."""
+    registry = load("model_executor.custom_op").op_registry_oot
+    layers = dict(registry)
+    registry.clear()
+    plugin.replace(plugin.PREFILL)
+    yield
+    registry.clear()
+    registry.update(layers)
+
+
+def test_chunked_prefill_in_the_layer(tmp_path: Path, prefill_alone: None) -> None:
+    """vLLM gathers and scatters states around gdn's function, and decodes by itself."""
+    config = make_config(QWEN, tmp_path)
+    layer = make_layer("qwen", config, QWEN, by_gdn=False)
+    assert type(layer.chunk_gated_delta_rule).__module__ == "gdn.integrations.vllm_layers"
+    a, _, c, d = requests(QWEN)
+    run("qwen", layer, config, [Row(a, 30, 1, (5,)), Row(c, 20, 140, (9,)), Row(d, 0, 70, (2,))])
+
+
+def test_chunked_prefill(tmp_path: Path, prefill_alone: None) -> None:
+    """Its own arguments, and a request that no backend can run: vLLM's function then runs it."""
     config = make_config(QWEN, tmp_path)
     with load("config").set_current_vllm_config(config):
         op = load(GDN[5:] + "qwen_gdn_linear_attn").ChunkGatedDeltaRule()
-    assert type(op).__module__ == "gdn.integrations.vllm_layers"
     assert op.gdn_prefill_backend == "triton"
     request = make_request(Layer(H=2, HV=4, K=16, V=16), 11, 90)
     x = request.layer
@@ -377,6 +411,11 @@ def test_chunked_prefill_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(state[0].double(), request.states[90], **options)
     assert torch.equal(buffer[:70], o[0])
     assert not buffer[70:].any()
+    called: list[dict[str, Any]] = []
+    op.gdn_original = lambda **given: called.append(given)
+    with gdn.use_backend("tilelang"):
+        op(*parts, initial_state=state, output_final_state=True)
+    assert torch.equal(called[0]["q"], parts[0])
 
 
 @pytest.mark.parametrize(

@@ -67,13 +67,16 @@ class Request:
     beta: Tensor = field(init=False)
     o: Tensor = field(init=False)
     states: Tensor = field(init=False)
+    raw: tuple[Tensor, Tensor, Tensor] | None = None  # qkv, gate and beta; None: from the seed
 
     def __post_init__(self) -> None:
         x, T = self.layer, self.T
-        self.qkv = random(self.seed, T, x.channels)
         gates = (x.HV, x.K) if x.per_channel else (x.HV,)
-        self.gate = random(self.seed + 1000, T, *gates)
-        self.beta = random(self.seed + 2000, T, x.HV)
+        self.qkv, self.gate, self.beta = self.raw or (
+            random(self.seed, T, x.channels),
+            random(self.seed + 1000, T, *gates),
+            random(self.seed + 2000, T, x.HV),
+        )
         qkv = self.qkv.double()
         if x.convolved:
             padded = F.pad(qkv.T, (WIDTH - 1, 0))[None]

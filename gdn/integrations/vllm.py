@@ -16,7 +16,7 @@ import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -75,7 +75,15 @@ def refusal() -> str | None:
 def replace(classes: dict[str, str]) -> None:
     """Replace these classes of vLLM, by their modules, as soon as the modules are imported."""
     for module, name in classes.items():
-        _after_import(_FOLDER + module, lambda found, name=name: _register(found, name))
+        full = _FOLDER + module
+        if full in sys.modules:
+            _register(sys.modules[full], name)
+            continue
+        watches = [x for x in sys.meta_path if isinstance(x, _Watch) and x.module == full]
+        if not watches:
+            watches = [_Watch(full)]
+            sys.meta_path.insert(0, watches[0])
+        watches[0].classes.add(name)
 
 
 def _register(module: ModuleType, name: str) -> None:
@@ -93,24 +101,16 @@ def _register(module: ModuleType, name: str) -> None:
         say(f"gdn leaves {name} to vLLM: {type(error).__name__}: {error}")
 
 
-def _after_import(name: str, action: Callable[[ModuleType], None]) -> None:
-    """Call action with the module once it is imported, now if it is already."""
-    if name in sys.modules:
-        action(sys.modules[name])
-    elif not any(isinstance(x, _Watch) and x.name == name for x in sys.meta_path):
-        sys.meta_path.insert(0, _Watch(name, action))
-
-
 class _Watch:
-    """A finder that finds one module as ever, and calls action after it has run."""
+    """A finder that finds one module as ever, and registers classes after it has run."""
 
-    def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
-        self.name, self.action = name, action
+    def __init__(self, module: str) -> None:
+        self.module, self.classes = module, set[str]()
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != self.name:
+        if name != self.module:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
@@ -121,7 +121,8 @@ class _Watch:
         def exec_module(module: ModuleType) -> None:
             sys.meta_path.remove(self)
             run(module)
-            self.action(module)
+            for name in sorted(self.classes):
+                _register(module, name)
 
         loader.exec_module = exec_module
         return spec

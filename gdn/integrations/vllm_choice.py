@@ -33,17 +33,23 @@ def request_on(device: torch.device) -> str:
 
 def find_refusal(config: Any) -> str:
     """Why gdn leaves all of a model's layers to vLLM; empty if it does not."""
-    cache, options = config.cache_config, config.additional_config
+    cache = config.cache_config
     if cache.mamba_cache_mode not in CACHE_MODES:
         return f"mamba_cache_mode must be none or align, got {cache.mamba_cache_mode!r}"
     if cache.use_replayssm:
         return "use_replayssm must be off, got on; its caches hold other states"
+    if "VLLM_GDN_DECODE_KERNEL" in os.environ:
+        return "VLLM_GDN_DECODE_KERNEL must not be set, it asks for vLLM's own"
+    return find_prefill_refusal(config)
+
+
+def find_prefill_refusal(config: Any) -> str:
+    """Why gdn leaves prefill to vLLM; empty if it does not."""
+    options = config.additional_config
     for option in ("gdn_prefill_backend", "kda_prefill_backend"):
         backend = options.get(option, "auto") if isinstance(options, dict) else "auto"
         if backend != "auto":
             return f"{option} must be auto, got {backend!r}, which asks for vLLM's own"
-    if "VLLM_GDN_DECODE_KERNEL" in os.environ:
-        return "VLLM_GDN_DECODE_KERNEL must not be set, it asks for vLLM's own"
     return ""
 
 

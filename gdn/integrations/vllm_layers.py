@@ -17,7 +17,7 @@ from gdn.integrations.vllm import say
 from gdn.integrations.vllm_batch import Rule, Tokens, run_batch
 from gdn.integrations.vllm_choice import (
     compile_pending,
-    find_refusal,
+    find_prefill_refusal,
     gate_of,
     make_rule,
     request_on,
@@ -179,7 +179,7 @@ def make_prefill(module: ModuleType) -> type:
             super().__init__()
             self.gdn_original = self._forward_method
             config = importlib.import_module("vllm.config").get_current_vllm_config()
-            reason = find_refusal(config)
+            reason = find_prefill_refusal(config)
             if reason:
                 say(f"gdn leaves ChunkGatedDeltaRule to vLLM: {reason}")
                 return
