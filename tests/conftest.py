@@ -34,6 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_configure() -> None:
     """Keep import-time warnings and autotuning of peers out of the suite."""
     os.environ.pop("GDN_BACKEND", None)
+    os.environ.pop("GDN_BATCH_INVARIANT", None)
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # with more, threads of all workers compete: 20 times slower
     with warnings.catch_warnings():
