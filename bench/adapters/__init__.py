@@ -15,8 +15,9 @@ def register() -> tuple[Backend, ...]:
     """Register every adapter, and return them all."""
     from .flashinfer import FlashInfer
     from .flashqla import FlashQLA
+    from .vllm import VLLM
 
-    peers: tuple[Backend, ...] = (FlashQLA(), FlashInfer())
+    peers: tuple[Backend, ...] = (FlashQLA(), FlashInfer(), VLLM())
     for peer in peers:
         gdn.register_backend(peer, replace=True)
     return peers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from math import prod
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import gdn
 from gdn.api import warmup
-from gdn.dispatch import BackendUnsupportedError, parse_request, request_in_force
+from gdn.dispatch import parse_request, request_in_force
 from gdn.integrations.vllm import say
 from gdn.integrations.vllm_batch import Rule, Sample, run_sample, samples
 
@@ -40,6 +41,8 @@ def find_refusal(config: Any) -> str:
         return "use_replayssm must be off, got on; its caches hold other states"
     if "VLLM_GDN_DECODE_KERNEL" in os.environ:
         return "VLLM_GDN_DECODE_KERNEL must not be set, it asks for vLLM's own"
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+        return "VLLM_BATCH_INVARIANT must be off, got on; gdn's calls have a mode of their own"
     return find_prefill_refusal(config)
 
 
@@ -59,31 +62,36 @@ def make_rule(
     """The rule of a layer with these H, HV, K, V on this rank and these keywords of gdn's calls; or
     None, after a line in the log, if gdn leaves the layer to vLLM."""
     name = type(layer).__mro__[1].__name__
-    device, dtype = layer.A_log.device, config.model_config.dtype
+    current = importlib.import_module("vllm.platforms").current_platform.current_device()
+    device = torch.device(current)  # the layer's own may still be meta
     rule = Rule(*sizes, options | {"backend": request_on(device)})
-    (convolution, _), (before, pool_dtype) = layer.get_state_shape(), layer.get_state_dtype()
-    page = prod(rule.state_shape) + prod(convolution) * before.itemsize // pool_dtype.itemsize
     stored = config.cache_config.mamba_cache_mode == "align"
-    key = (name, *sizes, *options.items(), page, dtype, pool_dtype, device, layer.num_spec, stored)
-    if key not in _answers:
-        answer = find_refusal(config)
-        if not answer:
-            pool = torch.zeros(2, page, dtype=pool_dtype, device=device)
-            pool = pool[:, : prod(rule.state_shape)].view(2, *rule.state_shape)
-            calls = [
-                sample._replace(keywords=sample.keywords | gate_of(layer))
-                for sample in samples(rule, pool, dtype, per_channel, 1 + layer.num_spec, stored)
-            ]
-            try:
-                backends = {warmup(**x.tokens, **x.keywords, prefill=x.prefill) for x in calls}
-            except (BackendUnsupportedError, ValueError) as error:
-                answer = str(error)
-            else:
-                _cold.extend(calls)
-                say(f"gdn {gdn.__version__} runs {name} on {' and '.join(sorted(backends))}")
-        _answers[key] = answer
-    if _answers[key]:
-        say(f"gdn leaves {name} to vLLM: {_answers[key]}")
+    windows, dtypes = layer.get_state_shape()[0], layer.get_state_dtype()
+    key = (
+        name, *sizes, *rule.options.items(), windows, dtypes, config.model_config.dtype,
+        layer.num_spec, stored,
+    )  # fmt: skip
+    reason = find_refusal(config)
+    if not reason and key not in _answers:
+        page = prod(rule.state_shape) + prod(windows) * dtypes[0].itemsize // dtypes[1].itemsize
+        pool = torch.zeros(2, page, dtype=dtypes[1], device=device)
+        pool = pool[:, : prod(rule.state_shape)].view(2, *rule.state_shape)
+        gate = {n: torch.zeros_like(x, device=device).detach() for n, x in gate_of(layer).items()}
+        tried = rule._replace(options=rule.options | gate)
+        calls = list(
+            samples(tried, pool, config.model_config.dtype, per_channel, 1 + layer.num_spec, stored)
+        )
+        try:
+            backends = {warmup(**x.tokens, **x.keywords, prefill=x.prefill) for x in calls}
+        except Exception as error:  # vLLM must start without gdn
+            _answers[key] = str(error)
+        else:
+            _answers[key] = ""
+            _cold.extend(calls)
+            say(f"gdn {gdn.__version__} runs {name} on {' and '.join(sorted(backends))}")
+    reason = reason or _answers[key]
+    if reason:
+        say(f"gdn leaves {name} to vLLM: {reason}")
         return None
     return rule
 
