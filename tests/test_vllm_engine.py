@@ -226,7 +226,8 @@ def test_chunked_prefill(tmp_path: Path, prefill_alone: None) -> None:
         ({"mode": "all"}, "mamba_cache_mode must be none or align, got 'all'"),
         ({"asked": "flashinfer"}, "gdn_prefill_backend must be auto, got 'flashinfer'"),
         ({"backend": "tilelang"}, "tilelang: "),
-        ({"environment": "cuda"}, "VLLM_GDN_DECODE_KERNEL must not be set"),
+        ({"variable": "VLLM_GDN_DECODE_KERNEL"}, "VLLM_GDN_DECODE_KERNEL must not be set"),
+        ({"variable": "VLLM_BATCH_INVARIANT"}, "VLLM_BATCH_INVARIANT must be off, got on"),
     ],
 )
 def test_refusals(
@@ -240,8 +241,8 @@ def test_refusals(
     config = make_config(QWEN, tmp_path)
     config.cache_config.mamba_cache_mode = change.get("mode", "none")
     config.additional_config = {"gdn_prefill_backend": change.get("asked", "auto")}
-    if "environment" in change:
-        monkeypatch.setenv("VLLM_GDN_DECODE_KERNEL", change["environment"])
+    if "variable" in change:
+        monkeypatch.setenv(change["variable"], "1")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.INFO, "vllm.gdn"), gdn.use_backend(change.get("backend", "torch")):
         layer = make_layer("qwen", config, QWEN)

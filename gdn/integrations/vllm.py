@@ -41,6 +41,7 @@ _said: set[str] = set()
 
 def say(message: str) -> None:
     """Log a line once in this process."""
+    message = " ".join(message.split())
     if message not in _said:
         _said.add(message)
         logger.info(message)
