@@ -226,8 +226,8 @@ def test_chunked_prefill(tmp_path: Path, prefill_alone: None) -> None:
         ({"mode": "all"}, "mamba_cache_mode must be none or align, got 'all'"),
         ({"asked": "flashinfer"}, "gdn_prefill_backend must be auto, got 'flashinfer'"),
         ({"backend": "tilelang"}, "tilelang: "),
-        ({"variable": "VLLM_GDN_DECODE_KERNEL"}, "VLLM_GDN_DECODE_KERNEL must not be set"),
-        ({"variable": "VLLM_BATCH_INVARIANT"}, "VLLM_BATCH_INVARIANT must be off, got on"),
+        ({"variable": "VLLM_GDN_DECODE_KERNEL=cuda"}, "VLLM_GDN_DECODE_KERNEL must not be set"),
+        ({"variable": "VLLM_BATCH_INVARIANT=1"}, "VLLM_BATCH_INVARIANT must be off, got on"),
     ],
 )
 def test_refusals(
@@ -242,7 +242,7 @@ def test_refusals(
     config.cache_config.mamba_cache_mode = change.get("mode", "none")
     config.additional_config = {"gdn_prefill_backend": change.get("asked", "auto")}
     if "variable" in change:
-        monkeypatch.setenv(change["variable"], "1")
+        monkeypatch.setenv(*change["variable"].split("="))
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.INFO, "vllm.gdn"), gdn.use_backend(change.get("backend", "torch")):
         layer = make_layer("qwen", config, QWEN)

@@ -31,7 +31,8 @@ class Tokens(NamedTuple):
 
     def take(self, places: Tensor) -> Tokens:
         """Those at these places."""
-        return Tokens(*(x.index_select(0, places) for x in self[:3]), places)
+        qkv, gate, beta = (x.index_select(0, places) for x in (self.qkv, self.gate, self.beta))
+        return Tokens(qkv, gate, beta, places)
 
 
 class Rule(NamedTuple):
@@ -46,9 +47,9 @@ class Rule(NamedTuple):
 
     def heads(self, tokens: Tokens) -> tuple[Tensor, ...]:
         """q, k, v [1, T, heads, size], views of qkv, and gate and beta [1, T, ...]."""
-        q, k, v = tokens.qkv.split([self.H * self.K, self.H * self.K, self.HV * self.V], -1)
+        q, k, v = torch.split(tokens.qkv, [self.H * self.K, self.H * self.K, self.HV * self.V], -1)
         q, k, v = (
-            x.unflatten(-1, (heads, size))
+            x.view(-1, heads, size)
             for x, heads, size in (
                 (q, self.H, self.K),
                 (k, self.H, self.K),
@@ -135,17 +136,17 @@ def run_others(metadata: Any, tokens: Tokens, rule: Rule, pool: Tensor, out: Ten
             state_indices=metadata.non_spec_state_indices_tensor[:N], **rule.keywords,
         )  # fmt: skip
     if metadata.num_prefills:
-        rows = (x[:, N:] for x in (q, k, v, gate, beta))
+        q, k, v, gate, beta = (x[:, N:] for x in (q, k, v, gate, beta))
         slots = metadata.prefill_state_indices
         gated_delta_net_prefill(
-            *rows, state=pool, out=out[None, N:], state_indices=slots,
+            q, k, v, gate, beta, state=pool, out=out[None, N:], state_indices=slots,
             cu_seqlens=metadata.prefill_query_start_loc,
             fresh=~metadata.prefill_has_initial_state,
             **checkpoints(metadata, len(slots)), **rule.keywords,
         )  # fmt: skip
 
 
-def checkpoints(metadata: Any, N: int) -> dict[str, Tensor]:
+def checkpoints(metadata: Any, N: int) -> dict[str, Any]:
     """The checkpoints of the last N rows, which prefill, as keywords."""
     if metadata.checkpoint is None:
         return {}
@@ -159,7 +160,7 @@ class Sample(NamedTuple):
     """A call that touches no state: every row is of the null block. Its tokens by name, and its
     keywords; prefill tells the two ops apart."""
 
-    tokens: dict[str, Tensor]
+    tokens: dict[str, Any]
     keywords: dict[str, Any]
     prefill: bool
 

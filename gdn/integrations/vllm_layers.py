@@ -157,7 +157,7 @@ def make_kimi(module: ModuleType) -> type:
             bound = {"gate_lower_bound": self.gate_lower_bound}
             self.gdn_rule = make_rule(self, vllm_config, sizes, True, **bound)
 
-        @_graphs.eager_break_during_capture  # type: ignore[untyped-decorator]
+        @_graphs.eager_break_during_capture
         def _forward(
             self, mixed_qkv: Tensor, g1: Tensor, g2: Tensor, beta: Tensor, core_attn_out: Tensor
         ) -> None:
@@ -174,6 +174,8 @@ def make_prefill(module: ModuleType) -> type:
 
     class Prefill(module.ChunkGatedDeltaRule):  # type: ignore[misc, name-defined]
         """vLLM's function, by `gdn.gated_delta_net` where a backend can run it."""
+
+        _forward_method: Callable[..., Any]
 
         def __init__(self) -> None:
             super().__init__()
@@ -200,10 +202,10 @@ def make_prefill(module: ModuleType) -> type:
             use_qk_l2norm_in_kernel: bool = True,
             core_attn_out: Tensor | None = None,
             **others: Any,
-        ) -> tuple[Tensor, Tensor | None]:
+        ) -> Any:
             """[1, T, heads, size] each, log gates and beta [1, T, HV], states [N, HV, V, K]: o, and
             the final states or None."""
-            given = {
+            given: dict[str, Any] = {
                 "q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state,
                 "output_final_state": output_final_state, "cu_seqlens": cu_seqlens,
                 "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
