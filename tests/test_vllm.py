@@ -53,8 +53,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleName
     for name in [x for x in sys.modules if x == "vllm" or x.startswith("vllm.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.import_module("vllm.platforms").current_platform = platform
-    layers = ModuleType("gdn.integrations.vllm_layers")
+    platforms: Any = importlib.import_module("vllm.platforms")
+    platforms.current_platform = platform
+    layers: Any = ModuleType("gdn.integrations.vllm_layers")
     layers.MAKERS = {  # the real one needs all of vLLM
         "QwenGatedDeltaNetAttention": lambda module: type(
             "Qwen", (module.QwenGatedDeltaNetAttention,), {"__module__": "gdn.test"}

@@ -138,6 +138,16 @@ def test_padding_of_captured_graphs(kind: str, steps: int, tmp_path: Path) -> No
     run(kind, layer, config, rows, padding=2)
 
 
+def test_triton(tmp_path: Path) -> None:
+    """gdn's Triton kernels, on slots of these strides."""
+    config = make_config(QWEN, tmp_path, steps=2)
+    a, b, _, d = requests(QWEN)
+    with gdn.use_backend("triton"):
+        layer = make_layer("qwen", config, QWEN)
+        rows = [Row(a, 30, 3, (5, 6, 7), 3), Row(b, 9, 1, (9, 10, 12)), Row(d, 0, 70, (3, 4, 13))]
+        run("qwen", layer, config, rows)
+
+
 def test_whole_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer's own forward: vLLM's projections and gated norm around the definition. Before, a
     profile run compiles what is pending."""
@@ -262,3 +272,10 @@ def test_register_refuses_this_platform(
     with caplog.at_level(logging.INFO, "vllm.gdn"):
         plugin.register()
     assert "the platform must be CUDA, got" in caplog.text
+
+
+def test_vllm_finds_the_entry_point() -> None:
+    found = load("plugins").load_plugins_by_group("vllm.general_plugins")
+    if "gdn" not in found:
+        pytest.skip("gdn is not installed")
+    assert found["gdn"] is plugin.register

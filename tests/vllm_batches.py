@@ -157,7 +157,8 @@ def fill(pool: Tensor, rows: list[Row]) -> None:
 
 def check(rows: list[Row], out: Tensor, before: Tensor, after: Tensor, tolerance: float) -> None:
     """out [T, HV, V] and the pool are right, and slots that no row writes keep their bits."""
-    expected, states = together(rows, "o"), {}
+    expected = together(rows, "o")
+    states: dict[int, Tensor] = {}
     for row in rows:
         states |= row.written()
     options = {"atol": tolerance, "rtol": tolerance}
