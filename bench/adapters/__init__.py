@@ -15,9 +15,8 @@ def register() -> tuple[Backend, ...]:
     """Register every adapter, and return them all."""
     from .flashinfer import FlashInfer
     from .flashqla import FlashQLA
-    from .vllm import VLLM
 
-    peers: tuple[Backend, ...] = (FlashQLA(), FlashInfer(), VLLM())
+    peers: tuple[Backend, ...] = (FlashQLA(), FlashInfer())
     for peer in peers:
         gdn.register_backend(peer, replace=True)
     return peers
