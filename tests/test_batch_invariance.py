@@ -4,6 +4,7 @@ heads, and in any row of a decode batch, on every backend that claims it."""
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from support import TOKENS, capabilities_of, require
 from torch import Tensor
 
 import gdn
-from gdn.testing import Case, make_inputs, make_output_gradients, with_gradients
+from gdn.testing import CASES, Case, make_inputs, make_output_gradients, with_gradients
 from gdn.testing.cases import Gates
+from gdn.testing.check import assert_agrees
 from gdn.testing.decode import StepCase, copy_pool, make_step
 from gdn.testing.inputs import gradients
 from gdn.testing.prefill import PrefillCase, make_prefill
@@ -208,3 +210,15 @@ def test_a_decode_row_has_the_same_bits(backend: str, device: str, seed: int) ->
     )  # fmt: skip
     require(backend, inputs)
     check_rows(gdn.gated_delta_net_decode, backend, inputs, rng)
+
+
+@pytest.mark.parametrize("name", ["packed-v-first-fused", "channels-packed-fused"])
+def test_agrees_with_the_definition(backend: str, device: str, name: str) -> None:
+    """Gradients of A_log and dt_bias too."""
+    case = next(case for case in CASES if case.name == name)
+    claims = capabilities_of(backend)
+    case = replace(case, dtype=claims.dtypes[-1] if backend == "torch" else torch.bfloat16)
+    with gdn.batch_invariant():
+        inputs = make_inputs(case, device)
+        require(backend, inputs)
+        assert_agrees(backend, case, with_gradients(inputs) if claims.backward else inputs)

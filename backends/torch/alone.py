@@ -23,7 +23,7 @@ ROWS = (
 
 
 class Part(NamedTuple):
-    """One q/k head of one sequence: its slices of the call's tensors.
+    """One q/k head of one sequence: where it lies in the call's tensors.
 
     keys: of q and k [B, T, H, K]; values: of v, g, beta and o [B, T, HV, ...]; states: of states
     [N, HV, ...]; value_heads: of parameters [HV, ...]; saved: of what forward saves [rows, H, ...].
@@ -36,15 +36,19 @@ class Part(NamedTuple):
     saved: tuple[slice, slice]
 
     def of(self, call: Call) -> Call:
-        """The call of this part alone, dense; with copies, so that all parts are aligned alike."""
+        """The call of this part alone, dense; with copies, so that all parts are aligned alike, and
+        with exact parameters, since their gradients are added up."""
 
         def take(x: Tensor | None, at: Any) -> Any:
             return None if x is None else x[at].clone(memory_format=torch.contiguous_format)
 
+        def exact(x: Tensor | None) -> Any:
+            return None if x is None else x.to(call.state_dtype)
+
         q, k = take(call.q, self.keys), take(call.k, self.keys)
         v, g, beta = (take(x, self.values) for x in (call.v, call.g, call.beta))
         initial = take(call.initial_state, self.states)
-        A_log, dt_bias = (take(x, self.value_heads) for x in (call.A_log, call.dt_bias))
+        A_log, dt_bias = (take(exact(x), self.value_heads) for x in (call.A_log, call.dt_bias))
         return call._replace(
             q=q, k=k, v=v, g=g, beta=beta, initial_state=initial, A_log=A_log, dt_bias=dt_bias,
             cu_seqlens=None, cu_seqlens_cpu=None, chunk_indices=None,
@@ -107,7 +111,11 @@ def backward(
 ) -> Gradients:
     """`chunk_loop.backward` of each part. Gradients of A_log and dt_bias are sums over the
     sequences, in their order."""
-    found = Gradients(*(None if x is None else torch.zeros_like(x) for x in call.differentiable))  # type: ignore[arg-type]
+    tensors, parameters = call.differentiable[:-2], call.differentiable[-2:]
+    found: list[Tensor | None] = [None if x is None else torch.zeros_like(x) for x in tensors]
+    found += [
+        None if x is None else torch.zeros_like(x, dtype=call.state_dtype) for x in parameters
+    ]
     for part in split(call):
         final = None if grad_final_state is None else grad_final_state[part.states].contiguous()
         got = chunk_loop.backward(
@@ -118,7 +126,10 @@ def backward(
         for whole, x, at in zip(found, got, places, strict=True):
             if whole is not None and x is not None:
                 whole[at] += x
-    return found
+    return Gradients(*(
+        None if x is None or like is None else x.to(like.dtype)
+        for x, like in zip(found, call.differentiable, strict=True)
+    ))  # type: ignore[arg-type] # fmt: skip
 
 
 def run(given: PoolCall, compute: Callable[[Any], Tensor]) -> Tensor:
