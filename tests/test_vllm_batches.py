@@ -32,18 +32,21 @@ class Identity:
     others = speculative
 
 
-def make_rule(layer: Layer) -> Rule:
+def make_rule(layer: Layer, device: str = "cpu") -> Rule:
     options = {
-        "A_log": layer.A_log, "dt_bias": layer.dt_bias, "backend": "torch",
+        "A_log": layer.A_log.to(device), "dt_bias": layer.dt_bias.to(device),
+        "backend": "torch" if device == "cpu" else "triton",
         "gate_lower_bound": layer.gate_lower_bound, "allow_neg_eigval": layer.allow_neg_eigval,
     }  # fmt: skip
     return Rule(layer.H, layer.HV, layer.K, layer.V, options)
 
 
-def make_pool(layer: Layer, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def make_pool(
+    layer: Layer, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Pages of bytes, 20 blocks, and the states in them, behind 96 bytes of something else."""
     size = layer.HV * layer.V * layer.K * dtype.itemsize
-    pages = torch.zeros(20, 96 + size + 32, dtype=torch.int8)
+    pages = torch.zeros(20, 96 + size + 32, dtype=torch.int8, device=device)
     states = pages[:, 96 : 96 + size].view(dtype).view(20, layer.HV, layer.V, layer.K)
     return pages, states
 
@@ -112,21 +115,34 @@ def make_rows(kind: str, layer: Layer) -> list[Row]:
     }[kind]  # fmt: skip
 
 
-def run(rows: list[Row], layer: Layer, padding: int, dtype: torch.dtype, tolerance: float) -> None:
-    metadata = make_metadata(rows, padding)
-    pages, pool = make_pool(layer, dtype)
+def move(metadata: SimpleNamespace, device: str) -> SimpleNamespace:
+    """The metadata with its tensors on a device."""
+    moved = {}
+    for name, x in vars(metadata).items():
+        moved[name] = move(x, device) if isinstance(x, SimpleNamespace) else x
+        if isinstance(x, Tensor):
+            moved[name] = x.to(device)
+    return SimpleNamespace(**moved)
+
+
+def run(
+    rows: list[Row], layer: Layer, padding: int, dtype: torch.dtype, tolerance: float,
+    device: str = "cpu",
+) -> None:  # fmt: skip
+    metadata = move(make_metadata(rows, padding), device)
+    pages, pool = make_pool(layer, dtype, device)
     fill(pool, rows)
     before, pages_before = pool.clone(), pages.clone()
     behind = 4  # tokens of a captured graph
     tokens = (
-        torch.cat([x, torch.full_like(x[:1], torch.nan).expand(behind, *x.shape[1:])])
+        torch.cat([x, torch.full_like(x[:1], torch.nan).expand(behind, *x.shape[1:])]).to(device)
         for x in (together(rows, name) for name in ("qkv", "gate", "beta"))
     )
     live = len(together(rows, "o"))
-    out = torch.zeros(live + behind, layer.HV, layer.V)
+    out = torch.zeros(live + behind, layer.HV, layer.V, device=device)
     with torch.inference_mode():
-        run_batch(metadata, Tokens(*tokens), make_rule(layer), Identity(), pool, out)
-    check(rows, out, before, pool, tolerance)
+        run_batch(metadata, Tokens(*tokens), make_rule(layer, device), Identity(), pool, out)
+    check(rows, out.cpu(), before.cpu(), pool.cpu(), tolerance)
     assert not out[live:].any(), "padding must stay zero"
     gaps = torch.ones_like(pages, dtype=torch.bool)
     gaps[:, 96:-32] = False
@@ -141,6 +157,16 @@ def test_batches(layer: str, kind: str, padding: int) -> None:
         pytest.skip("vLLM captures graphs of one kind of steps")
     rows = make_rows(kind, LAYERS[layer])
     run(rows, LAYERS[layer], padding, torch.float32, TOLERANCE[torch.float32])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["mixed", "decodes", "speculative", "speculative-mixed"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_batches_on_a_gpu(layer: str, kind: str) -> None:
+    rows = make_rows(kind, LAYERS[layer])
+    padding = 0 if kind == "speculative-mixed" else 2
+    tolerance = TOLERANCE[torch.float32]
+    run(rows, LAYERS[layer], padding, torch.float32, tolerance, device="cuda")
 
 
 def test_pool_in_bfloat16() -> None:
