@@ -23,11 +23,6 @@ MODULE = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
 def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
     """Packages of vLLM's names: a version, a platform, a registry and the module of one layer."""
     platform = SimpleNamespace(is_cuda=lambda: True)
-    stand_in = SimpleNamespace(version="0.33.0", platform=platform, registry={})
-    version = importlib.metadata.version
-    monkeypatch.setattr(
-        importlib.metadata, "version", lambda x: stand_in.version if x == "vllm" else version(x)
-    )
     folder = tmp_path.joinpath(*MODULE.split(".")[:-1])
     folder.mkdir(parents=True)
     for parent in (folder, *folder.parents):
@@ -53,6 +48,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleName
     for name in [x for x in sys.modules if x == "vllm" or x.startswith("vllm.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
+    root: Any = importlib.import_module("vllm")
+    root.__version__ = "0.33.0"
     platforms: Any = importlib.import_module("vllm.platforms")
     platforms.current_platform = platform
     layers: Any = ModuleType("gdn.integrations.vllm_layers")
@@ -66,7 +63,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleName
     monkeypatch.setattr(plugin, "_said", set())
     for name in ("GDN_VLLM", "VLLM_GDN_DECODE_KERNEL"):
         monkeypatch.delenv(name, raising=False)
-    yield stand_in
+    yield SimpleNamespace(root=root, platform=platform)
     for name in [x for x in sys.modules if x == "vllm" or x.startswith("vllm.")]:
         del sys.modules[name]
 
@@ -102,7 +99,7 @@ def test_refusals(
     vllm: SimpleNamespace, change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    vllm.version = change.get("version", vllm.version)
+    vllm.root.__version__ = change.get("version", "0.33.0")
     if "platform" in change:
         vllm.platform.is_cuda = lambda: False
     if "GDN_VLLM" in change:

@@ -12,7 +12,6 @@ GDN_VLLM=0 turns gdn off. GDN_BACKEND names gdn's backend, as everywhere.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 import os
 import sys
@@ -64,7 +63,7 @@ def register() -> None:
 
 def refusal() -> str | None:
     """Why gdn does not serve this vLLM at all."""
-    version = importlib.metadata.version("vllm")
+    version = getattr(importlib.import_module("vllm"), "__version__", "one without a version")
     if not version.startswith(VERSIONS):
         return f"vLLM must be {' or '.join(f'{x}x' for x in VERSIONS)}, got {version}"
     platform = importlib.import_module("vllm.platforms").current_platform
