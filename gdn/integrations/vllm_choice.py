@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gdn
 from gdn.api import warmup
-from gdn.dispatch import parse_request, request_in_force
+from gdn.dispatch import own_kernels, request_in_force
 from gdn.integrations.vllm import say
 from gdn.integrations.vllm_batch import Rule, Sample, run_sample, samples
 
@@ -29,7 +29,7 @@ def request_on(device: torch.device) -> str:
     request = request_in_force()[0]
     if request != "auto" or device.type == "cpu":
         return request
-    return ",".join(x for x in parse_request("auto") if x not in ("fla", "torch"))
+    return own_kernels()
 
 
 def find_refusal(config: Any) -> str:
