@@ -180,7 +180,9 @@ class Engine(contextlib.ExitStack):
         """Give a request's row a slot."""
         self.pools.req_index_to_mamba_index_mapping[row] = slot
 
-    def make_batch(self, mode: str, rows: Sequence[int], lengths: Sequence[int], **more: Any) -> Any:
+    def make_batch(
+        self, mode: str, rows: Sequence[int], lengths: Sequence[int], **more: Any
+    ) -> Any:
         """SGLang's batch of requests, whose rows have so many tokens before and in this step."""
         info = find("model_executor.forward_batch_info")
         N, T = len(rows), more.pop("T", 1)
@@ -218,7 +220,11 @@ class Engine(contextlib.ExitStack):
         return list(self.run(batch, torch.cat(list(tokens)))[0].split(lens))
 
     def decode(
-        self, rows: Sequence[int], tokens: Tensor, lengths: Sequence[int], padding: int | None = None
+        self,
+        rows: Sequence[int],
+        tokens: Tensor,
+        lengths: Sequence[int],
+        padding: int | None = None,
     ) -> Tensor:
         """One token [N, ...] of each request. With padding, as a captured graph replays it: so many
         rows at the end hold no request."""

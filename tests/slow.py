@@ -18,6 +18,7 @@ SLOW = re.compile(
             r"test_(prefill|decode)_random\.py::.*triton-cpu-([6-9]|1\d|2\d)\]",
             r"test_decode\.py::.*triton-cpu-(channels|each|last|no-leading|sixteen|float16)"
             r".*-(float16|float32)\]",
+            r"test_examples\.py::test_serving.*triton-cpu-reuse",
             # emulated kernels
             r"test_tilelang_forgetting\.py::.*(early\]|False-late|64-dtype0|mixed|True-1\.0)",
             r"test_tilelang_emulated\.py::test_(close_keys.*(2-torch\.float16|keys-torch\.bfloat16)"

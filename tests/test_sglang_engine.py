@@ -64,7 +64,9 @@ def agree(found: Tensor, expected: Tensor, engine: Any) -> None:
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-def prefill(requests: list[Request], lengths: list[int], track: dict[int, int] | None = None) -> None:
+def prefill(
+    requests: list[Request], lengths: list[int], track: dict[int, int] | None = None
+) -> None:
     engine, before = requests[0].engine, [len(r.tokens) for r in requests]
     parts = [r.take(engine.draw(n)) for r, n in zip(requests, lengths, strict=True)]
     outputs = engine.extend([r.row for r in requests], parts, before, track)
