@@ -3,29 +3,32 @@ layer, through its registries, metadata and hooks, against the definition."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import importlib.util
+import inspect
 import logging
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import sglang_fake as fake
 import torch
 from torch import Tensor
 
 from gdn.testing import TOLERANCE
 
-pytest.importorskip("sglang", reason="sglang is not installed; tox -e sglang")
+if importlib.util.find_spec("sglang") is None:
+    pytest.skip("sglang is not installed; tox -e sglang", allow_module_level=True)
 engines = importlib.import_module("sglang_engine")
+engines.load()
+sglang = importlib.import_module("sglang")
 integration = importlib.import_module("gdn.integrations.sglang")
 BOTH = {"linear_attn_decode_backend": "gdn", "linear_attn_prefill_backend": "gdn"}
 FREE = 9
 """A slot that no request has."""
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # SGLang's own
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plugins() -> Any:
-    return engines.load()
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -125,3 +128,98 @@ def speculate(requests: list[Request], accepted: list[int]) -> None:
     for n, request in enumerate(requests):
         request.take(drafts[n, : accepted[n] + 1])
         request.check(found[n, : accepted[n] + 1])
+
+
+def test_an_unpacked_decode_step_agrees(engine: Any) -> None:
+    """What SGLang calls for kernels without a packed one."""
+    request = Request(engine, 2)
+    engine.kernels.supports_packed_decode = False
+    prefill([request], [3])
+    decode([request])
+
+
+def test_the_names_and_signatures_are_those_of_the_fake() -> None:
+    """The tests without SGLang stand on them."""
+    linear = engines.find("layers.attention.linear.gdn_backend")
+    kernel = engines.find("layers.attention.linear.kernels.gdn_triton").TritonGDNKernel
+    pairs = [
+        (linear.GDNAttnBackend.__init__, fake.GDNAttnBackend.__init__),
+        (linear.GDNKernelDispatcher.__init__, fake.GDNKernelDispatcher.__init__),
+        (
+            engines.find("layers.attention.linear.kda_backend").KDAAttnBackend.__init__,
+            fake.KDAAttnBackend.__init__,
+        ),
+        (
+            inspect.unwrap(
+                engines.find("layers.attention.linear.utils").resolve_linear_attn_backends
+            ),
+            fake.Fake.resolve,
+        ),
+        *(
+            (getattr(kernel, name), getattr(fake.TritonGDNKernel, name))
+            for name in ("packed_decode", "decode", "extend", "target_verify")
+        ),
+    ]
+    for real, faked in pairs:
+        expected, found = (
+            [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+            for f in (real, faked)
+        )
+        assert [x for x in found if x[0] != "self"] == [x for x in expected if x[0] != "self"]
+    assert integration.signature_faults(kernel) == []
+    phases = linear.LinearAttnBackends.__struct_fields__
+    assert phases == tuple(fake.LinearAttnBackends.__dataclass_fields__)
+    assert sglang.__version__ == integration.VERSION, "read the new one, and say so in the docs"
+
+
+def test_the_command_line_takes_the_choice() -> None:
+    parser = argparse.ArgumentParser()
+    engines.find("server_args").ServerArgs.add_cli_args(parser)
+    flags = ["--linear-attn-decode-backend", "gdn", "--linear-attn-prefill-backend", "gdn"]
+    found = parser.parse_args(["--model-path", "dummy", *flags])
+    assert found.linear_attn_decode_backend == found.linear_attn_prefill_backend == "gdn"
+
+
+def test_the_flag_for_all_phases_is_refused() -> None:
+    step = engines.find("arg_groups.attention_hook").handle_linear_attn_backend
+    args = types.SimpleNamespace(linear_attn_backend="gdn")
+    with pytest.raises(ValueError, match="--linear-attn-backend must not be gdn"):
+        engines.find("arg_groups.resolution_hooks").run_hook(step, args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "left", "reason"),
+    [
+        ({"enable_mis": True}, ["extend"], "prefill left to SGLang: gdn does not score several"),
+        ({"enable_deterministic_inference": True}, ["decode", "extend", "verify"], "the batch"),
+        ({"linear_attn_prefill_backend": None}, ["extend"], ": decode by torch, verify by torch"),
+    ],
+)
+def test_what_gdn_refuses_stays_with_sglang(
+    caplog: pytest.LogCaptureFixture, flags: dict[str, Any], left: list[str], reason: str
+) -> None:
+    with (
+        caplog.at_level(logging.INFO, "sglang"),
+        engines.Engine(engines.Shape(), **BOTH | flags) as engine,
+    ):
+        for place in ("decode", "extend", "verify"):
+            kernel = type(getattr(engine.kernels, f"{place}_kernel")).__name__
+            assert kernel == ("TritonGDNKernel" if place in left else "GdnKernel")
+        tree = engine.kernels._get_target_verify_kernel(torch.zeros(1))  # of drafts
+        assert type(tree).__name__ == "TritonGDNKernel"
+    (line,) = [x.getMessage() for x in caplog.records if x.getMessage().startswith("gdn in")]
+    assert reason in line
+
+
+def test_kimi_delta_attention_stays_with_sglang(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kda = engines.find("layers.attention.linear.kda_backend")
+    with (
+        caplog.at_level(logging.INFO, "sglang"),
+        engines.Engine(engines.Shape(), **BOTH) as engine,
+    ):
+        kernels = kda.KDAAttnBackend(engine.runner).kernel_dispatcher
+    assert type(kernels.decode_kernel).__name__ == "TritonKDAKernel"
+    said = "decode and prefill and verify left to SGLang: gdn serves no Kimi Delta Attention there"
+    assert caplog.records[-1].getMessage().endswith(said)

@@ -149,17 +149,21 @@ def _log(runs: dict[str, str], refused: dict[str, str]) -> None:
     version = _version()
     known = "" if version == VERSION else f" (gdn knows {VERSION})"
     parts = [f"{phase} by {name}" for phase, name in runs.items()]
-    parts += [f"{phase} left to SGLang: {reason}" for phase, reason in refused.items()]
+    for reason in dict.fromkeys(refused.values()):
+        phases = [phase for phase in refused if refused[phase] == reason]
+        parts.append(f"{' and '.join(phases)} left to SGLang: {reason}")
     say = importlib.import_module("sglang.srt.utils.common").rank0_log
     say(f"gdn in SGLang {version}{known}: {', '.join(parts)}")
 
 
 def signature_faults(own: type) -> list[str]:
-    """What SGLang's own kernel does not take and gdn's needs, a reason a method: then SGLang's
-    calls have changed."""
+    """What SGLang's own kernel does not take and gdn's needs: then SGLang's calls have changed."""
     faults = []
     for name in ("extend", "packed_decode", "decode", "target_verify"):
-        theirs = inspect.signature(getattr(own, name, lambda: None)).parameters
+        if not hasattr(own, name):
+            faults.append(f"SGLang's kernel has no {name}")
+            continue
+        theirs = inspect.signature(getattr(own, name)).parameters
         needed = [
             p.name
             for p in inspect.signature(getattr(Kernel, name)).parameters.values()
