@@ -6,10 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.abc
-import importlib.machinery
-import sys
-import types
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +17,7 @@ from torch import Tensor
 
 from gdn.integrations import sglang as integration
 from gdn.integrations.sglang_kernels import RAW
+from gdn.testing.absent import stand_in
 from gdn.testing.decode import run_step_definition
 
 ABSENT = ("torchvision", "sgl_kernel", "compressed_tensors", "gguf")
@@ -30,35 +27,6 @@ METADATA = ("init_forward_metadata", "init_forward_metadata_out_graph", "init_cu
 """What SGLang asks of each of a model's backends."""
 
 
-class _Name(type):
-    """A class that has every attribute, as a class of the same kind."""
-
-    def __getattr__(cls, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Name(name, (), {"__init__": lambda self, *args, **kwargs: None})
-
-
-class _Module(types.ModuleType):
-    __path__: list[str] = []  # noqa: RUF012
-    __getattr__ = _Name.__getattr__
-
-
-class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds what nothing else does, if it is in `ABSENT`."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.partition(".")[0] in ABSENT:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: Any) -> types.ModuleType:
-        return _Module(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
 def load() -> Any:
     """sglang.srt.plugins, after what SGLang does first in each of its processes: load its plugins.
     gdn's may not be installed as one, in a checkout."""
@@ -66,8 +34,7 @@ def load() -> Any:
         warnings.simplefilter("ignore")
         transformers = importlib.import_module("transformers.utils")
         transformers.is_torchvision_available()  # remembered: it is not
-        if not any(isinstance(finder, _Absent) for finder in sys.meta_path):
-            sys.meta_path.append(_Absent())
+        stand_in(*ABSENT)
         plugins = importlib.import_module("sglang.srt.plugins")
         plugins.load_plugins()
         integration.register()
