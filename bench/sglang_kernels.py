@@ -20,7 +20,6 @@ import torch
 from shapes import make_case
 from torch import Tensor
 
-from gdn import BackendUnsupportedError
 from gdn.compare.timing import gpu_times, wall_times
 from gdn.integrations.sglang_kernels import Kernel
 from gdn.testing import TOLERANCE, relative_error
@@ -147,8 +146,8 @@ def agreeing(kernels: dict[str, Any], call: Call, layer: Layer, N: int) -> dict[
         after = pool.clone()
         try:
             o = call(kernel, after)
-        except (BackendUnsupportedError, NotImplementedError, RuntimeError) as error:
-            print(f"  {name} does not run it: {str(error).splitlines()[0]}")
+        except Exception as error:  # one kernel's must not stop the others
+            print(f"  {name}: {type(error).__name__}: {error}")
             continue
         worst = max(relative_error(o, expected), relative_error(after, states))
         if worst <= TOLERANCE[layer.dtype]:
@@ -185,7 +184,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     device = torch.device("cuda" if on_gpu else "cpu")
-    layer = Layer(args.heads, args.size, device, torch.bfloat16 if on_gpu else torch.float32)
+    layer = Layer(args.heads, args.size, device, torch.bfloat16)
     kernels = load(args.backends.split(","))
     rows: dict[str, tuple[Call, int]] = {}
     for shape in args.prefill.split(","):
