@@ -48,6 +48,9 @@ def find_backend(phase: str, layer: Layer) -> tuple[str, list[str]]:
             return name, reasons
         except BackendUnsupportedError as error:
             reasons += [f"{name}: {'; '.join(why)}" for name, why in error.reasons.items()]
+        except Exception as error:  # a compiler's, say: the log names it, and the next one is tried
+            first = str(error).partition("\n")[0]
+            reasons.append(f"{name}: {type(error).__name__}: {first}")
     return "", reasons or [f"no backend in {request!r} is meant for a GPU"]
 
 
