@@ -21,7 +21,7 @@ from shapes import make_case
 from torch import Tensor
 
 from gdn.compare.timing import gpu_times, wall_times
-from gdn.integrations.sglang_kernels import Kernel
+from gdn.integrations.sglang_kernels import Kernel, split_projection
 from gdn.testing import TOLERANCE, relative_error
 from gdn.testing.absent import stand_in
 
@@ -56,7 +56,7 @@ class Layer:
             fused = importlib.import_module(f"{OPS}.triton_gdn_fused_proj")
             heads = (self.H, self.H, self.HV, self.K, self.K, self.K)
             return list(fused.fused_qkv_split_gdn_prefill(mixed, *heads))
-        return [x.unflatten(-1, (-1, self.K)) for x in mixed[None].split(self.sizes, -1)]
+        return list(split_projection(mixed[None], self.HV, self.K, self.K))
 
     def make_place(self, lengths: list[int], pool: Tensor) -> dict[str, Tensor]:
         """Slots in no order, and bounds."""

@@ -10,15 +10,25 @@ from torch import Tensor
 from gdn.problem import CHUNK
 from gdn.serving import gated_delta_net_decode, gated_delta_net_prefill
 
-RAW = {
+RAW: dict[str, Any] = {
     "use_qk_l2norm_in_kernel": True,
     "use_gate_in_kernel": True,
     "use_beta_sigmoid_in_kernel": True,
     "state_v_first": True,
 }
 """Options of a step: gates and beta come as the model projects them."""
-GATED = {"use_qk_l2norm_in_kernel": True, "state_v_first": True}
+GATED: dict[str, Any] = {"use_qk_l2norm_in_kernel": True, "state_v_first": True}
 """Options of a prefill: SGLang has computed the decay and beta."""
+
+
+def split_projection(mixed: Tensor, HV: int, K: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k [..., H, K] and v [..., HV, V], as views of [..., 2 H K + HV V]."""
+    widths = [(mixed.shape[-1] - HV * V) // 2] * 2 + [HV * V]
+    q, k, v = (
+        x.view(*x.shape[:-1], x.shape[-1] // size, size)
+        for x, size in zip(torch.split(mixed, widths, -1), (K, K, V), strict=True)
+    )
+    return q, k, v
 
 
 class Kernel:
@@ -76,19 +86,19 @@ class Kernel:
             raise NotImplementedError(
                 "inplace_update must be True, got False; gdn does not score several items at once"
             )
-        offsets = checkpoints = None
-        if track_state is not None and track_chunk_idx is not None:
-            offsets = track_chunk_idx.clamp(min=0) * CHUNK
-            checkpoints = track_state
+        tracked: dict[str, Any] = {}
+        if track_state is not None:
+            assert track_chunk_idx is not None
+            tracked["checkpoint_offsets"] = track_chunk_idx.clamp(min=0) * CHUNK
+            tracked["checkpoints"] = track_state
             if ssm_states.dtype != track_state.dtype:
-                checkpoints = torch.empty_like(track_state, dtype=ssm_states.dtype)
+                tracked["checkpoints"] = torch.empty_like(track_state, dtype=ssm_states.dtype)
         o = gated_delta_net_prefill(
             q, k, v, g, beta, state=ssm_states, state_indices=cache_indices,
-            checkpoint_offsets=offsets, checkpoints=checkpoints, out=output,
-            cu_seqlens=query_start_loc, backend=self.backend, **GATED,
+            out=output, cu_seqlens=query_start_loc, backend=self.backend, **tracked, **GATED,
         )  # fmt: skip
-        if track_state is not None and checkpoints is not track_state:
-            track_state.copy_(checkpoints)
+        if track_state is not None and tracked["checkpoints"] is not track_state:
+            track_state.copy_(tracked["checkpoints"])
         return o, None, None
 
     def packed_decode(
@@ -115,14 +125,11 @@ class Kernel:
         Returns:
             o [1, N, HV, V].
         """
-        K, v_size = ssm_states.shape[-1], num_v_heads * head_v_dim
-        qk_size = (mixed_qkv.shape[-1] - v_size) // 2
-        q, k, v = mixed_qkv[:, None].split([qk_size, qk_size, v_size], -1)
+        sizes = num_v_heads, ssm_states.shape[-1], head_v_dim
+        q, k, v = split_projection(mixed_qkv[:, None], *sizes)
         o = gated_delta_net_decode(
-            q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)),
-            v.unflatten(-1, (num_v_heads, head_v_dim)), a[:, None], b[:, None], scale=scale,
-            A_log=A_log, dt_bias=dt_bias, state=ssm_states, state_indices=cache_indices,
-            backend=self.backend, **RAW,
+            q, k, v, a[:, None], b[:, None], scale=scale, A_log=A_log, dt_bias=dt_bias,
+            state=ssm_states, state_indices=cache_indices, backend=self.backend, **RAW,
         )  # fmt: skip
         return o.transpose(0, 1)
 

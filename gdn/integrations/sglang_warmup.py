@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn.dispatch import BackendUnsupportedError, parse_request, request_in_force
-from gdn.integrations.sglang_kernels import Kernel
+from gdn.integrations.sglang_kernels import Kernel, split_projection
 from gdn.problem import CHUNK
 
 
@@ -37,7 +37,8 @@ def find_layer(backend: Any, model_runner: Any) -> Layer | None:
 def find_backend(phase: str, layer: Layer) -> tuple[str, list[str]]:
     """The first backend of the request in force that runs the calls of a phase ("decode",
     "prefill", "verify"), and the reasons of those before it. "" if there is none."""
-    request, reasons = request_in_force()[0], []
+    request = request_in_force()[0]
+    reasons: list[str] = []
     names = parse_request(request)
     if request == "auto" and layer.pool.device.type != "cpu":
         names = [name for name in names if name not in ("fla", "torch")]  # no help to a server
@@ -63,22 +64,23 @@ def warm_up(phase: str, layer: Layer, kernel: Kernel) -> None:
     for N, longest in ((1, CHUNK), (2, CHUNK + 1)):
         T = {"decode": 1, "prefill": longest, "verify": steps}[phase]
         mixed = pool.new_zeros(N * T, 2 * H * K + HV * V, dtype=dtype)
-        q, k, v = mixed[None].split([H * K, H * K, HV * V], -1)
-        tokens = q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V))
+        tokens = split_projection(mixed[None], HV, K, V)
         a, b = mixed.new_zeros(2, N * T, HV)
-        gate = dict.fromkeys(("A_log", "dt_bias"), pool.new_zeros(HV, dtype=torch.float32))
+        zeros = pool.new_zeros(HV, dtype=torch.float32)
         nowhere = torch.full((N,), -1, dtype=torch.int32, device=pool.device)
         place: dict[str, Any] = {"ssm_states": pool, "cache_indices": nowhere}
         bounds = torch.arange(N + 1, dtype=torch.int32, device=pool.device) * T
         if phase == "decode":
-            sizes: dict[str, Any] = {"scale": K**-0.5, "num_v_heads": HV, "head_v_dim": V}
-            kernel.packed_decode(mixed, a, b, **gate, **sizes, **place)
+            kernel.packed_decode(
+                mixed, a, b, A_log=zeros, dt_bias=zeros, scale=K**-0.5, num_v_heads=HV,
+                head_v_dim=V, **place,
+            )  # fmt: skip
             continue
         place["query_start_loc"] = bounds
         if phase == "verify":
             assert drafts is not None
             kernel.target_verify(
-                *gate.values(), *tokens, a, b, intermediate_states_buffer=drafts,
+                zeros, zeros, *tokens, a, b, intermediate_states_buffer=drafts,
                 intermediate_state_indices=nowhere.clamp(min=0), cache_steps=steps, **place,
             )  # fmt: skip
             continue
