@@ -7,6 +7,7 @@ from gdn.backend import Backend, Capabilities, Plan
 from gdn.context_parallel import ContextParallel
 from gdn.dispatch import BackendUnsupportedError, set_default_backend, use_backend
 from gdn.explanation import Explanation, Verdict
+from gdn.invariance import batch_invariant, set_batch_invariant
 from gdn.kimi import kimi_delta_attention, kimi_delta_attention_decode
 from gdn.registry import (
     BackendInfo,
@@ -32,6 +33,7 @@ __all__ = [
     "Plan",
     "UnknownBackendError",
     "Verdict",
+    "batch_invariant",
     "definition",
     "distributed",
     "explain",
@@ -43,6 +45,7 @@ __all__ = [
     "list_backends",
     "nn",
     "register_backend",
+    "set_batch_invariant",
     "set_default_backend",
     "unregister_backend",
     "use_backend",

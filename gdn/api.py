@@ -12,6 +12,7 @@ from gdn import calls, dispatch, explanation, ops
 from gdn.calls import Options
 from gdn.context_parallel import ContextParallel
 from gdn.distributed import heads
+from gdn.invariance import is_batch_invariant
 from gdn.problem import Call, describe, describe_pool_call
 from gdn.serving import gated_delta_net_decode, gated_delta_net_prefill
 from gdn.validation import (
@@ -131,7 +132,7 @@ def gated_delta_net(
     call = Call(  # positional: three times faster than by keyword
         q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, cu_seqlens_cpu, chunk_indices,
         scale, gate_lower_bound, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
-        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, is_batch_invariant(),
     )  # fmt: skip
     if cp is not None or heads.is_sharded(q):
         return GDNOutput(*heads.run(call, cp, dispatch.request(backend)))

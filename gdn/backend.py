@@ -45,6 +45,8 @@ class Capabilities:
         gate_lower_bound: the fused gate may have a lower bound.
         context_parallel: sequences may be split over ranks (cp=). `gdn.distributed` makes the
             summaries of a part from the backend's own calls; this says that they are tested.
+        batch_invariant: with `Call.batch_invariant` a sequence gets the same bits whatever is
+            computed beside it (`gdn.batch_invariant`).
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -71,6 +73,7 @@ class Capabilities:
     per_channel: bool = False
     gate_lower_bound: bool = False
     context_parallel: bool = False
+    batch_invariant: bool = False
 
 
 def _names(*dtypes: torch.dtype) -> str:
@@ -123,6 +126,10 @@ def reasons_against(capabilities: Capabilities, problem: Problem) -> list[str]:
         reasons.append("gate_lower_bound is not supported")
     if p.context_parallel and not c.context_parallel:
         reasons.append("context parallelism (cp=, gdn.distributed) is not supported")
+    if p.batch_invariant and not c.batch_invariant:
+        reasons.append("batch invariance (gdn.batch_invariant) is not supported")
+    if p.batch_invariant and p.context_parallel:
+        reasons.append("parts that ranks join (cp=, gdn.distributed) are not batch-invariant")
     reasons.extend(f"{flag} is not supported" for flag in sorted(p.flags - c.flags))
     return reasons
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gdn.context_parallel import ContextParallel
+from gdn.invariance import is_batch_invariant
 from gdn.problem import Call, PoolCall, Prefill, Step
 from gdn.validation import check_types, no_tensor, refuse_negated
 
@@ -71,17 +72,18 @@ def make(
     if transposed is not None:
         given = options.get("state_v_first", False)
         options["state_v_first"] = from_former_name(transposed, given, stacklevel=4)
+    mode: dict[str, Any] = {"batch_invariant": is_batch_invariant()}
     made: Call | PoolCall
     kind: type[PoolCall] = Prefill if prefill else Step
     if "state" in options or kind is Prefill:
         own = {name: options.pop(name) for name in kind._fields if name in options}
         require_pool(own.get("state"))
         _refuse_pool_options(options, f"prefill={not prefill}", prefill)
-        made = kind(Call(q, k, v, g, beta, scale=scale, **options), **own)
+        made = kind(Call(q, k, v, g, beta, scale=scale, **options, **mode), **own)
         refuse_negated(made)
     else:
         _refuse_pool_options(options, "state", None)
-        made = Call(q, k, v, g, beta, scale=scale, **options)
+        made = Call(q, k, v, g, beta, scale=scale, **options, **mode)
     check_types(made)
     return made
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import Tensor
 from gdn import registry
 from gdn.backend import Backend, Plan, reasons_against
 from gdn.checked import CheckedPlan
+from gdn.environment import Variable
 from gdn.problem import (
     CALL_TENSORS,
     POOL_TENSORS,
@@ -39,13 +39,7 @@ _default: str | None = None
 _context: ContextVar[str | None] = ContextVar("gdn_backend", default=None)
 _chosen: dict[tuple[object, ...], Chosen] = {}
 _CHOSEN_LIMIT = 4096
-# CPython's dict behind os.environ. os.environ itself raises and catches an error for a missing name
-# and decodes a present one, which takes up to half of the time that choosing a backend may take
-_environment: Any = getattr(os.environ, "_data", os.environ)
-_VARIABLE: Any = (
-    "GDN_BACKEND" if _environment is os.environ else os.environ.encodekey("GDN_BACKEND")
-)
-_decoded = functools.cache(os.fsdecode)
+_variable = Variable("GDN_BACKEND")
 
 
 class BackendUnsupportedError(RuntimeError):
@@ -82,7 +76,7 @@ def parse_request(request: str, argument: str = "backend") -> list[str]:
                 f"backend must name at least one backend, got {request!r}; try 'auto'"
             )
     except UnknownBackendError as error:
-        if request == _from_environment():
+        if request == _variable.read():
             raise UnknownBackendError(f"environment variable GDN_BACKEND: {error}") from None
         raise
     return list(dict.fromkeys(names))
@@ -97,12 +91,6 @@ def _check_request(request: object, argument: str) -> None:
         )
 
 
-def _from_environment() -> str | None:
-    """GDN_BACKEND, read now; None if it is not set or empty."""
-    value = _environment.get(_VARIABLE)
-    return _decoded(value) if value else None
-
-
 def request_in_force(backend: str | None = None) -> tuple[str, str]:
     """The request that a call with this backend= argument makes, and where it comes from."""
     if backend is not None:
@@ -113,7 +101,7 @@ def request_in_force(backend: str | None = None) -> tuple[str, str]:
         return from_context, "use_backend"
     if _default is not None:
         return _default, "set_default_backend"
-    from_environment = _from_environment()
+    from_environment = _variable.read()
     if from_environment is not None:
         return from_environment, "GDN_BACKEND"
     return "auto", "default"

@@ -42,6 +42,12 @@ class Explanation:
             lines.append(
                 f"  {verdict.name:<{width}}  {'no:  ' if verdict.reasons else 'yes: '}{why}"
             )
+        if self.problem.batch_invariant:
+            p = self.problem
+            lines.append(
+                f"batch-invariant: {p.N * p.HV} scans side by side, one a sequence and value head, "
+                "never in pieces, which few heads of long sequences need to fill a GPU"
+            )
         return "\n".join(lines)
 
 

@@ -22,7 +22,8 @@ class Call(NamedTuple):
     """The arguments of one `gdn.gated_delta_net` call, under their public names and with defaults
     filled in.
 
-    This is what a backend receives. An option of the op is a field here: the schemas of
+    `batch_invariant`, which is no argument, is the mode in force (`gdn.invariance`). This is what a
+    backend receives. An option of the op is a field here: the schemas of
     `torch.ops.gdn`, `FLAGS` and the key under which dispatch remembers a plan follow from the
     fields, in their order (tensors first, then numbers, then flags).
     Shapes: q, k [B, T, H, K]; v [B, T, HV, V]; beta [B, T, HV]; g [B, T, HV], or [B, T, HV, K] with
@@ -49,6 +50,7 @@ class Call(NamedTuple):
     use_beta_sigmoid_in_kernel: bool = False
     allow_neg_eigval: bool = False
     state_v_first: bool = False
+    batch_invariant: bool = False
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
@@ -175,8 +177,9 @@ CALL_TENSORS = count_tensors(Call)
 """How many fields of a `Call` are tensors: the first ones."""
 POOL_TENSORS = {kind: 1 + count_tensors(kind) for kind in (Step, Prefill)}
 """The field of a call on a pool after its last tensor. The tensors begin at field 1."""
-FLAGS = tuple(name for name, hint in argument_types(Call).items() if hint is bool)
-"""The boolean options of `Call`."""
+_MODE = "batch_invariant"
+FLAGS = tuple(n for n, hint in argument_types(Call).items() if hint is bool and n != _MODE)
+"""The boolean options of `Call`: without the mode in force, which is no argument."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +191,7 @@ class Problem:
     state pool of a `Step` or `Prefill`, None for a `Call`; `prefill` tells these two apart;
     `checkpoints`: the prefill stores states before the last ones; `speculative` as in `Step`;
     `output_states`: the step has them; `per_channel` and `gate_lower_bound` as in `Call`.
-    `context_parallel`: the call is one rank's part.
+    `context_parallel`: the call is one rank's part; `batch_invariant` as in `Call`.
     """
 
     B: int
@@ -213,6 +216,7 @@ class Problem:
     per_channel: bool = False
     gate_lower_bound: float | None = None
     context_parallel: bool = False
+    batch_invariant: bool = False
 
     def __str__(self) -> str:
         sizes = " ".join(
@@ -231,6 +235,7 @@ class Problem:
                 "checkpoints",
                 "per_channel",
                 "context_parallel",
+                "batch_invariant",
             )
             if getattr(self, name)
         ]
@@ -275,6 +280,7 @@ def describe(call: Call, needs_grad: bool) -> Problem:
         flags=frozenset(name for name in FLAGS if getattr(call, name)),
         per_channel=call.per_channel,
         gate_lower_bound=call.gate_lower_bound,
+        batch_invariant=call.batch_invariant,
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gdn import calls, dispatch, pool_ops
+from gdn.invariance import is_batch_invariant
 from gdn.problem import Call, Prefill, Step
 from gdn.validation import refuse_gradients
 
@@ -176,4 +177,5 @@ def _make_call(
     return Call(
         q, k, v, g, beta, None, A_log, dt_bias, cu_seqlens, None, None, scale, gate_lower_bound,
         False, l2_norm, fused_gate, fused_sigmoid, allow_neg_eigval, state_v_first,
+        is_batch_invariant(),
     )  # fmt: skip

@@ -32,10 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """Keep import-time warnings and autotuning of peers out of the suite."""
+    """Keep import-time warnings and autotuning of peers out of the suite, and interpret faster."""
     os.environ.pop("GDN_BACKEND", None)
+    os.environ.pop("GDN_BATCH_INVARIANT", None)
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # with more, threads of all workers compete: 20 times slower
+    _patch_once()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -46,6 +48,30 @@ def pytest_configure() -> None:
     # one configuration per kernel, not dozens: the one that needs the least shared memory
     every = Autotuner.prune_configs
     Autotuner.prune_configs = lambda self, kwargs: [min(every(self, kwargs), key=_footprint)]
+
+
+def _patch_once() -> None:
+    """A device function that Triton interprets patches Triton's language at every call, which takes
+    a third of the time. Once for a launch and a module is enough."""
+    try:
+        from triton.runtime.interpreter import GridExecutor, InterpretedFunction, _patch_lang
+    except ImportError:
+        return
+    patched: set[int] = set()
+    every = GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **options: Any) -> Any:
+        patched.clear()
+        return every(self, *args, **options)
+
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        module = id(self.fn.__globals__)
+        if module not in patched:
+            _patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*args, **options)
+
+    GridExecutor.__call__, InterpretedFunction.__call__ = launch, call
 
 
 def _footprint(config: Any) -> tuple[int, int]:

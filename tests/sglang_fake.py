@@ -117,7 +117,7 @@ class Fake:
             f"{LINEAR}.kda_backend": {"KDAAttnBackend": KDAAttnBackend},
             f"{LINEAR}.kernels.kernel_backend": {"LinearAttnKernelBase": LinearAttnKernelBase},
         }  # fmt: skip
-        named = {"sglang": {"__version__": "0.5.23"}}
+        named: dict[str, dict[str, Any]] = {"sglang": {"__version__": "0.5.23"}}
         named |= {f"sglang.srt.{name}": x for name, x in self.modules.items()}
         for name, attributes in named.items():
             module = types.ModuleType(name)

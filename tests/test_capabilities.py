@@ -46,6 +46,7 @@ def problem(**changes: Any) -> Problem:
         ({}, {"per_channel": True}, "a decay per channel (g [B, T, HV, K]) is not supported"),
         ({}, {"gate_lower_bound": -5.0}, "gate_lower_bound is not supported"),
         ({}, {"context_parallel": True}, "context parallelism (cp=, gdn.distributed)"),
+        ({}, {"batch_invariant": True}, "batch invariance (gdn.batch_invariant) is not supported"),
         *(({}, {"flags": frozenset([flag])}, f"{flag} is not supported") for flag in FLAGS),
     ],
 )
@@ -58,7 +59,7 @@ def test_each_capability_is_a_reason(
         "backward": True, "decode": (torch.float32,), "speculative": True,
         "output_states": True, "prefill": (torch.float32,), "checkpoints": True,
         "per_channel": True, "gate_lower_bound": True, "context_parallel": True,
-        "flags": frozenset(FLAGS),
+        "batch_invariant": True, "flags": frozenset(FLAGS),
     }  # fmt: skip
     assert reasons_against(Capabilities(**every), problem(**changes)) == []
     every = {"dtypes": (torch.float32,)}

@@ -194,8 +194,6 @@ def test_errors_name_the_argument_and_the_remedy(group: Any) -> None:
         call(group)
     with pytest.raises(gdn.BackendUnsupportedError, match="context parallelism"):
         call(cp, backend="fla")
-    with pytest.raises(gdn.BackendUnsupportedError, match="decay per channel"):
-        call(cp, **make_inputs(Case("channels", T=8, per_channel=True)), backend="triton")
     layer = gdn.nn.GatedDeltaNet(8, num_k_heads=1, num_v_heads=1, head_k_dim=8, head_v_dim=8)
     with pytest.raises(ValueError, match="cp must come without cache and cu_seqlens"):
         layer(torch.zeros(1, 8, 8), cp=cp, cu_seqlens=torch.tensor([0, 8]))

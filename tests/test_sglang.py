@@ -3,6 +3,7 @@ refuses. `test_sglang_engine` drives the real SGLang."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from types import SimpleNamespace
@@ -32,7 +33,8 @@ def layer() -> dict[str, Tensor | None]:
 def start(monkeypatch: pytest.MonkeyPatch, **flags: Any) -> sglang_fake.Fake:
     """A process of SGLang that has loaded gdn."""
     fake = sglang_fake.Fake(monkeypatch, **flags)
-    integration._hook_backends.cache_clear()
+    once = functools.cache(integration._hook_backends.__wrapped__)
+    monkeypatch.setattr(integration, "_hook_backends", once)
     integration.register()
     return fake
 

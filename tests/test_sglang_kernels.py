@@ -109,7 +109,7 @@ def test_verification_leaves_the_pool_alone() -> None:
     rows, slots = torch.arange(5, dtype=torch.int32), torch.tensor([3, 5, -1]).int()
     bounds = torch.tensor([0, 3, 6, 6], dtype=torch.int32)
     o = Kernel("torch").target_verify(
-        *GATE.values(), **tokens, a=a, b=b, ssm_states=pool, cache_indices=slots,
+        **GATE, **tokens, a=a, b=b, ssm_states=pool, cache_indices=slots,
         query_start_loc=bounds, intermediate_states_buffer=drafts, intermediate_state_indices=rows,
         cache_steps=3, retrieve_parent_token=None,
     )  # fmt: skip

@@ -45,7 +45,11 @@ def piece_length(call: Call, block_v: int) -> int | None:
 
     The lengths of packed sequences are not known here, and one sequence may hold nearly all tokens.
     So packed input is cut as if one did, where scans would occupy at most half of the SMs.
+
+    Batch-invariant calls are never cut: joining pieces rounds otherwise than scanning on.
     """
+    if call.batch_invariant:
+        return None
     T, (HV, V) = call.q.shape[1], call.v.shape[2:]
     sequence_scans, packed = HV * (V // block_v), call.cu_seqlens is not None
     scans, sms = call.sequences * sequence_scans, sm_count(call.q.device)

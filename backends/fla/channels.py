@@ -39,7 +39,7 @@ def _gate(call: Call) -> dict[str, Any]:
 def forward_only(call: Call) -> Forward:
     """fla's entry. Apart from the bound, `call` has its names."""
     options: dict[str, Any] = _prepare(call)._asdict()
-    for name in ("gate_lower_bound", "chunk_indices"):
+    for name in ("gate_lower_bound", "chunk_indices", "batch_invariant"):
         del options[name]
     o, final_state = _own_entry(**options, **_gate(call))
     return Forward(o, final_state, [])

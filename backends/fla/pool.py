@@ -71,7 +71,7 @@ def decode(step: Step) -> Tensor:
     step = step._replace(call=_bounded(step.call))
     call = step.call
     options: dict[str, Any] = call._asdict()
-    bound = options.pop("gate_lower_bound")
+    bound, _ = options.pop("gate_lower_bound"), options.pop("batch_invariant")
     if call.per_channel:
         options["lower_bound"] = bound
     slots, live, states = _start(step)

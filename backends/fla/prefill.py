@@ -94,7 +94,8 @@ def for_fla(call: Call) -> Call:
 def forward_only(call: Call) -> Forward:
     """fla's entry, with `call`'s names, which are fla's."""
     options: dict[str, Any] = for_fla(call)._asdict()
-    del options["gate_lower_bound"]  # fla has it per channel alone
+    for name in ("gate_lower_bound", "batch_invariant"):  # fla has the first one per channel alone
+        del options[name]
     o, final_state = entry()(**options)
     return Forward(o, final_state, [])
 

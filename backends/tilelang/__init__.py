@@ -47,6 +47,7 @@ class TileLangBackend(Backend):
         speculative=True,
         output_states=True,
         context_parallel=True,
+        batch_invariant=True,
     )
     priority = 400
 

@@ -9,15 +9,17 @@ from torch import Tensor
 from gdn.backend import Backend, Capabilities, Forward, Gradients, Plan
 from gdn.problem import FLAGS, Call, PoolCall, Prefill, Step
 
-from .chunk_loop import backward, forward, saved_like
+from . import alone, chunk_loop
+from .chunk_loop import saved_like
 from .decode import decode
-from .prefill import run_prefill
+from .prefill import run_prefill, within_tokens
 
 
 class TorchBackend(Backend):
     """`chunk_loop.py` loops over the chunks. `chunk.py` computes one, or with a decay per channel
     `channel_chunk.py`. `layout.py` gathers its tokens, and `activation.py` differentiates the fused
     options. `prefill.py` runs the loop on a pool of states, and `decode.py` takes a step.
+    `alone.py` runs all of these sequence by sequence, for batch-invariant calls.
 
     `operand_dtype` is the dtype to which operands of matrix products are rounded. By default it is
     the call's dtype on a GPU, and the compute dtype (no rounding) elsewhere. With `rounds_inverse`
@@ -45,6 +47,7 @@ class TorchBackend(Backend):
         per_channel=True,
         gate_lower_bound=True,
         context_parallel=True,
+        batch_invariant=True,
     )
     priority = 100
 
@@ -69,18 +72,26 @@ class TorchPlan(Plan):
         self.rounding = (operand_dtype, rounds_inverse)
 
     def forward(self, call: Call, save: bool) -> Forward:
+        forward = alone.forward if call.batch_invariant else chunk_loop.forward
         return forward(call, save, *self.rounding)
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
+        backward = alone.backward if call.batch_invariant else chunk_loop.backward
         return backward(call, saved, grad_o, grad_final_state, *self.rounding)
 
     def decode(self, step: Step) -> Tensor:
-        return decode(step)
+        if not step.call.batch_invariant:
+            return decode(step)
+        return alone.run(step._replace(call=within_tokens(step.call)), decode)
 
     def prefill(self, prefill: Prefill) -> Tensor:
-        return run_prefill(prefill, *self.rounding)
+        def compute(part: Prefill) -> Tensor:
+            return run_prefill(part, *self.rounding)
+
+        prefill = prefill._replace(call=within_tokens(prefill.call))
+        return alone.run(prefill, compute) if prefill.call.batch_invariant else compute(prefill)
 
 
 BACKEND = TorchBackend()

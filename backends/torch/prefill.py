@@ -13,7 +13,7 @@ from .chunk_loop import forward
 from .decode import write_o
 
 
-def _bounded(call: Call) -> Call:
+def within_tokens(call: Call) -> Call:
     """The call with cu_seqlens that never leave 0..T and never descend, on the CPU. On a GPU its
     values are not checked."""
     if call.cu_seqlens is None:
@@ -59,8 +59,8 @@ def _store_checkpoints(
 def run_prefill(
     prefill: Prefill, operand_dtype: torch.dtype | None, rounds_inverse: bool
 ) -> Tensor:
-    """See `gdn.backend.Plan.prefill`. Reads indices on the host."""
-    call, pool, fresh = _bounded(prefill.call), prefill.state, prefill.fresh
+    """See `gdn.backend.Plan.prefill`. Reads indices on the host. cu_seqlens is `within_tokens`."""
+    call, pool, fresh = prefill.call, prefill.state, prefill.fresh
     N, lengths = call.sequences, _lengths(call)
     slots = prefill.state_indices
     slots = torch.arange(N, device=pool.device) if slots is None else slots.long()

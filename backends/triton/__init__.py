@@ -73,6 +73,7 @@ class TritonBackend(Backend):
         per_channel=True,
         gate_lower_bound=True,
         context_parallel=True,
+        batch_invariant=True,
     )
     priority = None if INTERPRETED else 300
 

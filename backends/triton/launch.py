@@ -117,6 +117,8 @@ class Stage:
         """programs: how many there are for a block of V. The kernel may take fewer constants."""
         self.kernel, self.programs, self.sizes, self.constants = kernel, programs, sizes, constants
         self.launch_compiled: Callable[..., None] | None = None
+        self.can_autotune = kernel.fn.__name__ in AUTOTUNE_CANDIDATES and not INTERPRETED
+        self.can_autotune &= not constants.get("POOL")  # runs would change the states
         # the pointers for whose alignment the kernel is compiled; the interpreter knows none
         parameters = getattr(kernel, "params", kernel.arg_names)
         self.checked = [not getattr(x, "do_not_specialize_on_alignment", False) for x in parameters]
@@ -129,10 +131,11 @@ class Stage:
             "num_warps": configuration.num_warps, "num_stages": configuration.num_stages,
         }  # fmt: skip
         if configuration.BV:
-            constants["BV"] = configuration.BV
+            # in the interpreter a program takes as long whatever its width is
+            constants["BV"] = BV = max(configuration.BV, 64 if INTERPRETED else 0)
         if name in V_BLOCK_KERNELS:
             rows = constants["V"] + (constants["K"] if constants.get("TRANSFER") else 0)
-            self.grid *= triton.cdiv(rows, configuration.BV)
+            self.grid *= triton.cdiv(rows, BV)
         if configuration.maxnreg:
             self.options["maxnreg"] = configuration.maxnreg
         self.kernel_constants = {n: constants[n] for n in self.kernel.arg_names if n in constants}
@@ -176,9 +179,7 @@ class Stage:
         if aligned and self.launch_compiled is not None:
             self.launch_compiled(*pointers, *scale)
             return
-        can_autotune = self.kernel.fn.__name__ in AUTOTUNE_CANDIDATES and not INTERPRETED
-        can_autotune &= not self.constants.get("POOL")  # runs would change the states
-        if can_autotune and os.environ.get("GDN_TRITON_AUTOTUNE") == "1":
+        if self.can_autotune and os.environ.get("GDN_TRITON_AUTOTUNE") == "1":
             self.autotune(*tensors, *scale)
         compiled = self.run(*tensors, *scale)
         if aligned and not INTERPRETED:

@@ -80,6 +80,7 @@ class PrefillPlan(Plan):
         if self.piece_length:
             self.scans = piece_slots(call, self.piece_length) * HV
             self.piece_sizes = (-(-T // self.piece_length), self.piece_length // CHUNK)
+        self.batch_invariant = call.batch_invariant
         self.chunk_sizes = (call.sequences, T, chunks_per_sequence)
         self.scan_sizes = (*self.chunk_sizes, *self.piece_sizes)
 
@@ -88,12 +89,12 @@ class PrefillPlan(Plan):
         key = (kernel.fn, *flags.values())
         if key not in self.stages:
             constants = {n: x for n, x in self.constants.items() if n in kernel.arg_names} | flags
-            name, BK = kernel.fn.__name__, self.constants["BK"]
-            limit = shared_memory_limit(self.device)
-            configuration = choose_configuration(
-                name, BK, self.itemsize, self.scans, limit, self.constants["CHANNELS"]
-            )
-            self.stages[key] = Stage(kernel, programs, configuration, sizes, **constants)
+            name, limit = kernel.fn.__name__, shared_memory_limit(self.device)
+            BK, channels = self.constants["BK"], self.constants["CHANNELS"]
+            scans = 1 if self.batch_invariant else self.scans  # alike for all batches
+            configuration = choose_configuration(name, BK, self.itemsize, scans, limit, channels)
+            self.stages[key] = stage = Stage(kernel, programs, configuration, sizes, **constants)
+            stage.can_autotune &= not self.batch_invariant
         return self.stages[key]
 
     def decay_rows(self, call: Call, factors: Tensor, matrices: Tensor) -> list[Tensor | None]:

@@ -52,6 +52,7 @@ CAPABILITIES = (
     "deterministic",
     "CUDA graph",
     "context parallel",
+    "batch-invariant",
     "needs",
 )
 
@@ -183,7 +184,10 @@ def capability_rows(backends: Sequence[BackendInfo]) -> Table:
                 _names(c.prefill) + ("" if c.checkpoints or not c.prefill else "; no checkpoints")
                 or "no",
                 fused,
-                *map(_yes, (c.deterministic, c.cuda_graph, c.context_parallel)),
+                *map(
+                    _yes,
+                    (c.deterministic, c.cuda_graph, c.context_parallel, c.batch_invariant),
+                ),
                 ", ".join(c.packages) or "nothing",
             ]
         )

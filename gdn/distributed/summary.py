@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gdn import calls, dispatch
+from gdn.invariance import is_batch_invariant
 from gdn.problem import Call
 from gdn.validation import check_types, refuse_transforms
 
@@ -57,6 +58,7 @@ def summarize(
         use_gate_in_kernel=use_gate_in_kernel,
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         allow_neg_eigval=allow_neg_eigval,
+        batch_invariant=is_batch_invariant(),
     )  # fmt: skip
     check_types(call)
     refuse_transforms()
@@ -109,6 +111,7 @@ def summarize_gradient(
         use_gate_in_kernel=use_gate_in_kernel,
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         allow_neg_eigval=allow_neg_eigval,
+        batch_invariant=is_batch_invariant(),
     )  # fmt: skip
     check_types(call)
     refuse_transforms()

@@ -19,6 +19,8 @@ _CALL_TENSORS = ("g", "beta", "A_log", "dt_bias", "cu_seqlens")
 _STEP_TENSORS = ("state_indices", "num_accepted_tokens", "output_indices")
 COUNTS = (1, 32, 128, 2048)
 """Numbers of states at which `choose_shape` changes."""
+ANY_COUNT = 128
+"""The number of states by which batch-invariant steps choose: a shape has its own order of sums."""
 
 
 class DecodePlan(Plan):
@@ -40,12 +42,13 @@ class DecodePlan(Plan):
         }  # fmt: skip
         self.statics |= {name: dtype_name(getattr(call, name)) for name in _CALL_TENSORS}
         self.statics |= {name: dtype_name(getattr(step, name)) for name in _STEP_TENSORS}
+        counts = (ANY_COUNT,) if call.batch_invariant else (states, *COUNTS)
         self.shapes, *self.other_shapes = (
             {
                 wide: choose_shape(count, K, V, vec if wide else 1, call.state_v_first)
                 for wide in (True, False)
             }
-            for count in (states, *COUNTS)
+            for count in counts
         )
         self.scalars = (step.null_index, HV // H)
         tokens = (call.q, call.k, call.v)
