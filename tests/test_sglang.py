@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,6 +107,25 @@ def test_kernels_take_their_places(
     assert not any(x.any() for x in layer.values())  # the warm-up wrote nothing
 
 
+@pytest.fixture
+def own_mode() -> Iterator[None]:
+    """The process is not batch-invariant afterwards."""
+    yield
+    gdn.set_batch_invariant(None)
+
+
+@pytest.mark.usefixtures("own_mode")
+def test_deterministic_inference_is_batch_invariant(
+    monkeypatch: pytest.MonkeyPatch, layer: Any
+) -> None:
+    fake = start(monkeypatch, **BOTH, enable_deterministic_inference=True)
+    assert set(kernels(fake.make_backend(layer)).values()) == {"GdnKernel"}
+    assert fake.lines[0].startswith("gdn in SGLang 0.5.23, batch-invariant: decode by torch")
+    with gdn.use_backend("fla"):
+        fake.make_backend(layer)
+    assert "batch invariance (gdn.batch_invariant) is not supported" in fake.lines[1]
+
+
 def test_verification_needs_draft_states(monkeypatch: pytest.MonkeyPatch, layer: Any) -> None:
     fake = start(monkeypatch, **BOTH)
     backend = fake.make_backend(layer | {"drafts": None})
@@ -136,7 +156,6 @@ class Changed(sglang_fake.LinearAttnKernelBase):
     [
         ({"enable_mis": True}, {}, "prefill", "gdn does not score several items at once"),
         ({}, {"chunk": 128}, "prefill", "checkpoints must be 64 tokens apart, got 128"),
-        ({"enable_deterministic_inference": True}, {}, ALL, "gdn's results may depend on the"),
         ({}, {"kind": XpuGDNAttnBackend}, ALL, "XpuGDNAttnBackend is no GDNAttnBackend"),
         ({}, {"kernel": Changed}, ALL, "SGLang's extend has no ssm_states; SGLang's kernel has"),
     ],

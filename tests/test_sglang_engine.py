@@ -17,6 +17,7 @@ import sglang_fake as fake
 import torch
 from torch import Tensor
 
+import gdn
 from gdn.testing import TOLERANCE
 
 if importlib.util.find_spec("sglang") is None:
@@ -191,11 +192,11 @@ def test_the_flag_for_all_phases_is_refused() -> None:
     ("flags", "left", "reason"),
     [
         ({"enable_mis": True}, ["extend"], "prefill left to SGLang: gdn does not score several"),
-        ({"enable_deterministic_inference": True}, ["decode", "extend", "verify"], "the batch"),
+        ({"enable_deterministic_inference": True}, [], "0.5.23, batch-invariant: decode by to"),
         ({"linear_attn_prefill_backend": None}, ["extend"], ": decode by torch, verify by torch"),
     ],
 )
-def test_what_gdn_refuses_stays_with_sglang(
+def test_kernels_follow_the_flags(
     caplog: pytest.LogCaptureFixture, flags: dict[str, Any], left: list[str], reason: str
 ) -> None:
     with (
@@ -207,6 +208,7 @@ def test_what_gdn_refuses_stays_with_sglang(
             assert kernel == ("TritonGDNKernel" if place in left else "GdnKernel")
         tree = engine.kernels._get_target_verify_kernel(torch.zeros(1))  # of drafts
         assert type(tree).__name__ == "TritonGDNKernel"
+    gdn.set_batch_invariant(None)
     (line,) = [x.getMessage() for x in caplog.records if x.getMessage().startswith("gdn in")]
     assert reason in line
 

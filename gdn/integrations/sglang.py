@@ -19,6 +19,7 @@ from typing import Any
 
 from gdn.integrations.sglang_kernels import Kernel
 from gdn.integrations.sglang_warmup import find_backend, find_layer
+from gdn.invariance import is_batch_invariant, set_batch_invariant
 from gdn.problem import CHUNK
 
 NAME, VERSION = "gdn", "0.5.23"
@@ -60,6 +61,11 @@ def _version() -> str:
     return str(getattr(importlib.import_module("sglang"), "__version__", "of unknown version"))
 
 
+def _settings() -> Any:
+    """SGLang's settings of how this process computes."""
+    return importlib.import_module("sglang.srt.runtime_context").get_exec()
+
+
 def refuse_base_flag(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Around SGLang's check of its linear attention flags: ValueError if the flag for all phases is
     gdn, since with anything but triton there SGLang gives up its extra buffers for radix caching,
@@ -75,7 +81,7 @@ def refuse_base_flag(server_args: Any, previous: Callable[[Any], None]) -> None:
 
 def asked_phases() -> list[str]:
     """The phases for which the flags of this process name gdn."""
-    flags = importlib.import_module("sglang.srt.runtime_context").get_exec().mamba
+    flags = _settings().mamba
     asked = {
         "decode": flags.linear_attn_decode_backend,
         "prefill": flags.linear_attn_prefill_backend,
@@ -120,7 +126,10 @@ def leave_channels(_: object, backend: Any, model_runner: Any) -> None:
 
 def install(_: object, backend: Any, model_runner: Any) -> None:
     """After SGLang's `GDNAttnBackend` is built: put gdn's kernels into its dispatcher, warmed up,
-    for each phase that is asked for and that gdn can run."""
+    for each phase that is asked for and that gdn can run. With SGLang's deterministic inference
+    the whole process is `gdn.batch_invariant`."""
+    if _settings().deterministic.enable_deterministic_inference:
+        set_batch_invariant(True)
     dispatcher, layer = backend.kernel_dispatcher, find_layer(backend, model_runner)
     if layer is None:  # a drafting model, or a pipeline's stage, without such layers
         return
@@ -147,13 +156,14 @@ def install(_: object, backend: Any, model_runner: Any) -> None:
 def _log(runs: dict[str, str], refused: dict[str, str]) -> None:
     """The one line: which backend of gdn runs what, and why SGLang's own kernels run the rest."""
     version = _version()
-    known = "" if version == VERSION else f" (gdn knows {VERSION})"
+    notes = "" if version == VERSION else f" (gdn knows {VERSION})"
+    notes += ", batch-invariant" if is_batch_invariant() else ""
     parts = [f"{phase} by {name}" for phase, name in runs.items()]
     for reason in dict.fromkeys(refused.values()):
         phases = [phase for phase in refused if refused[phase] == reason]
         parts.append(f"{' and '.join(phases)} left to SGLang: {reason}")
     say = importlib.import_module("sglang.srt.utils.common").rank0_log
-    say(f"gdn in SGLang {version}{known}: {', '.join(parts)}")
+    say(f"gdn in SGLang {version}{notes}: {', '.join(parts)}")
 
 
 def signature_faults(own: type) -> list[str]:
@@ -176,15 +186,12 @@ def signature_faults(own: type) -> list[str]:
 
 def mode_faults(phase: str, backend: Any) -> list[str]:
     """Modes of SGLang that gdn does not serve."""
-    settings = importlib.import_module("sglang.srt.runtime_context").get_exec()
     faults = []
     kind = type(backend).__name__
     if kind != "GDNAttnBackend":
         faults.append(f"{kind} is no GDNAttnBackend")
-    if settings.deterministic.enable_deterministic_inference:
-        faults.append("gdn's results may depend on the batch (--enable-deterministic-inference)")
     if phase == "prefill":
-        if settings.features.enable_mis:
+        if _settings().features.enable_mis:
             faults.append("gdn does not score several items at once (--enable-mis)")
         if backend.mamba_chunk_size != CHUNK:
             faults.append(
