@@ -20,7 +20,7 @@ import torch
 from shapes import make_case
 from torch import Tensor
 
-from gdn.compare.timing import gpu_times, wall_times
+from gdn.compare.timing import Timing, gpu_times, wall_times
 from gdn.integrations.sglang_kernels import Kernel, split_projection
 from gdn.testing import TOLERANCE, relative_error
 from gdn.testing.absent import stand_in
@@ -157,23 +157,21 @@ def agreeing(kernels: dict[str, Any], call: Call, layer: Layer, N: int) -> dict[
     return found
 
 
-def measure(kernels: dict[str, Any], call: Call, layer: Layer, N: int) -> dict[str, float]:
-    """Milliseconds of each kernel that agrees: GPU time with the L2 cache flushed, or wall time on
-    a CPU."""
+def measure(kernels: dict[str, Any], call: Call, layer: Layer, N: int) -> dict[str, Timing]:
+    """The time of each kernel that agrees: GPU time with the L2 cache flushed, by plain launches
+    where SGLang's kernel cannot be captured, or wall time on a CPU."""
     runs = {}
     for name, kernel in agreeing(kernels, call, layer, N).items():
         pool = make_pool(layer, N)
         runs[name] = lambda kernel=kernel, pool=pool: call(kernel, pool)
     if layer.device.type == "cuda":
-        timings = gpu_times(runs, dict.fromkeys(runs, True))
-    else:
-        timings = wall_times(runs, layer.device, budget=0.1)
-    return {name: timing.ms for name, timing in timings.items()}
+        return gpu_times(runs, dict.fromkeys(runs, True))
+    return wall_times(runs, layer.device, budget=0.1)
 
 
-def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
+def main(arguments: list[str] | None = None) -> dict[str, dict[str, Timing]]:
     """Print the table, and the geometric mean of SGLang's Triton time over each other's. Returns
-    the milliseconds by row and kernel."""
+    the times by row and kernel."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--heads", default="16/32", help="H/HV of a rank")
@@ -197,14 +195,15 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     with torch.inference_mode():
         for row, (call, N) in rows.items():
             found[row] = measure(kernels, call, layer, N)
-            print(row, *(f"{name} {ms:.4f} ms" for name, ms in found[row].items()), sep=" | ")
+            cells = (f"{name} {t.ms:.4f} ms ({t.clock})" for name, t in found[row].items())
+            print(row, *cells, sep=" | ")
     for kind in ("prefill", "decode", "verify"):
         for name in kernels:
             times = [
                 t for row, t in found.items() if row.startswith(kind) and {name, "triton"} <= {*t}
             ]
             if times and name != "triton":
-                mean = statistics.geometric_mean(t["triton"] / t[name] for t in times)
+                mean = statistics.geometric_mean(t["triton"].ms / t[name].ms for t in times)
                 print(f"{kind}: {name} is {mean:.2f} times as fast as SGLang's triton")
     return found
 

@@ -101,7 +101,7 @@ class Fake:
         self.deterministic = SimpleNamespace(enable_deterministic_inference=False)
         for group in (self.mamba, self.features, self.deterministic):
             vars(group).update({n: x for n, x in flags.items() if n in vars(group)})
-        self.modules = {
+        self.modules: dict[str, dict[str, Any]] = {
             "arg_groups.choices": {"LINEAR_ATTN_KERNEL_BACKEND_CHOICES": ["triton"]},
             "arg_groups.resolution_hooks": {"register_resolution_hook": self.override},
             "plugins.hook_registry": {
