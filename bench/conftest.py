@@ -54,6 +54,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--batches", help="of decode, such as 1,64,512")
     group.addoption("--backends", help="such as triton,fla; all by default")
     group.addoption(
+        "--same-bits", action="store_true", help="also time gdn.batch_invariant, and what it costs"
+    )
+    group.addoption(
         "--seconds", type=float, default=1.0, help="GPU timing of a pass of all backends: 1.0"
     )
     group.addoption(

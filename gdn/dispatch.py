@@ -82,6 +82,18 @@ def parse_request(request: str, argument: str = "backend") -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def own_kernels() -> str:
+    """The request for gdn's own kernels, the backends of "auto" but fla and torch, for frameworks
+    with a path of their own: on a GPU those two are no help to them."""
+    return _own_kernels(registry.generation)
+
+
+@functools.lru_cache(maxsize=1)
+def _own_kernels(generation: int) -> str:
+    """Of the backends that are registered."""
+    return ",".join(name for name in parse_request("auto") if name not in ("fla", "torch"))
+
+
 def _check_request(request: object, argument: str) -> None:
     """TypeError unless the request is a str."""
     if not isinstance(request, str):

@@ -28,6 +28,7 @@ SLOW = re.compile(
             r"test_transformers\.py::.*triton-cpu-(lara|olmo|qwen3_5|qwen4)",
             r"test_padded_packs\.py::.*triton-cpu-.*-1\]",
             r"test_(properties|channels)\.py::test_(repeated|is_linear|strided).*triton-cpu",
+            r"test_examples\.py::test_serving.*triton-cpu-reuse",
             # emulated kernels
             r"test_tilelang_decode\.py::test_compiles.*channels-",
             r"test_tilelang_channels\.py::test_(decode.*(\[(ch|p|s|e|h)|torch\.float16)|float16|tokens"

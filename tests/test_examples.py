@@ -21,7 +21,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def load(name: str) -> ModuleType:
-    """An example as a module; examples are not installed."""
+    """An example as a module; examples are not installed. They import their neighbours."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -31,20 +33,30 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def test_serving_together_equals_serving_alone(backend: str, device: str) -> None:
-    """Continuous batching with three slots for seven requests, against one request at a time."""
+@pytest.mark.parametrize(("cached", "drafts"), [(0, 0), (3, 3)], ids=["plain", "reuse-guess"])
+def test_serving_together_equals_serving_alone(
+    backend: str, device: str, cached: int, drafts: int
+) -> None:
+    """Seven requests on three rows, against one at a time: continuous batching alone, and with what
+    the backend can of cached prefixes and speculative steps."""
     generate = load("generate")
     torch.manual_seed(0)
     model = generate.Model(2, 32, 1, 2, 16, 16).to(device)
-    if {v.name: v for v in generate.explain(model).verdicts}[backend].reasons:
+    able = generate.find_features(model)[backend]
+    if "steps" not in able or (cached and len(able) == 1):
         pytest.skip(f"{backend} does not claim these steps")
+    cached, drafts = cached * ("prefixes" in able), drafts * ("drafts" in able)
     written = []
-    for slots in (3, 1):
-        requests = generate.make_requests(7, 70, 6)
+    for slots, *options in ((3, cached, drafts), (1, 0, 0)):
+        requests = generate.make_requests(7, 70, 6, shared=64 if cached else 0)
+        server = generate.Server(model, slots, *options)
         with gdn.use_backend(backend):
-            prefill, decode = generate.serve(model, requests, slots)
-        assert prefill.tokens == sum(len(request.prompt) for request in requests)
-        assert decode.tokens == sum(request.length - 1 for request in requests)
+            server.serve(requests)
+        prompts = sum(len(request.prompt) for request in requests)
+        assert server.prefill.tokens + server.reused == prompts
+        assert server.decode.tokens == sum(request.length - 1 for request in requests)
+        assert (server.reused >= 4 * 64) == (options[0] > 0)  # all but the first three
+        assert (server.guessed > 0) == (options[1] > 0)
         written.append([request.written for request in requests])
         assert all(len(r.written) == r.length for r in requests)
     assert written[0] == written[1]

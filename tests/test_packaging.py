@@ -21,7 +21,12 @@ from gdn.testing import Case, make_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="not in a checkout")
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("tests/*/*.md")])
+DOCUMENTS = sorted(
+    [
+        *(path for top in ("", "examples/", "tests/*/") for path in ROOT.glob(f"{top}*.md")),
+        *(ROOT / "docs").rglob("*.md"),
+    ]
+)
 SOURCES = sorted(
     path
     for top in ("gdn", "backends", "tests", "bench", "examples")

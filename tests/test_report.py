@@ -78,6 +78,18 @@ def test_tables_mark_clocks_and_leave_out_empty_columns(file: Path) -> None:
     assert "1.0e-03" in lines[0]
 
 
+def test_the_price_of_the_same_bits_is_in_their_row(tmp_path: Path) -> None:
+    row = prefill("mine", "fwd", 64, 3.0) | {"kind": "same bits", "any_bits_ms": 2.0}
+    document = {"benchmarks": [{"extra_info": row, "stats": {"median": 0.5}}]}
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    headers, (line,) = results.table(reading.load(tmp_path / "run.json").of("same bits"))
+    assert dict(zip(headers, line, strict=True))["price"] == "1.50x"
+    row["any_bits_ms"] = None
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="any_bits_ms must be a number"):
+        reading.load(tmp_path / "run.json")
+
+
 def test_the_page_is_one_file_with_the_rows_not_timed(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert command_line.main([str(file), "--out", str(tmp_path / "out")]) == 0

@@ -6,7 +6,7 @@
 A section names a file, a folder of several runs, or several of both with commas between, from the
 root of the repository. It is "speed" (milliseconds of prefill and decode, a column a backend),
 "standing" (how many times faster than each peer, over all settings), a kind of row ("prefill",
-"decode", "cold start", "plain PyTorch", ...), or "plot NAME" (a figure of `plots.FIGURES`, saved
+"decode", "same bits", "cold start", ...), or "plot NAME" (a figure of `plots.FIGURES`, saved
 beside the first file).
 """
 

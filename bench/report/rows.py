@@ -254,6 +254,16 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         **_RATES,
         "error": _error(True),
     },
+    "same bits": {
+        "H/HV:sequences": _word("shape"),
+        "gates": _word("gates"),
+        "norm": _word("norm"),
+        "pass": _word("pass"),
+        "backend": _word("backend"),
+        "ms": _number("any_bits_ms", ".3f"),
+        "ms, same bits": latency,
+        "price": lambda row: f"{row['latency_ms'] / row['any_bits_ms']:.2f}x",
+    },
     "plain PyTorch": {
         "decay": _word("decay"),
         "T": _word("T"),

@@ -12,7 +12,6 @@ of gdn's own kernels can run. fla logs the reason at level INFO.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -78,13 +77,7 @@ def _request(x: Tensor) -> tuple[str, bool]:
     request = dispatch.request_in_force(_registered.backend if _registered else None)[0]
     if request != "auto" or x.device.type == "cpu":
         return request, True
-    return _own_kernels(registry.generation), False
-
-
-@functools.lru_cache(maxsize=1)
-def _own_kernels(generation: int) -> str:
-    """The backends of "auto" but fla and torch, until backends come or go."""
-    return ",".join(x for x in dispatch.parse_request("auto") if x not in ("fla", "torch"))
+    return dispatch.own_kernels(), False
 
 
 def _check(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
