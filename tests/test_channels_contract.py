@@ -4,6 +4,7 @@ arguments, and Kimi Delta Attention's names. No backend is compared here."""
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,13 @@ class Defined(gdn.Backend):
 
     def plan(self, call: Any) -> Plan:
         return DefinedPlan()
+
+
+class Plain(Defined):
+    """Without a decay per channel."""
+
+    name = "plain"
+    capabilities = replace(Defined.capabilities, per_channel=False, gate_lower_bound=False)
 
 
 class DefinedPlan(Plan):
@@ -190,6 +198,7 @@ def test_kimis_names_reach_the_same_call(defined: str) -> None:
 
 
 def test_explain_names_the_backends_with_channels(defined: str) -> None:
+    gdn.register_backend(Plain())
     inputs = channels(make_inputs(DENSE))
     for given, word in ((inputs, "per channel"), (inputs | GATE, "gate_lower_bound")):
         bound = {"gate_lower_bound": -5.0} if word == "gate_lower_bound" else {}
@@ -198,4 +207,4 @@ def test_explain_names_the_backends_with_channels(defined: str) -> None:
         assert "per_channel" in str(found.problem)
         assert ("gate_lower_bound=-5" in str(found.problem)) == bool(bound)
         reasons = {verdict.name: "; ".join(verdict.reasons) for verdict in found.verdicts}
-        assert word in reasons["tilelang"]
+        assert word in reasons[Plain.name]
