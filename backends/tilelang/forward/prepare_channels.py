@@ -39,7 +39,7 @@ from ..tile.fragments import PRELUDE as FRAGMENTS
 from ..tile.gate_math import fused_log_decay
 from ..tile.indexing import Fields, locate_piece
 from ..tile.largest import largest
-from ..tile.layout import KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR
+from ..tile.layout import KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR, factor_rows
 from .block_inverse import (
     LIMIT,
     BlockInverseSmem,
@@ -155,7 +155,7 @@ def prepare_channels(
         g: T.Tensor((B, L, HV, K), gates), beta: T.Tensor((B, L, HV), strengths),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV, K), "float32"),
         cu_seqlens: T.Tensor((N + 1,), offsets), P_A_v: T.Tensor((slots, HV, 2, C, C), dtype),
-        scan_factors: T.Tensor((slots, HV, 3 + K // C, C), "float32"),
+        scan_factors: T.Tensor((slots, HV, factor_rows(K, channels=True), C), "float32"),
         decayed_rows: T.Tensor((slots, HV, 3, C, K), dtype), sequences: T.int32, chunks: T.int32,
         first_chunk: T.int32, span: T.int32, scale: T.float32,
     ):  # fmt: skip
@@ -217,7 +217,7 @@ def prepare_channels(
                 if 2 * h == tokens:
                     for c in T.unroll(2):
                         smem.totals[tx // (K // 2), 2 * pair + c] = prefix[2 * tokens - 2 + c]
-                if h == LEVELS[-1]:  # before the last products, so that the factors' registers end
+                if h == LEVELS[-1]:  # before the last products, which need the factors' registers
                     rows_of = [factors[n] for n in (ROW_Q, COLUMN, COLUMN)]
                     scales = [
                         T.address_of(scan_factors[slot, head, n, 0])
