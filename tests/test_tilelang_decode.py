@@ -33,7 +33,11 @@ LAYERS = [
 ]  # fmt: skip
 DRAFTED = StepCase("drafted", lengths=(2, 1, 3), slots="each", dtype=torch.float16, fused=True)
 UNALIGNED = StepCase("unaligned", B=2, padding=3, dtype=torch.float16, state_v_first=True)
-CASES = {case.name: case for case in (*LAYERS, DRAFTED, UNALIGNED)}
+CHANNELS = [
+    replace(case, name=f"channels-{case.name}", per_channel=True, gate_lower_bound=bound)
+    for case, bound in ((LAYERS[0], None), (LAYERS[5], -5.0), (LAYERS[6], None))
+]
+CASES = {case.name: case for case in (*LAYERS, DRAFTED, UNALIGNED, *CHANNELS)}
 
 
 def plan_of(case: StepCase) -> tuple[DecodePlan, Step]:
@@ -53,9 +57,12 @@ def test_compiles_without_spills(name: str) -> None:
     source = compiled.get_kernel_source()
     assert ("load_global_128((&(state[" in source) == plan.wide
     assert ("store_global_128((&(state[" in source) == plan.wide
+    if case.per_channel:
+        assert "load_global_128((&(g_[" in source
+        assert "load_global_128((&(bias[" in source
 
 
-@pytest.mark.parametrize("name", ["one-token", "packed", "speculative"])
+@pytest.mark.parametrize("name", ["one-token", "packed", "speculative", "channels"])
 def test_calls_bind_their_arguments(name: str) -> None:
     """Shapes, strides and dtypes are accepted, down to the device."""
     case = next(case for case in STEPS if case.name == name)

@@ -46,6 +46,8 @@ class TileLangBackend(Backend):
         decode=(torch.float32, torch.bfloat16, torch.float16),
         speculative=True,
         output_states=True,
+        per_channel=True,
+        gate_lower_bound=True,
         context_parallel=True,
         batch_invariant=True,
     )
@@ -54,6 +56,17 @@ class TileLangBackend(Backend):
     def unavailable(self) -> str | None:
         """Adds to the common reasons that nvcc, which compiles the kernels, is missing."""
         return super().unavailable() or (None if _has_nvcc() else "no nvcc, of CUDA 12 or newer")
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        """A decay per channel and a lower bound of the gate are for decode alone."""
+        if problem.pool is not None:
+            return []
+        reasons = []
+        if problem.per_channel:
+            reasons.append("a decay per channel is supported in decode alone")
+        if problem.gate_lower_bound is not None:
+            reasons.append("gate_lower_bound is supported in decode alone")
+        return reasons
 
     def path(self, problem: Problem) -> str:
         return "TileLang"

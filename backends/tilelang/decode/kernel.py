@@ -4,8 +4,9 @@ For every token:
 
     S <- e^g S;  u = beta (v - S^T k);  S <- S + k u^T;  o = S^T (scale q)
 
-The L2 norm, the gate and the sigmoid are fused. The kernel reads the step's tensors by their
-strides, and the state of every live request once; it writes o and that state.
+With a decay per channel e^g scales the rows of S. The L2 norm, the gate and the sigmoid are fused.
+The kernel reads the step's tensors by their strides, and the state of every live request once; it
+writes o and that state.
 
 A thread block has one request, one value head and `width` columns of V; a thread has a slice of
 the state in the pool's own layout (`state_slice.py`). No tensor cores: a step has too few tokens.
@@ -18,7 +19,7 @@ import tilelang.language as T
 from gdn.definition import L2_EPS
 
 from ..compile import kernel
-from ..tile.gate_math import log_decay
+from ..tile.gate_math import fused_log_decay
 from ..tile.indexing import Fields
 from .state_slice import StateSlice, ThreadShape, load_run, reduce_over_keys, store_slice
 
@@ -61,13 +62,15 @@ def decode_kernel(
     *, dtype: str, pool: str, K: int, V: int, shape: ThreadShape, wide: bool, v_first: bool,
     speculative: bool, l2: bool, gate: bool, beta_scale: float, g: str, beta: str,
     state_indices: str, num_accepted_tokens: str, output_indices: str, A_log: str, dt_bias: str,
-    cu_seqlens: str, table: bool, leading: bool, clear: bool,
+    cu_seqlens: str, table: bool, leading: bool, clear: bool, channels: bool,
+    lower_bound: float | None,
 ) -> Any:  # fmt: skip
     """Build the kernel. g to cu_seqlens: dtypes, "" where the tensor is None; beta_scale: the
-    factor of the fused sigmoid, 0 if it is not fused; wide: q, k, v and the pool can be read 16
-    bytes at a time; speculative: a slot for each token is written; table: state_indices has
-    columns; leading: its first one takes no token's state; clear: tokens past the last request get
-    zeros."""
+    factor of the fused sigmoid, 0 if it is not fused; wide: q, k, v, the pool and channels of g and
+    dt_bias can be read 16 bytes at a time; speculative: a slot for each token is written; table:
+    state_indices has columns; leading: its first one takes no token's state; clear: tokens past the
+    last request get zeros; channels: g and dt_bias have the channels of K; lower_bound: that of the
+    fused gate."""
     B, L, H, HV, N, columns, bounds, slots, slot_stride = (
         T.dynamic(name, "int64")
         for name in ("B", "L", "H", "HV", "N", "columns", "bounds", "slots", "slot_stride")
@@ -76,6 +79,7 @@ def decode_kernel(
         T.dynamic(name, "int64") for name in ("into_slots", "into_stride", "into_columns")
     )
     s = [T.dynamic(f"s{i}", "int64") for i in range(23)]  # the other strides
+    channel = ((K,), (1,)) if channels else ((), ())  # more dimensions of g and dt_bias
     vec = (4 if pool == "float32" else 8) if wide else 1
     part = StateSlice(shape, K, vec, v_first)
     keys, values, key_run, blocks = part.keys, part.values, part.key_run, V // part.width
@@ -89,6 +93,11 @@ def decode_kernel(
     first_column = int(leading and not elsewhere)
     varlen, has_indices = bool(cu_seqlens), bool(state_indices)
     has_accepted, has_bias, sigmoid = bool(num_accepted_tokens), bool(dt_bias), beta_scale > 0
+    gate_dtype, bias_dtype = g, dt_bias or "float32"
+    gate_run, bias_run = (min(part.key_run, 128 // int(x[-2:])) for x in (gate_dtype, bias_dtype))
+
+    def A_log_of(A, head):
+        return T.cast(A[head], "float32") if A_log else T.float32(0)
 
     @T.macro
     def clear_token(o, batch, token, head, part, thread):
@@ -102,13 +111,13 @@ def decode_kernel(
         q: T.StridedTensor((B, L, H, K), (*s[0:3], 1), dtype),
         k: T.StridedTensor((B, L, H, K), (*s[3:6], 1), dtype),
         v: T.StridedTensor((B, L, HV, V), (*s[6:9], 1), dtype),
-        g_: T.StridedTensor((B, L, HV), s[9:12], g),
+        g_: T.StridedTensor((B, L, HV, *channel[0]), (*s[9:12], *channel[1]), g),
         beta_: T.StridedTensor((B, L, HV), s[12:15], beta),
         state: T.StridedTensor((slots, HV, *inner), (slot_stride, K * V, inner[1], 1), pool),
         indices: T.StridedTensor(*read, state_indices or "int32"),
         accepted: T.StridedTensor((N,), (s[17],), num_accepted_tokens or "int32"),
         A: T.StridedTensor((HV,), (s[18],), A_log or "float32"),
-        bias: T.StridedTensor((HV,), (s[19],), dt_bias or "float32"),
+        bias: T.StridedTensor((HV, *channel[0]), (s[19], *channel[1]), bias_dtype),
         cu: T.StridedTensor((bounds,), (s[20],), cu_seqlens or "int32"),
         into: T.StridedTensor((into_slots, HV, *inner), (into_stride, K * V, inner[1], 1), pool),
         output: T.StridedTensor(*places, output_indices or "int32"),
@@ -132,6 +141,9 @@ def decode_kernel(
             raw_S = T.alloc_local((keys * values,), pool)
             raw_k, raw_q = (T.alloc_local((keys,), dtype) for _ in range(2))
             raw_v, raw_o = (T.alloc_local((values,), dtype) for _ in range(2))
+            if channels:
+                raw_g = T.alloc_local((keys,), gate_dtype)
+                raw_bias = T.alloc_local((bias_run,), bias_dtype)
             sums, u = T.alloc_local((count,), "float32"), T.alloc_local((values,), "float32")
             tiles = shape.threads // (part.lanes * part.k_parts)
             partial_smem = T.alloc_shared((2, tiles, part.warps, count, part.lanes), "float32")
@@ -172,17 +184,36 @@ def decode_kernel(
                             raw_v[j] = v[batch, token, head, part.value(j)]
                     else:
                         load_run(raw_v, 0, v, (batch, token, head, part.value(0)), values, wide)
+                    if channels:
+                        for i in T.unroll(keys // gate_run):
+                            row = (batch, token, head, part.key(i * gate_run))
+                            load_run(raw_g, i * gate_run, g_, row, gate_run, wide)
+                    else:
+                        g_t = T.cast(g_[batch, token, head], "float32")
+                    beta_t = T.cast(beta_[batch, token, head], "float32")
 
                     # === the gate and beta ===
-                    g_t = T.cast(g_[batch, token, head], "float32")
-                    beta_t = T.cast(beta_[batch, token, head], "float32")
-                    if has_bias:
-                        g_t = g_t + T.cast(bias[head], "float32")
-                    if gate:
-                        g_t = log_decay(g_t, T.exp(-T.abs(g_t)), T.cast(A[head], "float32"))
+                    if channels:
+                        decay = T.float32(1)  # S decays here
+                        for i in T.unroll(keys):
+                            g_i = T.cast(raw_g[i], "float32")
+                            if has_bias:  # a few numbers at a time: all would not fit in registers
+                                if i % bias_run == 0:
+                                    load_run(raw_bias, 0, bias, (head, part.key(i)), bias_run, wide)
+                                g_i = g_i + T.cast(raw_bias[i % bias_run], "float32")
+                            if gate:
+                                g_i = fused_log_decay(g_i, A_log_of(A, head), lower_bound)
+                            decay_i = T.exp(g_i)
+                            for j in T.unroll(values):
+                                S[part.register(i, j)] *= decay_i
+                    else:
+                        if has_bias:
+                            g_t = g_t + T.cast(bias[head], "float32")
+                        if gate:
+                            g_t = fused_log_decay(g_t, A_log_of(A, head), lower_bound)
+                        decay = T.exp(g_t)
                     if sigmoid:
                         beta_t = beta_scale / (1 + T.exp(-beta_t))
-                    decay = T.exp(g_t)
 
                     # === the sums over K ===
                     for m in T.unroll(count):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -39,6 +38,7 @@ class DecodePlan(Plan):
             "table": step.state_indices is not None and step.state_indices.dim() == 2,
             "leading": step.leading_column,
             "clear": call.cu_seqlens is not None and step.out is None,
+            "channels": call.per_channel, "lower_bound": call.gate_lower_bound,
         }  # fmt: skip
         self.statics |= {name: dtype_name(getattr(call, name)) for name in _CALL_TENSORS}
         self.statics |= {name: dtype_name(getattr(step, name)) for name in _STEP_TENSORS}
@@ -51,12 +51,15 @@ class DecodePlan(Plan):
             for count in counts
         )
         self.scalars = (step.null_index, HV // H)
-        tokens = (call.q, call.k, call.v)
-        self.copies = any(x.stride(3) != 1 for x in tokens)
-        self.wide = _strides_allow_16_bytes(step.state, [0])
+        self.channels = call.per_channel
+        rows = [call.q, call.k, call.v]
+        if self.channels:
+            rows += [x for x in (call.g, call.dt_bias) if x is not None]
+        self.copies = any(x.stride(-1) != 1 for x in rows)
+        self.wide = _strides_allow_16_bytes(step.state)
         if step.output_states is not None:
-            self.wide &= _strides_allow_16_bytes(step.output_states, [0])
-        self.wide &= all(_strides_allow_16_bytes(_with_rows(x), range(3)) for x in tokens)
+            self.wide &= _strides_allow_16_bytes(step.output_states)
+        self.wide &= all(_strides_allow_16_bytes(_with_rows(x)) for x in rows)
         self.new_o = allocator(call.v.shape, call.v.dtype, call.v.device)
         self.launchers: dict[bool, Any] = {}
 
@@ -80,17 +83,21 @@ class DecodePlan(Plan):
     def decode(self, step: Step) -> Tensor:
         """See `gdn.backend.Plan.decode`."""
         call, state = step.call, step.state
-        q, k, v = call.q, call.k, call.v
+        q, k, v, g, dt_bias = call.q, call.k, call.v, call.g, call.dt_bias
         if self.copies:
             q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
         o = self.new_o() if step.out is None else step.out
         addresses = q.data_ptr() | k.data_ptr() | v.data_ptr() | state.data_ptr()
+        if self.channels:
+            g = _with_rows(g)
+            dt_bias = None if dt_bias is None else _with_rows(dt_bias)
+            addresses |= g.data_ptr() | (0 if dt_bias is None else dt_bias.data_ptr())
         if step.output_states is not None:
             addresses |= step.output_states.data_ptr()
         run = self.launcher(self.wide and not addresses % 16)
         run(
-            q, k, v, call.g, call.beta, state, step.state_indices, step.num_accepted_tokens,
-            call.A_log, call.dt_bias, call.cu_seqlens, step.output_states, step.output_indices,
+            q, k, v, g, call.beta, state, step.state_indices, step.num_accepted_tokens,
+            call.A_log, dt_bias, call.cu_seqlens, step.output_states, step.output_indices,
             o, call.scale, *self.scalars,
         )  # fmt: skip
         return o
@@ -98,10 +105,10 @@ class DecodePlan(Plan):
 
 def _with_rows(x: Tensor) -> Tensor:
     """x, or a copy of x in which the elements of a head are contiguous."""
-    return x if x.stride(3) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides_allow_16_bytes(x: Tensor, dims: Iterable[int]) -> bool:
-    """Whether the strides along `dims` are multiples of 16 bytes."""
+def _strides_allow_16_bytes(x: Tensor) -> bool:
+    """Whether all strides but the last are multiples of 16 bytes."""
     size = x.element_size()
-    return all(x.shape[i] == 1 or x.stride(i) * size % 16 == 0 for i in dims)
+    return all(x.shape[i] == 1 or x.stride(i) * size % 16 == 0 for i in range(x.dim() - 1))

@@ -1,6 +1,7 @@
 """The gates of a chunk and their running sum.
 
     g = -exp(A_log) softplus(g_raw + dt_bias)    if the gate is fused, else g = g_raw
+    g = L sigmoid(exp(A_log) (g_raw + dt_bias))  if it has a lower bound L (decode alone)
     beta = c sigmoid(beta_raw)                   if the sigmoid is fused, else beta = beta_raw
     G = cumsum(g) / ln 2                         within the chunk
 
@@ -14,7 +15,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from gdn.definition import GATE_FLOOR
+from gdn.definition import GATE_FLOOR, LARGE
 
 from .layout import BETA, LOG2_E, G
 
@@ -43,6 +44,15 @@ def log_decay(x: Any, y: Any, A_log: Any) -> Any:
     """
     below = T.if_then_else(y < 1e-4, 1 - y / 2, T.log(1 + y) / y)
     return -T.exp(A_log + T.min(x, 0.0)) * T.if_then_else(x > 0, x + T.log(1 + y), below)
+
+
+def fused_log_decay(x: Any, A_log: Any, lower_bound: float | None) -> Any:
+    """The fused gate of x = g_raw + dt_bias, with a lower bound or without."""
+    if lower_bound is None:
+        return log_decay(x, T.exp(-T.abs(x)), A_log)
+    # without infinities, since 0 inf is NaN; NaN stays
+    x = T.if_then_else(x > LARGE, LARGE, T.if_then_else(x < -LARGE, -LARGE, x))
+    return lower_bound / (1 + T.exp(-T.exp(T.min(A_log, 80.0)) * x))
 
 
 def log_decay_slope(x: Any, y: Any, A_log: Any) -> Any:
