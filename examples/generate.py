@@ -12,6 +12,7 @@ token before). It keeps the state after each, and the next step starts from the 
 
     python examples/generate.py                       every backend that can run here
     python examples/generate.py --backends triton --requests 256 --slots 64 --drafts 0
+    python examples/generate.py --batch-invariant     each request again alone: the same tokens
 """
 
 from __future__ import annotations
@@ -229,7 +230,16 @@ def main(arguments: list[str] | None = None) -> None:
         "--cached", type=int, default=64 if on_gpu else 8, help="0: none are reused"
     )
     parser.add_argument("--drafts", type=int, default=3, help="guesses a step")
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="compare with requests served alone"
+    )
     args = parser.parse_args(arguments)
+    with gdn.batch_invariant(args.batch_invariant):
+        compare(args, on_gpu)
+
+
+def compare(args: argparse.Namespace, on_gpu: bool) -> None:
+    """Serve the same requests on every backend, and print a line for each."""
     torch.manual_seed(0)
     heads = (16, 32, 128, 128) if on_gpu else (2, 4, 32, 32)
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
@@ -242,19 +252,30 @@ def main(arguments: list[str] | None = None) -> None:
         for name in progress.track(names, description="serving"):
             cached = args.cached if "prefixes" in features[name] else 0
             drafts = args.drafts if "drafts" in features[name] else 0
+            drafts *= not args.batch_invariant  # a step of several tokens has other bits
             requests = make_requests(args.requests, args.prompt, args.length, shared=args.shared)
             with gdn.use_backend(name):
                 Server(model, args.slots, cached, drafts).serve(make_requests(args.slots, 70, 3))
                 server = Server(model, args.slots, cached, drafts)
                 server.serve(requests)
             written = [request.written for request in requests]
+            if args.batch_invariant:
+                first = serve_alone(model, name, args)
             first = first or written
             same = sum(a == b for a, b in zip(written, first, strict=True))
             progress.console.print(
                 f"{name:>9}: prefill {server.prefill}, {server.reused} from cached prefixes; "
                 f"decode {server.decode}, {server.guessed} guessed; {same} of {len(written)} "
-                f"requests as {names[0]} wrote them"
+                f"requests as {'alone' if args.batch_invariant else f'{names[0]} wrote them'}"
             )
+
+
+def serve_alone(model: Model, backend: str, args: argparse.Namespace) -> list[list[int]]:
+    """What each of the same requests gets when no other is there, and no prefix is cached."""
+    requests = make_requests(args.requests, args.prompt, args.length, shared=args.shared)
+    with gdn.use_backend(backend):
+        Server(model, 1).serve(requests)
+    return [request.written for request in requests]
 
 
 if __name__ == "__main__":

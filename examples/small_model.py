@@ -9,11 +9,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gdn
+from gdn.invariance import is_batch_invariant
 
 VOCABULARY = 512
+BLOCK = 64
+"""Rows of a product in the batch-invariant mode."""
 FUSED = dict.fromkeys(
     ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel"), True
 )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear. How a product rounds depends on its number of rows, so in gdn.batch_invariant it is
+    always the same."""
+    if not is_batch_invariant():
+        return F.linear(x, weight, bias)
+    rows = x.flatten(0, -2)
+    blocks = F.pad(rows, (0, 0, 0, -len(rows) % BLOCK)).split(BLOCK)
+    out = torch.cat([F.linear(block, weight, bias) for block in blocks])
+    return out[: len(rows)].unflatten(0, x.shape[:-1])
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class Mixer(nn.Module):
@@ -24,8 +45,8 @@ class Mixer(nn.Module):
         self.shapes = [(H, K), (H, K), (HV, V), (HV,), (HV,)]
         self.sizes = [H * K, H * K, HV * V, HV, HV]
         self.norm = nn.RMSNorm(width)
-        self.in_proj = nn.Linear(width, sum(self.sizes), bias=False)
-        self.out_proj = nn.Linear(HV * V, width, bias=False)
+        self.in_proj = Linear(width, sum(self.sizes), bias=False)
+        self.out_proj = Linear(HV * V, width, bias=False)
         self.A_log = nn.Parameter(torch.rand(HV).log())
         self.dt_bias = nn.Parameter(torch.zeros(HV))
 
@@ -60,9 +81,9 @@ class Model(nn.Module):
         self.feed = nn.ModuleList(
             nn.Sequential(
                 nn.RMSNorm(width),
-                nn.Linear(width, 2 * width),
+                Linear(width, 2 * width),
                 nn.SiLU(),
-                nn.Linear(2 * width, width),
+                Linear(2 * width, width),
             )
             for _ in range(layers)
         )
@@ -84,7 +105,7 @@ class Model(nn.Module):
             x = x + feed(x)
         if "cu_seqlens" in options:
             x = x[0, options["cu_seqlens"][1:] - 1]
-        return F.linear(x, self.embed.weight).argmax(-1)
+        return linear(x, self.embed.weight).argmax(-1)
 
 
 @torch.inference_mode()

@@ -62,6 +62,13 @@ def test_serving_together_equals_serving_alone(
     assert written[0] == written[1]
 
 
+def test_tokens_are_those_of_requests_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    generate = load("generate")
+    options = ["--requests", "6", "--slots", "4", "--prompt", "70", "--length", "5"]
+    generate.main([*options, "--backends", "torch", "--batch-invariant"])
+    assert "6 of 6 requests as alone" in capsys.readouterr().out
+
+
 def test_generate_prints_a_line_a_backend(capsys: pytest.CaptureFixture[str]) -> None:
     generate = load("generate")
     options = ["--requests", "2", "--slots", "2", "--prompt", "9", "--length", "3"]
