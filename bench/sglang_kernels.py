@@ -3,8 +3,8 @@ verification of draft tokens, with the kernels that prepare them.
 
     python bench/sglang_kernels.py --heads 16/32 --backends tilelang,triton
 
-SGLang 0.5.23 must be importable; its other needs are not (docs/frameworks.md). A kernel that does
-not agree with plain PyTorch is not timed. "triton" and "flashinfer" in the table are SGLang's
+SGLang 0.5.23 must be importable; its dependencies may be missing (docs/frameworks.md). A kernel
+that does not agree with plain PyTorch is not timed. "triton" and "flashinfer" in the table are SGLang's
 kernels, gdn's are "gdn ...".
 """
 
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Timing]]:
     parser.add_argument("--heads", default="16/32", help="H/HV of a rank")
     parser.add_argument("--size", type=int, default=128, help="K = V")
     parser.add_argument("--backends", default="tilelang,triton" if on_gpu else "torch")
-    parser.add_argument("--prefill", default=PREFILLS, help="as in --shapes")
+    parser.add_argument("--prefill", default=PREFILLS, help="shapes without heads")
     parser.add_argument("--batches", default="1,8,64,256", help="of decode and verification")
     args = parser.parse_args(arguments)
     torch.manual_seed(0)

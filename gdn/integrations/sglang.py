@@ -4,8 +4,8 @@ code it was written, loads by itself (entry point group `sglang.srt.plugins`).
 It adds the choice "gdn" to --linear-attn-decode-backend and --linear-attn-prefill-backend. Where
 that is asked for, SGLang first builds its own Triton kernels, and gdn's then take their places, a
 phase each. Verification of draft tokens follows decode, unless --linear-attn-verify-backend is
-given; trees of drafts stay with SGLang. What gdn refuses stays as SGLang has it. One line of the
-log says which backend of gdn runs what, and why not the rest.
+given; trees of drafts stay with SGLang. What gdn refuses runs on SGLang's Triton kernels. One line
+of the log says which backend of gdn runs what, and why not the rest.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _log(runs: dict[str, str], refused: dict[str, str]) -> None:
     """The one line: which backend of gdn runs what, and why SGLang's own kernels run the rest."""
     version = _version()
     notes = "" if version == VERSION else f" (gdn knows {VERSION})"
-    notes += ", batch-invariant" if is_batch_invariant() else ""
+    notes += ", batch-invariant" if runs and is_batch_invariant() else ""
     parts = [f"{phase} by {name}" for phase, name in runs.items()]
     for reason in dict.fromkeys(refused.values()):
         phases = [phase for phase in refused if refused[phase] == reason]

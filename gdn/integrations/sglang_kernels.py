@@ -81,6 +81,7 @@ class Kernel:
 
         Raises:
             NotImplementedError: inplace_update is False (multi-item scoring).
+            ValueError: track_state comes without track_chunk_idx.
         """
         if not inplace_update:
             raise NotImplementedError(
@@ -88,11 +89,10 @@ class Kernel:
             )
         tracked: dict[str, Any] = {}
         if track_state is not None:
-            assert track_chunk_idx is not None
+            if track_chunk_idx is None:
+                raise ValueError("track_chunk_idx must come with track_state, got None")
             tracked["checkpoint_offsets"] = track_chunk_idx.clamp(min=0) * CHUNK
-            tracked["checkpoints"] = track_state
-            if ssm_states.dtype != track_state.dtype:
-                tracked["checkpoints"] = torch.empty_like(track_state, dtype=ssm_states.dtype)
+            tracked["checkpoints"] = track_state.to(ssm_states.dtype)
         o = gated_delta_net_prefill(
             q, k, v, g, beta, state=ssm_states, state_indices=cache_indices,
             out=output, cu_seqlens=query_start_loc, backend=self.backend, **tracked, **GATED,

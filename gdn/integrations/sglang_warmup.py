@@ -11,6 +11,7 @@ from torch import Tensor
 from gdn.dispatch import BackendUnsupportedError, own_kernels, parse_request, request_in_force
 from gdn.integrations.sglang_kernels import Kernel, split_projection
 from gdn.problem import CHUNK
+from gdn.registry import UnknownBackendError
 
 
 class Layer(NamedTuple):
@@ -40,8 +41,12 @@ def find_backend(phase: str, layer: Layer) -> tuple[str, list[str]]:
     request = request_in_force()[0]
     if request == "auto" and layer.pool.device.type != "cpu":
         request = own_kernels()
+    try:
+        names = parse_request(request) if request else []
+    except UnknownBackendError as error:
+        return "", [str(error)]
     reasons: list[str] = []
-    for name in parse_request(request) if request else ():
+    for name in names:
         try:
             with torch.inference_mode():
                 warm_up(phase, layer, Kernel(name))

@@ -47,8 +47,8 @@ def say(message: str) -> None:
 
 
 def register() -> None:
-    """Put gdn into vLLM's registry, or say why not. Nothing of vLLM is imported for it: each class
-    is made when vLLM imports its module, since that import asks for the GPU. Calling it again
+    """Put gdn into vLLM's registry, or say why not. No layer of vLLM is imported for it: each
+    class is made when vLLM imports its module, since that import asks for the GPU. Calling it again
     changes nothing."""
     setting = os.environ.get("GDN_VLLM") or "layers"
     if setting not in _SETTINGS:

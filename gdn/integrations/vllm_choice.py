@@ -62,17 +62,31 @@ def make_rule(
     """The rule of a layer with these H, HV, K, V on this rank and these keywords of gdn's calls; or
     None, after a line in the log, if gdn leaves the layer to vLLM."""
     name = type(layer).__mro__[1].__name__
-    current = importlib.import_module("vllm.platforms").current_platform.current_device()
-    device = torch.device(current)  # the layer's own may still be meta
-    rule = Rule(*sizes, options | {"backend": request_on(device)})
+    try:
+        current = importlib.import_module("vllm.platforms").current_platform.current_device()
+        device = torch.device(current)  # the layer's own may still be meta
+        rule = Rule(*sizes, options | {"backend": request_on(device)})
+        reason = find_refusal(config) or _prepare(name, layer, config, rule, device, per_channel)
+    except Exception as error:  # vLLM must start without gdn
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        say(f"gdn leaves {name} to vLLM: {reason}")
+        return None
+    return rule
+
+
+def _prepare(
+    name: str, layer: Any, config: Any, rule: Rule, device: torch.device, per_channel: bool
+) -> str:
+    """Compile what the layer needs, once for layers that are alike. Why it cannot run; empty if it
+    can."""
     stored = config.cache_config.mamba_cache_mode == "align"
     windows, dtypes = layer.get_state_shape()[0], layer.get_state_dtype()
     key = (
-        name, *sizes, *rule.options.items(), windows, dtypes, config.model_config.dtype,
+        name, *rule[:4], *rule.options.items(), windows, dtypes, config.model_config.dtype,
         layer.num_spec, stored,
     )  # fmt: skip
-    reason = find_refusal(config)
-    if not reason and key not in _answers:
+    if key not in _answers:
         page = prod(rule.state_shape) + prod(windows) * dtypes[0].itemsize // dtypes[1].itemsize
         pool = torch.zeros(2, page, dtype=dtypes[1], device=device)
         pool = pool[:, : prod(rule.state_shape)].view(2, *rule.state_shape)
@@ -83,17 +97,13 @@ def make_rule(
         )
         try:
             backends = {warmup(**x.tokens, **x.keywords, prefill=x.prefill) for x in calls}
-        except Exception as error:  # vLLM must start without gdn
+        except Exception as error:
             _answers[key] = str(error)
         else:
             _answers[key] = ""
             _cold.extend(calls)
             say(f"gdn {gdn.__version__} runs {name} on {' and '.join(sorted(backends))}")
-    reason = reason or _answers[key]
-    if reason:
-        say(f"gdn leaves {name} to vLLM: {reason}")
-        return None
-    return rule
+    return _answers[key]
 
 
 def gate_of(layer: Any) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from gdn.api import gated_delta_net
-from gdn.dispatch import BackendUnsupportedError
 from gdn.integrations.vllm import say
 from gdn.integrations.vllm_batch import Rule, Tokens, run_batch
 from gdn.integrations.vllm_choice import (
@@ -214,7 +213,7 @@ def make_prefill(module: ModuleType) -> type:
                 o, state = gated_delta_net(
                     **given, state_v_first=True, backend=request_on(q.device)
                 )
-            except BackendUnsupportedError as error:
+            except Exception as error:  # a compiler's, say; vLLM's own function can run the call
                 say(f"gdn leaves ChunkGatedDeltaRule to vLLM: {error}")
                 self._forward_method = self.gdn_original
                 return self._forward_method(**given, core_attn_out=core_attn_out, **others)
