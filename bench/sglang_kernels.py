@@ -4,8 +4,8 @@ verification of draft tokens, with the kernels that prepare them.
     python bench/sglang_kernels.py --heads 16/32 --backends tilelang,triton
 
 SGLang 0.5.23 must be importable; its dependencies may be missing (docs/frameworks.md). A kernel
-that does not agree with plain PyTorch is not timed. "triton" and "flashinfer" in the table are SGLang's
-kernels, gdn's are "gdn ...".
+that does not agree with plain PyTorch is not timed. "triton" and "flashinfer" in the table are
+SGLang's kernels, gdn's are "gdn ...".
 """
 
 from __future__ import annotations
