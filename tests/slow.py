@@ -13,18 +13,21 @@ SLOW = re.compile(
             r"test_agreement\.py::.*triton-cpu-(channels|head-dim|packed|resets|lower|steep|model)"
             r".*float16",
             r"test_agreement\.py::.*triton-cpu-channels.*float32",
+            r"test_agreement\.py::.*triton-cpu-(grouped-heads-b|head-dim.*bf|packed-b|resets.*bf)",
+            r"test_decode\.py::test_agrees.*triton-cpu-.*-float16\]",
             r"test_agreement\.py::.*triton-cpu-channels-(v-first|model|lower|no-decay|weak|corr)",
             r"test_channels\.py::.*triton-cpu-(1|2|15|16|31|63|64)\]",
             r"test_channels\.py::test_(equal|prefill|a_lower).*triton-cpu",
             r"test_close_keys\.py::.*cpu-channels-cosine-1-beta-2-torch\.bfloat16-triton",
             r"test_prefill\.py::.*triton-cpu-.*-(bfloat16|float16)\]",
             r"test_prefill_random\.py::.*triton-cpu-([6-9]|1\d|2\d)\]",
+            r"test_batch_invariance\.py::.*(parts|pool).*triton-cpu",
             r"test_batch_invariance\.py::.*triton-cpu-([1-9]|1\d|channels.*)\]",
             r"test_batch_invariance\.py::.*torch-cpu-([4-9]|1\d)\]",
-            r"test_triton\.py::(test_compiles_for\[80\]|test_pieces.*(dense-torch\.bf|packed.*float32)"
+            r"test_triton\.py::(test_compiles_for\[80\]|test_pieces.*(dense-torch\.bf|cpu-packed)"
             r"|test_head_dims.*bfloat16)",
-            r"test_strided_inputs\.py::.*triton-cpu-dense-(heads|short)",
-            r"test_(ops|channels_ops|prefill)\.py::.*triton-cpu-(True-dense|dense|0|1)\]",
+            r"test_strided_inputs\.py::.*triton-cpu-dense",
+            r"test_(ops|channels_ops|prefill)\.py::.*triton-cpu-(True-dense|dense|packed-b.*|0|1)\]",
             r"test_transformers\.py::.*triton-cpu-(lara|olmo|qwen3_5|qwen4)",
             r"test_padded_packs\.py::.*triton-cpu-.*-1\]",
             r"test_(properties|channels)\.py::test_(repeated|is_linear|strided).*triton-cpu",
@@ -33,10 +36,11 @@ SLOW = re.compile(
             r"test_tilelang_decode\.py::test_compiles.*channels-",
             r"test_tilelang_channels\.py::test_(decode.*(\[(ch|p|s|e|h)|torch\.float16)|float16|tokens"
             r"|neither|a_warp|other|close|a_sum|forward_as|forward\[(?!dense-torch\.bfloat16-late))",
-            r"test_tilelang_forgetting\.py::.*(early\]|False-late|64-dtype0|mixed|True-1\.0|dtype3)",
+            r"test_tilelang_forgetting\.py::.*(early\]|False-late|64-dtype0|mixed|True-1\.0|dtype3"
+            r"|large_float16)",
             r"test_tilelang_emulated\.py::test_(agrees.*(correlated|strong)|pieces.*early"
-            r"|backward.*\[parts|two_warp.*early|summaries)",
-            r"test_tilelang_emulated\.py::test_(close_keys.*(2-torch\.float16|keys-torch\.bfloat16)"
+            r"|backward.*parts|two_warp|summaries)",
+            r"test_tilelang_emulated\.py::test_(close_keys.*(torch\.float16|keys-torch)"
             r"|float16_ranges.*(raw-rows|large-values|in_pieces)|tokens_past.*pieces"
             r"|summaries.*early|decode.*(padded-pack|last-elsewhere|sixteen-tokens|no-leading))",
         )
