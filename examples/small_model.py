@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,28 +14,21 @@ from gdn.invariance import is_batch_invariant
 
 VOCABULARY = 512
 BLOCK = 64
-"""Rows of a product in the batch-invariant mode."""
+"""Rows at a time in the batch-invariant mode."""
 FUSED = dict.fromkeys(
     ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel"), True
 )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. How a product rounds depends on its number of rows, so in gdn.batch_invariant it is
-    always the same."""
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of each row of x. How PyTorch rounds depends on the number of rows, so in
+    gdn.batch_invariant it is always the same."""
     if not is_batch_invariant():
-        return F.linear(x, weight, bias)
+        return function(x)
     rows = x.flatten(0, -2)
     blocks = F.pad(rows, (0, 0, 0, -len(rows) % BLOCK)).split(BLOCK)
-    out = torch.cat([F.linear(block, weight, bias) for block in blocks])
+    out = torch.cat([function(block) for block in blocks])
     return out[: len(rows)].unflatten(0, x.shape[:-1])
-
-
-class Linear(nn.Linear):
-    """nn.Linear by `linear`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
 
 
 class Mixer(nn.Module):
@@ -45,14 +39,14 @@ class Mixer(nn.Module):
         self.shapes = [(H, K), (H, K), (HV, V), (HV,), (HV,)]
         self.sizes = [H * K, H * K, HV * V, HV, HV]
         self.norm = nn.RMSNorm(width)
-        self.in_proj = Linear(width, sum(self.sizes), bias=False)
-        self.out_proj = Linear(HV * V, width, bias=False)
+        self.in_proj = nn.Linear(width, sum(self.sizes), bias=False)
+        self.out_proj = nn.Linear(HV * V, width, bias=False)
         self.A_log = nn.Parameter(torch.rand(HV).log())
         self.dt_bias = nn.Parameter(torch.zeros(HV))
 
     def project(self, x: Tensor) -> dict[str, Tensor]:
         """The op's tensors from x [B, T, width]."""
-        parts = self.in_proj(self.norm(x)).split(self.sizes, -1)
+        parts = by_rows(lambda rows: self.in_proj(self.norm(rows)), x).split(self.sizes, -1)
         names = ("q", "k", "v", "g", "beta")
         tensors = {n: p.unflatten(-1, s) for n, p, s in zip(names, parts, self.shapes, strict=True)}
         return tensors | {"A_log": self.A_log, "dt_bias": self.dt_bias}
@@ -67,7 +61,7 @@ class Mixer(nn.Module):
         else:  # for backends that prefill outside of a pool alone
             o, state = gdn.gated_delta_net(**tensors, **options, output_final_state=True)
             pool[slots] = state
-        return x + self.out_proj(o.flatten(2))
+        return x + by_rows(self.out_proj, o.flatten(2))
 
 
 class Model(nn.Module):
@@ -81,9 +75,9 @@ class Model(nn.Module):
         self.feed = nn.ModuleList(
             nn.Sequential(
                 nn.RMSNorm(width),
-                Linear(width, 2 * width),
+                nn.Linear(width, 2 * width),
                 nn.SiLU(),
-                Linear(2 * width, width),
+                nn.Linear(2 * width, width),
             )
             for _ in range(layers)
         )
@@ -102,10 +96,10 @@ class Model(nn.Module):
         x = self.embed(tokens)
         for mixer, feed, pool in zip(self.mixers, self.feed, pools, strict=True):
             x = mixer(x, pool, slots, options)
-            x = x + feed(x)
+            x = x + by_rows(feed, x)
         if "cu_seqlens" in options:
             x = x[0, options["cu_seqlens"][1:] - 1]
-        return linear(x, self.embed.weight).argmax(-1)
+        return by_rows(lambda rows: F.linear(rows, self.embed.weight), x).argmax(-1)
 
 
 @torch.inference_mode()

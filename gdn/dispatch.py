@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gdn import registry
+from gdn.aligned import make_plan
 from gdn.backend import Backend, Plan, reasons_against
 from gdn.checked import CheckedPlan
 from gdn.environment import Variable
@@ -249,7 +250,7 @@ def choose_for_pool(request: str, given: PoolCall) -> Chosen:
 def _remember(key: tuple[object, ...], backend: Backend, call: Call | PoolCall) -> Chosen:
     if len(_chosen) >= _CHOSEN_LIMIT:
         _chosen.clear()
-    plan = CheckedPlan(backend, backend.plan(call))
+    plan = CheckedPlan(backend, make_plan(backend, call))
     _chosen[key] = chosen = Chosen(plan, registry.pin(backend))
     return chosen
 
@@ -258,4 +259,4 @@ def precompile(request: str, call: Call | PoolCall, problem: Problem) -> tuple[s
     """Compile the kernels that a call like this one needs. Returns the backend's name, and whether
     it compiles anything before its first call."""
     backend = resolve(request, problem)
-    return backend.name, backend.plan(call).precompile(call, problem.needs_grad)
+    return backend.name, make_plan(backend, call).precompile(call, problem.needs_grad)

@@ -47,6 +47,8 @@ class Explanation:
             lines.append(
                 f"batch-invariant: {p.N * p.HV} scans side by side, one a sequence and value head, "
                 "never in pieces, which few heads of long sequences need to fill a GPU"
+                if p.pool is None or p.prefill
+                else "batch-invariant: the kernel for any number of states"
             )
         return "\n".join(lines)
 

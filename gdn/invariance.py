@@ -47,7 +47,8 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
     Backends that cannot promise it refuse (BackendUnsupportedError); with cp= the call raises.
 
     torch.compile fixes the mode when it traces a call: put the block around the compiled function's
-    first call.
+    first call. Activation checkpointing runs forward again in backward, in other threads too: use
+    `set_batch_invariant` there.
     """
     token = _context.set(_checked(enabled))
     try:

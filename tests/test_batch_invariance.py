@@ -144,6 +144,31 @@ def test_a_sequence_has_the_same_bits_in_parts(backend: str, device: str, seed: 
     assert torch.equal(state, final)
 
 
+def misplaced(x: Tensor) -> Tensor:
+    """The same numbers, rows apart and off by one number from where a new tensor would be."""
+    wide = x.new_empty(*x.shape[:-1], x.shape[-1] + 3)
+    wide[..., 1 : 1 + x.shape[-1]] = x
+    return wide[..., 1 : 1 + x.shape[-1]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_strides_and_addresses_do_not_matter(backend: str, device: str, seed: int) -> None:
+    """A sequence that is cut out of a pack has other ones than a sequence alone."""
+    case = draw(seed, backend, device)
+    inputs = make_inputs(case, device, seed) | {"output_final_state": True}
+    require(backend, inputs)
+    names = [*TOKENS, "initial_state", "A_log", "dt_bias"]
+    moved = {n: misplaced(inputs[n]) for n in names if inputs.get(n) is not None}
+    with gdn.batch_invariant():
+        outputs = gdn.gated_delta_net(**inputs, backend=backend)
+        again = gdn.gated_delta_net(**inputs | moved, backend=backend)
+    for x, y in zip(outputs, again, strict=True):
+        assert x is not None
+        assert y is not None
+        assert y.is_contiguous()
+        assert torch.equal(x, y)
+
+
 def rows_of(inputs: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
     """A call on a copy of the pool with these sequences alone, packed."""
     bounds = inputs["cu_seqlens"].tolist()
@@ -165,6 +190,7 @@ def check_rows(op: Any, backend: str, inputs: dict[str, Any], rng: random.Random
         for size in (1, min(3, count)):
             chosen = rng.sample(range(count), size)
             few = rows_of(inputs, chosen)
+            few |= {name: misplaced(few[name]) for name in TOKENS}
             got = op(**few, backend=backend)
             tokens = [t for n in chosen for t in range(bounds[n], bounds[n + 1])]
             assert torch.equal(got, o[:, tokens])

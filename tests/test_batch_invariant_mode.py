@@ -11,11 +11,12 @@ import pytest
 import torch
 from support import TOKENS
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import gdn
 from gdn import calls
 from gdn.problem import Call, Step
-from gdn.testing import Case, make_inputs
+from gdn.testing import Case, make_inputs, with_gradients
 from gdn.testing.decode import StepCase, make_step
 
 
@@ -88,6 +89,18 @@ def test_compiled_calls_keep_the_mode_of_their_trace() -> None:
         assert z is not None
         assert torch.equal(x, y)
         assert torch.equal(x, z)
+
+
+def test_checkpointing_computes_again_in_the_mode_that_is_set() -> None:
+    gdn.set_batch_invariant(True)
+    inputs = with_gradients(make_inputs(Case("call", lengths=(3, 70), K=16, V=16)))
+
+    def call(q: Tensor) -> Tensor:
+        return gdn.gated_delta_net(**inputs | {"q": q}, backend="torch").o
+
+    expected = torch.autograd.grad(call(inputs["q"]).sum(), inputs["q"])
+    again = checkpoint(call, inputs["q"], use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again.sum(), inputs["q"])[0], expected[0])
 
 
 LONG = Case("long", T=32768, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16)

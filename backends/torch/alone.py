@@ -88,7 +88,7 @@ def split(call: Call) -> Iterator[Part]:
 
 def forward(call: Call, save: bool, *rounding: Any) -> Forward:
     """`chunk_loop.forward` of each part."""
-    o, final_state = torch.zeros_like(call.v), None
+    o, final_state = call.v.new_zeros(call.v.shape), None
     if call.output_final_state:
         final_state = call.v.new_empty(call.state_shape, dtype=call.state_dtype)
     saved = [x.zero_() for x in chunk_loop.saved_like(call)] if save else []
@@ -112,9 +112,9 @@ def backward(
     """`chunk_loop.backward` of each part. Gradients of A_log and dt_bias are sums over the
     sequences, in their order."""
     tensors, parameters = call.differentiable[:-2], call.differentiable[-2:]
-    found: list[Tensor | None] = [None if x is None else torch.zeros_like(x) for x in tensors]
+    found = [None if x is None else x.new_zeros(x.shape) for x in tensors]
     found += [
-        None if x is None else torch.zeros_like(x, dtype=call.state_dtype) for x in parameters
+        None if x is None else x.new_zeros(x.shape, dtype=call.state_dtype) for x in parameters
     ]
     for part in split(call):
         final = None if grad_final_state is None else grad_final_state[part.states].contiguous()
@@ -135,7 +135,7 @@ def backward(
 def run(given: PoolCall, compute: Callable[[Any], Tensor]) -> Tensor:
     """A decode step or a prefill on a pool, part by part. cu_seqlens must not leave 0..T."""
     call = given.call
-    o = torch.zeros_like(call.v) if given.out is None else given.out
+    o = call.v.new_zeros(call.v.shape) if given.out is None else given.out
     if given.state_indices is None:
         slots = torch.arange(call.sequences, device=given.state.device)
         given = given._replace(state_indices=slots)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gdn.invariance import is_batch_invariant
 from gdn.problem import Call
 from gdn.testing import Case, make_inputs
 from gdn.validation import validate
@@ -142,7 +143,7 @@ def make_call(case: Case) -> Call:
             inputs[name] = inputs[name].new_empty(sizes.get(name, (case.HV,)))
     if case.lengths is not None:
         inputs["cu_seqlens"] = torch.empty(case.sequences + 1, dtype=torch.int32, device="meta")
-    call = Call(**inputs)
+    call = Call(**inputs, batch_invariant=is_batch_invariant())
     if call.initial_state is not None:
         call = call._replace(initial_state=call.initial_state.new_empty(call.state_shape))
     validate(call)
