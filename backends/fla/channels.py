@@ -17,7 +17,7 @@ from gdn.backend import Forward, Gradients
 from gdn.problem import CHUNK, Call
 
 from . import is_safe
-from .prefill import activate, common, for_fla, raw_gradients
+from .prefill import activate, common, for_fla, options_of, raw_gradients
 
 _own_entry: Callable[..., Any] = inspect.unwrap(chunk_kda)
 """The function behind fla's public entry, where FlashKDA may answer."""
@@ -38,9 +38,8 @@ def _gate(call: Call) -> dict[str, Any]:
 
 def forward_only(call: Call) -> Forward:
     """fla's entry. Apart from the bound, `call` has its names."""
-    options: dict[str, Any] = _prepare(call)._asdict()
-    for name in ("gate_lower_bound", "chunk_indices", "batch_invariant"):
-        del options[name]
+    options = options_of(_prepare(call))
+    del options["chunk_indices"]
     o, final_state = _own_entry(**options, **_gate(call))
     return Forward(o, final_state, [])
 

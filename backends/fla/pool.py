@@ -3,8 +3,6 @@ before its function and scattered after it, without a device sync of the adapter
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 from fla.ops.kda import fused_recurrent_kda
@@ -12,6 +10,8 @@ from torch import Tensor
 
 from gdn.backend import Plan
 from gdn.problem import Call, PoolCall, Prefill, Step, is_live
+
+from .prefill import options_of
 
 
 def _bounded(call: Call) -> Call:
@@ -70,10 +70,9 @@ def decode(step: Step) -> Tensor:
     """See `gdn.backend.Plan.decode`."""
     step = step._replace(call=_bounded(step.call))
     call = step.call
-    options: dict[str, Any] = call._asdict()
-    bound, _ = options.pop("gate_lower_bound"), options.pop("batch_invariant")
+    options = options_of(call)
     if call.per_channel:
-        options["lower_bound"] = bound
+        options["lower_bound"] = call.gate_lower_bound
     slots, live, states = _start(step)
     options |= {"initial_state": states.contiguous(), "output_final_state": True}
     recurrence = fused_recurrent_kda if call.per_channel else fused_recurrent_gated_delta_rule

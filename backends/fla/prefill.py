@@ -91,12 +91,18 @@ def for_fla(call: Call) -> Call:
     return call._replace(**tensors)  # type: ignore[arg-type]
 
 
-def forward_only(call: Call) -> Forward:
-    """fla's entry, with `call`'s names, which are fla's."""
-    options: dict[str, Any] = for_fla(call)._asdict()
-    for name in ("gate_lower_bound", "batch_invariant"):  # fla has the first one per channel alone
+def options_of(call: Call) -> dict[str, Any]:
+    """A call by its names, which are fla's. Without the bound of the gate, which fla has per
+    channel alone and under another name, and without gdn's batch-invariant mode."""
+    options: dict[str, Any] = call._asdict()
+    for name in ("gate_lower_bound", "batch_invariant"):
         del options[name]
-    o, final_state = entry()(**options)
+    return options
+
+
+def forward_only(call: Call) -> Forward:
+    """fla's entry."""
+    o, final_state = entry()(**options_of(for_fla(call)))
     return Forward(o, final_state, [])
 
 
