@@ -18,8 +18,8 @@ from suite import (
     HERE,
     ON_GPU,
     about,
-    compared,
     conversions,
+    find_row,
     selected_backends,
     selected_gates,
     selected_norms,
@@ -157,8 +157,7 @@ def record_pass(request: pytest.FixtureRequest, record: Any) -> Callable[..., No
         least: Work,
         **columns: object,
     ) -> None:
-        comparison = compared(case, selected_backends(request.config), passes)
-        row = next(row for row in comparison.rows if row.backend == backend)
+        comparison, row = find_row(request.config, case, backend, passes)
         columns |= {"shape": case.name, "gates": case.gates, "pass": which, "backend": backend}
         not_timed = request.config.stash[NOT_TIMED]
         if which in row.refusals:

@@ -13,7 +13,7 @@ import torch
 from shapes import SELECTIONS, Norm, Selection, expand, make_step_case
 
 import gdn
-from gdn.compare.comparison import Comparison
+from gdn.compare.comparison import Comparison, Row
 from gdn.compare.decode import DECODE, StepComparison
 from gdn.compare.environment import environment
 from gdn.compare.roofline import PASSES
@@ -96,6 +96,14 @@ def compared(case: Case, backends: tuple[str, ...], passes: tuple[str, ...]) -> 
     for row in comparison.rows:
         comparison.check(row)
     return comparison
+
+
+def find_row(
+    config: pytest.Config, case: Case, backend: str, passes: tuple[str, ...]
+) -> tuple[Any, Row]:
+    """The comparison of a case on the selected backends, and a backend's row of it."""
+    comparison = compared(case, selected_backends(config), passes)
+    return comparison, next(row for row in comparison.rows if row.backend == backend)
 
 
 @functools.cache

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from shapes import make_case, make_step_case
-from suite import DEVICE, DTYPE, ON_GPU, compared, selected_backends, selected_passes
+from suite import DEVICE, DTYPE, ON_GPU, find_row, selected_passes
 
 import gdn
-from gdn.compare.comparison import Row, plain_case
+from gdn.compare.comparison import plain_case
 from gdn.compare.decode import DECODE
 from gdn.compare.roofline import Work, least_step_work, least_work
 from gdn.compare.timing import Timing, gpu_times, wall_times
+from gdn.registry import find_backend
 from gdn.testing import Case
 
 
@@ -32,11 +33,10 @@ def record_price(request: pytest.FixtureRequest, record: Any) -> Any:
         least: Work,
         **columns: object,
     ) -> None:
-        info = next(info for info in gdn.list_backends() if info.name == backend)
-        if not info.capabilities.batch_invariant:
+        claims = find_backend(backend).capabilities
+        if not claims.batch_invariant:
             pytest.skip("does not claim batch invariance")
-        comparison = compared(case, selected_backends(request.config), passes)
-        found: Row = next(row for row in comparison.rows if row.backend == backend)
+        comparison, found = find_row(request.config, case, backend, passes)
         row = replace(found, errors={}, failures=dict(found.failures), first_calls={})
         with gdn.batch_invariant():
             comparison.check(row)
@@ -52,7 +52,7 @@ def record_price(request: pytest.FixtureRequest, record: Any) -> Any:
 
         runs = {"any": comparison.call(backend, which), "same": same}
         seconds = request.config.getoption("seconds")
-        graphs = dict.fromkeys(runs, info.capabilities.cuda_graph)
+        graphs = dict.fromkeys(runs, claims.cuda_graph)
         times = gpu_times(runs, graphs, seconds) if ON_GPU else wall_times(runs, DEVICE, seconds)
         gpu: Timing | None = times["same"] if ON_GPU else None
         record(
