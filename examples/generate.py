@@ -74,7 +74,8 @@ class PrefixCache:
         return 0, -1
 
     def add(self, prefix: list[int], kept: set[int]) -> int:
-        """A slot for the prefix's state, none of those that are kept; -1 if it has or gets none."""
+        """Reserve a slot for the state after a prefix, and return it. -1 if the prefix has one
+        already, or if no slot can be freed: those in `kept` stay."""
         key = tuple(prefix)
         if key in self.slots:
             return -1
