@@ -83,10 +83,14 @@ def parse_request(request: str, argument: str = "backend") -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def own_kernels() -> str:
-    """The request for gdn's own kernels, the backends of "auto" but fla and torch, for frameworks
-    with a path of their own: on a GPU those two are no help to them."""
-    return _own_kernels(registry.generation)
+def framework_request(device: torch.device, backend: str | None = None) -> tuple[str, bool]:
+    """The request of a call that comes from a framework with a path of its own, and whether gdn
+    must run it. "auto" on a GPU need not, and means gdn's own kernels, the backends of "auto" but
+    fla and torch: those two are no help there. backend: as in `gdn.gated_delta_net`."""
+    request = request_in_force(backend)[0]
+    if request != "auto" or device.type == "cpu":
+        return request, True
+    return _own_kernels(registry.generation), False
 
 
 @functools.lru_cache(maxsize=1)

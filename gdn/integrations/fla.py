@@ -72,12 +72,8 @@ _registered: _InForce | None = None
 
 
 def _request(x: Tensor) -> tuple[str, bool]:
-    """The request of a call with this tensor, and whether it must run. "auto" on a GPU must not,
-    and means gdn's own kernels: fla goes on by itself, and plain PyTorch is no help there."""
-    request = dispatch.request_in_force(_registered.backend if _registered else None)[0]
-    if request != "auto" or x.device.type == "cpu":
-        return request, True
-    return dispatch.own_kernels(), False
+    """The request of a call with this tensor, and whether it must run."""
+    return dispatch.framework_request(x.device, _registered.backend if _registered else None)
 
 
 def _check(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gdn.dispatch import BackendUnsupportedError, own_kernels, parse_request, request_in_force
+from gdn.dispatch import BackendUnsupportedError, framework_request, parse_request
 from gdn.integrations.sglang_kernels import Kernel, split_projection
 from gdn.problem import CHUNK
 from gdn.registry import UnknownBackendError
@@ -38,9 +38,7 @@ def find_layer(backend: Any, model_runner: Any) -> Layer | None:
 def find_backend(phase: str, layer: Layer) -> tuple[str, list[str]]:
     """The first backend of the request in force that runs the calls of a phase ("decode",
     "prefill", "verify"), and the reasons of those before it. "" if there is none."""
-    request = request_in_force()[0]
-    if request == "auto" and layer.pool.device.type != "cpu":
-        request = own_kernels()
+    request, _ = framework_request(layer.pool.device)
     try:
         names = parse_request(request) if request else []
     except UnknownBackendError as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gdn
 from gdn.api import warmup
-from gdn.dispatch import own_kernels, request_in_force
+from gdn.dispatch import framework_request
 from gdn.integrations.vllm import say
 from gdn.integrations.vllm_batch import Rule, Sample, run_sample, samples
 
@@ -21,15 +21,6 @@ CACHE_MODES = ("none", "align")
 
 _answers: dict[tuple[object, ...], str] = {}  # why a kind of layer is refused, "" if it is not
 _cold: list[Sample] = []  # what the first profile run compiles
-
-
-def request_on(device: torch.device) -> str:
-    """The request in force. "auto" on a GPU means gdn's own kernels; where none can run, vLLM's own
-    path is better than the rest of gdn."""
-    request = request_in_force()[0]
-    if request != "auto" or device.type == "cpu":
-        return request
-    return own_kernels()
 
 
 def find_refusal(config: Any) -> str:
@@ -65,7 +56,7 @@ def make_rule(
     try:
         current = importlib.import_module("vllm.platforms").current_platform.current_device()
         device = torch.device(current)  # the layer's own may still be meta
-        rule = Rule(*sizes, options | {"backend": request_on(device)})
+        rule = Rule(*sizes, options | {"backend": framework_request(device)[0]})
         reason = find_refusal(config) or _prepare(name, layer, config, rule, device, per_channel)
     except Exception as error:  # vLLM must start without gdn
         reason = f"{type(error).__name__}: {error}"

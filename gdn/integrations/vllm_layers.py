@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gdn.api import gated_delta_net
+from gdn.dispatch import framework_request
 from gdn.integrations.vllm import say
 from gdn.integrations.vllm_batch import Rule, Tokens, run_batch
 from gdn.integrations.vllm_choice import (
@@ -19,7 +20,6 @@ from gdn.integrations.vllm_choice import (
     find_prefill_refusal,
     gate_of,
     make_rule,
-    request_on,
 )
 from gdn.problem import CHUNK
 
@@ -91,23 +91,22 @@ class Convolution:
         return y
 
 
-def make_qwen(module: ModuleType) -> type:
-    """Of Qwen3-Next, Qwen3.5, Qwen4-Exp and what else has its layer."""
+def _make_core(
+    known: type, options: tuple[str, ...] = (), settle: Callable[[Any, Any], None] | None = None
+) -> type:
+    """A subclass of a layer of vLLM with the convolution and the rule of its core by `run_layer`.
+    options: attributes that are keywords of gdn's calls; settle: called with the layer and vLLM's
+    configuration if gdn serves the layer."""
 
-    class Qwen(module.QwenGatedDeltaNetAttention):  # type: ignore[misc, name-defined]
-        """vLLM's layer, with the convolution and the rule of its core by `run_layer`."""
-
+    class Core(known):  # type: ignore[misc]
         def __init__(self, config: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, vllm_config, *args, **kwargs)
             heads = (x // self.tp_size for x in (self.num_k_heads, self.num_v_heads))
             sizes = (*heads, self.head_k_dim, self.head_v_dim)
-            self.gdn_rule = make_rule(self, vllm_config, sizes, False)
-            if self.gdn_rule is None:
-                return
-            self.enable_fused_gdn_spec_decode = False  # a kernel of the whole core, and the norm
-            if vllm_config.cache_config.mamba_cache_mode == "align":
-                # the scheduler then leaves prefills whole, whatever vLLM's own backend would be
-                self._checkpoint_alignment = CHUNK
+            given = {name: getattr(self, name) for name in options}
+            self.gdn_rule = make_rule(self, vllm_config, sizes, False, **given)
+            if self.gdn_rule is not None and settle is not None:
+                settle(self, vllm_config)
 
         def _forward_core(
             self, mixed_qkv: Tensor, b: Tensor, a: Tensor, core_attn_out: Tensor
@@ -117,31 +116,24 @@ def make_qwen(module: ModuleType) -> type:
             else:
                 run_layer(self, self.gdn_rule, mixed_qkv, a, b, core_attn_out)
 
-    return Qwen
+    return Core
+
+
+def _settle_qwen(layer: Any, vllm_config: Any) -> None:
+    layer.enable_fused_gdn_spec_decode = False  # a kernel of the whole core, and the norm
+    if vllm_config.cache_config.mamba_cache_mode == "align":
+        # the scheduler then leaves prefills whole, whatever vLLM's own backend would be
+        layer._checkpoint_alignment = CHUNK
+
+
+def make_qwen(module: ModuleType) -> type:
+    """Of Qwen3-Next, Qwen3.5, Qwen4-Exp and what else has its layer."""
+    return _make_core(module.QwenGatedDeltaNetAttention, settle=_settle_qwen)
 
 
 def make_olmo(module: ModuleType) -> type:
     """Of OLMo Hybrid."""
-
-    class Olmo(module.OlmoHybridGatedDeltaNetAttention):  # type: ignore[misc, name-defined]
-        """vLLM's layer, with the convolution and the rule of its core by `run_layer`."""
-
-        def __init__(self, config: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-            super().__init__(config, vllm_config, *args, **kwargs)
-            heads = (x // self.tp_size for x in (self.num_k_heads, self.num_v_heads))
-            sizes = (*heads, self.head_k_dim, self.head_v_dim)
-            twice = {"allow_neg_eigval": self.allow_neg_eigval}
-            self.gdn_rule = make_rule(self, vllm_config, sizes, False, **twice)
-
-        def _forward_core(
-            self, mixed_qkv: Tensor, b: Tensor, a: Tensor, core_attn_out: Tensor
-        ) -> None:
-            if self.gdn_rule is None:
-                super()._forward_core(mixed_qkv, b, a, core_attn_out)
-            else:
-                run_layer(self, self.gdn_rule, mixed_qkv, a, b, core_attn_out)
-
-    return Olmo
+    return _make_core(module.OlmoHybridGatedDeltaNetAttention, ("allow_neg_eigval",))
 
 
 def make_kimi(module: ModuleType) -> type:
@@ -211,7 +203,7 @@ def make_prefill(module: ModuleType) -> type:
             }  # fmt: skip
             try:
                 o, state = gated_delta_net(
-                    **given, state_v_first=True, backend=request_on(q.device)
+                    **given, state_v_first=True, backend=framework_request(q.device)[0]
                 )
             except Exception as error:  # a compiler's, say; vLLM's own function can run the call
                 say(f"gdn leaves ChunkGatedDeltaRule to vLLM: {error}")
