@@ -64,8 +64,6 @@ class TileLangBackend(Backend):
         if problem.pool is not None:
             return []
         reasons = []
-        if problem.per_channel and problem.needs_grad:
-            reasons.append("a decay per channel has no backward, and an input requires grad")
         if problem.gate_lower_bound is not None and not problem.per_channel:
             reasons.append("gate_lower_bound needs a decay per channel, except in decode")
         return reasons
