@@ -1,6 +1,6 @@
 """`channel_gradients.py`: e^g of a chunk and value head, and the gradients of its gates and beta.
 
-Entries of a thread are those of `channel_levels.py`. They lie in `smem.aside`, a column a thread,
+Entries of a thread are those of `channel_entries.py`. They lie in `smem.aside`, a column a thread,
 so that the arithmetic of the gate is a loop and not repeated in the code for every entry.
 """
 
@@ -11,7 +11,6 @@ from typing import Any
 import tilelang.language as T
 
 from gdn.definition import GATE_FLOOR, LARGE
-from gdn.problem import CHUNK as C
 
 from ..tile.gate_math import fused_log_decay, log_decay_slope, stored_R_scale
 from ..tile.indexing import rolled_loop
@@ -34,22 +33,22 @@ def load_decays(
         for c in T.unroll(2):
             for e in T.unroll(2):
                 i = 8 * b + lane % 4 * 2 + e
-                smem.aside[4 * b + 2 * c + e, thread] = 0.0
+                smem.aside[2 * b + c, thread, e] = 0.0
                 if i < live:
-                    smem.aside[4 * b + 2 * c + e, thread] = T.cast(
+                    smem.aside[2 * b + c, thread, e] = T.cast(
                         g[batch, token + i, head, channel + 8 * c], "float32"
                     )
     for b in rolled_loop(8):
         for c in T.unroll(2):
             for e in T.unroll(2):
-                value = smem.aside[4 * b + 2 * c + e, thread]
+                value = smem.aside[2 * b + c, thread, e]
                 if bias:
                     value += dt_bias[head, channel + 8 * c]
                 if gate:
                     value = fused_log_decay(
                         value, A_log[head] if has_A_log else T.float32(0), bound
                     )
-                smem.aside[4 * b + 2 * c + e, thread] = T.if_then_else(
+                smem.aside[2 * b + c, thread, e] = T.if_then_else(
                     8 * b + lane % 4 * 2 + e < live, T.exp(value), 1.0
                 )
 
@@ -58,8 +57,26 @@ def load_decays(
 def take_decays(smem: Any, regs: Any, thread: Any) -> None:
     """Factors of single tokens: prefixes e^g, and suffixes 1."""
     for n in T.unroll(int(smem.aside.shape[0])):
-        regs.prefix[n] = smem.aside[n, thread]
-        regs.suffix[n] = 1.0
+        for e in T.vectorized(2):
+            regs.prefix[2 * n + e] = smem.aside[n, thread, e]
+        for e in T.unroll(2):
+            regs.suffix[2 * n + e] = 1.0
+
+
+@T.macro
+def put_terms(smem: Any, regs: Any, thread: Any) -> None:
+    """smem.aside = regs.terms, in place of e^g."""
+    for n in T.unroll(int(smem.aside.shape[0])):
+        for e in T.vectorized(2):
+            smem.aside[n, thread, e] = regs.terms[2 * n + e]
+
+
+@T.macro
+def take_terms(smem: Any, regs: Any, thread: Any) -> None:
+    """The inverse of `put_terms`."""
+    for n in T.unroll(int(smem.aside.shape[0])):
+        for e in T.vectorized(2):
+            regs.terms[2 * n + e] = smem.aside[n, thread, e]
 
 
 @T.macro
@@ -97,8 +114,7 @@ def store_gate_gradients(
     raw = T.alloc_local((4 * BLOCKS_AT_ONCE,), g.dtype)
     A_sum[0] = 0.0
     T.clear(bias_sum)
-    for n in T.unroll(int(smem.aside.shape[0])):
-        smem.aside[n, thread] = regs.terms[n]
+    put_terms(smem, regs, thread)
     for step in rolled_loop(8 // BLOCKS_AT_ONCE):
         for n in T.unroll(4 * BLOCKS_AT_ONCE):
             i = 8 * (step * BLOCKS_AT_ONCE + n // 4) + lane % 4 * 2 + n % 2
@@ -108,7 +124,7 @@ def store_gate_gradients(
         for n in T.unroll(4 * BLOCKS_AT_ONCE):
             i = 8 * (step * BLOCKS_AT_ONCE + n // 4) + lane % 4 * 2 + n % 2
             if i < live:
-                d[0] = smem.aside[4 * BLOCKS_AT_ONCE * step + n, thread]
+                d[0] = smem.aside[2 * BLOCKS_AT_ONCE * step + n // 2, thread, n % 2]
                 value[0] = T.cast(raw[n], "float32")
                 if bias:
                     value[0] += dt_bias[head, channel + n // 2 % 2 * 8]
@@ -124,7 +140,7 @@ def store_gate_gradients(
         for c in T.unroll(2):
             bias_sum[c] += T.shfl_xor(bias_sum[c], 1)
             bias_sum[c] += T.shfl_xor(bias_sum[c], 2)
-            if lane % 4 == 0:
+            if T.And(lane % 4 == 0, live > 0):
                 ddt_bias[slot, head, channel + 8 * c] = bias_sum[c]
     if gate and has_A_log:
         A_sum[0] = T.warp_reduce_sum(A_sum[0])
@@ -148,8 +164,9 @@ def store_beta_gradient(
         total[0] *= beta * (1.0 - (0.5 if double else 1.0) * beta)
     if i < live:
         dbeta[batch, token + i, head] = total[0]
-    if gate and has_A_log and i == 0:
-        total[0] = 0.0
-        for warp in T.unroll(int(smem.dots.shape[1])):
-            total[0] += smem.dA_log[warp]
-        dA_log[slot, head] = total[0]
+    if gate and has_A_log:  # noqa: SIM102, known before the kernel is; the next is not
+        if T.And(i == 0, live > 0):
+            total[0] = 0.0
+            for warp in T.unroll(int(smem.dots.shape[1])):
+                total[0] += smem.dA_log[warp]
+            dA_log[slot, head] = total[0]

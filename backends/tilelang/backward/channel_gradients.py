@@ -1,7 +1,8 @@
-"""Backward, stage 4 with a decay per channel: all gradients but those of the states, chunk by chunk.
+"""Backward, stage 4 with a decay per channel: all gradients but those of the states, by chunks.
 
-With S the state before the chunk, dS the gradient of the state after it, a = e^G, z = e^{gamma - G},
-* elementwise, D_ij the decays between two tokens, and q, k normalised, for each value head
+With S the state before the chunk, dS the gradient of the state after it, a = e^G,
+z = e^{gamma - G}, * elementwise, D_ij the decays between two tokens, and q, k normalised, for each
+value head
 
     dq_i = scale a_i * (dO S^T)_i + sum_{j <= i} X_ij D_ij * k_j,       X = scale dO U^T
     right_i = -a_i * (R S^T)_i + sum_{j < i} Y_ij D_ij * k_j,           Y = -R U^T
@@ -15,14 +16,14 @@ Pairs i = j and z of the last token contain no g and stay out of dg. Then follow
 through the L2 norm, the sigmoid and the gate. R is the stored one, and beta R = `remaining_beta` R.
 In the code dq and dk are of raw rows q, k, whose norms are in the factors of tokens.
 
-Reads q, k, g, dO, `scan_factors`, rowsum(R * V), U^T, S^T, dS^T and, in the memory of dv, the stored
-R. Writes dq, dk, dg, dbeta, dv where beta is small, and partial sums for A_log and dt_bias. In
-float16 U^T and S^T are over the scales of their rows, by which it multiplies dO, R and dS.
+Reads q, k, g, dO, `scan_factors`, rowsum(R * V), U^T, S^T, dS^T and, in the memory of dv, the
+stored R. Writes dq, dk, dg, dbeta, dv where beta is small, and partial sums for A_log and dt_bias.
+In float16 U^T and S^T are over the scales of their rows, by which it multiplies dO, R and dS.
 
-Thread block: one on an SM, with a warpgroup for 64 channels; it takes every `thread_blocks`-th pair
-of chunk and q/k head, and its value heads in turn, and loads the next ones early. It sums dq and dk
-over the value heads in registers, in a fixed order. `channel_levels.py` has the layout of registers
-and the sums over pairs, `channel_sums.py` all other sums.
+Thread block: one on an SM, with a warpgroup for 64 channels. It takes every `thread_blocks`-th pair
+of chunk and q/k head, its value heads in turn, and loads the next ones early. It sums dq and dk
+over the value heads in registers, in a fixed order. `channel_entries.py` has their layout,
+`channel_levels.py` the sums over pairs, `channel_sums.py` all other sums.
 """
 
 from typing import Any
@@ -32,6 +33,7 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from ..compile import kernel
+from ..forward.warp_blocks import PRELUDE as BLOCKS
 from ..tile.fragment_sums import PRELUDE as SUMS
 from ..tile.fragments import PRELUDE as FRAGMENTS
 from ..tile.gate_math import remaining_beta
@@ -40,19 +42,25 @@ from ..tile.largest import PRELUDE as LARGEST
 from ..tile.largest import largest
 from ..tile.layout import ROWS
 from ..tile.ragged_rows import clear_past_end
+from .channel_entries import PRELUDE as CHANNEL_ENTRIES
+from .channel_entries import join_all
 from .channel_gates import (
     load_decays,
+    put_terms,
     store_beta_gradient,
     store_gate_gradients,
     take_decays,
+    take_terms,
 )
 from .channel_levels import PRELUDE as LEVELS
-from .channel_levels import add_levels, join_all
+from .channel_levels import add_levels
 from .channel_memory import (
-    ENTRIES,
+    CHUNK_FIELDS,
     ChannelGradientsSmem,
+    Registers,
     load_head,
     multiply_by_scales,
+    place,
     store_rows,
     store_weak_dv,
     sum_S_dS,
@@ -73,24 +81,7 @@ from .channel_sums import (
 from .factors import rows_of_factors
 from .gradients_memory import COLUMNS, load_rows, locate_chunk
 
-CUDA = (
-    "#include <tl_templates/cuda/instruction/mma.h>\n" + FRAGMENTS + SUMS + LARGEST + LEVELS
-    + CHANNEL_SUMS
-)  # fmt: skip
-CHUNK_FIELDS = ("batch", "token", "live", "slot", "key_head", "head", "first", "last")
-"""A value head of a chunk: what `locate_chunk` writes, and whether the head is the first or the last
-one of its q/k head."""
-
-
-class Registers:
-    """Of a thread: entries of `channel_levels.py`, and sums."""
-
-    def __init__(self) -> None:
-        self.prefix, self.suffix, self.dq, self.dk, self.terms = (
-            T.alloc_local((ENTRIES,), "float32") for _ in range(5)
-        )
-        self.rights = T.alloc_local((ENTRIES // 2,), "float32")  # k right, of a token
-        self.from_start = T.alloc_local((2,), "float32")  # of a channel
+CUDA = FRAGMENTS + BLOCKS + SUMS + LARGEST + CHANNEL_ENTRIES + LEVELS + CHANNEL_SUMS
 
 
 @kernel(own_barriers=True)
@@ -104,6 +95,7 @@ def channel_gradients(
     slots, spans, partial = (T.dynamic(name) for name in ("slots", "spans", "partial"))
     blocks, parts, has_A_log = K // COLUMNS, 2 if dtype == "float16" else 1, A_log
     threads = 128 * blocks
+    prelude = f"constexpr int gdn_threads = {threads};\n" + CUDA
 
     @T.macro
     def find_head(chunk_spans, chunk, first, thread_blocks, step):
@@ -126,8 +118,8 @@ def channel_gradients(
         smem.rest[i] = remaining_beta(beta)
         smem.row_factors[0, i] = scale * rq
         smem.row_factors[1, i] = -rk
-        smem.rq[i] = rq
-        smem.rk[i] = rk
+        smem.norms[0, i] = rq
+        smem.norms[1, i] = rk
         smem.rv[i] = smem.RV[0, i] + smem.RV[1, i] if V == 2 * ROWS else smem.RV[0, i]
 
     @T.macro
@@ -158,16 +150,16 @@ def channel_gradients(
     @T.macro
     def multiply_states(smem, regs, product, chunk, h, x):
         """Everything through S, dS, dO, R and U."""
+        sum_S_dS(smem, h, x)
         for n in T.unroll(2 // blocks):
             T.wgmma_gemm(smem.do_R[h + n, :, :], smem.U, product, clear_accum=True)
-            if n == 0:
-                sum_S_dS(smem, h, x)
             T.wait_wgmma(0)
             put_pairs(
-                product, T.address_of(smem.row_factors[h + n, 0]), T.address_of(smem.rk[0]),
+                product, T.address_of(smem.row_factors[h + n, 0]), T.address_of(smem.norms[1, 0]),
                 T.address_of(smem.XY[(h + n) * parts, 0, 0]),
                 T.address_of(smem.diagonal[h + n, 0]), parts,
             )  # fmt: skip
+            T.sync_threads()  # warps that have parted would serialise the next products
         T.wgmma_gemm(
             smem.S[h, :, :], smem.do_R[0, :, :], product, transpose_A=True, transpose_B=True,
             clear_accum=True,
@@ -182,7 +174,7 @@ def channel_gradients(
         add_R_S(product, smem, regs, T.address_of(smem.row_factors[1, 0]))
         T.wgmma_gemm(smem.dS[h, :, :], smem.U, product, transpose_A=True, clear_accum=True)
         T.wait_wgmma(0)
-        add_U_dS(product, smem, regs, T.address_of(smem.rk[0]), chunk.live)
+        add_U_dS(product, smem, regs, T.address_of(smem.norms[1, 0]), chunk.live)
 
     @T.macro
     def store_dq_dk(dq, dk, smem, regs, chunk, h, x):
@@ -198,9 +190,7 @@ def channel_gradients(
                 if l2:
                     for m in T.unroll(4 * blocks):
                         smem.along[n, thread] += smem.dots[1 + n, m, thread]
-                    smem.along[n, thread] *= (
-                        smem.rk[thread] * smem.rk[thread] if n else smem.rq[thread] * smem.rq[thread]
-                    )
+                    smem.along[n, thread] *= smem.norms[n, thread] * smem.norms[n, thread]
         T.sync_threads()
         put_gradient(regs.dq, T.address_of(smem.along[0, 0]), smem.q)
         put_gradient(regs.dk, T.address_of(smem.along[1, 0]), smem.k)
@@ -212,6 +202,9 @@ def channel_gradients(
             )
         if thread < 32:
             T.tma_store_wait(0)
+        if chunk.live < C:  # all threads have read the tiles, which the next loads overwrite
+            T.fence_proxy_async()
+            T.sync_threads()
 
     @T.prim_func
     def channel_gradients_kernel(
@@ -230,70 +223,70 @@ def channel_gradients(
         ddt_bias: T.Tensor((partial, HV, K), "float32"), scale: T.float32, thread_blocks: T.int32,
     ):  # fmt: skip
         """dv: holds the stored R when the kernel starts."""
-        with T.Kernel(thread_blocks, threads=(128, blocks), prelude=CUDA) as cta:
+        with T.Kernel(thread_blocks, threads=(128, blocks), prelude=prelude) as cta:
             smem = ChannelGradientsSmem(K, V, dtype, parts)
             regs, product = Registers(), T.alloc_fragment((COLUMNS, C), "float32")
             chunk, later = Fields(*CHUNK_FIELDS), Fields(*CHUNK_FIELDS)
-            loads = T.alloc_local((2,), "int32")  # that were waited for: of heads, of chunks
             head_ready, chunk_ready = T.alloc_barrier(32), T.alloc_barrier(32)
             x, h = T.get_thread_binding(0), T.get_thread_binding(1)
             thread = h * 128 + x
             of_head = (do, dv, factors, rowsum_RV, U, S, dS, row_scales)
             steps = T.ceildiv(slots * H - cta, thread_blocks) * group
-            loads[0] = 0
-            loads[1] = 0
-            later["live"] = 0
-            for step in T.serial(steps + 1):  # the first one loads alone
+            chunks = T.alloc_var("int32")  # loaded so far
+            chunks = 0
+            find_head(chunk_spans, later, cta, thread_blocks, 0)
+            if thread < 32:
+                load_chunk(q, k, smem, chunk_ready, later)
+                load_head(*of_head, smem, head_ready, *place(later), K)
+            # Unused slots are computed too, and nothing of them is stored: a branch around the
+            # products would serialise them.
+            for step in T.serial(steps):
                 for n in T.unroll(len(CHUNK_FIELDS)):
                     chunk.array[n] = later.array[n]
-                later["live"] = 0
-                if step < steps:
-                    find_head(chunk_spans, later, cta, thread_blocks, step)
-                if chunk.live > 0:
-                    load_decays(
-                        g, A_log, dt_bias, smem, chunk.batch, chunk.token, chunk.live, chunk.head,
-                        h, x, gate, bias, has_A_log, lower_bound,
-                    )  # fmt: skip
-                    take_decays(smem, regs, thread)
-                    join_all(regs)
-                    T.barrier_wait(head_ready, loads[0] % 2)
-                    loads[0] += 1
-                    T.clear(regs.from_start)
-                    if chunk.first == 1:
-                        T.barrier_wait(chunk_ready, loads[1] % 2)
-                        loads[1] += 1
-                        T.clear(regs.dq)
-                        T.clear(regs.dk)
-                    prepare_rows(dv, smem, chunk, scale, h, x)
-                    multiply_states(smem, regs, product, chunk, h, x)
-                    T.fence_proxy_async()
+                more = step + 1 < steps
+                if more:
+                    find_head(chunk_spans, later, cta, thread_blocks, step + 1)
+                load_decays(
+                    g, A_log, dt_bias, smem, chunk.batch, chunk.token, chunk.live, chunk.head, h, x,
+                    gate, bias, has_A_log, lower_bound,
+                )  # fmt: skip
+                take_decays(smem, regs, thread)
+                join_all(regs)
+                T.clear(regs.from_start)
+                T.barrier_wait(head_ready, step % 2)
+                if chunk.first == 1:
+                    T.barrier_wait(chunk_ready, chunks % 2)
+                    chunks += 1
+                    T.clear(regs.dq)
+                    T.clear(regs.dk)
+                prepare_rows(dv, smem, chunk, scale, h, x)
+                multiply_states(smem, regs, product, chunk, h, x)
+                T.fence_proxy_async()
                 T.sync_threads()
-                if T.And(thread < 32, later.live > 0):
-                    load_head(
-                        *of_head, smem, head_ready, later.batch, later.token, later.slot,
-                        later.head, K,
-                    )  # fmt: skip
+                if T.And(thread < 32, more):
+                    load_head(*of_head, smem, head_ready, *place(later), K)
+                add_e_gamma(smem, regs)
+                take_decays(smem, regs, thread)
+                put_terms(smem, regs, thread)
                 if chunk.live > 0:
-                    add_e_gamma(smem, regs)
-                    take_decays(smem, regs, thread)
-                    add_levels(smem, regs, parts)
-                    add_diagonal(smem, regs, T.address_of(smem.diagonal[0, 0]))
-                    sum_channels(regs.rights, T.address_of(smem.dots[0, thread // 32, 0]))
-                    sum_from_tokens(regs)
-                    store_gate_gradients(
-                        g, A_log, dt_bias, dg, ddt_bias, smem, regs, chunk.batch, chunk.token,
-                        chunk.live, chunk.slot, chunk.head, h, x, gate, bias, has_A_log,
-                        lower_bound,
+                    add_levels(smem, regs, parts, thread)
+                take_terms(smem, regs, thread)
+                add_diagonal(smem, regs, T.address_of(smem.diagonal[0, 0]))
+                sum_channels(regs.rights, T.address_of(smem.dots[0, thread // 32, 0]))
+                sum_from_tokens(regs)
+                store_gate_gradients(
+                    g, A_log, dt_bias, dg, ddt_bias, smem, regs, chunk.batch, chunk.token,
+                    chunk.live, chunk.slot, chunk.head, h, x, gate, bias, has_A_log, lower_bound,
+                )  # fmt: skip
+                T.sync_threads()
+                if thread < C:
+                    store_beta_gradient(
+                        dbeta, dA_log, smem, chunk.batch, chunk.token, chunk.live, chunk.slot,
+                        chunk.head, thread, has_A_log, gate, sigmoid, double,
                     )  # fmt: skip
-                    T.sync_threads()
-                    if thread < C:
-                        store_beta_gradient(
-                            dbeta, dA_log, smem, chunk.batch, chunk.token, chunk.live, chunk.slot,
-                            chunk.head, thread, has_A_log, gate, sigmoid, double,
-                        )  # fmt: skip
-                    if chunk.last == 1:
-                        store_dq_dk(dq, dk, smem, regs, chunk, h, x)
-                if T.And(thread < 32, T.And(later.live > 0, later.first == 1)):
-                    load_chunk(q, k, smem, chunk_ready, later)
+                if chunk.last == 1:
+                    store_dq_dk(dq, dk, smem, regs, chunk, h, x)
+                    if T.And(thread < 32, more):
+                        load_chunk(q, k, smem, chunk_ready, later)
 
     return channel_gradients_kernel

@@ -4,21 +4,18 @@
     right_i = sum_{j < i} Y_ij D_ij * k_j
     dk_i += rest_i right_i + sum_{j > i} D_ji * (X_ji q_j + rest_j Y_ji k_j)
 
-X, Y: [C, C], strictly lower triangular; D_ij: the decays between two tokens, [K]. Levels and factors
-f are those of `forward/channel_pairs.py`: at the level where i > j have a block in common, D_ij is
-f_i f_j, so that a level is a matrix product of rows f * k and f * q, whose result f multiplies again.
+X, Y: [C, C], strictly lower triangular; D_ij: the decays between two tokens, [K]. Levels and
+factors f are those of `forward/channel_pairs.py`: at the level where i and j lie in two halves of a
+block, D_ij = f_i f_j, so a level is a product of matrices with the rows f * k and f * q, whose
+result is multiplied by f again.
 
-Everything is transposed: a warp has 16 channels of all tokens, in the layout that `mma` leaves a
-result [16, 64] in. Entry n = 4 b + 2 c + e of a thread is the token 8 b + 2 (lane % 4) + e and the
-channel 16 warp + lane / 4 + 8 c. Two blocks of 8 tokens are then the left operand of `mma` as they
-are, and X and Y are right operands, by `ldmatrix` as they are or transposed. Nothing else goes
-through shared memory, and factors of a level need shuffles of at most one number an entry pair.
+Registers have the layout of `channel_entries.py`. X and Y are right operands of `mma`, by
+`ldmatrix` as they are or transposed; rows are left ones. Nothing else goes through shared memory
+but `terms`, for which there are no registers.
 
 `terms` sums gradient times value, with the sign that dg needs: plus where a row decays up to its
 token, minus where from its token on. Both signs take the same rounded operands, so that pairs whose
 tokens are both on one side of a gate cancel.
-
-Operands are bfloat16; in float16 calls of two parts, x = high + low.
 """
 
 from __future__ import annotations
@@ -30,102 +27,15 @@ import tilelang.language as T
 from ..tile.fragments import PAIRS
 
 PRELUDE = """
-// Entries of a tile of q or k, [K / 64][64][64], for the blocks b and b + 1: a word is an entry pair.
-__device__ __forceinline__ const uint4 *gdn_rows_of(const void *tile, int b) {
-  int lane = threadIdx.x % 32, row = 8 * b + lane / 16 * 8 + lane % 8;
-  int unit = threadIdx.x / 32 * 2 + lane / 8 % 2;
-  return static_cast<const uint4 *>(tile) + (64 * threadIdx.y + row) * 8 + (unit ^ row % 8);
-}
-template <class Pair>
-__device__ __forceinline__ void gdn_entries(const void *tile, int b, float2 *to) {
-  unsigned words[4];
-  tl::ptx_ldmatrix_x4_trans(gdn_rows_of(tile, b), words);
-#pragma unroll
-  for (int n = 0; n < 4; ++n) to[n] = gdn_widen(*reinterpret_cast<Pair *>(&words[n]));
-}
-// A pair as `parts` words, `stride` apart. Returns what they hold; two parts hold nearly all.
-template <int parts>
-__device__ __forceinline__ float2 gdn_operand(float2 x, unsigned *to, int stride) {
-  auto high = gdn_narrow<__nv_bfloat162>(x);
-  float2 kept = gdn_widen(high);
-  to[0] = *reinterpret_cast<unsigned *>(&high);
-  if (parts == 1) return kept;
-  auto low = gdn_narrow<__nv_bfloat162>(make_float2(x.x - kept.x, x.y - kept.y));
-  to[stride] = *reinterpret_cast<unsigned *>(&low);
-  return x;
-}
-template <int parts>
-__device__ __forceinline__ void gdn_add_product(
-    float *sum, unsigned (*a)[4], unsigned (*b)[2]) {
-  constexpr auto type = tl::DataType::kBFloat16;
-#pragma unroll
-  for (int p = 2 * parts - 2; p >= 0; --p)  // low high and high low before high high
-    tl::mma_sync<type, type, tl::DataType::kFloat32, 16, 8, 16, false, true>(
-        sum, a[p / 2], b[p % 2]);
-}
-// Words of four tiles [8][8] of X or Y: block rows and columns of this lane's tile.
-template <int parts, bool transposed>
-__device__ __forceinline__ void gdn_load_blocks(
-    const void *matrix, int block_row, int block_column, unsigned (*to)[4]) {
-  int row = 8 * block_row + threadIdx.x % 8;
-#pragma unroll
-  for (int p = 0; p < parts; ++p) {
-    auto from = static_cast<const uint4 *>(matrix) + 512 * p + 8 * row + (block_column ^ row % 8);
-    if (transposed)
-      tl::ptx_ldmatrix_x4_trans(from, to[p]);
-    else
-      tl::ptx_ldmatrix_x4(from, to[p]);
-  }
-}
-// From factors of blocks of h tokens to those of blocks of 2 h.
-template <int h> __device__ __forceinline__ void gdn_join(float *prefix, float *suffix) {
-  int lane = threadIdx.x % 32;
-  if (h == 1) {
-#pragma unroll
-    for (int n = 0; n < 32; n += 2) {
-      float left = prefix[n];
-      suffix[n] *= prefix[n + 1];
-      prefix[n + 1] *= left;
-    }
-  } else if (h < 8) {
-    bool right = lane & h / 2;
-    int other = (lane ^ h / 2) | (h / 2 - 1);
-#pragma unroll
-    for (int n = 0; n < 32; n += 2) {
-      float total = __shfl_sync(0xffffffff, prefix[n + 1], other);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        prefix[n + e] *= right ? total : 1;
-        suffix[n + e] *= right ? 1 : total;
-      }
-    }
-  } else {
-    constexpr int blocks = h < 8 ? 1 : h / 8;
-#pragma unroll
-    for (int first = 0; first < 8; first += 2 * blocks)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        int last = 4 * (first + blocks - 1) + 2 * c + 1;
-        float left = __shfl_sync(0xffffffff, prefix[last], lane | 3);
-        float right = __shfl_sync(0xffffffff, prefix[last + 4 * blocks], lane | 3);
-#pragma unroll
-        for (int n = 0; n < blocks; ++n)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            suffix[4 * (first + n) + 2 * c + e] *= right;
-            prefix[4 * (first + blocks + n) + 2 * c + e] *= left;
-          }
-      }
-  }
-}
 // What a level has of a thread: its factors, and its sums.
 struct GdnLevel {
-  float *prefix, *suffix, *dq, *dk, *terms, *rights;
+  float *prefix, *suffix, *dq, *dk, *rights;
+  float2 *terms;  // in shared memory, an entry pair every `gdn_threads`
   const void *q, *k, *X, *Y;
   const float *rest;
   // `rest` of the tokens of block b.
   __device__ __forceinline__ float2 rest_of(int b) const {
-    return reinterpret_cast<const float2 *>(rest)[4 * b + threadIdx.x % 4];
+    return reinterpret_cast<const float2 *>(rest)[4 * b + gdn_opaque(threadIdx.x % 4)];
   }
 };
 // Operands of the blocks b and b + 1, all of them left tokens (f * k), or right ones (f * q, and
@@ -160,15 +70,18 @@ __device__ __forceinline__ void gdn_finish_block(
         make_float2(k[c].x * f.x * rest.x, k[c].y * f.y * rest.y), unused, 1);
     s.dq[n] += f.x * dq[2 * c], s.dq[n + 1] += f.y * dq[2 * c + 1];
     s.dk[n] += rest.x * f.x * out[2 * c], s.dk[n + 1] += rest.y * f.y * out[2 * c + 1];
-    s.terms[n] += q_f.x * dq[2 * c] + (right0 ? k_f.x : -k_f.x) * out[2 * c];
-    s.terms[n + 1] += q_f.y * dq[2 * c + 1] + (right1 ? k_f.y : -k_f.y) * out[2 * c + 1];
+    float2 term = s.terms[n / 2 * gdn_threads];
+    term.x += q_f.x * dq[2 * c] + (right0 ? k_f.x : -k_f.x) * out[2 * c];
+    term.y += q_f.y * dq[2 * c + 1] + (right1 ? k_f.y : -k_f.y) * out[2 * c + 1];
+    s.terms[n / 2 * gdn_threads] = term;
     s.rights[2 * b] += right0 ? k[c].x * f.x * out[2 * c] : 0;
     s.rights[2 * b + 1] += right1 ? k[c].y * f.y * out[2 * c + 1] : 0;
   }
 }
 // A level of h = 16 or 32: blocks of 8 tokens are right or left as a whole.
 template <int h, int parts, class Pair>
-__device__ __forceinline__ void gdn_wide_level(const GdnLevel &s) {
+__device__ __forceinline__ void gdn_wide_level(GdnLevel s) {
+  s.terms += gdn_opaque(0);  // else the terms stay in registers
   constexpr int blocks = h / 8;
   int tile = threadIdx.x % 32 / 8;
   const float zeros[4] = {0, 0, 0, 0};
@@ -245,7 +158,8 @@ __device__ __forceinline__ void gdn_wide_level(const GdnLevel &s) {
 // A level of h = 8 or less: a block row of X and Y has one block [8][8] with pairs, the one on the
 // diagonal, or for h = 8 the one left of it. Two blocks of tokens at a time, b and b + 1.
 template <int h, int parts, class Pair>
-__device__ __forceinline__ void gdn_narrow_level(const GdnLevel &s) {
+__device__ __forceinline__ void gdn_narrow_level(GdnLevel s) {
+  s.terms += gdn_opaque(0);  // else the terms stay in registers
   int lane = threadIdx.x % 32, tile = lane / 8, row = lane / 4, two = lane % 4 * 2;
   // of a pair of entries: those whose row and column are a pair of the level
   unsigned lower = h == 8 ? ~0u : 0, upper = lower;
@@ -321,9 +235,10 @@ __device__ __forceinline__ void gdn_narrow_level(const GdnLevel &s) {
 // All levels. On entry `prefix` has e^g. X, Y: [parts][64][64] bfloat16; rest: [64].
 template <int parts, class Pair>
 __device__ __forceinline__ void gdn_all_levels(
-    float *prefix, float *suffix, float *dq, float *dk, float *terms, float *rights,
+    float *prefix, float *suffix, float *dq, float *dk, void *terms, float *rights,
     const void *q, const void *k, const void *X, const void *Y, const void *rest) {
-  GdnLevel s{prefix, suffix, dq, dk, terms, rights, q, k, X, Y, static_cast<const float *>(rest)};
+  GdnLevel s{prefix, suffix, dq, dk, rights, static_cast<float2 *>(terms), q, k, X, Y,
+             static_cast<const float *>(rest)};
   gdn_narrow_level<1, parts, Pair>(s);
   gdn_join<1>(prefix, suffix);
   gdn_narrow_level<2, parts, Pair>(s);
@@ -336,27 +251,17 @@ __device__ __forceinline__ void gdn_all_levels(
   gdn_join<16>(prefix, suffix);
   gdn_wide_level<32, parts, Pair>(s);
 }
-// Factors of the whole chunk from e^g.
-__device__ __forceinline__ void gdn_join_all(float *prefix, float *suffix) {
-  gdn_join<1>(prefix, suffix), gdn_join<2>(prefix, suffix), gdn_join<4>(prefix, suffix);
-  gdn_join<8>(prefix, suffix), gdn_join<16>(prefix, suffix), gdn_join<32>(prefix, suffix);
-}
 """
 
 
 @T.macro
-def join_all(regs: Any) -> None:
-    """Factors of the whole chunk, from e^g in regs.prefix and ones in regs.suffix."""
-    T.call_extern("handle", "gdn_join_all", regs.prefix.data, regs.suffix.data)
-
-
-@T.macro
-def add_levels(smem: Any, regs: Any, parts: int) -> None:
-    """Add all pairs to regs.dq, dk, terms and rights, from e^g in regs.prefix and ones in
-    regs.suffix."""
+def add_levels(smem: Any, regs: Any, parts: int, thread: Any) -> None:
+    """Add all pairs to regs.dq, dk and rights, and to the terms in smem.aside, from e^g in
+    regs.prefix and ones in regs.suffix."""
     T.call_extern(
         "handle", f"gdn_all_levels<{parts}, {PAIRS[smem.q.dtype]}>", regs.prefix.data,
-        regs.suffix.data, regs.dq.data, regs.dk.data, regs.terms.data, regs.rights.data,
+        regs.suffix.data, regs.dq.data, regs.dk.data, T.address_of(smem.aside[0, thread, 0]),
+        regs.rights.data,
         T.address_of(smem.q[0, 0, 0]), T.address_of(smem.k[0, 0, 0]),
         T.address_of(smem.XY[0, 0, 0]), T.address_of(smem.XY[parts, 0, 0]),
         T.address_of(smem.rest[0]),

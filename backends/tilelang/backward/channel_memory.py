@@ -1,4 +1,4 @@
-"""Shared memory of `channel_gradients.py`, and how it loads and stores."""
+"""Shared memory and registers of `channel_gradients.py`, and how it loads and stores."""
 
 from __future__ import annotations
 
@@ -15,6 +15,26 @@ from .gradients_memory import COLUMNS, load_state
 
 ENTRIES = 32
 """Pairs of a token and a channel of a thread."""
+
+CHUNK_FIELDS = ("batch", "token", "live", "slot", "key_head", "head", "first", "last")
+"""A value head of a chunk: what `locate_chunk` writes, and whether the head is the first or the
+last one of its q/k head."""
+
+
+def place(chunk: Any) -> tuple[Any, ...]:
+    """Where `load_head` finds a value head."""
+    return chunk.batch, chunk.token, chunk.slot, chunk.head
+
+
+class Registers:
+    """Of a thread: entries of `channel_entries.py`, and sums."""
+
+    def __init__(self) -> None:
+        self.prefix, self.suffix, self.dq, self.dk, self.terms = (
+            T.alloc_local((ENTRIES,), "float32") for _ in range(5)
+        )
+        self.rights = T.alloc_local((ENTRIES // 2,), "float32")  # k right, of a token
+        self.from_start = T.alloc_local((2,), "float32")  # of a channel
 
 
 class ChannelGradientsSmem:
@@ -37,12 +57,13 @@ class ChannelGradientsSmem:
         # === computed ===
         self.XY = T.alloc_shared((2 * parts, C, C), "bfloat16")  # X, and behind it Y
         self.diagonal = T.alloc_shared((2, C), "float32")  # of X; the other one is not used
-        self.aside = T.alloc_shared((ENTRIES, warps * 32), "float32")  # e^g, then dg
+        # e^g, then the terms of dg, then dg: pairs of entries of each thread
+        self.aside = T.alloc_shared((ENTRIES // 2, warps * 32, 2), "float32")
         self.S_dS = T.alloc_shared((4, K), "float32")  # sums over a quarter of V
         # of tokens: beta, what remains of it, and factors of X, Y and their columns; r of the norms
         self.beta, self.rest, self.rv = (T.alloc_shared((C,), "float32") for _ in range(3))
         self.row_factors = T.alloc_shared((2, C), "float32")  # scale rq, -rk
-        self.rk, self.rq = (T.alloc_shared((C,), "float32") for _ in range(2))
+        self.norms = T.alloc_shared((2, C), "float32")  # rq, rk
         self.dots = T.alloc_shared((3, warps, C), "float32")  # k right, q dq, k dk; a row a warp
         self.along = T.alloc_shared((2, C), "float32")  # what dq and dk lose along q and k
         self.dA_log = T.alloc_shared((warps,), "float32")

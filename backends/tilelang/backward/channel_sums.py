@@ -1,5 +1,5 @@
 """`channel_gradients.py`: gradients through the states, the diagonal, and sums over tokens and
-channels, in the layout of `channel_levels.py`.
+channels, in the layout of `channel_entries.py`.
 
 WGMMA leaves the product of S^T or dS^T, transposed, and rows of tokens in that layout too: 64
 channels of K a warpgroup, 64 tokens. `x` is such a product, `r` a factor of each token.
@@ -112,6 +112,7 @@ __device__ __forceinline__ void gdn_put_pairs(
     const float *x, const void *rows_, const void *columns_, void *tile, void *diagonal) {
   int row = threadIdx.x / 32, lane = threadIdx.x % 32, token = 16 * row + lane % 16;
   auto rows = static_cast<const float *>(rows_), columns = static_cast<const float *>(columns_);
+  float equal[2];  // i = j, stored behind the loop: a branch here would serialise the products
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
     unsigned words[parts][4];
@@ -120,8 +121,7 @@ __device__ __forceinline__ void gdn_put_pairs(
       int i = 16 * row + lane / 4 + 8 * (w % 2), j = 16 * b + w / 2 * 8 + lane % 4 * 2;
       const float *from = x + 8 * b + 2 * w;
       float2 y = make_float2(from[0] * rows[i] * columns[j], from[1] * rows[i] * columns[j + 1]);
-      if (i == j) static_cast<float *>(diagonal)[i] = y.x;
-      if (i == j + 1) static_cast<float *>(diagonal)[i] = y.y;
+      equal[w % 2] = i == j ? y.x : i == j + 1 ? y.y : equal[w % 2];
       y = make_float2(i > j ? y.x : 0, i > j + 1 ? y.y : 0);
       gdn_operand<parts>(y, &words[0][w], 4);
     }
@@ -131,17 +131,24 @@ __device__ __forceinline__ void gdn_put_pairs(
           static_cast<uint4 *>(tile) + 512 * p + 8 * token + (2 * b + lane / 16 ^ token % 8),
           words[p][0], words[p][1], words[p][2], words[p][3]);
   }
+  if (lane % 4 == lane / 8) {
+    static_cast<float *>(diagonal)[16 * row + lane / 4] = equal[0];
+    static_cast<float *>(diagonal)[16 * row + lane / 4 + 8] = equal[1];
+  }
 }
 // from_start += e^gamma sum of S * dS, of each channel; S_dS: [4][K], quarters of the sums.
 template <int K>
 __device__ __forceinline__ void gdn_add_e_gamma(
     const float *prefix, const void *S_dS, float *from_start) {
   int lane = threadIdx.x % 32;
-  auto sums = static_cast<const float *>(S_dS) + 64 * threadIdx.y + threadIdx.x / 32 * 16 + lane / 4;
+  auto sums = static_cast<const float *>(S_dS) + 64 * threadIdx.y + threadIdx.x / 32 * 16;
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     float total = __shfl_sync(0xffffffff, prefix[29 + 2 * c], lane | 3);  // the last token's
-    from_start[c] += total * (sums[8 * c] + sums[K + 8 * c] + sums[2 * K + 8 * c] + sums[3 * K + 8 * c]);
+    float sum = 0;
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) sum += sums[quarter * K + lane / 4 + 8 * c];
+    from_start[c] += total * sum;
   }
 }
 // dg of entries: `from_start` of their channel, and the sum of `terms` from their token on.

@@ -5,15 +5,15 @@
     reverse_scan       dS after every chunk, and R    }
     gradients          all other gradients, from these
 
-With a decay per channel, `prepare_channels` computes rows and factors again in every round, and
-`channel_gradients` takes the place of `gradients`. The last three run once a memory round, since S, dS and U take most of backward's memory
+The last three run once a memory round, since S, dS and U take most of backward's memory
 (`memory_rounds.py`). If forward cut sequences into pieces, reverse_scan runs twice, with
-`combine_pieces.py` in between, and there is one round.
+`combine_pieces.py` in between, and there is one round. With a decay per channel, `prepare_channels`
+takes the place of gate_sums, in every round, and `channel_gradients` that of gradients.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from ..forward.prepare_channels import prepare_channels
 from ..memory_rounds import memory_rounds, sequence_parts
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
+from .buffers import Chunks, Common, Scratch, States, Tokens
 from .channel_gradients import channel_gradients
 from .factors import rows_of_factors
 from .gate_sums import gate_sums
@@ -39,62 +40,6 @@ from .reverse_scan import reverse_scan
 
 MAX_CHUNKS = 10
 """Pairs of a chunk and a q/k head that a thread block of `gradients` takes, at most."""
-
-
-class Tokens(NamedTuple):
-    """Tensors [B, T, ...] of a round. dv holds the stored R until `gradients` is done."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    do: Tensor
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    dg: Tensor
-    dbeta: Tensor
-    beta: Tensor
-
-
-class Chunks(NamedTuple):
-    """Tensors [slots, ...] of a round; dA_log and ddt_bias as partial sums."""
-
-    G_beta: Tensor | None
-    norms: Tensor | None
-    A: Tensor  # with a decay per channel P and A
-    dA_log: Tensor | None
-    ddt_bias: Tensor | None
-
-
-class States(NamedTuple):
-    """States [sequences, ...] of a round, in the layout of the call. None: zero, or not wanted."""
-
-    begin: Tensor | None  # before the round's first chunks
-    d_end: Tensor | None  # gradient of the state after its last chunks
-    d_begin: Tensor | None  # gradient of `begin`
-
-
-class Scratch(NamedTuple):
-    """What the scans of a round write for its `gradients`."""
-
-    S: Tensor  # S^T before every chunk [slots, HV, V, K]
-    dS: Tensor  # dS^T after every chunk [slots, HV, V, K]
-    U: Tensor  # U^T [slots, HV, V, C]
-    rowsum_RV: Tensor  # float32 [slots, HV, V / 64, C]
-    row_scales: Tensor  # of S^T and U^T, float32 [slots, HV, V / 64, 64]; float16 only, else empty
-    decayed_rows: Tensor | None  # with a decay per channel: see `prepare_channels`
-    factors: Tensor | None
-
-
-class Common(NamedTuple):
-    """Arguments of the call that all rounds share."""
-
-    A_log: Tensor | None
-    dt_bias: Tensor | None
-    cu_seqlens: Tensor | None
-    chunk_spans: Tensor | None
-    scale: float
 
 
 class BackwardPass:

@@ -36,16 +36,7 @@ from gdn.problem import CHUNK as C
 from ..compile import kernel
 from ..tile.fragments import PRELUDE, load_transposed, store
 from ..tile.indexing import Fields, piece_bounds
-from ..tile.layout import (
-    K_IN,
-    K_OUT,
-    KS_FACTOR,
-    LOG2_E,
-    ROWS,
-    S_FACTOR,
-    U_FACTOR,
-    token_rows,
-)
+from ..tile.layout import K_IN, K_OUT, KS_FACTOR, LOG2_E, ROWS, S_FACTOR, U_FACTOR, token_rows
 from ..tile.pacing import ClusterPace, wait_for_cluster
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
@@ -152,9 +143,7 @@ def compute_factors(smem: Any, s: Any, i: Any, channels: bool) -> None:
 
 
 @T.macro
-def scan_step(
-    smem: Any, frag: Any, bars: Any, chunk: Any, s: Any, tx: Any, channels: bool
-) -> None:
+def scan_step(smem: Any, frag: Any, bars: Any, chunk: Any, s: Any, tx: Any, channels: bool) -> None:
     """Stage S^T and U^T of the chunk in stage s, and update S; by the consumer warpgroup."""
     # === K S ===
     T.copy(frag.S, frag.S_half)

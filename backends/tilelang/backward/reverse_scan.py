@@ -143,7 +143,7 @@ def reverse_scan(
                     T.barrier_wait(bars.inputs_ready[s], step // STAGES % 2)
                     live = stop - (start + (chunks - 1 - step) * C)
                     if channels:
-                        prepare_chunk(smem, bars, s, live, scale, step % 2 ^ 1, tx - 128)
+                        prepare_chunk(smem, bars, s, live, step % 2 ^ 1, tx - 128)
                     else:
                         compute_P(
                             smem, P_frag, P_half, bars, s, live, scale, step % 2 ^ 1, tx - 128

@@ -84,9 +84,7 @@ def compute_channel_factors(smem: Any, s: Any, i: Any) -> None:
 
 
 @T.macro
-def prepare_chunk(
-    smem: Any, bars: Any, s: Any, live: Any, scale: Any, parity: Any, thread: Any
-) -> None:
+def prepare_chunk(smem: Any, bars: Any, s: Any, live: Any, parity: Any, thread: Any) -> None:
     """`compute_P` with a decay per channel: P is loaded, and rows of Q_in, K_in and K_out past the
     end are zero."""
     if live < C:

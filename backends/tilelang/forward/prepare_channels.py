@@ -78,9 +78,7 @@ ROW_Q, ROW_M, COLUMN, ONE = range(4)
 class ChannelSmem:
     """Shared memory of a chunk."""
 
-    def __init__(
-        self, K: int, dtype: str, parts: int, max_parts: int, rows_alone: bool
-    ) -> None:
+    def __init__(self, K: int, dtype: str, parts: int, max_parts: int, rows_alone: bool) -> None:
         self.q, self.k = (T.alloc_shared((1, C, K), dtype) for _ in range(2))
         self.totals = T.alloc_shared((C * 8 // K, K), "float32")
         self.beta, self.squares = (T.alloc_shared((n, C), "float32") for n in (1, 2))
