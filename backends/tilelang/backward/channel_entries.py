@@ -19,6 +19,7 @@ from typing import Any
 import tilelang.language as T
 
 PRELUDE = """
+#include <tl_templates/cuda/instruction/mma.h>
 // Entries of a tile of q or k, [K / 64][64][64], for the blocks b and b + 1: a word is a pair.
 __device__ __forceinline__ const uint4 *gdn_rows_of(const void *tile, int b) {
   int lane = gdn_opaque(threadIdx.x % 32), row = 8 * b + lane / 16 * 8 + lane % 8;

@@ -33,7 +33,6 @@ import tilelang.language as T
 from gdn.problem import CHUNK as C
 
 from ..compile import kernel
-from ..forward.warp_blocks import PRELUDE as BLOCKS
 from ..tile.fragment_sums import PRELUDE as SUMS
 from ..tile.fragments import PRELUDE as FRAGMENTS
 from ..tile.gate_math import remaining_beta
@@ -81,7 +80,7 @@ from .channel_sums import (
 from .factors import rows_of_factors
 from .gradients_memory import COLUMNS, load_rows, locate_chunk
 
-CUDA = FRAGMENTS + BLOCKS + SUMS + LARGEST + CHANNEL_ENTRIES + LEVELS + CHANNEL_SUMS
+CUDA = FRAGMENTS + SUMS + LARGEST + CHANNEL_ENTRIES + LEVELS + CHANNEL_SUMS
 
 
 @kernel(own_barriers=True)

@@ -26,7 +26,6 @@ from ..arguments import channel_options, dtype_name, gate_options, tma_ready
 from ..clear_tail import clear_tail, clear_tail_options
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
-from ..forward.prepare_channels import prepare_channels
 from ..memory_rounds import memory_rounds, sequence_parts
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
@@ -45,7 +44,9 @@ MAX_CHUNKS = 10
 class BackwardPass:
     """What all backward calls of one kind (shapes, dtypes, device, options) have in common."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, prepare_channels: Any = None) -> None:
+        """prepare_channels: the kernel of forward, which a call with a decay per channel needs."""
+        self.prepare_channels = prepare_channels
         H, K = call.q.shape[2:]
         HV, V = call.v.shape[2:]
         self.slots, self.sequences = piece_slots(call, CHUNK), call.sequences
@@ -89,7 +90,7 @@ class BackwardPass:
             prepare = {name: x for name, x in self.shape.items() if name != "group"} | {
                 "offsets": self.offsets, "save": False, "rows_alone": True,
             }  # fmt: skip
-            first: Any = (prepare_channels, self.gate_options | prepare)
+            first: Any = (self.prepare_channels, self.gate_options | prepare)
             last: Any = (channel_gradients, self.shape | self.gate_options)
         else:
             options = {name: x for name, x in self.gate_options.items() if name != "l2"}
