@@ -52,7 +52,7 @@ CASES = (
 
 
 STRONG = replace(SMALL, name="strong", gates="strong")
-"""In bfloat16 alone: at -20 a token dbeta is rowsum(R * V), a small sum of large numbers. In float16
+"""In bfloat16 alone: at -20 a token dbeta is rowsum(R * V), a small sum of large ones. In float16
 it is off by 1.3e-3 for a tolerance of 1e-3, where dv, which is beta R, is off by 3e-4."""
 
 
