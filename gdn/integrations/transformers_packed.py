@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gdn.nn import convolve_packed
+from gdn.convolution import convolve_packed
 
 
 def run_convolution(
