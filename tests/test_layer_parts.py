@@ -9,6 +9,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import layer_kernels
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,19 +25,7 @@ T, CHANNELS, TAPS = 157, 16, 4
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture
-def fla_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """fla's module of the convolution; on a CPU its kernels run in Triton's interpreter, with the
-    first of their configurations, since the interpreter times none."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    module = convolution.load("fla.modules.causal_conv1d.ops")
-    if module is None:
-        pytest.skip("fla is not installed")
-    if not torch.cuda.is_available():
-        for name, kernel in vars(module).items():
-            if name.endswith("_kernel") and hasattr(kernel.fn, "configs"):
-                monkeypatch.setattr(kernel.fn, "configs", kernel.fn.configs[:1])
-    return module
+fla_kernels = layer_kernels.fla_kernels  # a fixture
 
 
 def causal_conv1d_fn(
@@ -163,12 +152,7 @@ def test_steps_go_on_where_sequences_end(
     if engine == "shifts":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     else:
-        name = convolution.TORCH if engine == "torch" else engine
-        monkeypatch.setattr(convolution, "refuse_kernels", lambda x: None)
-        known = {convolution.CAUSAL_CONV1D, convolution.FLA} - {name}
-        load = convolution.load
-        hidden = {convolution._MODULES[other] for other in known}
-        monkeypatch.setattr(convolution, "load", lambda n: None if n in hidden else load(n))
+        layer_kernels.choose_kernels(monkeypatch, engine)
     x = make_projected(device, dtype, 2)
     weight = torch.randn(CHANNELS, TAPS, device=device).to(dtype)
     cache = torch.zeros(2, CHANNELS, TAPS, device=device, dtype=dtype)
@@ -268,9 +252,7 @@ def test_a_layer_on_kernels_equals_itself_on_pytorch(
         monkeypatch.setattr(module, "refuse_kernels", lambda x: "not now")
     expected = run_all()
     assert "torch (not now)" in str(layer.explain(x))
-    for module in (convolution, gated_norm):
-        monkeypatch.setattr(module, "refuse_kernels", lambda x: None)
-    monkeypatch.setitem(convolution._MODULES, convolution.CAUSAL_CONV1D, "none_of_this_name")
+    layer_kernels.choose_kernels(monkeypatch)
     for got, want in zip(run_all(), expected, strict=True):
         assert relative_error(got, want) <= TOLERANCE[torch.float32]
     shown = layer.explain(x)
