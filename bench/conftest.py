@@ -56,6 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--same-bits", action="store_true", help="also time gdn.batch_invariant, and what it costs"
     )
+    group.addoption("--layers", type=int, help="also time stacks of so many layers, such as 24")
     group.addoption(
         "--seconds", type=float, default=1.0, help="GPU timing of a pass of all backends: 1.0"
     )

@@ -264,6 +264,15 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "ms, same bits": latency,
         "price": lambda row: f"{row['latency_ms'] / row['any_bits_ms']:.2f}x",
     },
+    "layer": {
+        "layers": _word("layers"),
+        "pass": _word("shape"),
+        "engine": _word("backend"),
+        "ms": _number("latency_ms", ".2f"),
+        "over transformers": _number("speed_up", ".2f"),
+        "launches": _number("launches", "d"),
+        "peak MB": _number("peak_mb", ".0f"),
+    },
     "plain PyTorch": {
         "decay": _word("decay"),
         "T": _word("T"),
