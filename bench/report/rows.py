@@ -268,10 +268,9 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "layers": _word("layers"),
         "pass": _word("shape"),
         "engine": _word("backend"),
-        "ms": _number("latency_ms", ".2f"),
+        **{name: _RATES[name] for name in ("ms", "peak MB")},
+        "launches": _number("launches", ".0f"),
         "over transformers": _number("speed_up", ".2f"),
-        "launches": _number("launches", "d"),
-        "peak MB": _number("peak_mb", ".0f"),
     },
     "plain PyTorch": {
         "decay": _word("decay"),
