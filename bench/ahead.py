@@ -1,7 +1,7 @@
 """`pytest bench --ahead`: compile the kernels of all rows first, one process per backend and head
 count. Without it peers compile for minutes, one kernel after another.
 
-    python bench/ahead.py fla 16/32:1x8192,16/32:8x1024 fwd,bwd
+    python bench/ahead.py fla 16/32:1x8192,16/32:8x1024 fwd,bwd fused head
 """
 
 from __future__ import annotations
@@ -12,26 +12,38 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import torch
-from shapes import make_case
+from shapes import CONDITIONS, Decay, Norm, make_case
 from suite import DEVICE, DTYPE  # registers the adapters
 
 from gdn.testing import agreement
 
-Job = tuple[str, str, str]
-"""Arguments of a process: a backend, shapes of one head count, passes."""
+Job = tuple[str, str, str, str, str]
+"""Arguments of a process: a backend, shapes of one head count, passes, a norm and a decay."""
 UNTUNED = {"TRITON_CACHE_AUTOTUNING": "0", "FLA_CACHE_RESULTS": "0"}
 """Triton and fla must not keep autotuning results here: other processes disturb the timings."""
 
 
-def jobs(backends: Iterable[str], shapes: Iterable[str], passes: Iterable[str]) -> list[Job]:
-    """One job per backend and head count. Plain PyTorch compiles nothing."""
+def jobs(
+    backends: Iterable[str],
+    shapes: Iterable[str],
+    passes: Iterable[str],
+    norms: Iterable[str],
+    decays: Iterable[str],
+) -> list[Job]:
+    """One job per backend, head count, norm and decay. Plain PyTorch compiles nothing."""
     groups: dict[str, list[str]] = {}
     for shape in shapes:
         groups.setdefault(shape.partition(":")[0], []).append(shape)
     compiled = [name for name in backends if name != "torch"]
-    return [(name, ",".join(g), ",".join(passes)) for g in groups.values() for name in compiled]
+    which = ",".join(passes)
+    return [
+        (name, ",".join(group), which, norm, decay)
+        for group, name, norm, decay in product(groups.values(), compiled, norms, decays)
+        if (norm, decay) in CONDITIONS
+    ]
 
 
 def compile_ahead(found: list[Job]) -> list[str]:
@@ -47,12 +59,12 @@ def compile_ahead(found: list[Job]) -> list[str]:
         return list(pool.map(run, found))
 
 
-def main(backend: str, shapes: str, passes: str) -> None:
+def main(backend: str, shapes: str, passes: str, norm: Norm, decay: Decay) -> None:
     """Call the backend once with every shape, and print how long that took."""
     for shape in shapes.split(","):
         start = time.perf_counter()
         try:
-            inputs = agreement.make(make_case(shape, "model", DTYPE), DEVICE)
+            inputs = agreement.make(make_case(shape, "model", DTYPE, norm, decay), DEVICE)
             for which in {"fwd" if which == "fwd" else "fwd+bwd" for which in passes.split(",")}:
                 inputs.run(backend, which)
             if DEVICE.type == "cuda":
@@ -61,8 +73,8 @@ def main(backend: str, shapes: str, passes: str) -> None:
             outcome = f"{time.perf_counter() - start:.1f} s"
         except Exception as error:  # the row itself reports it again
             outcome = f"{type(error).__name__}: {str(error)[:200]}"
-        print(f"{backend} {shape}: {outcome}")
+        print(f"{backend} {shape}: {outcome} (norm {norm}, decay per {decay})")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:])  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ahead import compile_ahead, jobs
+from report import columns
 from report import rows as results
 from suite import (
     DEVICE,
@@ -21,6 +22,7 @@ from suite import (
     conversions,
     find_row,
     selected_backends,
+    selected_decays,
     selected_gates,
     selected_norms,
     selected_passes,
@@ -49,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shapes", help="of prefill: grid, or such as 16/32:1x8192,2/8|4/16:1024+7168")
     group.addoption("--gates", help="of prefill, such as fast,model,mixed,none")
     group.addoption("--norms", help="the L2 norm in prefill: fused,no")
+    group.addoption("--decays", help="per value head or channel: head,channel,bounded")
     group.addoption("--passes", help="of prefill: fwd,bwd,fwd+bwd")
     group.addoption("--heads", help="of decode, such as 2/8,16/32,16/64")
     group.addoption("--batches", help="of decode, such as 1,64,512")
@@ -78,6 +81,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Order the rows so that those that share a comparison follow each other."""
     config, names = metafunc.config, metafunc.fixturenames
+    if "decay" in names and "backend" in names:
+        metafunc.parametrize("decay", selected_decays(config))
     if "shape" in names:
         metafunc.parametrize("norm", selected_norms(config))
         metafunc.parametrize("gates", selected_gates(config))
@@ -94,7 +99,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     if config.getoption("ahead") and not config.option.collectonly:
-        found = jobs(selected_backends(config), selected_shapes(config), selected_passes(config))
+        conditions = selected_norms(config), selected_decays(config)
+        shapes, passes = selected_shapes(config), selected_passes(config)
+        found = jobs(selected_backends(config), shapes, passes, *conditions)
         print("", *compile_ahead(found), sep="\n")
 
 
@@ -156,9 +163,11 @@ def record_pass(request: pytest.FixtureRequest, record: Any) -> Callable[..., No
         passes: tuple[str, ...],
         which: str,
         least: Work,
+        decay: str,
         **columns: object,
     ) -> None:
         comparison, row = find_row(request.config, case, backend, passes)
+        columns |= {"decay": decay} if decay != "head" else {}
         columns |= {"shape": case.name, "gates": case.gates, "pass": which, "backend": backend}
         not_timed = request.config.stash[NOT_TIMED]
         if which in row.refusals:
@@ -213,5 +222,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     rows = results.rows_of(document)
     for kind in dict.fromkeys(row["kind"] for row in rows):
         terminalreporter.write_sep("-", kind)
-        table = results.table([row for row in rows if row["kind"] == kind])
+        table = columns.table([row for row in rows if row["kind"] == kind])
         terminalreporter.write_line(tables.markdown(*table))

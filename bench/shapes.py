@@ -31,6 +31,13 @@ Norm = Literal["fused", "no"]
 not part of its kernels spends more time on "fused"."""
 
 
+Decay = Literal["head", "channel", "bounded"]
+"""Of a value head, of each channel of K, or of each channel with a lower bound of `LOWER_BOUND`."""
+CONDITIONS = (("fused", "head"), ("no", "head"), ("fused", "channel"), ("fused", "bounded"))
+"""What is timed of a norm and a decay: with a decay per channel all is fused."""
+LOWER_BOUND = -5.0
+
+
 class Selection(NamedTuple):
     """Shapes, gates and norms of prefill; batch sizes and heads of decode."""
 
@@ -98,9 +105,16 @@ def expand(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def make_case(shape: str, gates: Gates, dtype: torch.dtype, norm: Norm = "fused") -> Case:
-    """The call of a shape: initial and final state [V, K] and finished gates, which every backend
-    and peer takes as they are."""
+def _options(decay: Decay) -> dict[str, Any]:
+    bound = LOWER_BOUND if decay == "bounded" else None
+    return {"per_channel": decay != "head", "gate_lower_bound": bound}
+
+
+def make_case(
+    shape: str, gates: Gates, dtype: torch.dtype, norm: Norm = "fused", decay: Decay = "head"
+) -> Case:
+    """The call of a shape, with initial and final state [V, K]. With a decay per head gates are
+    finished, as every backend and peer takes them; per channel all is fused, as FlashKDA needs."""
     H, HV, K, B, T, longest, packed = _parse(shape)
     sizes: dict[str, Any] = {"H": int(H), "HV": int(HV), "K": int(K or 128), "V": int(K or 128)}
     lengths: tuple[int, ...] | None = None
@@ -116,11 +130,11 @@ def make_case(shape: str, gates: Gates, dtype: torch.dtype, norm: Norm = "fused"
         sizes |= {"B": int(B), "T": int(T)}
     return Case(
         shape, **sizes, lengths=lengths, dtype=dtype, gates=gates, l2norm=norm == "fused",
-        state_v_first=True,
+        state_v_first=True, fused=decay != "head", **_options(decay),
     )  # fmt: skip
 
 
-def make_step_case(heads: str, batch: int, dtype: torch.dtype) -> StepCase:
+def make_step_case(heads: str, batch: int, dtype: torch.dtype, decay: Decay = "head") -> StepCase:
     """One token for each of `batch` requests, everything fused, states [V, K] in float32."""
     H, HV = (int(n) for n in heads.split("/"))
     return StepCase(
@@ -135,4 +149,5 @@ def make_step_case(heads: str, batch: int, dtype: torch.dtype) -> StepCase:
         fused=True,
         state_v_first=True,
         full=True,
+        **_options(decay),
     )

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import adapters
 import pytest
 import torch
-from shapes import SELECTIONS, Norm, Selection, expand, make_step_case
+from shapes import SELECTIONS, Decay, Norm, Selection, expand, make_step_case
 
 import gdn
 from gdn.compare.comparison import Comparison, Row
@@ -59,6 +59,11 @@ def selected_passes(config: pytest.Config) -> tuple[str, ...]:
 def selected_gates(config: pytest.Config) -> tuple[str, ...]:
     given = config.getoption("gates")
     return _selected(config, "gates", get_args(Gates)) if given else selection(config).gates
+
+
+def selected_decays(config: pytest.Config) -> tuple[str, ...]:
+    given = config.getoption("decays")
+    return _selected(config, "decays", get_args(Decay)) if given else ("head",)
 
 
 def selected_norms(config: pytest.Config) -> tuple[str, ...]:

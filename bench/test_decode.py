@@ -11,7 +11,7 @@ from gdn.compare.decode import DECODE
 from gdn.compare.roofline import least_step_work
 
 
-def test_decode(record_pass: Any, heads: str, batch: int, backend: str) -> None:
-    case = make_step_case(heads, batch, DTYPE)
+def test_decode(record_pass: Any, heads: str, batch: int, decay: Any, backend: str) -> None:
+    case = make_step_case(heads, batch, DTYPE, decay)
     least = least_step_work(case)
-    record_pass(case, backend, (DECODE,), DECODE, least, kind="decode", batch=batch)
+    record_pass(case, backend, (DECODE,), DECODE, least, decay, kind="decode", batch=batch)

@@ -147,7 +147,7 @@ class Forward(NamedTuple):
 
     o [B, T, HV, V] has v's dtype. final_state has `call.state_shape` and `call.state_dtype`; it may
     be None unless call.output_final_state. saved holds fresh tensors for backward, with the shapes
-    and dtypes of `Backend.saved_like`.
+    and dtypes of `Backend.saved_like`, unless that is None.
     """
 
     o: Tensor
@@ -250,9 +250,10 @@ class Backend(ABC):
         """Which internal path would run this problem, for `gdn.explain` and `gdn compare`."""
         return self.name
 
-    def saved_like(self, call: Call) -> list[Tensor]:
+    def saved_like(self, call: Call) -> list[Tensor] | None:
         """Empty tensors with the shapes and dtypes of `Forward.saved` for this call. Also runs on
-        fake tensors."""
+        fake tensors. None if only forward can know them: torch.compile then cannot trace calls with
+        gradients."""
         return []
 
     @abstractmethod

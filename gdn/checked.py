@@ -28,9 +28,10 @@ class CheckedPlan(Plan):
         if call.output_final_state:
             self._compare("final_state", final_state, call.state_shape, call.state_dtype, call)
         like = self.backend.saved_like(call) if save else []
-        self._count("saved, as saved_like has it,", saved, len(like))
-        for n, (x, expected) in enumerate(zip(saved, like, strict=True)):
-            self._compare(f"saved[{n}]", x, expected.shape, expected.dtype, call)
+        if like is not None:
+            self._count("saved, as saved_like has it,", saved, len(like))
+            for n, (x, expected) in enumerate(zip(saved, like, strict=True)):
+                self._compare(f"saved[{n}]", x, expected.shape, expected.dtype, call)
         self.forward = self.plan.forward  # type: ignore[method-assign]
         return result
 

@@ -92,7 +92,7 @@ def _forward(call: Call, request: str, save: bool) -> Forward:
     with surroundings(call.q):
         if has_tokens(call):
             return plan.forward(call, save)
-        saved = registry.find_backend(pinned).saved_like(call) if save else []
+        saved = (registry.find_backend(pinned).saved_like(call) if save else None) or []
         final_state = call.q.new_zeros(call.state_shape, dtype=call.state_dtype)
         if call.initial_state is not None:
             final_state.copy_(call.initial_state)
@@ -116,6 +116,11 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     shape = call.state_shape if call.output_final_state else (0,)
     dtype = call.state_dtype if call.output_final_state else call.q.dtype
     saved = backend.saved_like(call) if save else []
+    if saved is None:
+        raise RuntimeError(
+            f"torch.compile must know what backend {backend.name!r} saves for backward before it "
+            "runs, and only its forward knows that; use it without torch.compile"
+        )
     return call.v.new_empty(call.v.shape), call.q.new_empty(shape, dtype=dtype), saved
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import gdn
 from gdn import dispatch
-from gdn.testing import TOLERANCE
+from gdn.testing import TOLERANCE, with_gradients
 from gdn.testing.check import assert_close, reasons_against, run, truth
 
 __all__ = [
     "FRAMEWORKS", "TOKENS", "assert_close", "capabilities_of", "close", "cut", "documented_code",
-    "may_fail_with_fla", "poisoned_memory", "reasons_against", "require", "run", "truth",
+    "may_fail_with_fla", "poisoned_memory", "reasons_against", "require", "run", "train", "truth",
 ]  # fmt: skip
 
 FRAMEWORKS = Path(__file__).resolve().parents[1] / "docs" / "frameworks.md"
@@ -39,6 +39,12 @@ def require(backend: str, inputs: dict[str, Any], prefill: bool = False) -> None
     it."""
     if reasons := reasons_against(backend, inputs, prefill):
         pytest.skip("; ".join(reasons))
+
+
+def train(backend: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with gradients where the backend claims them for this call, else as they are."""
+    trained = with_gradients(inputs)
+    return inputs if reasons_against(backend, trained) else trained
 
 
 def may_fail_with_fla(request: pytest.FixtureRequest, backend: str, device: str) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import TOKENS, capabilities_of, require
+from support import TOKENS, capabilities_of, require, train
 from torch import Tensor
 
 import gdn
-from gdn.testing import CASES, Case, make_inputs, make_output_gradients, with_gradients
+from gdn.testing import CASES, Case, make_inputs, make_output_gradients
 from gdn.testing.cases import Gates
 from gdn.testing.check import assert_agrees
 from gdn.testing.decode import StepCase, copy_pool, make_step
@@ -84,11 +84,11 @@ def test_a_sequence_has_the_same_bits_alone_and_in_company(
     backend: str, device: str, seed: int
 ) -> None:
     case = draw(seed, backend, device)
-    claims, rng = capabilities_of(backend), random.Random(seed)
+    rng = random.Random(seed)
     inputs = make_inputs(case, device, seed) | {"output_final_state": True}
     require(backend, inputs)
-    if claims.backward and seed % 2:
-        inputs = with_gradients(inputs)
+    if seed % 2:
+        inputs = train(backend, inputs)
     do, dS = make_output_gradients(case, device)
     whole = compute(backend, inputs, (do, dS))
     bounds = inputs["cu_seqlens"].tolist()
@@ -247,4 +247,4 @@ def test_agrees_with_the_definition(backend: str, device: str, name: str) -> Non
     with gdn.batch_invariant():
         inputs = make_inputs(case, device)
         require(backend, inputs)
-        assert_agrees(backend, case, with_gradients(inputs) if claims.backward else inputs)
+        assert_agrees(backend, case, train(backend, inputs))

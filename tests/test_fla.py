@@ -78,6 +78,8 @@ def test_the_path_of_a_decay_per_channel(monkeypatch: pytest.MonkeyPatch, tilela
     assert path(replace(KIMI, needs_grad=False)) == "Triton, any gates"
     decode = replace(KIMI, needs_grad=False, pool=torch.float32)
     assert path(decode) == "Triton, states gathered and scattered"
+    for sizes in ({"K": 16}, {"V": 16}):
+        assert bool(fla.BACKEND.unsupported(replace(KIMI, **sizes))) == tilelang
 
 
 @pytest.mark.parametrize(("bound", "safe"), [(None, False), (-5.0, True), (-6.0, False)])

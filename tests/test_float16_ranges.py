@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gdn.backends.torch import TorchBackend
-from support import require, run
+from support import require, run, train
 
 import gdn
 from gdn.testing import (
@@ -54,7 +54,7 @@ def check_ranges(name: str, case: Case, device: str = "cpu", backward: bool = Tr
     expected = gradients(outputs, exact, make_output_gradients(case))
     expected |= {n: x.detach() for n, x in zip(("o", "final_state"), outputs, strict=True)}
     assert all(expected[n].abs().max() < 65504 for n in ("o", "q", "k", "v"))
-    for n, x in run(name, case, with_gradients(moved) if backward else moved).items():
+    for n, x in run(name, case, train(name, moved) if backward else moved).items():
         assert relative_error(x, expected[n]) <= TOLERANCE[torch.float16], n
 
 

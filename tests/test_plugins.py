@@ -208,6 +208,20 @@ def test_wrong_outputs_are_named(change: Any, words: str) -> None:
         which_ran(backend="returns")
 
 
+def test_what_only_forward_knows_is_saved_and_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Returns, "saved_like", lambda self, call: None)
+    gdn.register_backend(Returns(forward=lambda f: f._replace(saved=[f.o.clone()])))
+    leaves = with_gradients(INPUTS)
+
+    def step() -> torch.Tensor:
+        return gdn.gated_delta_net(**leaves, backend="returns").o.sum()
+
+    step().backward()
+    assert torch.equal(leaves["v"].grad, leaves["v"])
+    with pytest.raises(Exception, match="only its forward knows that; use it without"):
+        torch.compile(step, fullgraph=True, backend="aot_eager")()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

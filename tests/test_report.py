@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from report import __main__ as command_line
+from report import columns, reading, standing
 from report import document as documents
 from report import page as report
-from report import reading, standing
 from report import rows as results
 from report_rows import ABOUT, make_document, prefill
 
@@ -71,7 +71,7 @@ def test_over_peers_compares_our_fastest_with_the_fastest_peer() -> None:
 
 
 def test_tables_mark_clocks_and_leave_out_empty_columns(file: Path) -> None:
-    headers, lines = results.table(reading.load(file).of("prefill"))
+    headers, lines = columns.table(reading.load(file).of("prefill"))
     assert "conversions ms" not in headers
     times = {line[headers.index("ms")] for line in lines}
     assert {"0.167", "0.500†", "1.000*"} <= times
@@ -82,7 +82,7 @@ def test_the_price_of_the_same_bits_is_in_their_row(tmp_path: Path) -> None:
     row = prefill("mine", "fwd", 64, 3.0) | {"kind": "same bits", "any_bits_ms": 2.0}
     document = {"benchmarks": [{"extra_info": row, "stats": {"median": 0.5}}]}
     (tmp_path / "run.json").write_text(json.dumps(document))
-    headers, (line,) = results.table(reading.load(tmp_path / "run.json").of("same bits"))
+    headers, (line,) = columns.table(reading.load(tmp_path / "run.json").of("same bits"))
     assert dict(zip(headers, line, strict=True))["price"] == "1.50x"
     row["any_bits_ms"] = None
     (tmp_path / "run.json").write_text(json.dumps(document))
@@ -97,7 +97,7 @@ def test_a_row_of_layers_says_how_many_times_faster_they_are(tmp_path: Path) -> 
     row |= {"clock": "wall", "environment": environment}
     document = {"benchmarks": [{"extra_info": row, "stats": {"median": 3e-3}}]}
     (tmp_path / "run.json").write_text(json.dumps(document))
-    headers, (line,) = results.table(reading.load(tmp_path / "run.json").of("layer"))
+    headers, (line,) = columns.table(reading.load(tmp_path / "run.json").of("layer"))
     found = dict(zip(headers, line, strict=True))
     assert found == {
         "layers": "24", "pass": "decode 64x1", "engine": "gdn.nn", "ms": "3.000",

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 from report import __main__ as command_line
-from report import page, reading
-from report import rows as results
+from report import columns, page, reading
 from report_rows import make_document
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,14 +182,16 @@ def test_null_where_a_number_was_nan_is_shown(file: Path, document: dict[str, An
     for row in document["benchmarks"][:-1]:
         row["extra_info"]["errors"]["q"] = None
         row["extra_info"] |= dict.fromkeys(("tflops", "gbytes", "roofline"))
-    headers, lines = results.table(reading.load(write(file, document)).of("prefill"))
+    headers, lines = columns.table(reading.load(write(file, document)).of("prefill"))
     assert lines[0][headers.index("error")] == "1.0e-03"
     assert lines[0][headers.index("gradients' error")] == "nan"
     assert command_line.main([str(file)]) == 0
     marked = file.with_name("doc.md")
     marked.write_text(section("run.json", "speed"))
     assert command_line.main(["--document", str(marked)]) == 0
-    assert "| 2/4:1x64 | model | fused | fwd | 0.500† | 1.000* | 0.167 | - |" in marked.read_text()
+    shown = marked.read_text()
+    assert "| 2/4:1x64 | model | fused | fwd | 0.500† | 1.000* | 0.167 | 3.00x |" in shown
+    assert "floor" not in shown
 
 
 def test_runs_are_compared_row_by_row(

@@ -59,6 +59,11 @@ class FlaBackend(Backend):
             reasons.append("gate_lower_bound needs a decay per channel (g [B, T, HV, K])")
         if problem.needs_grad and (problem.K % 2 or problem.V % 2):
             reasons.append(f"backward needs even K and V, got K = {problem.K}, V = {problem.V}")
+        if _takes_tilelang_channels(problem) and min(problem.K, problem.V) <= 16:
+            reasons.append(
+                "backward with a decay per channel needs K and V above 16 where fla takes its "
+                f"TileLang kernel (FLA_TILELANG not 0), got K = {problem.K}, V = {problem.V}"
+            )
         if (  # by fla's own rule, which does not concern the kernels for a decay per channel
             problem.needs_grad
             and not problem.per_channel
@@ -76,8 +81,7 @@ class FlaBackend(Backend):
         if problem.pool is not None:
             return "Triton, states gathered and scattered"
         if problem.per_channel:
-            tilelang = problem.needs_grad and problem.H == problem.HV and _tilelang_channels()
-            engines = "Triton + TileLang" if tilelang else "Triton"
+            engines = "Triton + TileLang" if _takes_tilelang_channels(problem) else "Triton"
             return f"{engines}, {'bounded' if is_safe(problem) else 'any'} gates"
         if _takes_flash_qla(problem):
             return "FlashQLA"
@@ -100,6 +104,12 @@ def _tilelang_part() -> bool:
 
     part = CommonTileLangBackend()
     return bool(part.is_available() and part.is_enabled())
+
+
+def _takes_tilelang_channels(problem: Problem) -> bool:
+    """Whether part of a backward with a decay per channel runs in TileLang."""
+    backward = problem.needs_grad and problem.per_channel and problem.H == problem.HV
+    return backward and _tilelang_channels()
 
 
 def _tilelang_channels() -> bool:

@@ -46,7 +46,7 @@ from .chunk_buffers import (
     load_matrix,
     multiply_by_scales,
 )
-from .indexing import locate_chunk
+from .indexing import COUNTS, locate_chunk
 from .key_gradients import MIN_DIVISOR
 from .tiles import (
     clear_rows,
@@ -91,7 +91,7 @@ def add_to_sums(
     return tl.sum(x * dx, axis=1)
 
 
-@triton.jit(do_not_specialize_on_alignment=NUMBERS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=NUMBERS)
 def channel_gradients_kernel(
     q, k, g, factors, states, grad_states, U, R, row_scales, grad_o, grad_matrices, products,
     A_log, dt_bias, sums, dq, dk, dg, dbeta, dA_log, ddt_bias, cu_seqlens,

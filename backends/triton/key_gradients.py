@@ -48,7 +48,7 @@ from .chunk_buffers import (
     load_row_scales,
     multiply_by_scales,
 )
-from .indexing import locate_chunk
+from .indexing import COUNTS, locate_chunk
 from .launch import ANY_ALIGNMENT
 from .tiles import (
     clear_rows,
@@ -71,7 +71,7 @@ MIN_DIVISOR = tl.constexpr(0.0625)
 """The kernel divides by beta only where beta is larger than this."""
 
 
-@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def key_gradients_kernel(
     q, k, v, g, factors, states, grad_states, U, R, row_scales, grad_o, dG_from_o, A_log, dt_bias,
     dk, dv, dg, dbeta, dA_log, ddt_bias, cu_seqlens,

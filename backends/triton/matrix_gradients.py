@@ -26,7 +26,7 @@ from .chunk_buffers import (
     multiply_by_scales,
     store_matrix,
 )
-from .indexing import locate_chunk
+from .indexing import COUNTS, locate_chunk
 from .tiles import (
     clear_rows,
     dot,
@@ -38,7 +38,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize_on_alignment=NUMBERS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=NUMBERS)
 def matrix_gradients_kernel(
     v, factors, matrices, U, R, row_scales, grad_o, dv, grad_matrices, products, cu_seqlens,
     scale, N, T, chunks_per_sequence,

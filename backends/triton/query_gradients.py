@@ -30,7 +30,7 @@ from .chunk_buffers import (
     load_matrix,
     multiply_by_scales,
 )
-from .indexing import locate_chunk
+from .indexing import COUNTS, locate_chunk
 from .launch import ANY_ALIGNMENT
 from .tiles import (
     clear_rows,
@@ -46,7 +46,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def query_gradients_kernel(
     q, k, factors, matrices, states, U, row_scales, grad_o, dq, dG_from_o, cu_seqlens,
     scale, N, T, chunks_per_sequence,

@@ -40,7 +40,7 @@ from .chunk_buffers import (
     multiply_by_factor,
     store_matrix,
 )
-from .indexing import locate_piece, piece_bounds
+from .indexing import COUNTS, locate_piece, piece_bounds
 from .launch import ANY_ALIGNMENT
 from .tiles import (
     compute_state_offsets,
@@ -106,7 +106,7 @@ def reverse_scan_step(
     return dS_T - dot_rounded(to_keys_T, keys, dtype)
 
 
-@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def reverse_scan_kernel(
     q, k, factors, matrices, decayed_rows, channel_decays, grad_o, row_scales, grad_final, R_out,
     grad_states, grad_initial, cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence,

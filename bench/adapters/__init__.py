@@ -1,8 +1,8 @@
 """Other libraries as backends. They use the public registry, as any package outside this repository
 can. "auto" never chooses them.
 
-If an adapter converts arguments, its plan has `convert(call)` and `restore(call, state)`.
-Benchmarks use these to time the conversions apart from the kernels.
+The plan of an adapter that converts arguments is a `ConvertingPlan`: benchmarks time its
+conversions apart from the kernels.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from gdn.backend import Backend
 def register() -> tuple[Backend, ...]:
     """Register every adapter, and return them all."""
     from .flashinfer import FlashInfer
+    from .flashkda import FlashKDA
     from .flashqla import FlashQLA
 
-    peers: tuple[Backend, ...] = (FlashQLA(), FlashInfer())
+    peers: tuple[Backend, ...] = (FlashQLA(), FlashInfer(), FlashKDA())
     for peer in peers:
         gdn.register_backend(peer, replace=True)
     return peers

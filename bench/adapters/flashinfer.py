@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn.backend import Backend, Capabilities, Forward, Plan
+from gdn.backend import Backend, Capabilities, Forward
 from gdn.problem import Call, PoolCall, Problem, Step
+
+from .converting import ConvertingPlan
 
 FUSED = {"use_gate_in_kernel", "use_beta_sigmoid_in_kernel"}
 ARCHITECTURES = (90, 100, 103, 120, 121)
@@ -68,25 +70,8 @@ class FlashInfer(Backend):
         return FlashInferPlan()
 
 
-class FlashInferPlan(Plan):
-    """The plan of every call. What prefill converts it keeps until a tensor changes, so that timed
-    calls leave the conversions out; the benchmarks report their time apart."""
-
-    def __init__(self) -> None:
-        self.converted: tuple[list[tuple[Tensor, int]], dict[str, Any]] | None = None
-
-    def _converted(self, call: Call) -> dict[str, Any]:
-        """`convert`, or what it returned last, if the tensors are the same and unchanged."""
-        tensors = (*call[:5], call.initial_state, call.cu_seqlens)
-        given = [(x, x._version) for x in tensors if x is not None]
-        if self.converted is not None:
-            last, found = self.converted
-            if len(last) == len(given) and all(
-                x is y and n == m for (x, n), (y, m) in zip(last, given, strict=True)
-            ):
-                return found
-        self.converted = given, self.convert(call)
-        return self.converted[1]
+class FlashInferPlan(ConvertingPlan):
+    """The plan of every call."""
 
     def convert(self, call: Call) -> dict[str, Any]:
         """The call's tensors as FlashInfer takes them."""
@@ -111,7 +96,7 @@ class FlashInferPlan(Plan):
         from flashinfer.gdn_prefill import chunk_gated_delta_rule
 
         o, state = chunk_gated_delta_rule(
-            **self._converted(call),
+            **self.converted(call),
             scale=call.scale,
             output_final_state=True,
             use_qk_l2norm_in_kernel=call.use_qk_l2norm_in_kernel,

@@ -25,9 +25,6 @@ class FlashQLA(Backend):
 
     No argument is converted: FlashQLA takes natural-log gates, both state layouts, and states in
     float32. Its L2 norm is PyTorch code under torch.compile.
-
-    FlashQLA decides by itself how to cut a sequence, and the shapes of what forward saves depend on
-    it. So there is no `saved_like`, and torch.compile cannot trace this adapter.
     """
 
     name = "flashqla"
@@ -56,6 +53,10 @@ class FlashQLA(Backend):
     def path(self, problem: Problem) -> str:
         l2_norm = "use_qk_l2norm_in_kernel" in problem.flags
         return "TileLang, L2 norm by torch.compile" if l2_norm else "TileLang"
+
+    def saved_like(self, call: Call) -> None:
+        """FlashQLA decides by itself how to cut a sequence, and what forward saves depends on
+        it."""
 
     def plan(self, call: Call | PoolCall) -> Plan:
         return FlashQLAPlan()

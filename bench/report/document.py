@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from gdn.compare import tables
 
-from . import plots, reading
+from . import columns, plots, reading
 from . import rows as results
 from .page import provenance
 from .rows import Results, by_setting
@@ -29,6 +29,7 @@ from .style import backends_of, by_size
 
 Table = tuple[list[str], list[list[str]]]
 
+CONDITIONS = ("shape", "gates", "norm", "decay", "pass")
 BEGIN, END = "<!-- bench.report: ", "<!-- end of bench.report -->"
 SECTION = re.compile(
     rf"(?P<begin>{re.escape(BEGIN)}(?P<files>\S+) (?P<name>[^>]+?) -->\n)(?P<text>.*?)"
@@ -62,30 +63,34 @@ def _speed(found: Results) -> Table:
     lines = []
     for group in sorted(by_setting(rows).values(), key=lambda group: by_size(group[0])):
         here, some = {row["backend"]: row for row in group}, group[0]
-        cells = [results.latency(here[name]) if name in here else "-" for name in names]
+        cells = [columns.latency(here[name]) if name in here else "-" for name in names]
         share, ratio = some.get("roofline"), results.over_peers(group)
         cells.append("-" if share is None else f"{share * some['latency_ms']:.3f}")
         cells.append(f"{ratio:.2f}x" if ratio else "-")
-        lines.append([some["shape"], some["gates"], some["norm"], some["pass"], *cells])
-    return ["H/HV:sequences", "gates", "norm", "pass", *names, "floor", "ours over peers"], lines
+        lines.append([*(str(some.get(name, "-")) for name in CONDITIONS), *cells])
+    headers = ["H/HV:sequences", *CONDITIONS[1:], *names]
+    return columns.without_empty([*headers, "floor", "ours over peers"], lines)
 
 
 def _standing(runs: Sequence[Results]) -> Table:
     """How many times faster each of ours is than each peer, a row a pass; the device too, where
     there are several."""
-    headers = ["pass", "gates", "norm", "backend", "over", "settings", "at worst", "geometric mean"]
+    headers = ["pass", "gates", "norm", "decay", "backend", "over", "settings"]
+    headers += ["at worst", "geometric mean", "at best"]
     devices = {run.environment["device"] for run in runs}
     lines = []
     for run in runs:
         rows = run.of("prefill") + run.of("decode")
-        device = [results.device_name(run.environment)] if len(devices) > 1 else []
-        for (which, norm, ours, peer), ratios in results.over_each_peer(rows).items():
-            same = [row for row in rows if (row["pass"], row["norm"]) == (which, norm)]
-            gates = dict.fromkeys(row["gates"] for row in same)
+        device = results.device_name(run.environment) if len(devices) > 1 else "-"
+        for key, ratios in results.over_each_peer(rows).items():
+            *kind, ours, peer = key
+            same = [r for r in rows if [r["pass"], r["norm"], r.get("decay")] == kind]
+            gates = ", ".join(dict.fromkeys(row["gates"] for row in same))
             some = min(ratios), statistics.geometric_mean(ratios), max(ratios)
-            cells = [which, ", ".join(gates), norm, ours, peer, str(len(ratios))]
-            lines.append([*device, *cells, *(f"{x:.2f}x" for x in some)])
-    return [*(["device"] if len(devices) > 1 else []), *headers, "at best"], lines
+            which, norm, decay = (str(x or "-") for x in kind)
+            cells = [which, gates, norm, decay, str(ours), str(peer), str(len(ratios))]
+            lines.append([device, *cells, *(f"{x:.2f}x" for x in some)])
+    return columns.without_empty(["device", *headers], lines)
 
 
 def _origin(runs: Sequence[Results]) -> str:
@@ -113,7 +118,7 @@ def render(name: str, runs: Sequence[Results], picture: str) -> str:
         found = results.join(runs)
         if name != "speed" and not found.of(name):
             raise ValueError(f"there are no rows for the section {name!r}")
-        table = _speed(found) if name == "speed" else results.table(found.of(name))
+        table = _speed(found) if name == "speed" else columns.table(found.of(name))
         facts = provenance(found)
         about = "; ".join(facts[x] for x in ("device", "versions", "ceilings") if x in facts)
         commands = "; ".join(f"`{command}`" for command in found.every("command"))

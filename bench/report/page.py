@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import plots
+from . import columns, plots
 from . import rows as results
 from .rows import SLOWER, Changes, Results, Row, baseline, identity, setting, speed_ups
 
@@ -80,7 +80,7 @@ def standings(rows: Sequence[Row]) -> list[str]:
 
 def _table(rows: Sequence[Row]) -> str:
     """An HTML table. The fastest of each setting is shaded; a line separates settings."""
-    headers, lines = results.table(rows)
+    headers, lines = columns.table(rows)
     ratios, base = speed_ups(rows), baseline(rows)
     compared = any(row.get("backend") != base for row in rows if identity(row) in ratios)
     if compared:
@@ -135,7 +135,7 @@ def page(found: Results, images: Sequence[tuple[str, str, bytes]]) -> str:
         width = int.from_bytes(png[16:20]) * 96 // DPI  # the header's; 96 of a page's make an inch
         image = f'<img alt="{heading}" width="{width}" src="data:image/png;base64,{source}">'
         parts.append(f"<h2>{heading}</h2><figure>{image}</figure>")
-    for kind in (kind for kind in results.COLUMNS if found.of(kind)):
+    for kind in (kind for kind in columns.COLUMNS if found.of(kind)):
         parts.append(f"<h2>{kind.capitalize()}</h2>{_table(found.of(kind))}")
     if found.not_timed:
         parts.append(f"<h2>Not timed</h2>{_list(not_timed(found))}")

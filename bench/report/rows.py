@@ -1,23 +1,23 @@
-"""The rows that `pytest bench --benchmark-json` wrote: tables of them, and comparison with an older
-run."""
+"""The rows that `pytest bench --benchmark-json` wrote, and comparison with an older run."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
-
-from gdn.compare import tables
 
 Row = dict[str, Any]
 IDENTITY = (
-    "kind", "shape", "gates", "norm", "pass", "source", "kernels", "implementation", "backend",
+    "kind", "shape", "gates", "norm", "decay", "pass", "source", "kernels", "implementation",
+    "backend",
 )  # fmt: skip
-"""The fields that identify a row within a run. A row has only those of its kind."""
+"""The fields that identify a row within a run. A row has only those of its kind. Rows of prefill
+and decode have `decay` only where it is per channel."""
 BASELINE = ("fla", "torch")
 """Speed-ups are over the first of these that is in a run."""
-PEERS = ("fla", "flashqla", "flashinfer")
+PEERS = ("fla", "flashqla", "flashinfer", "flashkda")
 """Backends that are adapters of other libraries. Every other backend of a run is ours."""
+DECAYS = {"channel": "a decay per channel", "bounded": "a bounded decay per channel"}
 SLOWER = 0.10
 """Share of the latency by which a row may be slower before `changes` lists it."""
 UNKNOWN: Row = {
@@ -90,7 +90,8 @@ def identity(row: Row) -> tuple[Any, ...]:
 def conditions(row: Row) -> str:
     """The kind of gates, and the norm where it is not fused, such as "fast gates, no norm"."""
     words = "no decay" if row["gates"] == "none" else f"{row['gates']} gates"
-    return f"{words}, no norm" if row.get("norm") == "no" else words
+    words = f"{words}, no norm" if row.get("norm") == "no" else words
+    return f"{words}, {DECAYS[row['decay']]}" if "decay" in row else words
 
 
 def device_name(environment: Row) -> str:
@@ -138,14 +139,15 @@ def over_peers(rows: Iterable[Row]) -> float | None:
     return times[True] / times[False] if len(times) == 2 else None
 
 
-def over_each_peer(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], list[float]]:
-    """How many times faster ours is, by pass, norm, backend of ours and peer: a number for each
-    setting where both were timed."""
-    found: dict[tuple[str, str, str, str], list[float]] = {}
+def over_each_peer(rows: Iterable[Row]) -> dict[tuple[str | None, ...], list[float]]:
+    """How many times faster ours is, by pass, norm, decay, backend of ours and peer: a number for
+    each setting where both were timed."""
+    found: dict[tuple[str | None, ...], list[float]] = {}
     for here in by_setting(rows).values():
         for row, peer in itertools.product(here, here):
             if row["backend"] not in PEERS and peer["backend"] in PEERS:
-                key = row["pass"], row["norm"], row["backend"], peer["backend"]
+                names = row["backend"], peer["backend"]
+                key = row["pass"], row["norm"], row.get("decay"), *names
                 found.setdefault(key, []).append(peer["latency_ms"] / row["latency_ms"])
     return found
 
@@ -183,118 +185,3 @@ def changes(new: Results, old: Results, limit: float = SLOWER) -> Changes:
         )
     slower = sorted((r for r in found if r.slower > limit), key=lambda r: -r.slower)
     return Changes(len(found), slower, [x for key, x in before.items() if key not in now])
-
-
-def worst(row: Row, outputs: bool) -> float | None:
-    """The largest relative error among the outputs, or among the gradients."""
-    names = ("o", "final_state", "state")
-    errors = row.get("errors", {}).items()
-    return tables.worst(x for name, x in errors if (name in names) == outputs)
-
-
-def _number(field: str, digits: str, scale: float = 1.0) -> Callable[[Row], str]:
-    def text(row: Row) -> str:
-        value = row.get(field)
-        return "-" if value is None else format(scale * value, digits)
-
-    return text
-
-
-def _rate(field: str) -> Callable[[Row], str]:
-    def text(row: Row) -> str:
-        value = row.get(field)
-        return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-    return text
-
-
-def _word(field: str) -> Callable[[Row], str]:
-    return lambda row: str(row.get(field, "-"))
-
-
-def latency(row: Row) -> str:
-    """Milliseconds, with a mark unless they are from graph replay."""
-    return f"{row['latency_ms']:.3f}{tables.MARKS.get(row['clock'], '')}"
-
-
-def _error(outputs: bool) -> Callable[[Row], str]:
-    def text(row: Row) -> str:
-        value = worst(row, outputs)
-        return "-" if value is None else f"{value:.1e}"
-
-    return text
-
-
-_RATES: dict[str, Callable[[Row], str]] = {
-    "ms": latency,
-    "wall ms": _number("wall_ms", ".3f"),
-    "TFLOPS": _rate("tflops"),
-    "GB/s": _rate("gbytes"),
-    "roofline": _number("roofline", ".1%"),
-    "peak MB": _number("peak_mb", ".0f"),
-}
-COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
-    "prefill": {
-        "H/HV:sequences": _word("shape"),
-        "gates": _word("gates"),
-        "norm": _word("norm"),
-        "pass": _word("pass"),
-        "backend": _word("backend"),
-        "path": _word("path"),
-        **_RATES,
-        "error": _error(True),
-        "gradients' error": _error(False),
-        "conversions ms": _number("conversions_ms", ".3f"),
-        "first s": _number("first_call_s", ".2f"),
-    },
-    "decode": {
-        "H/HV:requests": _word("shape"),
-        "backend": _word("backend"),
-        "path": _word("path"),
-        **_RATES,
-        "error": _error(True),
-    },
-    "same bits": {
-        "H/HV:sequences": _word("shape"),
-        "gates": _word("gates"),
-        "norm": _word("norm"),
-        "pass": _word("pass"),
-        "backend": _word("backend"),
-        "ms": _number("any_bits_ms", ".3f"),
-        "ms, same bits": latency,
-        "price": lambda row: f"{row['latency_ms'] / row['any_bits_ms']:.2f}x",
-    },
-    "layer": {
-        "layers": _word("layers"),
-        "pass": _word("shape"),
-        "engine": _word("backend"),
-        **{name: _RATES[name] for name in ("ms", "peak MB")},
-        "launches": _number("launches", ".0f"),
-        "over transformers": _number("speed_up", ".2f"),
-    },
-    "plain PyTorch": {
-        "decay": _word("decay"),
-        "T": _word("T"),
-        "pass": _word("pass"),
-        "implementation": _word("implementation"),
-        "ms": _number("latency_ms", ".3f"),
-        "peak MB": _number("peak_mb", ".0f"),
-    },
-    "choosing": {"request from": _word("source"), "us": _number("latency_ms", ".2f", 1e3)},
-    "issuing": {"backend": _word("backend"), "us": _number("latency_ms", ".1f", 1e3)},
-    "cold start": {
-        "backend": _word("backend"),
-        "kernels": _word("kernels"),
-        "first forward s": _number("latency_ms", ".2f", 1e-3),
-        "whole process s": _number("wall_ms", ".2f", 1e-3),
-    },
-}
-"""By kind of row: headers, and the text under each. * marks plain launches, † a difference."""
-
-
-def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of text for rows of one kind; empty columns are left out."""
-    columns = COLUMNS[rows[0]["kind"]]
-    texts = {header: [text(row) for row in rows] for header, text in columns.items()}
-    kept = {header: x for header, x in texts.items() if set(x) != {"-"}}
-    return list(kept), [list(line) for line in zip(*kept.values(), strict=True)]

@@ -16,6 +16,7 @@ STYLE: dict[str, tuple[str, str]] = {
     "fla": ("#2f9e44", "^"),
     "flashqla": ("#ae3ec9", "D"),
     "flashinfer": ("#d9a400", "v"),
+    "flashkda": ("#0b7285", "<"),
     "torch": ("#868e96", "P"),
 }
 WIDE = 9.6
