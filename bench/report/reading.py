@@ -39,6 +39,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "prefill": TIMED,
     "decode": (*TIMED, "batch"),
     "same bits": (*TIMED, "any_bits_ms"),
+    "ranks": ("shape", "gates", "pass", "backend", "ranks", "environment"),
     "plain PyTorch": (),
     "choosing": (),
     "issuing": ("backend",),
