@@ -55,6 +55,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--passes", help="of prefill: fwd,bwd,fwd+bwd")
     group.addoption("--heads", help="of decode, such as 2/8,16/32,16/64")
     group.addoption("--batches", help="of decode, such as 1,64,512")
+    group.addoption("--ranks", help="also time context parallelism on so many GPUs: 1,2,4")
+    group.addoption("--lengths", help="of context parallelism: 32768,131072,524288")
     group.addoption("--backends", help="such as triton,fla; all by default")
     group.addoption(
         "--same-bits", action="store_true", help="also time gdn.batch_invariant, and what it costs"

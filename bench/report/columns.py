@@ -98,6 +98,15 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "launches": _number("launches", ".0f"),
         "over transformers": _number("speed_up", ".2f"),
     },
+    "ranks": {
+        "H/HV:sequences": _word("shape"),
+        "gates": _word("gates"),
+        "pass": _word("pass"),
+        "backend": _word("backend"),
+        "GPUs": _word("ranks"),
+        "ms": _number("latency_ms", ".3f"),
+        "efficiency": _number("efficiency", ".0%"),
+    },
     "plain PyTorch": {
         "decay": _word("decay"),
         "T": _word("T"),

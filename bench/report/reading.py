@@ -40,6 +40,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "decode": (*TIMED, "batch"),
     "same bits": (*TIMED, "any_bits_ms"),
     "layer": ("shape", "backend", "clock", "layers", "speed_up", "environment"),
+    "ranks": ("shape", "gates", "pass", "backend", "ranks", "environment"),
     "plain PyTorch": (),
     "choosing": (),
     "issuing": ("backend",),
