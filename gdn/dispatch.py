@@ -41,6 +41,8 @@ _context: ContextVar[str | None] = ContextVar("gdn_backend", default=None)
 _chosen: dict[tuple[object, ...], Chosen] = {}
 _CHOSEN_LIMIT = 4096
 _variable = Variable("GDN_BACKEND")
+OWN_KERNELS = "auto-kernels"
+"""The request for gdn's own kernels (`framework_request`). No backend can have this name."""
 
 
 class BackendUnsupportedError(RuntimeError):
@@ -60,16 +62,18 @@ class Chosen(NamedTuple):
     pinned: str
 
 
-def parse_request(request: str, argument: str = "backend") -> list[str]:
-    """The names in a request, in order. A request is one name, a comma-separated list, or
-    "auto". (Of pinned requests only those of other processes come here.)"""
+def parse_request(
+    request: str, argument: str = "backend", problem: Problem | None = None
+) -> list[str]:
+    """The names in a request, in order; "auto" orders them for a problem, if one is given. A
+    request is one name, a comma-separated list, or "auto". (Of pinned requests only those of other
+    processes come here.)"""
     _check_request(request, argument)
     names: list[str] = []
     try:
         for part in (part.strip() for part in request.split(",")):
-            if part == "auto":
-                every = backend_names()
-                names += [name for name in every if find_backend(name).priority is not None]
+            if part in ("auto", OWN_KERNELS):
+                names += _automatic_names(problem, own=part == OWN_KERNELS)
             elif part:
                 names.append(find_backend(part).name)
         if not names:
@@ -90,13 +94,24 @@ def framework_request(device: torch.device, backend: str | None = None) -> tuple
     request = request_in_force(backend)[0]
     if request != "auto" or device.type == "cpu":
         return request, True
-    return _own_kernels(registry.generation), False
+    return OWN_KERNELS, False
 
 
-@functools.lru_cache(maxsize=1)
-def _own_kernels(generation: int) -> str:
-    """Of the backends that are registered."""
-    return ",".join(name for name in parse_request("auto") if name not in ("fla", "torch"))
+def _automatic_names(problem: Problem | None, own: bool) -> list[str]:
+    """The backends of "auto", or with `own` of OWN_KERNELS, highest priority first."""
+
+    def rank(name: str) -> float:
+        backend = find_backend(name)
+        assert backend.priority is not None
+        if problem is None:
+            return -backend.priority
+        try:
+            return -backend.priority_for(problem)
+        except Exception:  # another package's error must not break gdn
+            return -backend.priority
+
+    names = [name for name in backend_names() if find_backend(name).priority is not None]
+    return sorted((n for n in names if not (own and n in ("fla", "torch"))), key=rank)
 
 
 def _check_request(request: object, argument: str) -> None:
@@ -174,7 +189,7 @@ def resolve(request: str, problem: Problem) -> Backend:
     if registry.is_pinned(request):
         return find_backend(request)
     reasons: dict[str, list[str]] = {}
-    for name in parse_request(request):
+    for name in parse_request(request, problem=problem):
         why = find_reasons(name, problem)
         if not why:
             slow = name == "torch" and problem.device == "cuda" and "torch" not in request

@@ -68,5 +68,5 @@ def explain(request: str, source: str, problem: Problem) -> Explanation:
     """The verdict for every backend on a problem, and the backend that the request chooses."""
     verdicts = [verdict(name, problem) for name in backend_names()]
     able = {verdict.name for verdict in verdicts if not verdict.reasons}
-    chosen = next((name for name in parse_request(request) if name in able), None)
+    chosen = next((name for name in parse_request(request, problem=problem) if name in able), None)
     return Explanation(request, source, problem, chosen, tuple(verdicts))

@@ -4,7 +4,8 @@
   the state chunk by chunk and computes the outputs. `fused` does both. With a decay per channel
   `prepare_channels` takes the place of `prepare`.
 - `backward/`: `gate_sums`, `recompute_states`, `reverse_scan` and `gradients`, in memory rounds
-  (`memory_rounds.py`).
+  (`memory_rounds.py`). With a decay per channel `prepare_channels` and `channel_gradients` take the
+  places of the first and the last.
 - `combine_pieces.py`: the states between the pieces of a sequence, for both; `clear_tail.py`: zeros
   for tokens that belong to no sequence.
 - `decode/`: the serving step, a few tokens a sequence.
@@ -63,16 +64,17 @@ class TileLangBackend(Backend):
         return super().unavailable() or (None if _has_nvcc() else "no nvcc, of CUDA 12 or newer")
 
     def unsupported(self, problem: Problem) -> list[str]:
-        """With a decay per channel there is no backward; without one, no lower bound of the gate
-        but in decode."""
+        """Without a decay per channel there is no lower bound of the gate but in decode."""
         if problem.pool is not None:
             return []
         reasons = []
-        if problem.per_channel and problem.needs_grad:
-            reasons.append("a decay per channel has no backward, and an input requires grad")
         if problem.gate_lower_bound is not None and not problem.per_channel:
             reasons.append("gate_lower_bound needs a decay per channel, except in decode")
         return reasons
+
+    def priority_for(self, problem: Problem) -> int:
+        """Behind `triton` for training with a decay per channel: its speed is not measured yet."""
+        return 250 if problem.per_channel and problem.needs_grad else self.priority
 
     def path(self, problem: Problem) -> str:
         layout = choose_blocks(problem.K, problem.V) if problem.pool is None else None

@@ -28,6 +28,11 @@ def gate_options(call: Call) -> dict[str, Any]:
     }
 
 
+def channel_options(call: Call) -> dict[str, Any]:
+    """Those of a decay per channel."""
+    return {"A_log": call.A_log is not None, "lower_bound": call.gate_lower_bound}
+
+
 def tma_ready(x: Any) -> Any:
     """x if TMA can read it (contiguous, aligned to 16 bytes) or x is None, else a copy of x."""
     if x is None or (x.is_contiguous() and not x.data_ptr() % 16):

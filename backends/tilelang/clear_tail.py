@@ -1,7 +1,7 @@
 """Zeros for the tokens past the last sequence of a packed call: padding of a captured graph.
 
-    writes  dq, dk [B, L, H, K]; dv [B, L, HV, V]; dg, dbeta [B, L, HV] from token cu_seqlens[N] on;
-            in forward only o, in dv's place
+    writes  dq, dk [B, L, H, K]; dv [B, L, HV, V]; dg [B, L, HV or HV K]; dbeta [B, L, HV] from
+            token cu_seqlens[N] on; in forward only o, in dv's place
 
 All thread blocks take tokens in turn. Where sequences end at L there are none.
 """
@@ -33,7 +33,7 @@ def clear_tail(
     *, dtype: str, K: int, V: int, gates: str, strengths: str, offsets: str, backward: bool
 ) -> Any:
     """Build the kernel. gates, strengths: dtypes of dg and dbeta."""
-    B, L, H, HV, bounds = (T.dynamic(name) for name in ("B", "L", "H", "HV", "bounds"))
+    B, L, H, HV, G, bounds = (T.dynamic(name) for name in ("B", "L", "H", "HV", "G", "bounds"))
 
     @T.macro
     def clear_rows(x, token, heads, width, thread):
@@ -52,7 +52,7 @@ def clear_tail(
     @T.prim_func
     def clear_tail_kernel(
         dq: T.Tensor((B, L, H, K), dtype), dk: T.Tensor((B, L, H, K), dtype),
-        dv: T.Tensor((B, L, HV, V), dtype), dg: T.Tensor((B, L, HV), gates),
+        dv: T.Tensor((B, L, HV, V), dtype), dg: T.Tensor((B, L, G), gates),
         dbeta: T.Tensor((B, L, HV), strengths), cu_seqlens: T.Tensor((bounds,), offsets),
     ):  # fmt: skip
         with T.Kernel(BLOCKS, threads=THREADS) as cta:
@@ -64,7 +64,7 @@ def clear_tail(
                 if backward:
                     clear_rows(dq, first + step * BLOCKS, H, K, thread)
                     clear_rows(dk, first + step * BLOCKS, H, K, thread)
-                    clear_scalars(dg, first + step * BLOCKS, HV, thread)
+                    clear_scalars(dg, first + step * BLOCKS, G, thread)
                     clear_scalars(dbeta, first + step * BLOCKS, HV, thread)
 
     return clear_tail_kernel

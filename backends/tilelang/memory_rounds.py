@@ -83,9 +83,9 @@ class MemoryRound(NamedTuple):
         at = self.first * self.chunks + self.start
         return x if x is None or self.all else x[at : at + self.slots]
 
-    def of_work(self, x: Tensor) -> Tensor:
-        """What the round needs of a buffer x [slots of the largest round, ...]."""
-        return x if self.all else x[: self.slots]
+    def of_work(self, x: Any) -> Any:
+        """What the round needs of a buffer x [slots of the largest round, ...], or None."""
+        return x if x is None or self.all else x[: self.slots]
 
 
 def memory_rounds(call: Call) -> list[MemoryRound]:

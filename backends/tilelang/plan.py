@@ -10,6 +10,7 @@ from gdn.backend import Forward, Gradients, Plan
 from gdn.problem import Call, PoolCall
 
 from .forward.plan import ForwardPass
+from .forward.prepare_channels import prepare_channels
 
 
 class PrefillPlan(Plan):
@@ -46,5 +47,5 @@ class PrefillPlan(Plan):
             # imported here: a forward call need not read the backward kernels' modules
             from .backward.plan import BackwardPass
 
-            self.backward_pass = BackwardPass(call)
+            self.backward_pass = BackwardPass(call, prepare_channels)
         return self.backward_pass

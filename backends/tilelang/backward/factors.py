@@ -1,5 +1,13 @@
 """The rows of `factors`, an array that several backward kernels keep in shared memory."""
 
+from ..tile.layout import factor_rows
+
+
+def rows_of_factors(K: int, channels: bool) -> int:
+    """Rows of `factors` in the scans. With a decay per channel they are `scan_factors`, with beta,
+    rq and rk behind them (`tile/layout.py`); else see `Factor`."""
+    return factor_rows(K, channels) + 3 if channels else 4
+
 
 class Factor:
     """Rows of `factors`, the factors of a chunk's tokens in shared memory: float32 [rows, C]."""

@@ -1,18 +1,19 @@
 """Backward: the order of its kernels, and the buffers between them.
 
-    gate_sums          G and beta of all chunks, once
+    gate_sums          G and beta of all chunks, once (`prepare_channels`: see below)
     recompute_states   S before every chunk, and U    } at the same time, on two streams
     reverse_scan       dS after every chunk, and R    }
     gradients          all other gradients, from these
 
 The last three run once a memory round, since S, dS and U take most of backward's memory
 (`memory_rounds.py`). If forward cut sequences into pieces, reverse_scan runs twice, with
-`combine_pieces.py` in between, and there is one round.
+`combine_pieces.py` in between, and there is one round. With a decay per channel, `prepare_channels`
+takes the place of gate_sums, in every round, and `channel_gradients` that of gradients.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +22,16 @@ from gdn.backend import Gradients
 from gdn.problem import CHUNK, Call
 
 from ...common.chunking import piece_length, piece_slots, sm_count
-from ..arguments import dtype_name, gate_options, tma_ready
+from ..arguments import channel_options, dtype_name, gate_options, tma_ready
 from ..clear_tail import clear_tail, clear_tail_options
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
 from ..memory_rounds import memory_rounds, sequence_parts
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
+from .buffers import Chunks, Common, Scratch, States, Tokens
+from .channel_gradients import channel_gradients
+from .factors import rows_of_factors
 from .gate_sums import gate_sums
 from .gradients import gradients
 from .recompute_states import recompute_states
@@ -37,63 +41,12 @@ MAX_CHUNKS = 10
 """Pairs of a chunk and a q/k head that a thread block of `gradients` takes, at most."""
 
 
-class Tokens(NamedTuple):
-    """Tensors [B, T, ...] of a round. dv holds the stored R until `gradients` is done."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    do: Tensor
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    dg: Tensor
-    dbeta: Tensor
-
-
-class Chunks(NamedTuple):
-    """Tensors [slots, ...] of a round; dA_log and ddt_bias as partial sums."""
-
-    G_beta: Tensor
-    norms: Tensor
-    A: Tensor
-    dA_log: Tensor | None
-    ddt_bias: Tensor | None
-
-
-class States(NamedTuple):
-    """States [sequences, ...] of a round, in the layout of the call. None: zero, or not wanted."""
-
-    begin: Tensor | None  # before the round's first chunks
-    d_end: Tensor | None  # gradient of the state after its last chunks
-    d_begin: Tensor | None  # gradient of `begin`
-
-
-class Scratch(NamedTuple):
-    """What the scans of a round write for its `gradients`."""
-
-    S: Tensor  # S^T before every chunk [slots, HV, V, K]
-    dS: Tensor  # dS^T after every chunk [slots, HV, V, K]
-    U: Tensor  # U^T [slots, HV, V, C]
-    rowsum_RV: Tensor  # float32 [slots, HV, V / 64, C]
-    row_scales: Tensor  # of S^T and U^T, float32 [slots, HV, V / 64, 64]; float16 only, else empty
-
-
-class Common(NamedTuple):
-    """Arguments of the call that all rounds share."""
-
-    A_log: Tensor | None
-    dt_bias: Tensor | None
-    cu_seqlens: Tensor | None
-    chunk_spans: Tensor | None
-    scale: float
-
-
 class BackwardPass:
     """What all backward calls of one kind (shapes, dtypes, device, options) have in common."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, prepare_channels: Any = None) -> None:
+        """prepare_channels: the kernel of forward, which a call with a decay per channel needs."""
+        self.prepare_channels = prepare_channels
         H, K = call.q.shape[2:]
         HV, V = call.v.shape[2:]
         self.slots, self.sequences = piece_slots(call, CHUNK), call.sequences
@@ -118,8 +71,11 @@ class BackwardPass:
         self.scan_options = self.shape | {
             # the states between pieces are always [V, K]
             "offsets": self.offsets, "v_first": self.cut or self.v_first, "cut": self.cut,
+            "channels": call.per_channel,
         }  # fmt: skip
-        self.gate_options = gate_options(call)
+        self.gate_options, self.channels = gate_options(call), call.per_channel
+        if self.channels:
+            self.gate_options |= channel_options(call)
         self.clear_jobs: list[tuple[Any, dict[str, Any]]] = []
         if call.cu_seqlens is not None:
             self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=True))]
@@ -130,9 +86,16 @@ class BackwardPass:
         the call has an initial state; final: whether the final state has a gradient."""
         if self.split:  # a round starts from states and gradients of its neighbours
             initial = final = True
-        options = {name: x for name, x in self.gate_options.items() if name != "l2"}
-        first = (gate_sums, options | {"offsets": self.offsets, "varlen": self.shape["varlen"]})
-        last = (gradients, self.shape | self.gate_options)
+        if self.channels:
+            prepare = {name: x for name, x in self.shape.items() if name != "group"} | {
+                "offsets": self.offsets, "save": False, "rows_alone": True,
+            }  # fmt: skip
+            first: Any = (self.prepare_channels, self.gate_options | prepare)
+            last: Any = (channel_gradients, self.shape | self.gate_options)
+        else:
+            options = {name: x for name, x in self.gate_options.items() if name != "l2"}
+            first = (gate_sums, options | {"offsets": self.offsets, "varlen": self.shape["varlen"]})
+            last = (gradients, self.shape | self.gate_options)
         scan = self.scan_options
         if not self.cut:
             return compile_together(
@@ -167,12 +130,12 @@ class BackwardPass:
         kind = begin is not None, d_end is not None
         if kind not in self.launchers:
             self.launchers[kind] = launchers(self.kernels(*kind))
-        launch_gate_sums, *launch_round = self.launchers[kind]
+        launch_first, *launch_round = self.launchers[kind]
 
         # === buffers ===
         dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
         if cu_seqlens is not None:
-            launch_round.pop()(dq, dk, dv, dg, dbeta, cu_seqlens)
+            launch_round.pop()(dq, dk, dv, dg.flatten(2), dbeta, cu_seqlens)
         (HV, V), K, new = v.shape[2:], q.shape[3], q.new_empty
         rows = self.round_slots, HV, V
         scaled_slots = self.round_slots if q.dtype == torch.float16 else 0
@@ -182,29 +145,39 @@ class BackwardPass:
             U=new((*rows, CHUNK)),
             rowsum_RV=new((self.round_slots, HV, V // ROWS, CHUNK), dtype=torch.float32),
             row_scales=new((scaled_slots, HV, V // ROWS, ROWS), dtype=torch.float32),
+            decayed_rows=new((*rows[:2], 3, CHUNK, K)) if self.channels else None,
+            factors=new((*rows[:2], rows_of_factors(K, True), CHUNK), dtype=torch.float32)
+            if self.channels
+            else None,
         )
         chunk_spans = None
         if cu_seqlens is not None:
             chunk_spans = new((self.slots, 2), dtype=torch.int32)
-        G_beta = new((self.slots, HV, 2, CHUNK), dtype=torch.float32)
+        G_beta = None
+        if not self.channels:
+            G_beta = new((self.slots, HV, 2, CHUNK), dtype=torch.float32)
         # zeros, since nothing is written for unused slots
         dA_log, ddt_bias = (
-            None if x is None else x.new_zeros((self.slots, HV), dtype=torch.float32)
-            for x in (A_log, dt_bias)
+            None if x is None else x.new_zeros((self.slots, HV, *per_head), dtype=torch.float32)
+            for x, per_head in ((A_log, ()), (dt_bias, (K,) if self.channels else ()))
         )
         begin, A_log, dt_bias = (None if x is None else x.float() for x in (begin, A_log, dt_bias))
         d_begin = None if begin is None else torch.empty_like(begin)
         if self.split:
-            zeros = G_beta.new_zeros(call.state_shape)
+            zeros = new(call.state_shape, dtype=torch.float32).zero_()
             begin, d_end = (zeros if x is None else x for x in (begin, d_end))
             d_begin, d_between = torch.empty_like(begin), torch.empty_like(begin[:1])
 
         # === kernels ===
-        launch_gate_sums(g, beta, A_log, dt_bias, cu_seqlens, G_beta, chunk_spans, self.sequences)
-        norms, A, *states_saved = saved
+        if self.channels:
+            norms, (A, *states_saved) = None, saved
+        else:
+            norms, A, *states_saved = saved
+            gates = (g, beta, A_log, dt_bias)
+            launch_first(*gates, cu_seqlens, G_beta, chunk_spans, self.sequences)
         common = Common(A_log, dt_bias, cu_seqlens, chunk_spans, call.scale)
         for r in self.rounds:
-            tokens = Tokens(*map(r.of_tokens, (q, k, v, g, do, dq, dk, dv, dg, dbeta)))
+            tokens = Tokens(*map(r.of_tokens, (q, k, v, g, do, dq, dk, dv, dg, dbeta, beta)))
             chunks = Chunks(*map(r.of_slots, (G_beta, norms, A, dA_log, ddt_bias)))
             states = States(*map(r.of_states, (begin, d_end, d_begin)))
             if r.start > 0:  # forward saved the state between two parts of a sequence
@@ -212,9 +185,16 @@ class BackwardPass:
                 states = states._replace(begin=part_begin, d_begin=d_between)
             if r.stop < r.chunks:  # the round before wrote the gradient of the state there
                 states = states._replace(d_end=d_between)
+            buffers = Scratch(*map(r.of_work, scratch))
+            if self.channels:
+                launch_first(
+                    tokens.q, tokens.k, tokens.g, tokens.beta, A_log, dt_bias, cu_seqlens, None,
+                    buffers.factors, buffers.decayed_rows, None, chunk_spans, r.last - r.first,
+                    r.slots, 0, r.slots, call.scale,
+                )  # fmt: skip
             self._run_round(
-                launch_round, r.last - r.first, tokens, chunks, states,
-                Scratch(*map(r.of_work, scratch)), states_saved, common,
+                launch_round, r.last - r.first, tokens, chunks, states, buffers, states_saved,
+                common,
             )  # fmt: skip
 
         # === sums and dtypes ===
@@ -235,17 +215,19 @@ class BackwardPass:
         """Launch the kernels of a round of N sequences. states_saved: if sequences are cut, the
         transfer matrices of all pieces and the states before them."""
         launch_states, *launch_reverse, launch_gradients = launch
-        q, k, v, g, do, dq, dk, dv, dg, dbeta = tokens
+        q, k, v, g, do, dq, dk, dv, dg, dbeta, _ = tokens
         G_beta, norms, A, dA_log, ddt_bias = chunks
         A_log, dt_bias, cu_seqlens, chunk_spans, scale = common
-        S, dS, U, rowsum_RV, scales = scratch
+        S, dS, U, rowsum_RV, scales, *decayed = scratch
         row_scales = scales if q.dtype == torch.float16 else None
         grid = (N, self.pieces if self.cut else N, self.length or 0)
         begin = states_saved[1] if self.cut else states.begin
         with side_stream(q.device):
-            launch_states(k, v, G_beta, norms, A, begin, cu_seqlens, S, U, row_scales, *grid)
+            launch_states(
+                k, v, G_beta, norms, A, *decayed, begin, cu_seqlens, S, U, row_scales, *grid
+            )
 
-        inputs = (q, k, v, do, G_beta, norms, A)
+        inputs = (q, k, v, do, G_beta, norms, A, *decayed)
         outputs = (dS, dv, rowsum_RV)
         if self.cut:
             transfer, begins = states_saved
@@ -261,7 +243,8 @@ class BackwardPass:
             (launch_scan,) = launch_reverse
             launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, states.d_begin, scale, *grid)
         join_side_stream(q.device)
+        factors = decayed[1:] if self.channels else [G_beta, norms]
         launch_gradients(
-            q, k, g, A_log, dt_bias, do, G_beta, norms, rowsum_RV, U, S, dS, row_scales,
-            chunk_spans, dq, dk, dv, dg, dbeta, dA_log, ddt_bias, scale, self.thread_blocks,
+            q, k, g, A_log, dt_bias, do, *factors, rowsum_RV, U, S, dS, row_scales, chunk_spans,
+            dq, dk, dv, dg, dbeta, dA_log, ddt_bias, scale, self.thread_blocks,
         )  # fmt: skip

@@ -9,6 +9,10 @@ Q, K: [C, K], the chunk's rows of q and k; dO, dU, R, V: [C, 64], dS: [K, 64] in
 A: [C, C]; beta, G, rq, rk (1 / norms of q and k): [C]; gamma: the last G. As in
 `recompute_states.py`, all but P is computed transposed, and dS^T stays in registers.
 
+With a decay per channel e^gamma scales the rows of dS, P was saved, `decayed_rows` has Q_in, K_in
+and K_out in place of scale e^G rq Q, e^G rk K and e^{gamma - G} rk K, and the factors are the
+scales of their rows (`forward/prepare_channels.py`).
+
 Reads q, k, v, dO, `G_beta`, `norms`, A and the gradients of the final states. Writes those of the
 initial states and, as outputs for `gradients.py`: dS^T after every chunk, in the dtype of q; the
 stored R (R times `stored_R_scale`), in the memory of dv; and rowsum(R * V) over each 64 columns.
@@ -41,8 +45,15 @@ from ..tile.largest import PRELUDE as LARGEST
 from ..tile.layout import ROWS
 from ..tile.pacing import ClusterPace, wait_for_cluster
 from ..tile.proxy_fence import PRELUDE as FENCES
-from .reverse_scan_memory import STAGES, Barriers, ReverseScanSmem, load_chunk, store_chunk
-from .reverse_scan_step import ReverseScanFragments, add_rounding_residual, compute_P, scan_step
+from .factors import rows_of_factors
+from .reverse_scan_memory import Barriers, ReverseScanSmem, load_chunk, stages_of, store_chunk
+from .reverse_scan_step import (
+    ReverseScanFragments,
+    add_rounding_residual,
+    compute_P,
+    prepare_chunk,
+    scan_step,
+)
 
 CUDA = FENCES + PRELUDE + SUMS + LARGEST
 REGISTERS = (248, 208, 48)
@@ -53,20 +64,25 @@ REGISTERS = (248, 208, 48)
 def reverse_scan(
     *, dtype: str, offsets: str, K: int, V: int, group: int,
     varlen: bool, final: bool, initial: bool, v_first: bool, cut: bool, outputs: bool,
+    channels: bool,
 ) -> Any:  # fmt: skip
     """Build the kernel. group: HV / H; final: whether dS starts from `dS_end`, else from 0;
     initial: whether to write `dS_begin`; v_first: whether these are [V, K]; cut: whether a thread
-    block has a piece, else a sequence; outputs: whether to write dS, R and rowsum(R * V)."""
+    block has a piece, else a sequence; outputs: whether to write dS, R and rowsum(R * V); channels:
+    a decay per channel."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots, bounds, M = (T.dynamic(name) for name in ("slots", "bounds", "M"))
     state, blocks = (V, K) if v_first else (K, V), V // ROWS
+    STAGES, matrices = stages_of(channels), (2, C, C) if channels else (C, C)
 
     @T.prim_func
     def reverse_scan_kernel(
         q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
         v: T.Tensor((B, L, HV, V), dtype), do: T.Tensor((B, L, HV, V), dtype),
         G_beta: T.Tensor((slots, HV, 2, C), "float32"),
-        norms: T.Tensor((slots, H, 2, C), "float32"), A: T.Tensor((slots, HV, C, C), dtype),
+        norms: T.Tensor((slots, H, 2, C), "float32"), A: T.Tensor((slots, HV, *matrices), dtype),
+        decayed_rows: T.Tensor((slots, HV, 3, C, K), dtype),
+        factors: T.Tensor((slots, HV, rows_of_factors(K, True), C), "float32"),
         dS_end: T.Tensor((N, HV, *state), "float32"), cu_seqlens: T.Tensor((bounds,), offsets),
         dS_out: T.Tensor((slots, HV, V, K), dtype), R_out: T.Tensor((B, L, HV, V), dtype),
         rowsum_RV: T.Tensor((slots, HV, blocks, C), "float32"),
@@ -84,8 +100,8 @@ def reverse_scan(
             start, stop, slot = task.start, task.stop, task.slot
             chunks = T.ceildiv(T.max(stop - start, 0), C)  # unused pieces have stop < start
 
-            smem = ReverseScanSmem(K, dtype)
-            bars = Barriers()
+            smem = ReverseScanSmem(K, dtype, channels)
+            bars = Barriers(STAGES)
             pace = ClusterPace(blocks)
             tx = T.get_thread_binding()
 
@@ -106,7 +122,7 @@ def reverse_scan(
                     s = step % STAGES
                     # The P warpgroup has waited for `inputs_ready`.
                     T.barrier_wait(bars.P_ready, step % 2)
-                    scan_step(smem, frag, bars, s, step % 2 ^ 1, tx, outputs)
+                    scan_step(smem, frag, bars, s, step % 2 ^ 1, tx, outputs, channels)
                     T.barrier_arrive(bars.inputs_free[s])
                 if initial:
                     if chunks > 0:
@@ -125,10 +141,13 @@ def reverse_scan(
                     s = step % STAGES
                     T.barrier_wait(bars.inputs_free[s], step // STAGES % 2 ^ 1)
                     T.barrier_wait(bars.inputs_ready[s], step // STAGES % 2)
-                    compute_P(
-                        smem, P_frag, P_half, bars, s, stop - (start + (chunks - 1 - step) * C),
-                        scale, step % 2 ^ 1, tx - 128,
-                    )  # fmt: skip
+                    live = stop - (start + (chunks - 1 - step) * C)
+                    if channels:
+                        prepare_chunk(smem, bars, s, live, step % 2 ^ 1, tx - 128)
+                    else:
+                        compute_P(
+                            smem, P_frag, P_half, bars, s, live, scale, step % 2 ^ 1, tx - 128
+                        )
                     T.barrier_arrive(bars.P_ready)
             else:
                 T.set_max_nreg(REGISTERS[2], 0)
@@ -139,9 +158,9 @@ def reverse_scan(
                         T.barrier_wait(bars.inputs_free[s], step // STAGES % 2 ^ 1)
                         wait_for_cluster(pace, step, tx == 256)
                         load_chunk(
-                            q, k, v, do, G_beta, norms, A, smem, bars,
+                            q, k, v, do, G_beta, norms, A, decayed_rows, factors, smem, bars,
                             batch, start + (chunks - 1 - step) * C, slot + chunks - 1 - step,
-                            head, key_head, column, s, outputs,
+                            head, key_head, column, s, outputs, channels,
                         )  # fmt: skip
                 elif outputs and tx < 256 + 64:
                     # === storing warp ===

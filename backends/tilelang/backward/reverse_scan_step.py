@@ -10,13 +10,15 @@ from ..tile.fragment_sums import put_row
 from ..tile.fragments import load_transposed, store, store_transposed
 from ..tile.gate_math import stored_R_scale
 from ..tile.largest import largest, power_of_two, reciprocal_power
-from ..tile.layout import LOG2_E, ROWS
+from ..tile.layout import KS_FACTOR, LOG2_E, QS_FACTOR, ROWS, S_FACTOR, U_FACTOR, token_rows
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
 from .factors import Factor
 
 P_WARPGROUP = 1
 """Named barrier of the P warpgroup."""
+LEAST_SCALE = 2.0**-60
+"""Where all scales of rows are smaller, float16 loses digits that no gradient shows."""
 
 
 class ReverseScanFragments:
@@ -60,6 +62,40 @@ def compute_factors(smem: Any, s: Any, i: Any, live: Any, scale: Any) -> None:
 
 
 @T.macro
+def compute_channel_factors(smem: Any, s: Any, i: Any) -> None:
+    """The same with a decay per channel, where all of them are scales of rows."""
+    beta = smem.factors[s, token_rows(smem.q.shape[2])[0], i]
+    smem.KdS_factor[s, i] = smem.factors[s, U_FACTOR, i]
+    smem.dO_factor[s, i] = smem.factors[s, QS_FACTOR, i]
+    smem.R_factor[s, i] = beta * smem.factors[s, KS_FACTOR, i]
+    smem.R_scale[s, i] = stored_R_scale(beta)
+    if smem.up_down is not None:
+        norm = T.alloc_var("float32")
+        norm = T.max(
+            largest(T.address_of(smem.factors[s, KS_FACTOR, 0])),
+            largest(T.address_of(smem.factors[s, QS_FACTOR, 0])),
+        )
+        norm = T.max(T.min(norm, 1.0), LEAST_SCALE)
+        smem.dO_factor[s, i] *= reciprocal_power(norm)
+        smem.R_factor[s, i] *= reciprocal_power(norm)
+        if i == 0:
+            smem.up_down[s, 0] = reciprocal_power(norm)
+            smem.up_down[s, 1] = power_of_two(norm)
+
+
+@T.macro
+def prepare_chunk(smem: Any, bars: Any, s: Any, live: Any, parity: Any, thread: Any) -> None:
+    """`compute_P` with a decay per channel: P is loaded, and rows of Q_in, K_in and K_out past the
+    end are zero."""
+    if live < C:
+        clear_rows_past_end((smem.do,), s, live)
+        fence()
+    if thread < C:
+        compute_channel_factors(smem, s, thread)
+    T.barrier_wait(bars.P_free, parity)
+
+
+@T.macro
 def compute_P(
     smem: Any, P_frag: Any, P_half: Any, bars: Any, s: Any, live: Any, scale: Any, parity: Any,
     thread: Any,
@@ -82,28 +118,32 @@ def compute_P(
     for i, j in T.Parallel(C, C):
         P_half[i, j] = smem.P_factor[s, i] * P_frag[i, j]
     T.barrier_wait(bars.P_free, parity)
-    T.copy(P_half, smem.P)
+    T.copy(P_half, smem.P[0, :, :])
     fence()
 
 
 @T.macro
 def scan_step(
-    smem: Any, frag: Any, bars: Any, s: Any, parity: Any, thread: Any, outputs: bool
-) -> None:
+    smem: Any, frag: Any, bars: Any, s: Any, parity: Any, thread: Any, outputs: bool,
+    channels: bool,
+) -> None:  # fmt: skip
     """Stage the outputs and update dS from after to before the chunk in stage s; by the consumer
     warpgroup. parity: that of the phases of `dS_R_free` and `RV_free` for the chunk before."""
     # === K dS, P^T dO, and dS += Q^T (scale e^G rq * dO): three products in flight ===
     T.copy(frag.dS, frag.dS_half)
-    T.wgmma_gemm(frag.dS_half, smem.k[s, :, :], frag.KdS, transpose_B=True, clear_accum=True)
+    T.wgmma_gemm(frag.dS_half, smem.k_out[s, :, :], frag.KdS, transpose_B=True, clear_accum=True)
     load_transposed(smem.do, s, frag.dO, thread)
-    frag.e_gamma[0] = T.exp2(smem.factors[s, Factor.G, C - 1] * LOG2_E)
+    frag.e_gamma[0] = 1.0 if channels else T.exp2(smem.factors[s, Factor.G, C - 1] * LOG2_E)
     if smem.up_down is not None:
         frag.e_gamma[0] *= smem.up_down[s, 0]
-    for i, j in T.Parallel(*frag.dS.shape):
-        frag.dS[i, j] *= frag.e_gamma[0]
+    if channels:
+        multiply_channels(frag, smem, s)
+    if not channels or smem.up_down is not None:
+        for i, j in T.Parallel(*frag.dS.shape):
+            frag.dS[i, j] *= frag.e_gamma[0]
     for i, j in T.Parallel(ROWS, C):
         frag.dO_scaled[i, j] = smem.dO_factor[s, j] * frag.dO[i, j]
-    T.wgmma_gemm(frag.dO, smem.P, frag.dU, clear_accum=True)
+    T.wgmma_gemm(frag.dO, smem.P[s if channels else 0, :, :], frag.dU, clear_accum=True)
     T.wgmma_gemm(frag.dO_scaled, smem.q[s, :, :], frag.dS)
     if outputs:
         T.barrier_wait(bars.dS_R_free, parity)
@@ -136,6 +176,13 @@ def scan_step(
     T.wait_wgmma(0)
     if smem.up_down is not None:
         multiply_state(frag, smem.up_down[s, 1])
+
+
+@T.macro
+def multiply_channels(frag: Any, smem: Any, s: Any) -> None:
+    """Multiply dS by e^gamma, a number a channel."""
+    for i, j in T.Parallel(*frag.dS.shape):
+        frag.dS[i, j] *= smem.factors[s, S_FACTOR + j // C, j % C]
 
 
 @T.macro

@@ -22,7 +22,7 @@ from gdn.problem import CHUNK, Call
 
 from ...common.allocation import allocator
 from ...common.chunking import piece_length, piece_slots, sm_count
-from ..arguments import dtype_name, gate_options, tma_ready
+from ..arguments import channel_options, dtype_name, gate_options, tma_ready
 from ..clear_tail import clear_tail, clear_tail_options
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
@@ -104,18 +104,19 @@ def piece_shapes(call: Call, save: bool) -> list[tuple[tuple[int, ...], torch.dt
 
 
 def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """What forward saves for backward: the norms rq and rk of every chunk and q/k head; A of every
-    chunk and value head; the states between the parts of memory rounds, if there are parts; and
-    `piece_shapes`."""
+    """What forward saves for backward: the norms rq and rk of every chunk and q/k head, and A of
+    every chunk and value head, or P and A with a decay per channel; the states between the parts of
+    memory rounds, if there are parts; and `piece_shapes`."""
     slots, H, HV = piece_slots(call, CHUNK), call.q.shape[2], call.v.shape[2]
+    if call.per_channel:
+        matrices: list[Any] = [((slots, HV, 2, CHUNK, CHUNK), call.q.dtype)]
+    else:
+        matrices = [
+            ((slots, H, 2, CHUNK), torch.float32), ((slots, HV, CHUNK, CHUNK), call.q.dtype)
+        ]  # fmt: skip
     boundaries = len(sequence_parts(call)) - 1
     states = [((boundaries, *call.state_shape), torch.float32)] if boundaries else []
-    return [
-        ((slots, H, 2, CHUNK), torch.float32),
-        ((slots, HV, CHUNK, CHUNK), call.q.dtype),
-        *states,
-        *piece_shapes(call, True),
-    ]
+    return [*matrices, *states, *piece_shapes(call, True)]
 
 
 class ForwardPass:
@@ -149,10 +150,9 @@ class ForwardPass:
         }  # fmt: skip
         dtype = dtype_name(call.q)
         self.prepare_options: dict[str, Any] = shape | {"dtype": dtype} | gate_options(call)
-        self.channels = channels
+        self.channels, self.matrices = channels, 1 if channels else 2  # that forward saves
         if channels:
-            has_A_log, bound = call.A_log is not None, call.gate_lower_bound
-            self.prepare_options |= {"A_log": has_A_log, "lower_bound": bound}
+            self.prepare_options |= channel_options(call) | {"rows_alone": False}
         states = {
             "initial": call.initial_state is not None,
             "final": call.output_final_state,
@@ -196,12 +196,8 @@ class ForwardPass:
         itself, is compiled beside them."""
         if self.fused and not save:
             return compile_together(*self.fused.jobs, *self.clear_jobs)[: len(self.fused.jobs)]
-        prepare_job: tuple[Any, dict[str, Any]]
-        if self.channels:
-            prepare_job = (prepare_channels, self.prepare_options)
-        else:
-            prepare_job = (prepare, self.prepare_options | {"save": save})
-        jobs = (prepare_job, *self.scan_jobs[save])
+        prepare_kernel = prepare_channels if self.channels else prepare
+        jobs = ((prepare_kernel, self.prepare_options | {"save": save}), *self.scan_jobs[save])
         return compile_together(*jobs, *self.clear_jobs)[: len(jobs)]
 
     def forward(self, call: Call, save: bool) -> Forward:
@@ -231,16 +227,18 @@ class ForwardPass:
         P_A_v, scan_factors = self.new_P_A_v(), self.new_scan_factors()
         decayed_rows = self.new_decayed_rows()
         saved = [new() for new in self.new_saved[save]]
+        matrices, others = saved[: self.matrices], saved[self.matrices :]
         prepared = (
             q, k, g, beta, A_log, dt_bias, cu_seqlens, P_A_v, scan_factors,
-            *((decayed_rows,) if self.channels else saved[:2] if save else (None, None)),
-            self.sequences,
+            *((decayed_rows,) if self.channels else ()),
+            *(matrices if save else [None] * self.matrices),
+            *((None,) if self.channels else ()), self.sequences,
         )  # fmt: skip
         inputs = (q, k, v, P_A_v, scan_factors, decayed_rows)
         N, T = self.sequences, q.shape[1]
         if self.segments[save]:
             # the states between parts, if backward has parts, are the final states of segments
-            between = saved[2] if len(saved) > 2 else None
+            between = others[0] if others else None
             self._run_segments(
                 save, call.scale, run_prepare, run_scans, prepared, inputs, initial, between,
                 cu_seqlens, o, self.new_state() if final is None else final,

@@ -20,6 +20,10 @@ where e^gamma scales the rows of S. A slot is the number of a chunk.
             by its scale, the largest power of two in it
             scan_factors [slots, HV, 3 + K / C, C], float32: the scales, with the sign that `scan`
             needs, and e^gamma (`tile/layout.py`)
+            P_A [slots, HV, 2, C, C] if backward follows: P and A
+
+Backward runs the kernel again for the rows and their factors alone, with beta, rq and rk, and for
+`chunk_spans` [slots, 2] as `gate_sums` has them.
 
 Thread block: a chunk and a value head; two warpgroups, two thread blocks on an SM (one in float16).
 A thread has two channels of K / 8 tokens. The first warpgroup multiplies for P, the second one for
@@ -39,7 +43,7 @@ from ..tile.fragments import PRELUDE as FRAGMENTS
 from ..tile.gate_math import fused_log_decay
 from ..tile.indexing import Fields, locate_piece
 from ..tile.largest import largest
-from ..tile.layout import KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR, factor_rows
+from ..tile.layout import KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR, factor_rows, token_rows
 from .block_inverse import (
     LIMIT,
     BlockInverseSmem,
@@ -74,13 +78,15 @@ ROW_Q, ROW_M, COLUMN, ONE = range(4)
 class ChannelSmem:
     """Shared memory of a chunk."""
 
-    def __init__(self, K: int, dtype: str, parts: int, max_parts: int) -> None:
+    def __init__(self, K: int, dtype: str, parts: int, max_parts: int, rows_alone: bool) -> None:
         self.q, self.k = (T.alloc_shared((1, C, K), dtype) for _ in range(2))
-        self.q_rows, self.k_rows = (T.alloc_shared((parts, C, K), "bfloat16") for _ in range(2))
         self.totals = T.alloc_shared((C * 8 // K, K), "float32")
         self.beta, self.squares = (T.alloc_shared((n, C), "float32") for n in (1, 2))
         self.token_factors = T.alloc_shared((ONE + 1, C), "float32")
         self.largest = T.alloc_shared((3, K // 64, C), "float32")
+        if rows_alone:
+            return
+        self.q_rows, self.k_rows = (T.alloc_shared((parts, C, K), "bfloat16") for _ in range(2))
         self.inverse = BlockInverseSmem(max_parts, 1)
         self.P, self.A_v = (T.alloc_shared((1, C, C), dtype) for _ in range(2))
         T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (self.P, self.A_v)})
@@ -90,14 +96,16 @@ class ChannelSmem:
 def prepare_channels(
     *, dtype: str, gates: str, strengths: str, offsets: str, K: int, V: int, varlen: bool, l2: bool,
     gate: bool, bias: bool, sigmoid: bool, double: bool, A_log: bool, lower_bound: float | None,
+    save: bool, rows_alone: bool,
 ) -> Any:  # fmt: skip
     """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens; A_log: whether
-    there is one."""
+    there is one; save: whether to write P_A; rows_alone: for backward, without P, A and A_v."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
-    slots = T.dynamic("slots")
+    slots, spans = T.dynamic("slots"), T.dynamic("spans")
     tokens, parts = K // 8, 2 if dtype == "float16" else 1
     min_parts, max_parts = choose_parts(dtype, l2, sigmoid, double)
     has_A_log = A_log
+    rows_of_factors = factor_rows(K, channels=True) + (3 if rows_alone else 0)
 
     @T.macro
     def load_decays(g, A_log, dt_bias, item, head, first, pair, prefix):
@@ -132,7 +140,7 @@ def prepare_channels(
         )  # fmt: skip
 
     @T.macro
-    def compute_token_factors(beta, item, head, smem, scale, token):
+    def compute_token_factors(beta, scan_factors, item, head, smem, scale, token):
         """The factors of one token, from the sums of squares of its rows."""
         strength = T.alloc_local((1,), "float32")
         batch = 0 if varlen else item.sequence
@@ -148,6 +156,11 @@ def prepare_channels(
         smem.token_factors[ROW_M, token] = strength[0] * rk
         smem.token_factors[COLUMN, token] = rk
         smem.token_factors[ONE, token] = 1.0
+        if rows_alone:
+            beta_row, rq_row, rk_row = token_rows(K)
+            scan_factors[item.slot, head, beta_row, token] = strength[0]
+            scan_factors[item.slot, head, rq_row, token] = rq
+            scan_factors[item.slot, head, rk_row, token] = rk
 
     @T.prim_func
     def prepare_channels_kernel(
@@ -155,15 +168,16 @@ def prepare_channels(
         g: T.Tensor((B, L, HV, K), gates), beta: T.Tensor((B, L, HV), strengths),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV, K), "float32"),
         cu_seqlens: T.Tensor((N + 1,), offsets), P_A_v: T.Tensor((slots, HV, 2, C, C), dtype),
-        scan_factors: T.Tensor((slots, HV, factor_rows(K, channels=True), C), "float32"),
-        decayed_rows: T.Tensor((slots, HV, 3, C, K), dtype), sequences: T.int32, chunks: T.int32,
-        first_chunk: T.int32, span: T.int32, scale: T.float32,
+        scan_factors: T.Tensor((slots, HV, rows_of_factors, C), "float32"),
+        decayed_rows: T.Tensor((slots, HV, 3, C, K), dtype),
+        P_A: T.Tensor((slots, HV, 2, C, C), dtype), chunk_spans: T.Tensor((spans, 2), "int32"),
+        sequences: T.int32, chunks: T.int32, first_chunk: T.int32, span: T.int32, scale: T.float32,
     ):  # fmt: skip
         """chunks: how many in all; span: how many of each sequence, from first_chunk on (of a
         whole call: all of them, as if there were one sequence)."""
         with T.Kernel(chunks * HV, threads=256, prelude=PRELUDES) as cta:
-            T.annotate_min_blocks_per_sm(3 - parts)
-            smem, item = ChannelSmem(K, dtype, parts, max_parts), Fields(*ITEM)
+            T.annotate_min_blocks_per_sm(2 if rows_alone else 3 - parts)
+            smem, item = ChannelSmem(K, dtype, parts, max_parts, rows_alone), Fields(*ITEM)
             prefix, suffix = (T.alloc_local((2 * tokens,), "float32") for _ in range(2))
             sums, rows = (T.alloc_local((32,), "float32") for _ in range(2))
             bound = T.alloc_var("float32")  # of |M_ij|
@@ -180,6 +194,9 @@ def prepare_channels(
             item["slot"] = sequence * T.ceildiv(L, C) + first_chunk + item.slot - sequence * span
             locate_piece(item.slot, cu_seqlens, sequences, L, C, item.array, varlen)
             slot, head, key_head, live = item.slot, item.head, item.key_head, item.live
+            if rows_alone and varlen and tx == 0 and head == 0:
+                chunk_spans[slot, 0] = item.token
+                chunk_spans[slot, 1] = live
             if warp == 0:
                 load_rows(q, item, key_head, smem.q, ready)
                 load_rows(k, item, key_head, smem.k, ready)
@@ -189,8 +206,9 @@ def prepare_channels(
                 suffix[i] = 1.0
             for i in T.unroll(32):
                 sums[i] = 0.0
-            for i, j in T.Parallel(C, C):
-                smem.A_v[0, i, j] = 0
+            if not rows_alone:
+                for i, j in T.Parallel(C, C):
+                    smem.A_v[0, i, j] = 0
             T.barrier_wait(ready, 0)
             if live < C:
                 for i, j in T.Parallel(C, K):
@@ -206,13 +224,14 @@ def prepare_channels(
                 sum_squares(smem.k, row * 16, T.address_of(smem.squares[1, row * 16]), lane)
             T.sync_threads()
             if tx < C:
-                compute_token_factors(beta, item, head, smem, scale, tx)
+                compute_token_factors(beta, scan_factors, item, head, smem, scale, tx)
 
             # === pairs, level by level; rows for the scan ===
             factors = [T.address_of(smem.token_factors[n, 0]) for n in range(ONE + 1)]
             for h in LEVELS:
                 T.sync_threads()
-                put_level(h, K, parts, smem, prefix, suffix)
+                if not rows_alone:
+                    put_level(h, K, parts, smem, prefix, suffix)
                 join_halves(h, K, smem, prefix, suffix)
                 if 2 * h == tokens:
                     for c in T.unroll(2):
@@ -230,11 +249,14 @@ def prepare_channels(
                             scan_factors[
                                 slot, head, S_FACTOR + (2 * pair) // C, (2 * pair) % C + c
                             ] = prefix[2 * tokens - 2 + c]
-                T.sync_threads()
-                add_level(h, K, parts, smem, sums)
+                if not rows_alone:
+                    T.sync_threads()
+                    add_level(h, K, parts, smem, sums)
 
             # === P ===
-            if warp < 4:
+            if rows_alone:
+                pass
+            elif warp < 4:
                 join_blocks(sums, factors[ROW_Q], factors[COLUMN], rows, row)
                 put_diagonal(K, smem, factors[ROW_Q], factors[COLUMN], rows, row)
                 put_matrix(rows, factors[ONE], smem.P, row)
@@ -242,12 +264,17 @@ def prepare_channels(
                 T.sync_threads(1, 128)
                 if warp == 0:
                     T.tma_copy(smem.P[0, :, :], P_A_v[slot, head, 0, :, :], leader_scope_threads=32)
+                    if save:
+                        T.tma_copy(
+                            smem.P[0, :, :], P_A[slot, head, 0, :, :], leader_scope_threads=32
+                        )
                     T.tma_store_wait(0)
             # === M and A ===
             else:
                 join_blocks(sums, factors[ROW_M], factors[COLUMN], rows, row)
                 strength = T.address_of(smem.beta[0, 0])
                 A_v = T.address_of(smem.A_v[0, 0, 0])
+                A = [T.address_of(P_A[slot, head, 1, 0, 0])] if save else []
                 bound = 0
                 if min_parts < max_parts:
                     bound = bound_strengths(strength)
@@ -259,9 +286,9 @@ def prepare_channels(
                     begin_inverse(min_parts, rows, smem.inverse, row)
                 T.sync_threads(2, 128)
                 if bound > LIMIT:
-                    solve_row(max_parts, smem.inverse, 0, strength, A_v, row, dtype)
+                    solve_row(max_parts, smem.inverse, 0, strength, A_v, row, dtype, *A)
                 else:
-                    solve_row(min_parts, smem.inverse, 0, strength, A_v, row, dtype)
+                    solve_row(min_parts, smem.inverse, 0, strength, A_v, row, dtype, *A)
                 T.fence_proxy_async()
                 T.sync_threads(2, 128)
                 if warp == 4:

@@ -13,11 +13,6 @@ BLOCK = 16
 PRELUDE = """
 #include <tl_templates/cuda/ldsm.h>
 #include <tl_templates/cuda/instruction/mma.h>
-// x, so that nothing computed from it stays in registers from one chunk to the next.
-__device__ __forceinline__ int gdn_opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
 // A block as a warp has it in registers: 8 numbers a lane, as left operand or as it is stored. One
 // part: float16. Two: what bfloat16 keeps of a number, and what it keeps of the rest.
 template <int parts> struct GdnBlock {

@@ -17,6 +17,11 @@ PAIRS = {"bfloat16": "__nv_bfloat162", "float16": "half2"}
 """CUDA's types of two numbers."""
 PRELUDE = """
 #include <tl_templates/cuda/ldsm.h>
+// x, so that nothing computed from it stays in registers from one use to the next.
+__device__ __forceinline__ int gdn_opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 // Two numbers in float32 to and from a type of `PAIRS`.
 template <class Pair> __device__ __forceinline__ Pair gdn_narrow(float2 x);
 template <> __device__ __forceinline__ __nv_bfloat162 gdn_narrow<__nv_bfloat162>(float2 x) {

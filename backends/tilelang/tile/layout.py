@@ -12,11 +12,18 @@ COLUMN_EXPONENT, SCALE_RQ, BETA_RK, RK, KEY_SQUARES = range(5)
 U_FACTOR, QS_FACTOR, KS_FACTOR, S_FACTOR = range(4)
 """Rows of `scan_factors` [slots, HV, 4, C], what a scan multiplies by: U by e^{gamma - G} rk, Q S
 by scale e^G rq, K S by -e^G rk, and S by e^gamma, which stands in column 0. With a decay per
-channel the first three are scales of rows, and e^gamma [K] fills the rows from S_FACTOR on."""
+channel the first three are scales of rows, and e^gamma [K] fills the rows from S_FACTOR on.
+Backward has beta, rq and rk behind them."""
 Q_IN, K_IN, K_OUT = range(3)
 """Rows of q and k with their decays, in `decayed_rows` [slots, HV, 3, C, K]."""
 
 
 def factor_rows(K: int, channels: bool) -> int:
-    """Rows of `scan_factors`."""
+    """Rows of `scan_factors` in forward."""
     return S_FACTOR + (K // 64 if channels else 1)
+
+
+def token_rows(K: int) -> tuple[int, int, int]:
+    """Rows BETA, RQ and RK of `scan_factors` in backward, with a decay per channel."""
+    first = factor_rows(K, channels=True)
+    return first, first + 1, first + 2
