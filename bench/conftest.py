@@ -55,10 +55,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--passes", help="of prefill: fwd,bwd,fwd+bwd")
     group.addoption("--heads", help="of decode, such as 2/8,16/32,16/64")
     group.addoption("--batches", help="of decode, such as 1,64,512")
+    group.addoption("--ranks", help="also time context parallelism on so many GPUs: 1,2,4")
+    group.addoption("--lengths", help="of context parallelism: 32768,131072,524288")
     group.addoption("--backends", help="such as triton,fla; all by default")
     group.addoption(
         "--same-bits", action="store_true", help="also time gdn.batch_invariant, and what it costs"
     )
+    group.addoption("--layers", type=int, help="also time stacks of so many layers, such as 24")
     group.addoption(
         "--seconds", type=float, default=1.0, help="GPU timing of a pass of all backends: 1.0"
     )

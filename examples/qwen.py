@@ -3,8 +3,11 @@
     python examples/qwen.py                                a small random model
     python examples/qwen.py --model DIR --text "Why?"      a local checkpoint
     python examples/qwen.py --stack 24 --prompt 8192 32768 Qwen3.5-4B's linear layers alone
+    python examples/qwen.py --stack 24 --compile           decode as one compiled graph, too
 
 The table is Markdown. Times are wall times of eager calls, as a user of `model.generate` sees them.
+With --compile, tokens after the first also come from a graph that torch.compile makes of a step
+with a static cache; a model that breaks the graph gets no row but the reason.
 Needs transformers 5.2 or newer.
 """
 
@@ -15,7 +18,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -83,30 +86,67 @@ def make_model(args: argparse.Namespace, device: str) -> Any:
         return AutoModelForCausalLM.from_config(Qwen3_5TextConfig(**sizes), dtype=dtype).eval()
 
 
-def generate(model: Any, ids: torch.Tensor, length: int, clock: Clock) -> list[int]:
+def generate(
+    model: Any, ids: torch.Tensor, length: int, clock: Clock, options: dict[str, Any]
+) -> list[int]:
     """Generate `length` tokens after each prompt, greedily. Returns those of the first prompt."""
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, min_new_tokens=length,
-        do_sample=False, pad_token_id=0, streamer=clock,
+        do_sample=False, pad_token_id=0, streamer=clock, **options,
     )  # fmt: skip
     return out[0, ids.shape[1] :].tolist()
 
 
+def compile_options(device: torch.device) -> dict[str, Any]:
+    """Options of `model.generate` for a step as one graph, on a GPU captured in a CUDA graph."""
+    from transformers import CompileConfig
+
+    gpu = device.type == "cuda"
+    config = CompileConfig(
+        fullgraph=True, mode="reduce-overhead" if gpu else None,
+        backend="inductor" if gpu else "aot_eager",
+    )  # fmt: skip
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
 def compare(model: Any, ids: torch.Tensor, args: argparse.Namespace, progress: Progress) -> Any:
-    """Tokens, and medians of prefill and decode seconds, unpatched and patched. The two take turns,
-    after one untimed round."""
-    seconds, tokens = defaultdict(list), {}
-    total = 2 * (1 + args.repeats) * (1 + args.length)
+    """Tokens, and medians of prefill and decode seconds, by engine; and why an engine has none.
+
+    Unpatched and patched take turns, after one untimed round. The compiled ones come after them,
+    each alone, since a patch that ends and begins again would have the step compiled again.
+    """
+    seconds, tokens, refused = defaultdict(list), {}, {}
+    names = ["unpatched", "gdn"]
+    rounds = 1 + args.repeats
+    total = len(names) * (1 + args.compile) * rounds * (1 + args.length)
     task = progress.add_task(f"{ids.shape[1]} tokens and {args.length} more", total=total)
-    for _ in range(1 + args.repeats):
-        for name in ("unpatched", "gdn"):
-            clock = Clock(progress, task)
-            with nullcontext() if name == "unpatched" else patch(model, args.backend):
-                tokens[name] = generate(model, ids, args.length, clock)
-            start, first, *_, last = clock.times
-            seconds[name].append((first - start, last - first))
-    median = {n: [*map(statistics.median, zip(*x[1:], strict=True))] for n, x in seconds.items()}
-    return tokens, median
+
+    def run(name: str, options: dict[str, Any]) -> None:
+        clock = Clock(progress, task)
+        tokens[name] = generate(model, ids, args.length, clock, options)
+        start, first, *_, last = clock.times
+        seconds[name].append((first - start, last - first))
+
+    def patched(name: str) -> AbstractContextManager[Any]:
+        return patch(model, args.backend) if name.startswith("gdn") else nullcontext()
+
+    for name in names * rounds:
+        with patched(name):
+            run(name, {})
+    for name in names if args.compile else ():
+        try:
+            with patched(name):
+                for _ in range(rounds):
+                    run(f"{name}, compiled", compile_options(ids.device))
+        except torch._dynamo.exc.Unsupported as error:
+            refused[f"{name}, compiled"] = str(error).splitlines()[0]
+    median = {
+        n: [*map(statistics.median, zip(*x[1:], strict=True))]
+        for n, x in seconds.items()
+        if n not in refused
+    }
+    return tokens, median, refused
 
 
 def describe(device: str) -> str:
@@ -131,6 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=16, help="tokens to generate, at least 2")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="also decode as a compiled graph")
     parser.add_argument("--backend", help="of gdn; by default the best that can run here")
     args = parser.parse_args(arguments)
     if args.text and not args.model:
@@ -150,13 +191,15 @@ def main(arguments: list[str] | None = None) -> None:
     written = []
     with Progress(transient=True) as progress:
         for ids in prompts:
-            tokens, seconds = compare(model, ids.to(device), args, progress)
+            tokens, seconds, refused = compare(model, ids.to(device), args, progress)
             for name, (prefill, decode) in seconds.items():
                 same = sum(map(int.__eq__, tokens[name], tokens["unpatched"]))
                 speeds = ids.numel() / prefill, args.batch * (args.length - 1) / decode
                 row = (f"{args.batch} x {ids.shape[1]}", args.length, name)
                 row += (*(f"{speed:.1f}" for speed in speeds), f"{same} of {args.length}")
                 progress.console.print("| " + " | ".join(map(str, row)) + " |", soft_wrap=True)
+            for name, why in refused.items():
+                progress.console.print(f"| {args.batch} x {ids.shape[1]} | | {name} | {why} |")
             written.append(tokens["gdn"])
     print("", *(tokenizer.decode(x) if args.text else x for x in written), sep="\n")
 

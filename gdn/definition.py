@@ -41,7 +41,11 @@ def initialize_gates(
 ) -> None:
     """Fill the gate parameters of a new layer in place, as the layers of Qwen3-Next and Qwen3.5 in
     transformers do: A_log is the log of uniform numbers in (0.01, 16), dt_bias is ones. With
-    A = 16 a token decays the state by e^-21."""
+    A = 16 a token decays the state by e^-21.
+
+    The cases of `gdn.testing` call these gates "fast". Their "model" gates are those of a new layer
+    of fla, which has Mamba's smaller steps (dt_bias is the inverse softplus of 1e-3 to 0.1): about
+    -0.2 a token, so that states live longer."""
     with torch.no_grad():
         A_log.uniform_(1e-2, 16, generator=generator).log_()
         dt_bias.fill_(1)

@@ -4,29 +4,35 @@ module, and its cache."""
 from __future__ import annotations
 
 import functools
-import importlib.util
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gdn.api import gated_delta_net
+from gdn import convolution, gated_norm
+from gdn.api import explain, gated_delta_net
 from gdn.context_parallel import ContextParallel
+from gdn.convolution import convolve_step, short_convolution
 from gdn.definition import initialize_gates
 from gdn.distributed import conv_halo
+from gdn.gated_norm import GatedRMSNorm
+from gdn.parts import LayerExplanation
 from gdn.serving import gated_delta_net_decode
+
+__all__ = ["Cache", "GatedDeltaNet", "GatedRMSNorm", "LayerExplanation"]
 
 _STEP = 8
 """Tokens up to which a call with a cache is a decode step rather than a sequence."""
+_PROJECTIONS = ("qkv", "z", "b", "a")
+"""The parts of `in_proj`, in this order: Qwen3.5's layer has a projection for each."""
 
 
 class Cache:
     """What a layer remembers of B sequences between calls, updated in place.
 
-    conv [B, channels, conv_size - 1]: the last inputs of the short convolution. state [B, HV, K, V]
-    in float32 (float64 for a layer in float64).
+    conv [B, channels, conv_size]: the last inputs of the short convolution, the oldest first. state
+    [B, HV, K, V] in float32 (float64 for a layer in float64).
 
     Not a dataclass: FSDP's mixed precision replaces the tensors in one by copies in its
     param_dtype, so that updates would be lost.
@@ -36,43 +42,21 @@ class Cache:
         self.conv, self.state = conv, state
 
 
-class GatedRMSNorm(nn.Module):
-    """y = weight x / sqrt(mean x^2 + eps) * silu(gate), over the last dimension; the norm and the
-    gate in float32."""
-
-    def __init__(
-        self,
-        size: int,
-        eps: float = 1e-6,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
-        self.eps = eps
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the weight to ones."""
-        nn.init.ones_(self.weight)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return ((self.weight * wide.to(x.dtype)) * F.silu(gate.float())).to(x.dtype)
-
-
 class GatedDeltaNet(nn.Module):
     """Projections, a causal depthwise convolution with SiLU over q, k and v, the gated delta rule
     with L2 norm, gate and sigmoid fused, a gated RMS norm, and a projection back.
 
-    Parameters have the names of Qwen3.5's layer in transformers, and a state dict of that layer or
-    of Qwen3-Next's (whose projections are interleaved by head) loads as it is. The convolution runs
-    on causal-conv1d where that is installed and the input is on a GPU, else on torch.
+    One projection `in_proj` gives q, k, v, the norm's gate z, and the logits b of beta and a of the
+    decay; q, k, v, z, b and a are read where they lie in its output. The other parameters have the
+    names of Qwen3.5's layer in transformers. A state dict of that layer, or of Qwen3-Next's (whose
+    projections are interleaved by head), loads as it is; `qwen_state_dict` is the way back.
+
+    The convolution runs on causal-conv1d or fla, the norm on Triton, where they are installed and
+    the input is on a GPU, else both on PyTorch (`explain`). Under torch.compile PyTorch runs both,
+    so that the layer is one graph.
+
+    A new layer's linear and convolution weights are those of torch's layers, the norm's weight is
+    ones, and the gates are those of `gdn.definition.initialize_gates`.
 
     The module and its submodules have `reset_parameters`, so that a layer built on the meta device
     can be sharded (`fully_shard`), given memory (`to_empty`) and then initialised.
@@ -110,12 +94,10 @@ class GatedDeltaNet(nn.Module):
         self.options = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True}
         self.options |= {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": allow_neg_eigval}
         channels, values = sum(self.sizes), self.HV * self.V
+        self.widths = [channels, values, self.HV, self.HV]
         own: dict[str, Any] = {"device": device, "dtype": dtype}
         linear: Any = functools.partial(nn.Linear, bias=False, **own)
-        self.in_proj_qkv = linear(hidden_size, channels)
-        self.in_proj_z = linear(hidden_size, values)
-        self.in_proj_b = linear(hidden_size, self.HV)
-        self.in_proj_a = linear(hidden_size, self.HV)
+        self.in_proj = linear(hidden_size, sum(self.widths))
         self.conv1d = nn.Conv1d(channels, channels, conv_size, groups=channels, bias=False, **own)
         self.A_log = nn.Parameter(torch.empty(self.HV, **own))
         self.dt_bias = nn.Parameter(torch.empty(self.HV, **own))
@@ -130,7 +112,7 @@ class GatedDeltaNet(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = (
-            f"hidden_size={self.in_proj_qkv.in_features}, num_k_heads={self.H}, "
+            f"hidden_size={self.in_proj.in_features}, num_k_heads={self.H}, "
             f"num_v_heads={self.HV}, head_k_dim={self.K}, head_v_dim={self.V}, "
             f"conv_size={self.conv_size}"
         )
@@ -154,7 +136,7 @@ class GatedDeltaNet(nn.Module):
         weight = self.conv1d.weight
         device = weight.device if device is None else device
         dtype = weight.dtype if dtype is None else dtype
-        conv = torch.zeros(batch, sum(self.sizes), self.conv_size - 1, device=device, dtype=dtype)
+        conv = torch.zeros(batch, sum(self.sizes), self.conv_size, device=device, dtype=dtype)
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         state = torch.zeros(batch, self.HV, self.K, self.V, device=device, dtype=exact)
         return Cache(conv, state)
@@ -188,32 +170,81 @@ class GatedDeltaNet(nn.Module):
                 "activation checkpointing makes it, from the state that the first forward left; "
                 "leave out the cache or the checkpointing"
             )
-        B, T, _ = x.shape
-        mixed = self._convolve(self.in_proj_qkv(x), cache, cu_seqlens, cp)
-        q, k, v = torch.split(mixed, self.sizes, -1)
-        tensors: dict[str, Any] = {
-            "q": q.reshape(B, T, self.H, self.K),
-            "k": k.reshape(B, T, self.H, self.K),
-            "v": v.reshape(B, T, self.HV, self.V),
-            "g": self.in_proj_a(x),
-            "beta": self.in_proj_b(x),
-            "A_log": self.A_log,
-            "dt_bias": self.dt_bias,
-            "backend": self.backend,
-        }
-        if cache is not None and T <= _STEP and not torch.is_grad_enabled():
+        step = self._is_step(x, cache)
+        tensors, z = self._split(self.in_proj(x), cache, cu_seqlens, cp, step)
+        if cache is not None and step:
             o = gated_delta_net_decode(**tensors, **self.options, state=cache.state)
         else:
+            start = None if cache is None else cache.state
+            if start is not None and torch.is_grad_enabled():
+                start = start.clone()  # backward reads it, after the cache has changed
             o, state = gated_delta_net(
-                **tensors, **self.options, cu_seqlens=cu_seqlens, cp=cp,
-                initial_state=None if cache is None else cache.state.clone(),
+                **tensors, **self.options, cu_seqlens=cu_seqlens, cp=cp, initial_state=start,
                 output_final_state=cache is not None,
             )  # fmt: skip
             if cache is not None and state is not None:
                 cache.state.copy_(state.detach())
-        z = self.in_proj_z(x).reshape(B, T, self.HV, self.V)
         out: Tensor = self.out_proj(self.norm(o, z).flatten(2))
         return out
+
+    def explain(
+        self, x: Tensor, *, cache: Cache | None = None, cu_seqlens: Tensor | None = None
+    ) -> LayerExplanation:
+        """What would run each part of `forward(x, cache=cache, cu_seqlens=cu_seqlens)`, and why
+        nothing faster does. Computes nothing, and leaves the cache as it is; `print` shows all."""
+        B, T, device = *x.shape[:2], x.device.type
+        dtype = self.in_proj.weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        projected = x.new_empty(B, T, sum(self.widths), dtype=dtype)
+        mixed, z, b, a = torch.split(projected, self.widths, -1)
+        tensors = self._arguments(mixed.new_empty(mixed.shape), b, a)
+        norm = gated_norm.choose(z)
+        if cache is not None and self._is_step(x, cache):
+            chosen = convolution.choose_step(mixed, self.conv_size, cache.conv)
+            return LayerExplanation(
+                chosen, explain(**tensors, **self.options, state=cache.state), norm
+            )
+        state = None if cache is None else cache.state
+        rule = explain(
+            **tensors, **self.options, cu_seqlens=cu_seqlens, initial_state=state,
+            output_final_state=cache is not None,
+        )  # fmt: skip
+        return LayerExplanation(convolution.choose(mixed, self.conv_size), rule, norm)
+
+    def _is_step(self, x: Tensor, cache: Cache | None) -> bool:
+        return cache is not None and x.shape[1] <= _STEP and not torch.is_grad_enabled()
+
+    def _split(
+        self,
+        projected: Tensor,
+        cache: Cache | None,
+        cu_seqlens: Tensor | None,
+        cp: ContextParallel | None,
+        step: bool,
+    ) -> tuple[dict[str, Any], Tensor]:
+        """The op's tensors, and the norm's gate [B, T, HV, V]."""
+        mixed, z, b, a = torch.split(projected, self.widths, -1)
+        if cache is not None and step:
+            mixed = convolve_step(mixed, self.conv1d.weight[:, 0], cache.conv)
+        else:
+            mixed = self._convolve(mixed, cache, cu_seqlens, cp)
+        return self._arguments(mixed, b, a), z.view(*z.shape[:2], self.HV, self.V)
+
+    def _arguments(self, mixed: Tensor, b: Tensor, a: Tensor) -> dict[str, Any]:
+        """The tensors and the backend of a call of the op."""
+        q, k, v = torch.split(mixed, self.sizes, -1)
+        tokens = mixed.shape[:2]
+        return {
+            "q": q.view(*tokens, self.H, self.K),
+            "k": k.view(*tokens, self.H, self.K),
+            "v": v.view(*tokens, self.HV, self.V),
+            "g": a,
+            "beta": b,
+            "A_log": self.A_log,
+            "dt_bias": self.dt_bias,
+            "backend": self.backend,
+        }
 
     def _convolve(
         self,
@@ -223,70 +254,40 @@ class GatedDeltaNet(nn.Module):
         cp: ContextParallel | None = None,
     ) -> Tensor:
         """silu(sum_j weight_j x_{t - j}) over [B, T, channels], within each sequence."""
+        weight = self.conv1d.weight[:, 0]
         if cp is not None:
             x, places = conv_halo(x, self.conv_size, cp)
             if not x.shape[1]:  # a row, so that the weight has a gradient, of zeros
                 x = F.pad(x, (0, 0, 0, 1))
-            return self._causal_convolution(x.mT).mT.index_select(1, places)
-        if not x.shape[1]:
-            return x
-        x, before = x.mT, self.conv_size - 1
-        if cu_seqlens is not None:
-            return convolve_packed(self._causal_convolution, x, cu_seqlens, self.conv_size).mT
-        if cache is None:
-            return self._causal_convolution(x).mT
-        x = torch.cat([cache.conv.to(x.dtype), x], -1)
-        cache.conv.copy_(x[..., x.shape[-1] - before :].detach())
-        return F.silu(F.conv1d(x, self.conv1d.weight, groups=x.shape[1])).mT
+            return short_convolution(x, weight).index_select(1, places)
+        conv = None if cache is None else cache.conv
+        return short_convolution(x, weight, cache=conv, cu_seqlens=cu_seqlens)
 
-    def _causal_convolution(self, x: Tensor) -> Tensor:
-        """silu(sum_j weight_j x_{t - j}) over [B, channels, T], zeros in front."""
-        if fast := _causal_conv1d(x, self.conv_size):
-            return fast(x, self.conv1d.weight[:, 0], activation="silu")
-        x = F.pad(x, (self.conv_size - 1, 0))
-        return F.silu(F.conv1d(x, self.conv1d.weight, groups=x.shape[1]))
+    def qwen_state_dict(self) -> dict[str, Tensor]:
+        """The state dict under the names of Qwen3.5's layer in transformers: its projections are
+        views of `in_proj`."""
+        found = dict(self.state_dict())
+        parts = torch.split(found.pop("in_proj.weight"), self.widths)
+        split = {f"in_proj_{n}.weight": x for n, x in zip(_PROJECTIONS, parts, strict=True)}
+        return split | found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Also take Qwen3-Next's projections, q, k, v, z and b, a of each q/k head side by side."""
+        """Also take the projections of Qwen3.5, and of Qwen3-Next: q, k, v, z and b, a of each q/k
+        head side by side."""
         if f"{prefix}in_proj_qkvz.weight" in state_dict:
-            group, width = self.HV // self.H, self.in_proj_qkv.in_features
+            group, width = self.HV // self.H, self.in_proj.in_features
             qkvz = state_dict.pop(f"{prefix}in_proj_qkvz.weight").view(self.H, -1, width)
             sizes = [self.K, self.K, group * self.V, group * self.V]
-            *qkv, z = (part.reshape(-1, width) for part in qkvz.split(sizes, 1))
+            parts = [part.reshape(-1, width) for part in qkvz.split(sizes, 1)]
             ba = state_dict.pop(f"{prefix}in_proj_ba.weight").view(self.H, 2, group, width)
-            parts = {"qkv": torch.cat(qkv), "z": z}
-            parts |= {n: ba[:, i].reshape(-1, width) for i, n in enumerate("ba")}
-            state_dict |= {f"{prefix}in_proj_{n}.weight": x for n, x in parts.items()}
+            parts += [ba[:, i].reshape(-1, width) for i in range(2)]
+            state_dict[f"{prefix}in_proj.weight"] = torch.cat(parts)
+        names = [f"{prefix}in_proj_{n}.weight" for n in _PROJECTIONS]
+        if all(name in state_dict for name in names):
+            state_dict[f"{prefix}in_proj.weight"] = torch.cat([state_dict.pop(n) for n in names])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _in_backward() -> bool:
     """Whether a backward pass runs this; compiled code, which cannot know, counts as outside."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _causal_conv1d(x: Tensor, taps: int) -> Callable[..., Tensor] | None:
-    """causal-conv1d's kernel, where it is installed and takes x [B, channels, T]."""
-    takes = 2 <= taps <= 4 and x.shape[1] % 8 == 0 and x.dtype != torch.float64
-    if not (takes and x.is_cuda) or importlib.util.find_spec("causal_conv1d") is None:
-        return None
-    from causal_conv1d import causal_conv1d_fn
-
-    return cast(Callable[..., Tensor], causal_conv1d_fn)
-
-
-def convolve_packed(
-    convolution: Callable[[Tensor], Tensor], x: Tensor, cu_seqlens: Tensor, taps: int
-) -> Tensor:
-    """Run `convolution`, which is causal, on [1, channels, T] within each packed sequence.
-
-    It gets the sequences with taps - 1 zeros between neighbours, and returns a tensor of the same
-    shape. Its values are those that it gives for each sequence alone. The host never waits for the
-    device.
-    """
-    rows, inner = x.mT, cu_seqlens[1:-1]
-    tokens = torch.arange(rows.shape[1], device=x.device, dtype=inner.dtype)
-    places = (tokens + (taps - 1) * torch.searchsorted(inner, tokens, right=True)).long()
-    apart = rows.new_zeros((rows.shape[0], len(tokens) + (taps - 1) * len(inner), rows.shape[2]))
-    apart = apart.index_copy(1, places, rows)
-    return convolution(apart.mT).mT.index_select(1, places).mT

@@ -203,8 +203,8 @@ def check_layer(case: Parallel, group: Any) -> None:
 
 
 def compile_agrees(rank: int) -> None:
-    """The op, and a layer: one graph each, forward and backward, with the bits of the eager
-    call."""
+    """The op, and a layer: one graph each, forward and backward, with the bits of the eager call;
+    the layer's convolution, which is compiled as shifted products, rounds in its own way."""
     case = Parallel("compiled", (5, 9), (3, 8, 0, 3), options={"fused": True})
     inputs = make_inputs(case.case(torch.float32))
     inputs.pop("cu_seqlens")
@@ -213,7 +213,7 @@ def compile_agrees(rank: int) -> None:
     cp = gdn.ContextParallel(dist.group.WORLD, case.bounds(), lengths=case.lengths)
     do, shares = loss_weights(case, inputs)
     run = functools.partial(outputs, mine, do[:, own], shares[rank], "torch", cp=cp)
-    same_bits(run, gdn.gated_delta_net)
+    compare_compiled(run, gdn.gated_delta_net, 0.0)
 
     layer = gdn.nn.GatedDeltaNet(8, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=4)
     x, dy = torch.randn(2, 1, case.lengths[rank], 8)
@@ -224,10 +224,12 @@ def compile_agrees(rank: int) -> None:
         found = torch.autograd.grad(y, list(leaves.values()), dy)
         return {"y": y.detach(), **dict(zip(leaves, found, strict=True))}
 
-    same_bits(run_layer, layer)
+    compare_compiled(run_layer, layer, 1e-5)
 
 
-def same_bits(run: Callable[..., dict[str, Tensor]], op: Callable[..., Any]) -> None:
+def compare_compiled(
+    run: Callable[..., dict[str, Tensor]], op: Callable[..., Any], tolerance: float
+) -> None:
     """What `run(op=op)` returns, where op is compiled. A second call compiles nothing."""
     eager = run(op=op)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
@@ -235,7 +237,7 @@ def same_bits(run: Callable[..., dict[str, Tensor]], op: Callable[..., Any]) -> 
         with torch._dynamo.config.patch(error_on_recompile=again):
             got = run(op=compiled)
         assert got.keys() == eager.keys()
-        assert all(torch.equal(x, eager[n]) for n, x in got.items())
+        torch.testing.assert_close(got, eager, rtol=tolerance, atol=tolerance)
 
 
 def loss_weights(case: Parallel, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:

@@ -103,12 +103,14 @@ def test_qwen_stacks_layers_and_loads_checkpoints(
     else:
         models.make_model("qwen3_5", "cpu").save_pretrained(tmp_path)
         models.make_tokenizer().save_pretrained(tmp_path)
-        options = ["--model", str(tmp_path), "--text", "w3 w4 w5", "--batch", "2"]
-        expected = ["2 x 3", "2 x 3"]
+        options = ["--model", str(tmp_path), "--text", "w3 w4 w5", "--batch", "2", "--compile"]
+        expected = ["2 x 3"] * 4
     qwen.main([*options, "--length", "3", "--repeats", "1", "--backend", "torch"])
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line.endswith("| 3 of 3 |")]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == expected
+    engines = [row.split(" | ")[2] for row in rows]
+    assert (engines[2:] == ["unpatched, compiled", "gdn, compiled"]) == (what == "checkpoint")
     assert (" w" in out.splitlines()[-1]) == (what == "checkpoint")
     with pytest.raises(SystemExit):
         qwen.main(["--text", "Why?"])

@@ -196,5 +196,5 @@ def test_the_layer(kind: str, dtype: torch.dtype) -> None:
                     y = layer(piece, cache=cache)
                     assert y.shape == piece.shape
                     assert y.dtype == dtype
-            assert_like(cache.conv, torch.empty(1, 160, 3, dtype=dtype), x.device)
+            assert_like(cache.conv, torch.empty(1, 160, 4, dtype=dtype), x.device)
             assert_like(cache.state, torch.empty(1, 4, 16, 24), x.device)

@@ -90,6 +90,25 @@ def test_the_price_of_the_same_bits_is_in_their_row(tmp_path: Path) -> None:
         reading.load(tmp_path / "run.json")
 
 
+def test_a_row_of_layers_says_how_many_times_faster_they_are(tmp_path: Path) -> None:
+    environment = prefill("mine", "fwd", 64, 3.0)["environment"]
+    row = {"kind": "layer", "shape": "decode 64x1", "backend": "gdn.nn", "layers": 24}
+    row |= {"latency_ms": 3.0, "speed_up": 1.5, "launches": 240, "peak_mb": None}
+    row |= {"clock": "wall", "environment": environment}
+    document = {"benchmarks": [{"extra_info": row, "stats": {"median": 3e-3}}]}
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    headers, (line,) = columns.table(reading.load(tmp_path / "run.json").of("layer"))
+    found = dict(zip(headers, line, strict=True))
+    assert found == {
+        "layers": "24", "pass": "decode 64x1", "engine": "gdn.nn", "ms": "3.000",
+        "launches": "240", "over transformers": "1.50",
+    }  # fmt: skip
+    del row["speed_up"]
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="speed_up"):
+        reading.load(tmp_path / "run.json")
+
+
 def test_the_page_is_one_file_with_the_rows_not_timed(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert command_line.main([str(file), "--out", str(tmp_path / "out")]) == 0

@@ -45,6 +45,7 @@ STEPS = (
         STEP, name="elsewhere", pool=torch.float16, padding=3, output="each", T=3, out=True,
         gates="resets", state_v_first=True,
     ),
+    replace(STEP, name="head-dims-96-192", B=3, H=1, HV=2, K=96, V=192, fused=True),
     StepCase("head-lower-bound", B=2, HV=4, fused=True, gate_lower_bound=-5.0, gates="strong"),
 )  # fmt: skip
 

@@ -37,7 +37,9 @@ CHANNELS = [
     replace(case, name=f"channels-{case.name}", per_channel=True, gate_lower_bound=bound)
     for case, bound in ((LAYERS[0], None), (LAYERS[5], -5.0), (LAYERS[6], None))
 ]
-CASES = {case.name: case for case in (*LAYERS, DRAFTED, UNALIGNED, *CHANNELS)}
+WIDE = [replace(case, name=f"wide-{case.name}", V=256) for case in LAYERS[4:6]]
+OLMO = [replace(case, name=f"olmo-{case.name}", K=96, V=192) for case in LAYERS]
+CASES = {case.name: case for case in (*LAYERS, DRAFTED, UNALIGNED, *CHANNELS, *WIDE, *OLMO)}
 
 
 def plan_of(case: StepCase) -> tuple[DecodePlan, Step]:

@@ -46,6 +46,8 @@ SUITE = {
     "head-dim-128": torch.bfloat16,
     "correlated-keys": torch.float16,
     "strong-decay": torch.bfloat16,  # dbeta as the difference of large numbers
+    "wide-values": torch.bfloat16,
+    "olmo-head-dims": torch.bfloat16,
 }
 CHECKED = [replace(case, dtype=SUITE[case.name]) for case in CASES if case.name in SUITE]
 CHECKED += [
@@ -62,6 +64,7 @@ GROUPED = Case(
 DECODED = (
     "one-token", "packed", "speculative", "float16-pool", "padded-pack", "padded-pack-out",
     "sixteen-tokens", "no-leading-column-packed", "last-elsewhere", "each-elsewhere",
+    "wide-values", "olmo-head-dims",
 )  # fmt: skip
 SUMMARY = replace(CHECKED[0], T=70, H=1, HV=2)  # with kernels that other tests compile too
 WORLDS = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])

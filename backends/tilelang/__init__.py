@@ -9,6 +9,7 @@
 - `combine_pieces.py`: the states between the pieces of a sequence, for both; `clear_tail.py`: zeros
   for tokens that belong to no sequence.
 - `decode/`: the serving step, a few tokens a sequence.
+- `head_blocks.py`: K and V that only decode has kernels for.
 - `tile/`: building blocks that kernels share. `compile.py`: how a kernel is compiled.
 """
 
@@ -24,6 +25,8 @@ from torch import Tensor
 from gdn.backend import Backend, Capabilities, Plan
 from gdn.problem import FLAGS, Call, PoolCall, Problem, Step
 
+from .head_blocks import choose_blocks
+
 
 class TileLangBackend(Backend):
     """Runs on Hopper only: the kernels use its WGMMA products, TMA copies and barriers."""
@@ -36,7 +39,8 @@ class TileLangBackend(Backend):
         devices=("cuda",),
         min_sm=90,
         max_sm=90,
-        head_dims=(64, 128),
+        head_dims=(64, 96, 128, 192, 256),
+        max_k=128,
         gva=True,
         varlen=True,
         initial_state=True,
@@ -73,11 +77,14 @@ class TileLangBackend(Backend):
         return 250 if problem.per_channel and problem.needs_grad else self.priority
 
     def path(self, problem: Problem) -> str:
-        return "TileLang"
+        layout = choose_blocks(problem.K, problem.V) if problem.pool is None else None
+        return f"TileLang, {layout.describe()}" if layout else "TileLang"
 
     def saved_like(self, call: Call) -> list[Tensor]:
         from .forward.plan import saved_shapes
 
+        layout = choose_blocks(call.q.shape[3], call.v.shape[3])
+        call = layout.of(call) if layout else call
         return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(call)]
 
     def plan(self, call: Call | PoolCall) -> Plan:
@@ -85,10 +92,14 @@ class TileLangBackend(Backend):
             from .decode.plan import DecodePlan
 
             return DecodePlan(call)
+        assert isinstance(call, Call)  # no capability for a prefill on a pool
+        from .blocked_plan import BlockedPlan
         from .plan import PrefillPlan
 
-        assert isinstance(call, Call)  # no capability for a prefill on a pool
-        return PrefillPlan(call)
+        layout = choose_blocks(call.q.shape[3], call.v.shape[3])
+        if layout is None:
+            return PrefillPlan(call)
+        return BlockedPlan(PrefillPlan(layout.of(call)), layout)
 
 
 def _has_nvcc() -> bool:

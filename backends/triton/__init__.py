@@ -21,6 +21,8 @@ Decode: decode.py.
 Prefill on a pool of states: `pool_plan.py` launches forward's kernels, which read and write slots
 by `pool.py`.
 
+The gated norm of layers, which is not part of the op: `gated_norm.py`.
+
 Shared: `launch.py` chooses configurations and launches, `piece_length.py` decides when to cut,
 `indexing.py` finds chunks and pieces, `strides.py` says where tokens lie, `chunk_buffers.py` is
 what stages hand to each other and `buffer_shapes.py` its shapes, `channel_decay.py` has the decays

@@ -90,6 +90,23 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "ms, same bits": latency,
         "price": lambda row: f"{row['latency_ms'] / row['any_bits_ms']:.2f}x",
     },
+    "layer": {
+        "layers": _word("layers"),
+        "pass": _word("shape"),
+        "engine": _word("backend"),
+        **{name: _RATES[name] for name in ("ms", "peak MB")},
+        "launches": _number("launches", ".0f"),
+        "over transformers": _number("speed_up", ".2f"),
+    },
+    "ranks": {
+        "H/HV:sequences": _word("shape"),
+        "gates": _word("gates"),
+        "pass": _word("pass"),
+        "backend": _word("backend"),
+        "GPUs": _word("ranks"),
+        "ms": _number("latency_ms", ".3f"),
+        "efficiency": _number("efficiency", ".0%"),
+    },
     "plain PyTorch": {
         "decay": _word("decay"),
         "T": _word("T"),

@@ -22,7 +22,7 @@ TYPES: dict[str, Any] = dict.fromkeys(IDENTITY, str) | {
     "clock": str, "tokens": int, "batch": int, "latency_ms": NUMBER,
     "tflops": PERHAPS, "gbytes": PERHAPS, "roofline": PERHAPS, "peak_mb": PERHAPS,
     "conversions_ms": PERHAPS, "first_call_s": PERHAPS, "errors": dict, "clocks": dict,
-    "any_bits_ms": NUMBER,
+    "any_bits_ms": NUMBER, "layers": int, "speed_up": NUMBER, "launches": PERHAPS,
     "case": {"B": int, "lengths": (list, NoneType), "dtype": str},
     "ceilings": {"flops": NUMBER, "bytes": NUMBER},
     "environment": {
@@ -39,6 +39,8 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "prefill": TIMED,
     "decode": (*TIMED, "batch"),
     "same bits": (*TIMED, "any_bits_ms"),
+    "layer": ("shape", "backend", "clock", "layers", "speed_up", "environment"),
+    "ranks": ("shape", "gates", "pass", "backend", "ranks", "environment"),
     "plain PyTorch": (),
     "choosing": (),
     "issuing": ("backend",),

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 IDENTITY = (
-    "kind", "shape", "gates", "norm", "decay", "pass", "source", "kernels", "implementation",
-    "backend",
+    "kind", "shape", "gates", "norm", "decay", "pass", "ranks", "source", "kernels",
+    "implementation", "backend",
 )  # fmt: skip
 """The fields that identify a row within a run. A row has only those of its kind. Rows of prefill
 and decode have `decay` only where it is per channel."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gdn.api import gated_delta_net
-from gdn.nn import convolve_packed
+from gdn.convolution import convolve_packed
 
 
 def _import_layer() -> Any:

@@ -25,6 +25,7 @@ def run_step(
     options: dict[str, Any],
     initial_state: Tensor | None,
     output_final_state: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`gdn.gated_delta_net_decode` on a copy of the state, so that the caller's stays as it is.
 
@@ -34,6 +35,7 @@ def run_step(
         options: other keywords of `gdn.gated_delta_net_decode`.
         initial_state: [N, HV, K, V], or [N, HV, V, K] with state_v_first; None is zero.
         output_final_state: also return the state after the tokens.
+        in_place: write to initial_state and return it, where its dtype and layout allow that.
 
     Returns:
         o, and the new state in float32 (float64 with float64 inputs) or None.
@@ -42,6 +44,8 @@ def run_step(
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     if initial_state is None:
         state = q.new_zeros(state_shape(tokens, options), dtype=exact)
+    elif in_place and initial_state.dtype == exact and initial_state.is_contiguous():
+        state = initial_state
     else:
         state = initial_state.to(exact, copy=True, memory_format=torch.contiguous_format)
     o = gated_delta_net_decode(**tokens, state=state, backend=backend, **options)

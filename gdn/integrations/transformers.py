@@ -4,9 +4,9 @@ Their layers call one function for whole sequences and one for single tokens. Up
 takes both from its module when it is made, and keeps them as attributes; from then on it calls its
 module's functions by name. `patch` puts gdn behind whichever it finds.
 
-Packed sequences, whose bounds are in `cu_seq_lens_q`, also need a short convolution that keeps them
-apart. From 5.15 on it is one of the module's functions, and patched too; before, patched layers
-refuse packed sequences.
+From 5.15 on the short convolution is among the module's functions, and patched too, so that packed
+sequences, whose bounds are in `cu_seq_lens_q`, stay apart; before, patched layers refuse them. The
+gated norm is a class, whose forward is patched. Both run on gdn's kernels where these can run.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from torch import nn
 from gdn.dispatch import parse_request
 from gdn.integrations.transformers_functions import run
 from gdn.integrations.transformers_models import MODELS, find_layers, import_models, version
-from gdn.integrations.transformers_packed import find_layer_class, run_convolution, run_forward
+from gdn.integrations.transformers_packed import find_layer_class, find_norm_class, run_forward
+from gdn.integrations.transformers_parts import run_convolution, run_convolution_step, run_norm
 
 _PREFILL, _STEP = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule")
-_CONVOLUTION, _FORWARD = ("causal_conv1d_fn", "forward")
+_CONVOLUTION, _CONVOLUTION_STEP = ("causal_conv1d_fn", "causal_conv1d_update")
+_FORWARD, _NORM = ("forward", "forward of the gated norm")
 _PER_HEAD = {
     "torch_chunk_gated_delta_rule": _PREFILL,
     "torch_recurrent_gated_delta_rule": _STEP,
@@ -41,7 +43,12 @@ _FOR_NEW_LAYERS = {
     "fused_recurrent_gated_delta_rule": _STEP,
 }
 _AROUND: dict[str, Callable[..., Any]]
-_AROUND = {_CONVOLUTION: run_convolution, _FORWARD: run_forward}
+_AROUND = {
+    _CONVOLUTION: run_convolution,
+    _CONVOLUTION_STEP: run_convolution_step,
+    _FORWARD: run_forward,
+    _NORM: run_norm,
+}
 _installed: list[_Patch] = []
 
 __all__ = ["MODELS", "Patched", "patch", "unpatch"]
@@ -103,7 +110,8 @@ class Patched:
 
 
 def patch(model: nn.Module | None = None, backend: str | None = None) -> Patched:
-    """Let gdn compute the gated delta rule in the `MODELS`, dense and mixture of experts.
+    """Let gdn compute the gated delta rule in the `MODELS`, dense and mixture of experts, and where
+    kernels are installed their short convolution and gated norm.
 
     Args:
         model: a model, whose layers are patched, those of subclasses too; None patches transformers
@@ -166,6 +174,8 @@ def _find(model: nn.Module | None) -> Iterator[Target]:
     layers = [] if model is None else find_layers(model, modules)
     for kind in sorted({kind for kind, _ in layers} or set(modules)):
         module = modules[kind]
+        norm = find_norm_class(module)
+        yield norm, _FORWARD, norm.forward, _NORM
         if all(hasattr(module, function) for function in _FOR_NEW_LAYERS):
             owner = find_layer_class(module)
             yield owner, _FORWARD, getattr(owner, _FORWARD), _FORWARD
@@ -179,7 +189,8 @@ def _find(model: nn.Module | None) -> Iterator[Target]:
                 f"transformers must be of a version that gdn knows, got {version()}, whose "
                 f"{module.__name__} calls the gated delta rule in another way; please report it"
             )
-        for function, role in functions.items():
+        step = {_CONVOLUTION_STEP: _CONVOLUTION_STEP} if hasattr(module, _CONVOLUTION_STEP) else {}
+        for function, role in (functions | step).items():
             yield module, function, getattr(module, function), role
     for _, layer in layers:
         if hasattr(layer, _PREFILL) and hasattr(layer, _STEP):

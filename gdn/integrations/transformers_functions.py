@@ -45,10 +45,11 @@ def run_tokens(
     *_: object,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    in_place: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same for a few tokens: a decode step, or, where gradients are wanted, a short
-    sequence."""
+    """The same for a few tokens: a decode step, or, where gradients are wanted, a short sequence.
+    in_place: the step may write to initial_state, and return it."""
     tensors = (query, key, value, g, beta)
     given = tensors if initial_state is None else (*tensors, initial_state)
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
@@ -58,13 +59,19 @@ def run_tokens(
         )  # fmt: skip
     options = {name: kwargs[name] for name in _OPTIONS if kwargs.get(name) is not None}
     tokens = dict(zip(("q", "k", "v", "g", "beta"), tensors, strict=True))
-    return run_step(backend, tokens, options, initial_state, output_final_state)
+    return run_step(backend, tokens, options, initial_state, output_final_state, in_place)
 
 
 def run(step: bool, backend: str | None, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """`run_tokens` if step, else `run_sequences`. Kimi's layers pass the bounds of packed sequences
-    on under the name that they were given."""
+    on under the name that they were given.
+
+    A step writes to the state that the layer passes: it is the cache's, and the layer replaces it
+    by the result at once, which then is a copy onto itself.
+    """
     if "cu_seqlens" not in kwargs:
         kwargs["cu_seqlens"] = kwargs.get("cu_seq_lens_q")
     check_state(**kwargs)
-    return (run_tokens if step else run_sequences)(backend, *args, **kwargs)
+    if step:
+        return run_tokens(backend, *args, in_place=True, **kwargs)
+    return run_sequences(backend, *args, **kwargs)

@@ -1,5 +1,4 @@
-"""Packed sequences in transformers' layers: their short convolution keeps them apart, or they are
-refused."""
+"""Packed sequences in transformers' layers that cannot keep them apart are refused."""
 
 from __future__ import annotations
 
@@ -10,37 +9,6 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-
-from gdn.nn import convolve_packed
-
-
-def run_convolution(
-    original: Callable[..., Tensor],
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    cu_seq_lens_q: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """transformers' short convolution of [B, channels, T], within each packed sequence.
-
-    Tokens that a cache puts in front of the packed ones belong to the first sequence.
-    """
-    if cu_seq_lens_q is None:
-        if kwargs.get("seq_idx") is not None:
-            raise ValueError(
-                "seq_idx must come with cu_seq_lens_q, from which gdn takes the bounds of packed "
-                "sequences, got None; pass both"
-            )
-        return original(hidden_states, weight, bias, activation=activation, **kwargs)
-
-    def convolution(x: Tensor) -> Tensor:
-        return original(x, weight, bias, activation=activation)
-
-    bounds = cu_seq_lens_q + (hidden_states.shape[-1] - cu_seq_lens_q[-1])
-    return convolve_packed(convolution, hidden_states, bounds, weight.shape[-1])
 
 
 def run_forward(original: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -82,3 +50,11 @@ def find_layer_class(module: ModuleType) -> type:
     delta_net = named["GatedDeltaNet"]
     parameters = inspect.signature(delta_net.forward).parameters  # type: ignore[attr-defined]
     return delta_net if "kwargs" in parameters else named["DecoderLayer"]
+
+
+def find_norm_class(module: ModuleType) -> Any:
+    """The class of the gated norm of a model's layers."""
+    return next(
+        x for name, x in vars(module).items()
+        if name.endswith("RMSNormGated") and x is not None and x.__module__ == module.__name__
+    )  # fmt: skip

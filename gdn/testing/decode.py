@@ -70,7 +70,10 @@ STEPS = (
     StepCase("last-elsewhere", B=4, T=3, HV=4, output="last", padding=8),
     StepCase("each-elsewhere", B=4, T=3, HV=4, output="each", state_v_first=True, out=True),
     StepCase("own-elsewhere", lengths=(2, 0, 3), slots="own", output="each", tail=1),
+    StepCase("wide-values", B=3, H=1, K=128, V=256, padding=4),
+    StepCase("olmo-head-dims", B=3, H=1, K=96, V=192, state_v_first=True, fused=True),
     StepCase("channels", B=4, HV=4, per_channel=True),
+    StepCase("channels-olmo-head-dims", B=3, H=1, K=96, V=192, per_channel=True, fused=True),
     StepCase("channels-packed", lengths=(2, 0, 1, 4), K=20, V=36, per_channel=True, fused=True),
     StepCase(
         "channels-speculative",

@@ -1,0 +1,70 @@
+"""Context parallelism: one sequence whose tokens lie on 1, 2 and 4 GPUs of a host, beside fla's.
+Run with --ranks. A row's efficiency is the time on one rank over ranks times the time on all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from context_ranks import Setting, measure
+from suite import ON_GPU, about
+
+from gdn.compare.roofline import PASSES
+
+LENGTHS = (32768, 131072, 524288) if ON_GPU else (1024,)
+HEADS = ("16/32", "16/64") if ON_GPU else ("1/1",)
+GATES = ("fast", "none")
+
+
+def settings_of(config: pytest.Config) -> list[Setting]:
+    """Every setting that the options select, those of one rank first."""
+
+    def chosen(option: str, default: tuple[Any, ...]) -> tuple[Any, ...]:
+        given = config.getoption(option)
+        return tuple(given.split(",")) if given else default
+
+    ranks = sorted({1, *(int(n) for n in chosen("ranks", ()))}) if config.getoption("ranks") else []
+    lengths = [int(n) for n in chosen("lengths", LENGTHS)]
+    backends = chosen("backends", ("tilelang", "triton", "fla") if ON_GPU else ("torch",))
+    passes = [p for p in PASSES if p in chosen("passes", ("fwd", "fwd+bwd"))]
+    return [
+        Setting(heads, T, gates, which, backend, count)
+        for count in ranks
+        for heads in chosen("heads", HEADS)
+        for T in lengths
+        for gates in chosen("gates", GATES)
+        for which in passes
+        for backend in backends
+        if which != "bwd"
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    found = settings_of(metafunc.config)
+    metafunc.parametrize("setting", found, ids=lambda s: "-".join(map(str, s)))
+
+
+@pytest.fixture(scope="module")
+def times(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Milliseconds by setting, from one group of processes for each number of ranks."""
+    every, folder = settings_of(request.config), tmp_path_factory.mktemp("ranks")
+    found: dict[Setting, Any] = {}
+    for ranks in sorted({setting.ranks for setting in every}):
+        found |= measure(every, ranks, Path(folder), 10 if ON_GPU else 3)
+    return found
+
+
+def test_context_parallel(benchmark: Any, times: Any, setting: Setting) -> None:
+    ms, alone = times[setting], times[setting._replace(ranks=1)]
+    benchmark.pedantic(lambda: None)  # the ranks have measured it
+    if isinstance(ms, str):
+        pytest.skip(ms)
+    row = {
+        "kind": "ranks", "shape": f"{setting.heads}:1x{setting.T}", "gates": setting.gates,
+        "pass": setting.which, "backend": setting.backend, "ranks": str(setting.ranks),
+        "latency_ms": ms, "clock": "events" if ON_GPU else "wall", "environment": about(),
+    }  # fmt: skip
+    if not isinstance(alone, str):
+        row["efficiency"] = alone / (setting.ranks * ms)
+    benchmark.extra_info |= row
