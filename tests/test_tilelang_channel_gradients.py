@@ -85,7 +85,7 @@ def test_pieces(world: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("B", "T", "shares"), [(1, 250, (1, 4)), (3, 70, (2, 1))], ids=["parts", "sequences"]
+    ("B", "T", "shares"), [(1, 250, (1, 4)), (5, 70, (2, 1))], ids=["parts", "sequences"]
 )
 def test_rounds(
     world: Callable[..., None],  # noqa: F811
