@@ -48,6 +48,7 @@ CASES = (
     *FORWARD,
     replace(SMALL, name="weak", gates="weak", cosine=0.9),
     replace(SMALL, name="wide-keys", K=128, initial_state=False),
+    replace(SMALL, name="blocks", T=33, K=96, V=192, fused=True),  # `head_blocks.py`
 )
 
 
