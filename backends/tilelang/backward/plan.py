@@ -21,7 +21,7 @@ from gdn.backend import Gradients
 from gdn.problem import CHUNK, Call
 
 from ...common.chunking import piece_length, piece_slots, sm_count
-from ..arguments import dtype_name, gate_options, tma_ready
+from ..arguments import dtype_name, gate_options, tma_ready, token_ready
 from ..clear_tail import clear_tail, clear_tail_options
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
@@ -162,7 +162,8 @@ class BackwardPass:
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
         """See `gdn.backend.Plan.backward`. saved: see `saved_shapes` in `forward/plan.py`."""
-        q, k, v, g, beta, begin, A_log, dt_bias = (tma_ready(x) for x in call.differentiable)
+        q, k, v, g, beta = (token_ready(x) for x in call[:5])
+        begin, A_log, dt_bias = (tma_ready(x) for x in call.differentiable[5:])
         do, d_end, cu_seqlens = (tma_ready(x) for x in (grad_o, grad_final_state, call.cu_seqlens))
         kind = begin is not None, d_end is not None
         if kind not in self.launchers:
@@ -170,7 +171,7 @@ class BackwardPass:
         launch_gate_sums, *launch_round = self.launchers[kind]
 
         # === buffers ===
-        dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
+        dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in (q, k, v, g, beta))
         if cu_seqlens is not None:
             launch_round.pop()(dq, dk, dv, dg, dbeta, cu_seqlens)
         (HV, V), K, new = v.shape[2:], q.shape[3], q.new_empty

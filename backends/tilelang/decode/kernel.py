@@ -21,7 +21,8 @@ from gdn.definition import L2_EPS
 from ..compile import kernel
 from ..tile.gate_math import fused_log_decay
 from ..tile.indexing import Fields
-from .state_slice import StateSlice, ThreadShape, load_run, reduce_over_keys, store_slice
+from ..tile.runs import load_run
+from .state_slice import StateSlice, ThreadShape, reduce_over_keys, store_slice
 
 
 def choose_shape(states: int, K: int, V: int, vec: int, v_first: bool) -> ThreadShape:

@@ -30,7 +30,7 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.fragments import PRELUDE
-from ..tile.indexing import SEQUENCE
+from ..tile.indexing import SEQUENCE, strided
 from ..tile.largest import largest
 from ..tile.layout import ROWS
 from ..tile.proxy_fence import PRELUDE as FENCES
@@ -225,9 +225,9 @@ def fused_forward(
 
     @T.prim_func
     def fused_kernel(
-        q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        v: T.Tensor((B, L, HV, V), dtype), g: T.Tensor((B, L, HV), gates),
-        beta: T.Tensor((B, L, HV), strengths), A_log: T.Tensor((HV,), "float32"),
+        q: strided("q", (B, L, H, K), dtype), k: strided("k", (B, L, H, K), dtype),
+        v: strided("v", (B, L, HV, V), dtype), g: strided("g", (B, L, HV), gates),
+        beta: strided("beta", (B, L, HV), strengths), A_log: T.Tensor((HV,), "float32"),
         dt_bias: T.Tensor((HV,), "float32"), S_in: T.Tensor((N, HV, *shape_in), "float32"),
         cu_seqlens: T.Tensor((bounds,), offsets), o: T.Tensor((B, L, HV, V), dtype),
         S_out: T.Tensor((M, HV, *shape_out), "float32"),

@@ -22,7 +22,7 @@ from gdn.problem import CHUNK, Call
 
 from ...common.allocation import allocator
 from ...common.chunking import piece_length, piece_slots, sm_count
-from ..arguments import dtype_name, gate_options, tma_ready
+from ..arguments import dtype_name, gate_options, tma_ready, token_ready
 from ..clear_tail import clear_tail, clear_tail_options
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
@@ -211,7 +211,8 @@ class ForwardPass:
             initial, A_log, dt_bias = (
                 None if x is None else x.float() for x in (initial, A_log, dt_bias)
             )
-        q, k, v, g, beta = (tma_ready(x) for x in (call.q, call.k, call.v, call.g, call.beta))
+        q, k, v, beta = (token_ready(x) for x in (call.q, call.k, call.v, call.beta))
+        g = tma_ready(call.g) if self.channels else token_ready(call.g)
         initial, A_log, dt_bias = tma_ready(initial), tma_ready(A_log), tma_ready(dt_bias)
         cu_seqlens = tma_ready(call.cu_seqlens)
         o = self.new_o()

@@ -24,7 +24,7 @@ from gdn.problem import CHUNK as C
 from ..compile import kernel
 from ..tile.fragments import PRELUDE
 from ..tile.gate_math import load_gates, sum_gates
-from ..tile.indexing import Fields, locate_piece
+from ..tile.indexing import Fields, locate_piece, strided
 from ..tile.largest import largest
 from ..tile.layout import BETA, KEY_SQUARES, QS_FACTOR, SCALE_RQ, G
 from ..tile.ragged_rows import clear_past_end
@@ -118,8 +118,8 @@ def prepare(
 
     @T.prim_func
     def prepare_kernel(
-        q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        g: T.Tensor((B, L, HV), gates), beta: T.Tensor((B, L, HV), strengths),
+        q: strided("q", (B, L, H, K), dtype), k: strided("k", (B, L, H, K), dtype),
+        g: strided("g", (B, L, HV), gates), beta: strided("beta", (B, L, HV), strengths),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV,), "float32"),
         cu_seqlens: T.Tensor((N + 1,), offsets), P_A_v: T.Tensor((slots, HV, 2, C, C), dtype),
         scan_factors: T.Tensor((slots, HV, 4, C), "float32"),

@@ -37,7 +37,7 @@ from gdn.problem import CHUNK as C
 from ..compile import kernel
 from ..tile.fragments import PRELUDE as FRAGMENTS
 from ..tile.gate_math import fused_log_decay
-from ..tile.indexing import Fields, locate_piece
+from ..tile.indexing import Fields, locate_piece, strided
 from ..tile.largest import largest
 from ..tile.layout import KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR, factor_rows
 from .block_inverse import (
@@ -151,8 +151,8 @@ def prepare_channels(
 
     @T.prim_func
     def prepare_channels_kernel(
-        q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        g: T.Tensor((B, L, HV, K), gates), beta: T.Tensor((B, L, HV), strengths),
+        q: strided("q", (B, L, H, K), dtype), k: strided("k", (B, L, H, K), dtype),
+        g: T.Tensor((B, L, HV, K), gates), beta: strided("beta", (B, L, HV), strengths),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV, K), "float32"),
         cu_seqlens: T.Tensor((N + 1,), offsets), P_A_v: T.Tensor((slots, HV, 2, C, C), dtype),
         scan_factors: T.Tensor((slots, HV, factor_rows(K, channels=True), C), "float32"),

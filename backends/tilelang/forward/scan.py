@@ -29,7 +29,7 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.fragments import PRELUDE
-from ..tile.indexing import Fields, piece_bounds, piece_number
+from ..tile.indexing import Fields, piece_bounds, piece_number, strided
 from ..tile.layout import ROWS, factor_rows
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
@@ -152,8 +152,8 @@ def scan(
 
     @T.prim_func
     def scan_kernel(
-        q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        v: T.Tensor((B, L, HV, V), dtype), P_A_v: T.Tensor((slots, HV, 2, C, C), dtype),
+        q: strided("q", (B, L, H, K), dtype), k: strided("k", (B, L, H, K), dtype),
+        v: strided("v", (B, L, HV, V), dtype), P_A_v: T.Tensor((slots, HV, 2, C, C), dtype),
         scan_factors: T.Tensor((slots, HV, factor_rows(K, channels), C), "float32"),
         decayed_rows: T.Tensor((slots, HV, 3, C, K), dtype),
         S_in: T.Tensor((N, HV, *shape_in), "float32"),

@@ -45,6 +45,13 @@ class Fields:
         T.buffer_store(self.array, value, [self.names.index(name)])
 
 
+def strided(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
+    """The declaration of a tensor with any strides, of which the last is 1."""
+    batch = T.dynamic(f"{name}_stride0", "int64")  # may exceed 32 bits; the others take registers
+    strides = (T.dynamic(f"{name}_stride{n}") for n in range(1, len(shape) - 1))
+    return T.StridedTensor(shape, (batch, *strides, 1), dtype)
+
+
 def rolled_loop(count: Any) -> Any:
     """A loop that nvcc does not unroll: the instruction caches of an SM are small."""
     return T.unroll(count, annotations={"pragma_unroll_factor": 1})
