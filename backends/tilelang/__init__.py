@@ -8,6 +8,8 @@
 - `combine_pieces.py`: the states between the pieces of a sequence, for both; `clear_tail.py`: zeros
   for tokens that belong to no sequence.
 - `decode/`: the serving step, a few tokens a sequence.
+- `forward/pool_plan.py`: prefill on a pool of states, by forward's kernels; `tile/pool.py` and
+  `forward/checkpoints.py` are what they do differently.
 - `tile/`: building blocks that kernels share. `compile.py`: how a kernel is compiled.
 """
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Plan
-from gdn.problem import FLAGS, Call, PoolCall, Problem, Step
+from gdn.problem import FLAGS, Call, PoolCall, Prefill, Problem, Step
 
 
 class TileLangBackend(Backend):
@@ -47,6 +49,8 @@ class TileLangBackend(Backend):
         decode=(torch.float32, torch.bfloat16, torch.float16),
         speculative=True,
         output_states=True,
+        prefill=(torch.float32, torch.bfloat16, torch.float16),
+        checkpoints=True,
         per_channel=True,
         gate_lower_bound=True,
         context_parallel=True,
@@ -61,7 +65,7 @@ class TileLangBackend(Backend):
     def unsupported(self, problem: Problem) -> list[str]:
         """With a decay per channel there is no backward; without one, no lower bound of the gate
         but in decode."""
-        if problem.pool is not None:
+        if problem.pool is not None and not problem.prefill:
             return []
         reasons = []
         if problem.per_channel and problem.needs_grad:
@@ -83,9 +87,12 @@ class TileLangBackend(Backend):
             from .decode.plan import DecodePlan
 
             return DecodePlan(call)
+        if isinstance(call, Prefill):
+            from .forward.pool_plan import PoolPlan
+
+            return PoolPlan(call)
         from .plan import PrefillPlan
 
-        assert isinstance(call, Call)  # no capability for a prefill on a pool
         return PrefillPlan(call)
 
 

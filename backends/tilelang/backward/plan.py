@@ -28,6 +28,7 @@ from ..compile import compile_together, launchers
 from ..memory_rounds import memory_rounds, sequence_parts
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
+from ..tile.pool import NO_TABLES, slot_tables
 from .gate_sums import gate_sums
 from .gradients import gradients
 from .recompute_states import recompute_states
@@ -254,8 +255,8 @@ class BackwardPass:
             launch_first, launch_combine, launch_second = launch_reverse
             launch_first(*inputs, None, cu_seqlens, None, None, None, dN, scale, *grid)
             launch_combine(
-                transfer, dN, None, d_ends, states.d_end, states.d_begin, cu_seqlens, N, q.shape[1],
-                self.length,
+                transfer, dN, None, d_ends, states.d_end, states.d_begin, cu_seqlens,
+                *slot_tables(NO_TABLES), N, q.shape[1], self.length,
             )  # fmt: skip
             launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, scale, *grid)
         else:

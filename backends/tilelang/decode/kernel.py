@@ -20,7 +20,8 @@ from gdn.definition import L2_EPS
 
 from ..compile import kernel
 from ..tile.gate_math import fused_log_decay
-from ..tile.indexing import Fields
+from ..tile.indexing import Fields, token_bound
+from ..tile.pool import is_pool_slot
 from ..tile.runs import load_run
 from .state_slice import StateSlice, ThreadShape, reduce_over_keys, store_slice
 
@@ -46,16 +47,6 @@ def choose_shape(states: int, K: int, V: int, vec: int, v_first: bool) -> Thread
     lanes = min(lanes, V // vec)
     rows = min(rows, K * lanes // 32)
     return ThreadShape(lanes * K // rows, lanes, rows, resident)
-
-
-def is_pool_slot(slot: Any, null_index: Any, slots: Any) -> Any:
-    """Whether a slot is one of the pool's and not null_index."""
-    return T.And(slot != null_index, T.And(slot >= 0, slot < slots))
-
-
-def token_bound(cu: Any, n: Any, L: Any) -> Any:
-    """The first token of request n, between 0 and L whatever cu holds: no one checks it."""
-    return T.cast(T.min(T.max(T.cast(cu[n], "int64"), T.int64(0)), L), "int32")
 
 
 @kernel(own_barriers=True)

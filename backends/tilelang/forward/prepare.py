@@ -65,9 +65,10 @@ def clear_before_products(x: Any, live: Any) -> None:
 @kernel(own_barriers=True)
 def prepare(
     *, dtype: str, gates: str, strengths: str, offsets: str, K: int, V: int, varlen: bool, l2: bool,
-    gate: bool, bias: bool, sigmoid: bool, double: bool, save: bool,
+    gate: bool, bias: bool, sigmoid: bool, double: bool, save: bool, unchecked: bool = False,
 ) -> Any:  # fmt: skip
-    """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens."""
+    """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens; unchecked:
+    cu_seqlens may hold anything."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots = T.dynamic("slots")
     min_parts, max_parts = choose_parts(dtype, l2, sigmoid, double)
@@ -80,7 +81,7 @@ def prepare(
         item["key_head"] = item.head // group
         sequence = item.chunk // span
         item["slot"] = sequence * T.ceildiv(L, C) + first_chunk + item.chunk - sequence * span
-        locate_piece(item.slot, cu_seqlens, sequences, L, C, item.array, varlen)
+        locate_piece(item.slot, cu_seqlens, sequences, L, C, item.array, varlen, unchecked)
 
     @T.macro
     def advance_item(

@@ -90,9 +90,10 @@ class ChannelSmem:
 def prepare_channels(
     *, dtype: str, gates: str, strengths: str, offsets: str, K: int, V: int, varlen: bool, l2: bool,
     gate: bool, bias: bool, sigmoid: bool, double: bool, A_log: bool, lower_bound: float | None,
+    unchecked: bool = False,
 ) -> Any:  # fmt: skip
     """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens; A_log: whether
-    there is one."""
+    there is one; unchecked: cu_seqlens may hold anything."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots = T.dynamic("slots")
     tokens, parts = K // 8, 2 if dtype == "float16" else 1
@@ -178,7 +179,7 @@ def prepare_channels(
             item["slot"] = cta // HV  # the chunk, counted over all of the launch
             sequence = item.slot // span
             item["slot"] = sequence * T.ceildiv(L, C) + first_chunk + item.slot - sequence * span
-            locate_piece(item.slot, cu_seqlens, sequences, L, C, item.array, varlen)
+            locate_piece(item.slot, cu_seqlens, sequences, L, C, item.array, varlen, unchecked)
             slot, head, key_head, live = item.slot, item.head, item.key_head, item.live
             if warp == 0:
                 load_rows(q, item, key_head, smem.q, ready)
