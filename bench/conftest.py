@@ -57,6 +57,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--same-bits", action="store_true", help="also time gdn.batch_invariant, and what it costs"
     )
     group.addoption(
+        "--pools", action="store_true", help="also time prefill on pools, as servers call it"
+    )
+    group.addoption(
         "--seconds", type=float, default=1.0, help="GPU timing of a pass of all backends: 1.0"
     )
     group.addoption(

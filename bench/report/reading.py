@@ -22,7 +22,7 @@ TYPES: dict[str, Any] = dict.fromkeys(IDENTITY, str) | {
     "clock": str, "tokens": int, "batch": int, "latency_ms": NUMBER,
     "tflops": PERHAPS, "gbytes": PERHAPS, "roofline": PERHAPS, "peak_mb": PERHAPS,
     "conversions_ms": PERHAPS, "first_call_s": PERHAPS, "errors": dict, "clocks": dict,
-    "any_bits_ms": NUMBER,
+    "any_bits_ms": NUMBER, "beside_ms": PERHAPS, "ratio": PERHAPS,
     "case": {"B": int, "lengths": (list, NoneType), "dtype": str},
     "ceilings": {"flops": NUMBER, "bytes": NUMBER},
     "environment": {
@@ -39,6 +39,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "prefill": TIMED,
     "decode": (*TIMED, "batch"),
     "same bits": (*TIMED, "any_bits_ms"),
+    "pool": TIMED,
     "plain PyTorch": (),
     "choosing": (),
     "issuing": ("backend",),

@@ -264,6 +264,14 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "ms, same bits": latency,
         "price": lambda row: f"{row['latency_ms'] / row['any_bits_ms']:.2f}x",
     },
+    "pool": {
+        "H/HV:sequences": _word("shape"),
+        "work": _word("pass"),
+        "backend": _word("backend"),
+        "ms": latency,
+        "ms, what it replaces": _number("beside_ms", ".3f"),
+        "ratio": _number("ratio", ".3f"),
+    },
     "plain PyTorch": {
         "decay": _word("decay"),
         "T": _word("T"),
