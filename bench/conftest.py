@@ -63,6 +63,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--layers", type=int, help="also time stacks of so many layers, such as 24")
     group.addoption(
+        "--pools", action="store_true", help="also time prefill on pools, as servers call it"
+    )
+    group.addoption(
         "--seconds", type=float, default=1.0, help="GPU timing of a pass of all backends: 1.0"
     )
     group.addoption(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -87,6 +88,19 @@ SELECTIONS = {
 }
 
 
+MIXED = "256x1+4x2048"
+"""256 requests with one token, and 4 prompts."""
+POOL_SHAPES = {
+    ("cuda", "prefill"): "2/8|16/32|16/64:1x8192|4x8192|8x1024|64x1-300",
+    ("cuda", "checkpoints"): "16/32:1x8192|8x1024",
+    ("cuda", "mixed"): f"2/8:{MIXED},16/32:{MIXED},16/64:{MIXED}",
+    ("cpu", "prefill"): "4/8:1x512|300+700+24",
+    ("cpu", "checkpoints"): "4/8:300+700+24",
+    ("cpu", "mixed"): f"2/4:{MIXED}",
+}
+"""Calls on a pool (`test_pool.py`)."""
+
+
 def _parse(shape: str) -> tuple[str, ...]:
     match = SHAPE.fullmatch(shape)
     if match is None:
@@ -132,6 +146,15 @@ def make_case(
         shape, **sizes, lengths=lengths, dtype=dtype, gates=gates, l2norm=norm == "fused",
         state_v_first=True, fused=decay != "head", **_options(decay),
     )  # fmt: skip
+
+
+def make_pool_case(shape: str, dtype: torch.dtype) -> Case:
+    """The tokens of a prefill on a pool, always packed, with everything fused."""
+    every = "+".join(["1"] * 256 + ["2048"] * 4)
+    case = make_case(shape.replace(MIXED, every), "model", dtype)
+    lengths = case.lengths or (case.T,) * case.B
+    case = replace(case, B=1, T=sum(lengths), lengths=lengths, name=shape)
+    return replace(case, l2norm=False, fused=True)
 
 
 def make_step_case(heads: str, batch: int, dtype: torch.dtype, decay: Decay = "head") -> StepCase:

@@ -169,7 +169,7 @@ def test_gradients_are_refused(device: str) -> None:
 
 def test_explain_says_who_can_prefill() -> None:
     verdicts = {v.name: v for v in gdn.explain(**make_prefill(STORED), prefill=True).verdicts}
-    assert "prefill on a pool is not supported" in verdicts["tilelang"].reasons
+    assert not any("pool" in r or "checkpoints" in r for r in verdicts["tilelang"].reasons)
     assert "checkpoints are not supported" in verdicts["fla"].reasons
     assert verdicts["torch"].reasons == ()
     problem = gdn.explain(**make_prefill(STORED), prefill=True).problem

@@ -18,6 +18,7 @@ import test_close_keys
 import test_decode
 import test_distributed
 import test_padded_packs
+import test_strided_inputs
 import torch
 from hopper import emulate
 from support import assert_close, poisoned_memory, run, truth  # noqa: F401
@@ -235,6 +236,15 @@ def test_tokens_past_the_last_sequence(
         monkeypatch.setattr(chunking, "MIN_PIECE_CHUNKS", 1)
     case = Case("padded", lengths=(33, 0, 130), H=1, HV=2, dtype=torch.bfloat16, fused=True)
     test_padded_packs.check("emulated", case, "cpu", 100)
+
+
+@pytest.mark.parametrize("name", ["projected", "heads_first"])
+def test_strides_do_not_matter(world: Callable[..., None], name: str) -> None:
+    world(late=False)
+    change = getattr(test_strided_inputs, name)
+    test_strided_inputs.test_strides_do_not_matter(
+        "emulated", "cpu", torch.bfloat16, CHECKED[-1], change
+    )
 
 
 @pytest.mark.parametrize("name", DECODED)

@@ -10,6 +10,8 @@
   for tokens that belong to no sequence.
 - `decode/`: the serving step, a few tokens a sequence.
 - `head_blocks.py`: K and V that only decode has kernels for.
+- `forward/pool_plan.py`: prefill on a pool of states, by forward's kernels; `tile/pool.py` and
+  `forward/checkpoints.py` are what they do differently.
 - `tile/`: building blocks that kernels share. `compile.py`: how a kernel is compiled.
 """
 
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Capabilities, Plan
-from gdn.problem import FLAGS, Call, PoolCall, Problem, Step
+from gdn.problem import FLAGS, Call, PoolCall, Prefill, Problem, Step
 
 from .head_blocks import choose_blocks
 
@@ -52,6 +54,8 @@ class TileLangBackend(Backend):
         decode=(torch.float32, torch.bfloat16, torch.float16),
         speculative=True,
         output_states=True,
+        prefill=(torch.float32, torch.bfloat16, torch.float16),
+        checkpoints=True,
         per_channel=True,
         gate_lower_bound=True,
         context_parallel=True,
@@ -64,12 +68,15 @@ class TileLangBackend(Backend):
         return super().unavailable() or (None if _has_nvcc() else "no nvcc, of CUDA 12 or newer")
 
     def unsupported(self, problem: Problem) -> list[str]:
-        """Without a decay per channel there is no lower bound of the gate but in decode."""
-        if problem.pool is not None:
+        """Without a decay per channel there is no lower bound of the gate but in decode. Prefill on
+        a pool has no blocks of heads."""
+        if problem.pool is not None and not problem.prefill:
             return []
         reasons = []
         if problem.gate_lower_bound is not None and not problem.per_channel:
             reasons.append("gate_lower_bound needs a decay per channel, except in decode")
+        if problem.prefill and choose_blocks(problem.K, problem.V) is not None:
+            reasons.append(f"on a pool K and V must be 64 or 128, got {problem.K} and {problem.V}")
         return reasons
 
     def priority_for(self, problem: Problem) -> int:
@@ -92,7 +99,10 @@ class TileLangBackend(Backend):
             from .decode.plan import DecodePlan
 
             return DecodePlan(call)
-        assert isinstance(call, Call)  # no capability for a prefill on a pool
+        if isinstance(call, Prefill):
+            from .forward.pool_plan import PoolPlan
+
+            return PoolPlan(call)
         from .blocked_plan import BlockedPlan
         from .plan import PrefillPlan
 

@@ -33,6 +33,21 @@ def channel_options(call: Call) -> dict[str, Any]:
     return {"A_log": call.A_log is not None, "lower_bound": call.gate_lower_bound}
 
 
+def token_ready(x: Tensor) -> Tensor:
+    """q, k, v, or g or beta of a head, if kernels can read them by their strides, else a copy: the
+    last stride must be 1, and TMA, which reads q, k and v, needs an address and other strides that
+    are multiples of 16 bytes and not 0. A new tensor has them, also in dimensions of size 1."""
+    strides = x.stride()
+    if strides[-1] == 1:
+        if len(strides) == 3:
+            return x
+        row, token, head, _ = strides
+        beside = (row | token | head) * x.element_size() | x.data_ptr()
+        if row and token and head and not beside % 16:
+            return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def tma_ready(x: Any) -> Any:
     """x if TMA can read it (contiguous, aligned to 16 bytes) or x is None, else a copy of x."""
     if x is None or (x.is_contiguous() and not x.data_ptr() % 16):

@@ -14,6 +14,7 @@ from gdn.problem import Call
 
 from .arguments import dtype_name
 from .compile import kernel
+from .tile.indexing import token_bound
 
 BLOCKS, THREADS, RUN = 264, 128, 8
 """Thread blocks, their threads, and elements that a thread writes at once."""
@@ -58,7 +59,7 @@ def clear_tail(
         with T.Kernel(BLOCKS, threads=THREADS) as cta:
             thread = T.get_thread_binding()
             first = T.alloc_var("int32")
-            first = T.cast(cu_seqlens[bounds - 1], "int32") + cta
+            first = token_bound(cu_seqlens, bounds - 1, L) + cta
             for step in T.serial(T.ceildiv(T.max(L - first, 0), BLOCKS)):
                 clear_rows(dv, first + step * BLOCKS, HV, V, thread)
                 if backward:

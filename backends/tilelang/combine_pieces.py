@@ -26,6 +26,8 @@ from typing import Any
 import tilelang.language as T
 
 from .compile import kernel
+from .tile.indexing import token_bound
+from .tile.pool import READS, PoolKind, declare_slots, declare_states, find_slot
 
 COLUMNS = 8
 """Columns of V of a thread block: few enough that eight heads keep all SMs busy."""
@@ -38,14 +40,15 @@ OWN = COLUMNS // PARTS
 @kernel(own_barriers=True)
 def combine_pieces(
     *, offsets: str, K: int, V: int, varlen: bool, initial: bool, final: bool, v_first: bool,
-    reverse: bool, forgetting: bool,
+    reverse: bool, forgetting: bool, pool: PoolKind | None = None,
 ) -> Any:  # fmt: skip
     """Build the kernel. initial: whether `S_in` holds a state to start from (else zero);
-    final: whether `S_out` is wanted (reverse only); forgetting: whether there is `forgets`
-    (forward only)."""
+    final: whether `S_out` is wanted (reverse only); forgetting: whether there is `forgets`, pool:
+    S_in is one (both forward only)."""
     HV, N, pieces, bounds = (T.dynamic(name) for name in ("HV", "N", "pieces", "bounds"))
     state = (N, HV, V, K) if v_first else (N, HV, K, V)
     blocks, each = V // COLUMNS, K // PARTS
+    declared_slots, pooled = declare_slots(pool), pool is not None
 
     @T.macro
     def load_transfer(transfer, dN, N_next, M_next, piece, head, row, column, part, forgotten):
@@ -64,11 +67,13 @@ def combine_pieces(
         transfer: T.Tensor((pieces, HV, V + K, K), "float32"),
         dN: T.Tensor((pieces, HV, V, K), "float32"),
         forgets: T.Tensor((pieces, HV), "int32"),
-        boundary: T.Tensor((pieces, HV, V, K), "float32"), S_in: T.Tensor(state, "float32"),
+        boundary: T.Tensor((pieces, HV, V, K), "float32"),
+        S_in: declare_states("S_in", state, pool),
         S_out: T.Tensor(state, "float32"), cu_seqlens: T.Tensor((bounds,), offsets),
+        state_indices: declared_slots[0], fresh: declared_slots[1], null_index: T.int64,
         sequences: T.int32, total: T.int32, length: T.int32,
     ):  # fmt: skip
-        """length: tokens of a piece; total: tokens of a sequence if all have equally many."""
+        """length: tokens of a piece; total: of a sequence if all have equally many, else of all."""
         with T.Kernel(sequences * HV * blocks, threads=(K, PARTS)) as cta:
             column, part = T.get_thread_binding(0), T.get_thread_binding(1)
             S, N_next = (T.alloc_local((OWN,), "float32") for _ in range(2))
@@ -84,17 +89,24 @@ def combine_pieces(
             n = cta // (HV * blocks)
             head = cta // blocks % HV
             row = cta % blocks * COLUMNS + part * OWN
-            first_token = T.cast(cu_seqlens[n], "int32") if varlen else 0
-            tokens = T.cast(cu_seqlens[n + 1], "int32") - first_token if varlen else total
+            first_token = token_bound(cu_seqlens, n, total, pooled) if varlen else 0
+            stop = token_bound(cu_seqlens, n + 1, total, pooled) if varlen else total
+            tokens = stop - first_token
             last = T.max(T.ceildiv(tokens, length) - 1, 0)
             first_piece = first_token // length + n if varlen else n * (last + 1)
+            begin = T.alloc_local((3,), "int32")
+            begin[0] = n
+            if pooled:
+                find_slot(
+                    begin, 0, state_indices, fresh, null_index, S_in.shape[0], n, tokens > 0, pool
+                )
             for i in T.unroll(OWN):
                 S[i] = 0.0
-                if initial:
+                if initial and T.Or(not pooled, begin[READS] != 0):
                     if v_first:
-                        S[i] = S_in[n, head, row + i, column]
+                        S[i] = S_in[begin[0], head, row + i, column]
                     else:
-                        S[i] = S_in[n, head, column, row + i]
+                        S[i] = S_in[begin[0], head, column, row + i]
 
             # === piece after piece ===
             piece = first_piece + (last if reverse else 0)

@@ -73,10 +73,9 @@ class MemoryRound(NamedTuple):
         """The round's tokens of x [B, T, ...]."""
         if self.all:
             return x
-        T, count, start = x.shape[1], self.last - self.first, self.start * CHUNK
-        at, each = self.first * T + start, min(self.stop * CHUNK, T) - start
-        part: Tensor = x.flatten(0, 1)[at : at + count * each].unflatten(0, (count, each))
-        return part
+        if self.stop - self.start == self.chunks:
+            return x[self.first : self.last]
+        return x[self.first, self.start * CHUNK : self.stop * CHUNK].unsqueeze(0)
 
     def of_slots(self, x: Any) -> Any:
         """The round's chunks of x [slots of the call, ...], or None."""

@@ -3,6 +3,7 @@ kernels are in the CuTe DSL."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -68,6 +69,38 @@ class FlashInfer(Backend):
 
     def plan(self, call: Call | PoolCall) -> FlashInferPlan:
         return FlashInferPlan()
+
+
+@functools.cache
+def _gates() -> Any:
+    """The decay and beta of raw gates, in one kernel."""
+
+    def compute(
+        g: Tensor, beta: Tensor, A_log: Tensor, dt_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        g = g.float() if dt_bias is None else g.float() + dt_bias
+        decay = torch.exp(-torch.exp(A_log.float()) * torch.nn.functional.softplus(g))
+        return decay, torch.sigmoid(beta.float())
+
+    return torch.compile(compute, dynamic=True)
+
+
+def prefill_on_pool(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, state: Tensor,
+    state_indices: Tensor, cu_seqlens: Tensor, A_log: Tensor, dt_bias: Tensor | None = None,
+    **options: object,
+) -> Tensor:  # fmt: skip
+    """`gdn.gated_delta_net_prefill` with everything fused and states [V, K], by FlashInfer: the
+    copies that it needs of slices, the gates, its L2 norm and its kernel."""
+    from flashinfer.gdn_prefill import chunk_gated_delta_rule
+
+    decay, strength = _gates()(g[0], beta[0], A_log, dt_bias)
+    o, _ = chunk_gated_delta_rule(
+        *(x[0].contiguous() for x in (q, k, v)), decay, strength, initial_state=state,
+        output_final_state=True, output_state=state, cu_seqlens=cu_seqlens,
+        use_qk_l2norm_in_kernel=True, state_indices=state_indices,
+    )  # fmt: skip
+    return o[None]  # type: ignore[no-any-return]
 
 
 class FlashInferPlan(ConvertingPlan):

@@ -107,6 +107,14 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "ms": _number("latency_ms", ".3f"),
         "efficiency": _number("efficiency", ".0%"),
     },
+    "pool": {
+        "H/HV:sequences": _word("shape"),
+        "work": _word("pass"),
+        "backend": _word("backend"),
+        "ms": latency,
+        "ms, what it replaces": _number("beside_ms", ".3f"),
+        "ratio": _number("ratio", ".3f"),
+    },
     "plain PyTorch": {
         "decay": _word("decay"),
         "T": _word("T"),

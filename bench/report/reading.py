@@ -23,6 +23,7 @@ TYPES: dict[str, Any] = dict.fromkeys(IDENTITY, str) | {
     "tflops": PERHAPS, "gbytes": PERHAPS, "roofline": PERHAPS, "peak_mb": PERHAPS,
     "conversions_ms": PERHAPS, "first_call_s": PERHAPS, "errors": dict, "clocks": dict,
     "any_bits_ms": NUMBER, "layers": int, "speed_up": NUMBER, "launches": PERHAPS,
+    "beside_ms": PERHAPS, "ratio": PERHAPS,
     "case": {"B": int, "lengths": (list, NoneType), "dtype": str},
     "ceilings": {"flops": NUMBER, "bytes": NUMBER},
     "environment": {
@@ -41,6 +42,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "same bits": (*TIMED, "any_bits_ms"),
     "layer": ("shape", "backend", "clock", "layers", "speed_up", "environment"),
     "ranks": ("shape", "gates", "pass", "backend", "ranks", "environment"),
+    "pool": TIMED,
     "plain PyTorch": (),
     "choosing": (),
     "issuing": ("backend",),

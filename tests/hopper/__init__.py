@@ -17,7 +17,14 @@ HERE = Path(__file__).parent
 GUARD = 1 << 16
 """Guard bytes on either side of a tensor."""
 _CUDA, _INT, _FLOAT, _TENSOR = 2, 1, 3, 7
-_CODES = {torch.int32: 0, torch.int64: 0, torch.float16: 2, torch.float32: 2, torch.bfloat16: 4}
+_CODES = {
+    torch.bool: 6,
+    torch.int32: 0,
+    torch.int64: 0,
+    torch.float16: 2,
+    torch.float32: 2,
+    torch.bfloat16: 4,
+}
 
 
 class _Value(ctypes.Union):
@@ -109,11 +116,12 @@ def emulate(
     library = _library(kernel, folder, edit)
 
     def run(*args: Any) -> None:
-        given, held, guarded = (_Any * len(args))(), [], []
+        given, held = (_Any * len(args))(), []
+        guarded: dict[tuple[int, ...], _Guarded] = {}  # a pool may be several arguments
         for to, x in zip(given, args, strict=True):
             if isinstance(x, torch.Tensor):
-                guarded.append(_Guarded(x))
-                held.append(_tensor(x, guarded[-1].inside.data_ptr()))
+                memory = guarded.setdefault((x.data_ptr(), *x.shape, *x.stride()), _Guarded(x))
+                held.append(_tensor(x, memory.inside.data_ptr()))
                 to.kind, to.value.at = _TENSOR, ctypes.addressof(held[-1])
             elif isinstance(x, float):
                 to.kind, to.value.real = _FLOAT, x
@@ -122,7 +130,7 @@ def emulate(
         wrong = library.run(given, len(args), ctypes.c_bool(late), slow)
         if wrong:
             raise RuntimeError(wrong.decode())
-        for memory in guarded:
+        for memory in guarded.values():
             memory.take_back()
 
     return run

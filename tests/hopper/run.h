@@ -42,7 +42,7 @@ static void create_tensor_map(const TVMFFIAny *a) {
   for (int d = 0; d < rank; ++d) {
     map.dims[d] = a[d].v_int64, map.strides[d] = a[rank + d].v_int64;
     map.box[d] = int(a[2 * rank + d].v_int64);
-    if (d && map.strides[d] % 16) fail("TMA needs strides of 16 bytes");
+    if (d && (map.strides[d] % 16 || !map.strides[d])) fail("TMA needs strides of 16 bytes");
     if (map.box[d] > 256 || a[3 * rank + d].v_int64 != 1) fail("a box that TMA does not have");
   }
   map.size = map.strides[0], map.swizzled = int(a[4 * rank + 1].v_int64);

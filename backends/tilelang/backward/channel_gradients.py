@@ -36,7 +36,7 @@ from ..compile import kernel
 from ..tile.fragment_sums import PRELUDE as SUMS
 from ..tile.fragments import PRELUDE as FRAGMENTS
 from ..tile.gate_math import remaining_beta
-from ..tile.indexing import Fields
+from ..tile.indexing import Fields, strided
 from ..tile.largest import PRELUDE as LARGEST
 from ..tile.largest import largest
 from ..tile.layout import ROWS
@@ -207,7 +207,7 @@ def channel_gradients(
 
     @T.prim_func
     def channel_gradients_kernel(
-        q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
+        q: strided("q", (B, L, H, K), dtype), k: strided("k", (B, L, H, K), dtype),
         g: T.Tensor((B, L, HV, K), gates), A_log: T.Tensor((HV,), "float32"),
         dt_bias: T.Tensor((HV, K), "float32"), do: T.Tensor((B, L, HV, V), dtype),
         factors: T.Tensor((slots, HV, rows_of_factors(K, True), C), "float32"),

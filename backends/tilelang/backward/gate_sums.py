@@ -20,7 +20,7 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.gate_math import load_gates, sum_gates
-from ..tile.indexing import Fields, locate_piece
+from ..tile.indexing import Fields, locate_piece, strided
 from ..tile.layout import BETA, LOG2_E, G
 from .factors import Factor
 
@@ -39,7 +39,7 @@ def gate_sums(
 
     @T.prim_func
     def gate_sums_kernel(
-        g: T.Tensor((B, L, HV), gates), beta: T.Tensor((B, L, HV), strengths),
+        g: strided("g", (B, L, HV), gates), beta: strided("beta", (B, L, HV), strengths),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV,), "float32"),
         cu_seqlens: T.Tensor((N + 1,), offsets), G_beta: T.Tensor((slots, HV, 2, C), "float32"),
         chunk_spans: T.Tensor((rows, 2), "int32"), sequences: T.int32,

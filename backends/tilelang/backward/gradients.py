@@ -32,7 +32,7 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.fragment_sums import PRELUDE
-from ..tile.indexing import Fields, rolled_loop
+from ..tile.indexing import Fields, rolled_loop, strided
 from ..tile.largest import PRELUDE as LARGEST
 from ..tile.layout import ROWS
 from ..tile.ragged_rows import clear_past_end, clear_rows_past_end
@@ -246,8 +246,8 @@ def gradients(
 
     @T.prim_func
     def gradients_kernel(
-        q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        g: T.Tensor((B, L, HV), gates),
+        q: strided("q", (B, L, H, K), dtype), k: strided("k", (B, L, H, K), dtype),
+        g: strided("g", (B, L, HV), gates),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV,), "float32"),
         do: T.Tensor((B, L, HV, V), dtype), G_beta: T.Tensor((slots, HV, 2, C), "float32"),
         norms: T.Tensor((slots, H, 2, C), "float32"),

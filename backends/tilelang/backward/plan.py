@@ -22,13 +22,14 @@ from gdn.backend import Gradients
 from gdn.problem import CHUNK, Call
 
 from ...common.chunking import piece_length, piece_slots, sm_count
-from ..arguments import channel_options, dtype_name, gate_options, tma_ready
+from ..arguments import channel_options, dtype_name, gate_options, tma_ready, token_ready
 from ..clear_tail import clear_tail, clear_tail_options
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
 from ..memory_rounds import memory_rounds, sequence_parts
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
+from ..tile.pool import NO_TABLES, slot_tables
 from .buffers import Chunks, Common, Scratch, States, Tokens
 from .channel_gradients import channel_gradients
 from .factors import rows_of_factors
@@ -125,7 +126,9 @@ class BackwardPass:
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
         """See `gdn.backend.Plan.backward`. saved: see `saved_shapes` in `forward/plan.py`."""
-        q, k, v, g, beta, begin, A_log, dt_bias = (tma_ready(x) for x in call.differentiable)
+        q, k, v, beta = (token_ready(x) for x in (call.q, call.k, call.v, call.beta))
+        g = tma_ready(call.g) if self.channels else token_ready(call.g)
+        begin, A_log, dt_bias = (tma_ready(x) for x in call.differentiable[5:])
         do, d_end, cu_seqlens = (tma_ready(x) for x in (grad_o, grad_final_state, call.cu_seqlens))
         kind = begin is not None, d_end is not None
         if kind not in self.launchers:
@@ -133,7 +136,7 @@ class BackwardPass:
         launch_first, *launch_round = self.launchers[kind]
 
         # === buffers ===
-        dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
+        dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in (q, k, v, g, beta))
         if cu_seqlens is not None:
             launch_round.pop()(dq, dk, dv, dg.flatten(2), dbeta, cu_seqlens)
         (HV, V), K, new = v.shape[2:], q.shape[3], q.new_empty
@@ -235,8 +238,8 @@ class BackwardPass:
             launch_first, launch_combine, launch_second = launch_reverse
             launch_first(*inputs, None, cu_seqlens, None, None, None, dN, scale, *grid)
             launch_combine(
-                transfer, dN, None, d_ends, states.d_end, states.d_begin, cu_seqlens, N, q.shape[1],
-                self.length,
+                transfer, dN, None, d_ends, states.d_end, states.d_begin, cu_seqlens,
+                *slot_tables(NO_TABLES), N, q.shape[1], self.length,
             )  # fmt: skip
             launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, scale, *grid)
         else:

@@ -35,7 +35,7 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.fragments import PRELUDE, load_transposed, store
-from ..tile.indexing import Fields, piece_bounds
+from ..tile.indexing import Fields, piece_bounds, strided
 from ..tile.layout import K_IN, K_OUT, KS_FACTOR, LOG2_E, ROWS, S_FACTOR, U_FACTOR, token_rows
 from ..tile.pacing import ClusterPace, wait_for_cluster
 from ..tile.proxy_fence import PRELUDE as FENCES
@@ -201,7 +201,7 @@ def recompute_states(
 
     @T.prim_func
     def recompute_states_kernel(
-        k: T.Tensor((B, L, H, K), dtype), v: T.Tensor((B, L, HV, V), dtype),
+        k: strided("k", (B, L, H, K), dtype), v: strided("v", (B, L, HV, V), dtype),
         G_beta: T.Tensor((slots, HV, 2, C), "float32"),
         norms: T.Tensor((slots, H, 2, C), "float32"), A: T.Tensor((slots, HV, *matrices), dtype),
         decayed_rows: T.Tensor((slots, HV, 3, C, K), dtype),

@@ -40,7 +40,7 @@ from gdn.problem import CHUNK as C
 from ..compile import kernel
 from ..tile.fragment_sums import PRELUDE as SUMS
 from ..tile.fragments import PRELUDE
-from ..tile.indexing import Fields, piece_bounds
+from ..tile.indexing import Fields, piece_bounds, strided
 from ..tile.largest import PRELUDE as LARGEST
 from ..tile.layout import ROWS
 from ..tile.pacing import ClusterPace, wait_for_cluster
@@ -77,8 +77,8 @@ def reverse_scan(
 
     @T.prim_func
     def reverse_scan_kernel(
-        q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        v: T.Tensor((B, L, HV, V), dtype), do: T.Tensor((B, L, HV, V), dtype),
+        q: strided("q", (B, L, H, K), dtype), k: strided("k", (B, L, H, K), dtype),
+        v: strided("v", (B, L, HV, V), dtype), do: T.Tensor((B, L, HV, V), dtype),
         G_beta: T.Tensor((slots, HV, 2, C), "float32"),
         norms: T.Tensor((slots, H, 2, C), "float32"), A: T.Tensor((slots, HV, *matrices), dtype),
         decayed_rows: T.Tensor((slots, HV, 3, C, K), dtype),

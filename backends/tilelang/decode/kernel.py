@@ -20,8 +20,10 @@ from gdn.definition import L2_EPS
 
 from ..compile import kernel
 from ..tile.gate_math import fused_log_decay
-from ..tile.indexing import Fields
-from .state_slice import StateSlice, ThreadShape, load_run, reduce_over_keys, store_slice
+from ..tile.indexing import Fields, token_bound
+from ..tile.pool import is_pool_slot
+from ..tile.runs import load_run
+from .state_slice import StateSlice, ThreadShape, reduce_over_keys, store_slice
 
 
 def choose_shape(states: int, K: int, V: int, vec: int, v_first: bool) -> ThreadShape:
@@ -56,16 +58,6 @@ def _power_of_2_in(n: int, limit: int) -> int:
     while power > limit:
         power //= 2
     return power
-
-
-def is_pool_slot(slot: Any, null_index: Any, slots: Any) -> Any:
-    """Whether a slot is one of the pool's and not null_index."""
-    return T.And(slot != null_index, T.And(slot >= 0, slot < slots))
-
-
-def token_bound(cu: Any, n: Any, L: Any) -> Any:
-    """The first token of request n, between 0 and L whatever cu holds: no one checks it."""
-    return T.cast(T.min(T.max(T.cast(cu[n], "int64"), T.int64(0)), L), "int32")
 
 
 @kernel(own_barriers=True)

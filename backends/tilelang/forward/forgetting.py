@@ -24,6 +24,7 @@ from gdn.problem import CHUNK as C
 from ..tile.gate_math import load_gates, sum_gates
 from ..tile.indexing import SEQUENCE, START, STOP
 from ..tile.layout import BETA, LOG2_E, G
+from ..tile.runs import load_run
 from .fused_memory import CHUNKS, FORGETS, HEAD, KEY_HEAD, PIECE
 
 FORGOTTEN = -60 * LOG2_E
@@ -60,18 +61,18 @@ def sum_growth(
     """Add the growth of the 64 tokens from `token` on to total[0], some by each lane; eight lanes
     read a row of k."""
     K = k.shape[3]
-    row = T.alloc_local((ROWS_AT_ONCE, K // 8), k.dtype)
+    rows = T.alloc_local((ROWS_AT_ONCE * K // 8,), k.dtype)
     squares = T.alloc_local((1,), "float32")
     for step in T.serial(C // (4 * ROWS_AT_ONCE)):
         for n in T.unroll(ROWS_AT_ONCE):
             t = (step * ROWS_AT_ONCE + n) * 4 + lane // 8
             for i in T.unroll(K // 64):
-                for j in T.vectorized(8):
-                    row[n, i * 8 + j] = k[batch, token + t, key_head, i * 64 + lane % 8 * 8 + j]
+                at = (batch, token + t, key_head, i * 64 + lane % 8 * 8)
+                load_run(rows, n * (K // 8) + i * 8, k, at, 8, True)
         for n in T.unroll(ROWS_AT_ONCE):
             squares[0] = 0.0
             for i in T.unroll(K // 8):
-                x = T.cast(row[n, i], "float32")
+                x = T.cast(rows[n * (K // 8) + i], "float32")
                 squares[0] += x * x
             sum_lanes(squares, 8)
             if lane % 8 == 0:

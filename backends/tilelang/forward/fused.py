@@ -30,9 +30,10 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.fragments import PRELUDE
-from ..tile.indexing import SEQUENCE
+from ..tile.indexing import strided
 from ..tile.largest import largest
 from ..tile.layout import ROWS
+from ..tile.pool import PoolKind, declare_checkpoints, declare_slots, declare_states
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
@@ -52,29 +53,17 @@ from .fused_intra_chunk import (
 from .fused_memory import (
     CHUNKS,
     FIELDS,
-    FORGETS,
-    HEAD,
     LAST,
-    LAST_NUMBER,
     NUMBER,
-    PIECE,
     FusedSmem,
     find_task,
     load_chunks,
     store_outputs,
 )
 from .fused_scan import PRELUDE as SCAN_PRELUDE
-from .fused_scan import finish_chunk, start_chunk
+from .fused_scan import ScanEnds, consume_chunks
 from .query_norms import PRELUDE as NORMS_PRELUDE
 from .row_norms import PRELUDE as ROW_NORMS_PRELUDE
-from .scan_step import (
-    ScanFragments,
-    begin_scan,
-    load_state,
-    set_unit_state,
-    stage_output,
-    store_state,
-)
 
 PRELUDES = "".join((
     FENCES, PRELUDE, NORMS_PRELUDE, ROW_NORMS_PRELUDE, INVERSE_PRELUDE, INTRA_CHUNK_PRELUDE,
@@ -88,69 +77,25 @@ REGISTERS = 96, 192, 32
 def fused_forward(
     *, dtype: str, gates: str, strengths: str, offsets: str, K: int, V: int, varlen: bool, l2: bool,
     gate: bool, bias: bool, sigmoid: bool, double: bool, initial: bool, final: bool, v_first: bool,
-    cut: bool, transfer: bool,
+    cut: bool, transfer: bool, pool: PoolKind | None = None,
 ) -> Any:  # fmt: skip
     """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens; initial,
     final: whether S_in is read and S_out written; cut: into pieces; transfer: the transfer scan,
-    which must have cut and final."""
+    which must have cut and final; pool: S_in and S_out are a pool, but for the states between
+    pieces."""
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
     bounds, output, blocks = T.dynamic("bounds"), not transfer, 1 + transfer
     assert V == 2 * ROWS
     min_parts, max_parts = choose_parts(dtype, l2, sigmoid, double)
     stages, rows = FusedSmem.STAGES[output], V + K if transfer else V
-    v_first_in, v_first_out = v_first or (cut and output), v_first or transfer
-    shape_in = (V, K) if v_first_in else (K, V)
-    shape_out = (rows, K) if v_first_out else (K, rows)
-
-    @T.macro
-    def consume_chunks(
-        S_in, S_out, smem, ready, intra_chunk_ready, v_ready, o_ready, task, block, wg, thread
-    ):
-        """A consumer warpgroup: 64 rows of S^T."""
-        # === the state to start from ===
-        row = wg * ROWS
-        frag = ScanFragments(K, dtype)
-        if transfer:
-            set_unit_state(frag, row if block > 0 else -V)
-            if block > 0:
-                for s, i, j in T.Parallel(stages, C, ROWS):
-                    smem.v[s * 2 + wg, i, j] = 0
-                T.sync_threads(1 + wg, 128)
-            elif initial:  # noqa: SIM102, known before the kernel is; the next is not
-                if T.And(task[NUMBER] == 0, task[FORGETS] == 0):
-                    load_state(frag, S_in, task[SEQUENCE], task[HEAD], row, v_first_in)
-        elif initial:
-            load_state(frag, S_in, task[PIECE], task[HEAD], row, v_first_in)
-        else:
-            T.clear(frag.S)
-        begin_scan(frag)
-
-        # === chunk by chunk ===
-        chunks = T.alloc_var("int32")
-        chunks = task[CHUNKS]
-        for chunk in T.serial(chunks):
-            s, parity = chunk % stages, chunk // stages % 2
-            v_tile = s * 2 + wg
-            T.barrier_wait(ready[s], parity)
-            T.barrier_wait(intra_chunk_ready[s], parity)
-            start_chunk(frag, smem, s, output)
-            T.barrier_wait(v_ready[s], parity)
-            if chunk == chunks - 1 and task[LAST] < C:  # the rows past the end may hold anything
-                clear_rows_past_end((smem.v,), v_tile, task[LAST])
-                T.sync_threads(1 + wg, 128)
-            finish_chunk(frag, smem, s, v_tile, thread, output)
-            if output:
-                stage_output(frag, smem.v, v_tile, thread)
-                fence()
-            T.barrier_arrive(o_ready[s])
-
-        # === the final state ===
-        if transfer:
-            if T.And(chunks > 0, block * V + row < rows):
-                store_state(frag, S_out, task[PIECE], task[HEAD], block * V + row, v_first_out)
-        elif final:  # noqa: SIM102
-            if T.Or(not cut, task[NUMBER] == task[LAST_NUMBER]):
-                store_state(frag, S_out, task[SEQUENCE], task[HEAD], row, v_first_out)
+    ends = ScanEnds(
+        initial, final, v_first or (cut and output), v_first or transfer, cut, transfer,
+        None if cut and output else pool, pool if output else None,
+    )  # fmt: skip
+    shape_in = (V, K) if ends.v_first_in else (K, V)
+    shape_out = (rows, K) if ends.v_first_out else (K, rows)
+    declared_slots, pooled = declare_slots(pool), pool is not None
+    declared_checkpoints = declare_checkpoints((HV, *((V, K) if v_first else (K, V))), pool)
 
     @T.macro
     def start_k_kT(M, smem, ready, ragged, left, chunk):
@@ -225,14 +170,17 @@ def fused_forward(
 
     @T.prim_func
     def fused_kernel(
-        q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        v: T.Tensor((B, L, HV, V), dtype), g: T.Tensor((B, L, HV), gates),
-        beta: T.Tensor((B, L, HV), strengths), A_log: T.Tensor((HV,), "float32"),
-        dt_bias: T.Tensor((HV,), "float32"), S_in: T.Tensor((N, HV, *shape_in), "float32"),
+        q: strided("q", (B, L, H, K), dtype), k: strided("k", (B, L, H, K), dtype),
+        v: strided("v", (B, L, HV, V), dtype), g: strided("g", (B, L, HV), gates),
+        beta: strided("beta", (B, L, HV), strengths), A_log: T.Tensor((HV,), "float32"),
+        dt_bias: T.Tensor((HV,), "float32"),
+        S_in: declare_states("S_in", (N, HV, *shape_in), ends.pool_in),
         cu_seqlens: T.Tensor((bounds,), offsets), o: T.Tensor((B, L, HV, V), dtype),
-        S_out: T.Tensor((M, HV, *shape_out), "float32"),
-        forgets: T.Tensor((M, HV), "int32"), sequences: T.int32, pieces: T.int32,
-        length: T.int32, scale: T.float32,
+        S_out: declare_states("S_out", (M, HV, *shape_out), ends.pool_out),
+        forgets: T.Tensor((M, HV), "int32"), state_indices: declared_slots[0],
+        fresh: declared_slots[1], checkpoint_offsets: declared_checkpoints[0],
+        checkpoint_indices: declared_checkpoints[1], checkpoints: declared_checkpoints[2],
+        null_index: T.int64, sequences: T.int32, pieces: T.int32, length: T.int32, scale: T.float32,
     ):  # fmt: skip
         """length: tokens of a piece, if sequences are cut; forgets: written by the transfer scan,
         whether a piece does."""
@@ -247,7 +195,7 @@ def fused_forward(
                 T.alloc_barrier([256] * stages),
             )
             smem = FusedSmem(K, dtype, max_parts, output)
-            task = T.alloc_shared((FIELDS,), "int32")
+            task = T.alloc_shared((FIELDS + 3 * pooled,), "int32")
             tx, wg = T.get_thread_binding(0), T.get_thread_binding(1)
 
             # === what the thread block scans ===
@@ -255,7 +203,8 @@ def fused_forward(
             if T.And(tx == 0, wg == 0):
                 find_task(
                     task, cta // (HV * blocks), cta // blocks % HV, block, cu_seqlens, sequences, L,
-                    H, HV, length, varlen, cut, transfer,
+                    H, HV, length, varlen, cut, transfer, state_indices, fresh, null_index,
+                    (S_in if transfer else S_out).shape[0], pool,
                 )  # fmt: skip
             T.sync_threads()
             if transfer:
@@ -270,9 +219,11 @@ def fused_forward(
                 compute_intra_chunk(smem, ready, tokens_ready, intra_chunk_ready, task, tx)
             elif wg < 3:
                 T.set_max_nreg(REGISTERS[1], 1)
+                before = task[NUMBER] * length if cut else 0
                 consume_chunks(
                     S_in, S_out, smem, ready, intra_chunk_ready, v_ready, o_ready, task, block,
-                    wg - 1, tx,
+                    wg - 1, tx, K, V, dtype, ends,
+                    (checkpoint_offsets, checkpoint_indices, checkpoints, null_index, before),
                 )  # fmt: skip
             else:
                 T.set_max_nreg(REGISTERS[2], 0)
@@ -282,7 +233,7 @@ def fused_forward(
                         output,
                     )  # fmt: skip
                 elif tx < 64:
-                    store_outputs(o, smem, o_ready, v_free, task, tx - 32, varlen, output)
+                    store_outputs(o, smem, o_ready, v_free, task, tx - 32, varlen, output, pooled)
                 elif tx < 96:
                     compute_factors(
                         g, beta, A_log, dt_bias, smem, norms_ready, tokens_ready, o_ready, task,

@@ -12,6 +12,8 @@ from gdn.problem import CHUNK as C
 
 from ..tile.indexing import SEQUENCE, START, STOP, Fields, piece_bounds, piece_number
 from ..tile.layout import ROWS
+from ..tile.pool import SKIPPED, PoolKind, find_slot
+from ..tile.ragged_rows import clear_tokens
 from .block_inverse import BlockInverseSmem
 from .scan_memory import store_chunk
 
@@ -19,7 +21,8 @@ HEAD, KEY_HEAD, CHUNKS, LAST, PIECE, NUMBER, LAST_NUMBER, FORGETS = range(4, 12)
 """What a thread block scans, in shared memory, after what `piece_bounds` finds. LAST: live tokens
 of the last chunk. NUMBER: of the piece in its sequence, from 0 to LAST_NUMBER. FORGETS: whether
 nothing of the state before the piece is left after it (`forgetting.py`)."""
-FIELDS = 12
+FIELDS = POOL_SLOT = 12
+"""How many these are. With a pool there are three more, which `find_slot` writes."""
 
 
 class FusedSmem:
@@ -50,12 +53,14 @@ class FusedSmem:
 @T.macro
 def find_task(
     task: Any, piece: Any, head: Any, block: Any, cu_seqlens: Any, sequences: Any, L: Any, H: Any,
-    HV: Any, length: Any, varlen: bool, cut: bool, transfer: bool,
+    HV: Any, length: Any, varlen: bool, cut: bool, transfer: bool, indices: Any, fresh: Any,
+    null_index: Any, slots: Any, pool: PoolKind | None,
 ) -> None:  # fmt: skip
     """Fill `task`; by one thread. block: of a transfer scan, 0 for N and 1 for M; length: tokens of
-    a piece, if sequences are cut."""
+    a piece, if sequences are cut; slots: of the pool, if there is one."""
+    pooled = pool is not None
     place = Fields("sequence", "start", "stop", "slot", "number", "last_number")
-    piece_bounds(piece, cu_seqlens, sequences, L, length, place.array, varlen, cut)
+    piece_bounds(piece, cu_seqlens, sequences, L, length, place.array, varlen, cut, pooled)
     for i in T.unroll(4):
         task[i] = place.array[i]
     task[HEAD] = head
@@ -65,8 +70,14 @@ def find_task(
     task[LAST] = tokens - (T.ceildiv(tokens, C) - 1) * C
     task[PIECE] = piece
     task[FORGETS] = 0
+    if pooled:
+        find_slot(
+            task, POOL_SLOT, indices, fresh, null_index, slots, place.sequence, tokens > 0, pool
+        )
+        if task[POOL_SLOT] == SKIPPED:
+            task[CHUNKS] = 0
     if cut:
-        piece_number(cu_seqlens, L, length, place, varlen)
+        piece_number(cu_seqlens, L, length, place, varlen, pooled)
         task[NUMBER] = place.number
         task[LAST_NUMBER] = place.last_number
         if transfer:  # what is not wanted gets no chunks, which costs nothing
@@ -107,8 +118,9 @@ def load_chunks(
 
 @T.macro
 def store_outputs(
-    o: Any, smem: Any, o_ready: Any, v_free: Any, task: Any, lane: Any, varlen: bool, output: bool
-) -> None:
+    o: Any, smem: Any, o_ready: Any, v_free: Any, task: Any, lane: Any, varlen: bool, output: bool,
+    pooled: bool,
+) -> None:  # fmt: skip
     """The storing warp."""
     batch = 0 if varlen else task[SEQUENCE]
     for chunk in T.serial(task[CHUNKS]):
@@ -117,3 +129,6 @@ def store_outputs(
         if output:
             store_chunk(o, smem.v, batch, token, task[STOP], task[HEAD], 0, s, 2, lane)
         T.barrier_arrive(v_free[s])
+    if output and pooled:  # noqa: SIM102, known before the kernel is; the next is not
+        if task[POOL_SLOT] == SKIPPED:
+            clear_tokens(o, batch, task[START], task[STOP], task[HEAD], 0, 2 * ROWS, lane)

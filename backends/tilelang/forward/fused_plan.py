@@ -20,6 +20,7 @@ from ...common.chunking import piece_slots, sm_count
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
 from ..tile.layout import ROWS
+from ..tile.pool import slot_tables
 from .fused import fused_forward
 
 MIN_SHARE = 0.57
@@ -69,7 +70,7 @@ class FusedPass:
             self.new_forgets = allocator((self.pieces, HV), torch.int32, device)
             combine = {
                 name: options[name]
-                for name in ("offsets", "K", "V", "varlen", "initial", "v_first")
+                for name in ("offsets", "K", "V", "varlen", "initial", "v_first", "pool")
             } | {"final": False, "reverse": False, "forgetting": True}
             self.jobs = [
                 (fused_forward, options | {"final": True, "cut": True, "transfer": True}),
@@ -94,21 +95,22 @@ class FusedPass:
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Any, ...], initial: Tensor | None,
-        cu_seqlens: Tensor | None, o: Tensor, final: Tensor | None, scale: float,
+        cu_seqlens: Tensor | None, o: Tensor, final: Tensor | None, tables: tuple[Any, ...],
+        scale: float,
     ) -> None:  # fmt: skip
-        """Launch the kernels. gates: g, beta, A_log, dt_bias."""
+        """Launch the kernels. gates: g, beta, A_log, dt_bias; tables: of a pool."""
         if not self.launchers:
             self.launchers = launchers(self.kernels())
         N, inputs = self.sequences, (q, k, v)
-        sizes = (N, self.pieces, self.length or 0, scale)
+        sizes = (*tables, N, self.pieces, self.length or 0, scale)
         if self.length is not None:
             transfer, forgets = self.new_transfer(), self.new_forgets()
             begins = self.new_begins()
             scan, combine, _ = self.launchers
             scan(*inputs, *gates, initial, cu_seqlens, o, transfer, forgets, *sizes)
             combine(
-                transfer, None, forgets, begins, initial, None, cu_seqlens, N, q.shape[1],
-                self.length,
+                transfer, None, forgets, begins, initial, None, cu_seqlens,
+                *slot_tables(tables), N, q.shape[1], self.length,
             )  # fmt: skip
             initial = begins
         self.launchers[-1](*inputs, *gates, initial, cu_seqlens, o, final, None, *sizes)

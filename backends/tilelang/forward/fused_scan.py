@@ -1,4 +1,4 @@
-"""One chunk of the scan in `fused.py`, by one consumer warpgroup; `scan_step.py` has the equations.
+"""The scan in `fused.py`, by one consumer warpgroup; `scan_step.py` has the equations.
 
 K S and Q S are computed together, before U: then S in half precision, an operand of both, is not
 needed any more, and a thread needs 192 registers instead of 208.
@@ -6,16 +6,40 @@ needed any more, and a thread needs 192 registers instead of 208.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
 from ..tile.fragments import PAIRS
+from ..tile.indexing import SEQUENCE, START, STOP
 from ..tile.layout import KS_FACTOR, QS_FACTOR, ROWS, S_FACTOR, U_FACTOR
+from ..tile.pool import READS, WRITES, PoolKind
+from ..tile.proxy_fence import fence
+from ..tile.ragged_rows import clear_rows_past_end
 from ..tile.row_scales import rescale
-from .scan_step import ScanFragments
+from .checkpoints import scan_to_checkpoints
+from .fused_memory import (
+    CHUNKS,
+    FORGETS,
+    HEAD,
+    LAST,
+    LAST_NUMBER,
+    NUMBER,
+    PIECE,
+    POOL_SLOT,
+    FusedSmem,
+)
+from .scan_step import (
+    ScanFragments,
+    begin_scan,
+    keep_rounding_here,
+    load_state,
+    set_unit_state,
+    stage_output,
+    store_state,
+)
 
 PRELUDE = """
 // Of the 16 columns number `pair` of a fragment: the transpose of 16 rows of shared memory, plus x
@@ -103,3 +127,110 @@ def finish_chunk(
     T.copy(frag.S, frag.S_half)
     if output:
         T.wait_wgmma(0)
+
+
+class ScanEnds(NamedTuple):
+    """The states before and after a scan: whether S_in is read and S_out written, whether they are
+    [V, K], whether sequences are cut, whether it is the transfer scan, and the pools that S_in and
+    S_out are."""
+
+    initial: bool
+    final: bool
+    v_first_in: bool
+    v_first_out: bool
+    cut: bool
+    transfer: bool
+    pool_in: PoolKind | None
+    pool_out: PoolKind | None
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether the scan stores states on its way."""
+        return self.pool_out is not None and bool(self.pool_out.offsets)
+
+
+@T.macro
+def consume_chunk(
+    chunk: Any, frag: Any, smem: Any, ready: Any, intra_chunk_ready: Any, v_ready: Any,
+    o_ready: Any, task: Any, chunks: Any, wg: Any, thread: Any, output: bool,
+) -> None:  # fmt: skip
+    """One chunk: O, in v's place, and S."""
+    stages = smem.stages
+    s, parity = chunk % stages, chunk // stages % 2
+    v_tile = s * 2 + wg
+    T.barrier_wait(ready[s], parity)
+    T.barrier_wait(intra_chunk_ready[s], parity)
+    start_chunk(frag, smem, s, output)
+    T.barrier_wait(v_ready[s], parity)
+    if chunk == chunks - 1 and task[LAST] < C:  # the rows past the end may hold anything
+        clear_rows_past_end((smem.v,), v_tile, task[LAST])
+        T.sync_threads(1 + wg, 128)
+    finish_chunk(frag, smem, s, v_tile, thread, output)
+    if output:
+        stage_output(frag, smem.v, v_tile, thread)
+        fence()
+    T.barrier_arrive(o_ready[s])
+
+
+@T.macro
+def consume_chunks(
+    S_in: Any, S_out: Any, smem: Any, ready: Any, intra_chunk_ready: Any, v_ready: Any,
+    o_ready: Any, task: Any, block: Any, wg: Any, thread: Any, K: int, V: int, dtype: str,
+    ends: ScanEnds, checkpoints: tuple[Any, ...],
+) -> None:  # fmt: skip
+    """A consumer warpgroup: 64 rows of S^T. checkpoints: as for `scan_to_checkpoints`."""
+    # === the state to start from ===
+    row, stages, output = wg * ROWS, FusedSmem.STAGES[not ends.transfer], not ends.transfer
+    rows, from_pool, to_pool = V + K, ends.pool_in is not None, ends.pool_out is not None
+    frag = ScanFragments(K, dtype)
+    if ends.transfer:
+        set_unit_state(frag, row if block > 0 else -V)
+        if block > 0:
+            for s, i, j in T.Parallel(stages, C, ROWS):
+                smem.v[s * 2 + wg, i, j] = 0
+            T.sync_threads(1 + wg, 128)
+        elif from_pool:
+            if T.And(T.And(task[NUMBER] == 0, task[FORGETS] == 0), task[POOL_SLOT + READS] != 0):
+                load_state(frag, S_in, task[POOL_SLOT], task[HEAD], row, ends.v_first_in)
+        elif ends.initial:  # noqa: SIM102, known before the kernel is; the next is not
+            if T.And(task[NUMBER] == 0, task[FORGETS] == 0):
+                load_state(frag, S_in, task[SEQUENCE], task[HEAD], row, ends.v_first_in)
+    elif from_pool:
+        T.clear(frag.S)
+        if task[POOL_SLOT + READS] != 0:
+            load_state(frag, S_in, task[POOL_SLOT], task[HEAD], row, ends.v_first_in)
+        keep_rounding_here(frag)
+    elif ends.initial:
+        load_state(frag, S_in, task[PIECE], task[HEAD], row, ends.v_first_in)
+    else:
+        T.clear(frag.S)
+    begin_scan(frag)
+
+    # === chunk by chunk ===
+    chunks = T.alloc_var("int32")
+    chunks = task[CHUNKS]
+    scanned = (
+        frag, smem, ready, intra_chunk_ready, v_ready, o_ready, task, chunks, wg, thread, output
+    )  # fmt: skip
+    if ends.has_checkpoints:
+        scan_to_checkpoints(
+            checkpoints, ends.pool_out, task[SEQUENCE],
+            T.if_then_else(chunks > 0, task[STOP] - task[START], 0), frag, task[HEAD], row,
+            ends.v_first_out, consume_chunk, *scanned,
+        )  # fmt: skip
+    else:
+        for chunk in T.serial(chunks):
+            consume_chunk(chunk, *scanned)
+
+    # === the final state ===
+    if ends.transfer:
+        if T.And(chunks > 0, block * V + row < rows):
+            store_state(frag, S_out, task[PIECE], task[HEAD], block * V + row, ends.v_first_out)
+    elif to_pool:
+        keep_rounding_here(frag)
+        last = T.Or(not ends.cut, task[NUMBER] == task[LAST_NUMBER])
+        if T.And(last, task[POOL_SLOT + WRITES] != 0):
+            store_state(frag, S_out, task[POOL_SLOT], task[HEAD], row, ends.v_first_out)
+    elif ends.final:  # noqa: SIM102
+        if T.Or(not ends.cut, task[NUMBER] == task[LAST_NUMBER]):
+            store_state(frag, S_out, task[SEQUENCE], task[HEAD], row, ends.v_first_out)

@@ -22,13 +22,14 @@ from gdn.problem import CHUNK, Call
 
 from ...common.allocation import allocator
 from ...common.chunking import piece_length, piece_slots, sm_count
-from ..arguments import channel_options, dtype_name, gate_options, tma_ready
+from ..arguments import channel_options, dtype_name, gate_options, tma_ready, token_ready
 from ..clear_tail import clear_tail, clear_tail_options
 from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
 from ..memory_rounds import sequence_chunks, sequence_parts
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS, factor_rows
+from ..tile.pool import NO_TABLES, PoolKind, slot_tables
 from .fused_plan import FusedPass
 from .prepare import BLOCKS_PER_SM, prepare
 from .prepare_channels import prepare_channels
@@ -123,7 +124,8 @@ class ForwardPass:
     """What all forward calls of one kind (shapes, dtypes, device, options) have in common. With
     save, a call saves tensors for backward."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, pool: PoolKind | None = None, clears_tail: bool = True) -> None:
+        """pool: of a prefill on a pool; clears_tail: o of tokens past the last sequence is zero."""
         K, (HV, V) = call.q.shape[3], call.v.shape[2:]
         self.sequences = call.sequences
         self.pieces = {save: choose_pieces(call, save) for save in (False, True)}
@@ -153,12 +155,15 @@ class ForwardPass:
         self.channels, self.matrices = channels, 1 if channels else 2  # that forward saves
         if channels:
             self.prepare_options |= channel_options(call) | {"rows_alone": False}
-        states = {
-            "initial": call.initial_state is not None,
-            "final": call.output_final_state,
+        states: dict[str, Any] = {
+            "initial": call.initial_state is not None or pool is not None,
+            "final": call.output_final_state or pool is not None,
             "v_first": call.state_v_first,
         }
+        states["pool"] = pool
         self.fused = None if channels else FusedPass.of(call, self.prepare_options | states)
+        if pool is not None and call.cu_seqlens is not None:
+            self.prepare_options["unchecked"] = True
         self.segments: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
         self.scan_jobs: dict[bool, list[tuple[Any, dict[str, Any]]]] = {}
         options = shape | states | {"dtype": dtype, "transfer": False, "channels": channels}
@@ -170,6 +175,7 @@ class ForwardPass:
                 segments += [
                     (first, span, *prepare_grid(call, self.sequences * span))
                     for first, span in choose_segments(call, scans, save)
+                    if pool is None  # the state between two segments has no place in a pool
                 ]
                 # each segment but the first starts from the final state of the one before
                 first_scan = options | ({"final": True} if segments else {})
@@ -186,7 +192,7 @@ class ForwardPass:
                     (scan, transfer_scan), (combine_pieces, combine), (scan, final_scan)
                 ]  # fmt: skip
         self.clear_jobs: list[tuple[Any, dict[str, Any]]] = []
-        if call.cu_seqlens is not None:
+        if call.cu_seqlens is not None and clears_tail:
             self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=False))]
         self.run_clear: Any = None
         self.launchers: dict[bool, list[Any]] = {}
@@ -202,25 +208,37 @@ class ForwardPass:
 
     def forward(self, call: Call, save: bool) -> Forward:
         """See `gdn.backend.Plan.forward`."""
-        initial, A_log, dt_bias = call.initial_state, call.A_log, call.dt_bias
+        final = self.new_state() if call.output_final_state else None
+        o = self.new_o()
+        saved = self.run(call, save, call.initial_state, o, final, NO_TABLES)
+        return Forward(o, final, saved)
+
+    def run(
+        self, call: Call, save: bool, initial: Tensor | None, o: Tensor, final: Tensor | None,
+        tables: tuple[Any, ...],
+    ) -> list[Tensor]:  # fmt: skip
+        """Fill o and final, and return what backward needs (save). tables: what kernels take of a
+        prefill on a pool, which is initial and final."""
+        A_log, dt_bias = call.A_log, call.dt_bias
         if self.casts:
             initial, A_log, dt_bias = (
                 None if x is None else x.float() for x in (initial, A_log, dt_bias)
             )
-        q, k, v, g, beta = (tma_ready(x) for x in (call.q, call.k, call.v, call.g, call.beta))
-        initial, A_log, dt_bias = tma_ready(initial), tma_ready(A_log), tma_ready(dt_bias)
+        q, k, v, beta = (token_ready(x) for x in (call.q, call.k, call.v, call.beta))
+        g = tma_ready(call.g) if self.channels else token_ready(call.g)
+        A_log, dt_bias = tma_ready(A_log), tma_ready(dt_bias)
         cu_seqlens = tma_ready(call.cu_seqlens)
-        o = self.new_o()
-        final = self.new_state() if call.output_final_state else None
-        if cu_seqlens is not None:
+        if call.initial_state is not None:
+            initial = tma_ready(initial)
+        if self.clear_jobs:
             if self.run_clear is None:
                 self.kernels(save)  # compiles all in parallel
                 (self.run_clear,) = launchers(compile_together(*self.clear_jobs))
             self.run_clear(None, None, o, None, None, cu_seqlens)
         if self.fused and not save:
             gates = (g, beta, A_log, dt_bias)
-            self.fused.run(q, k, v, gates, initial, cu_seqlens, o, final, call.scale)
-            return Forward(o, final, [])
+            self.fused.run(q, k, v, gates, initial, cu_seqlens, o, final, tables, call.scale)
+            return []
         if save not in self.launchers:
             self.launchers[save] = launchers(self.kernels(save))
         run_prepare, *run_scans = self.launchers[save]
@@ -243,18 +261,21 @@ class ForwardPass:
                 save, call.scale, run_prepare, run_scans, prepared, inputs, initial, between,
                 cu_seqlens, o, self.new_state() if final is None else final,
             )  # fmt: skip
-            return Forward(o, final, saved if save else [])
+            return saved if save else []
         run_prepare(*prepared, self.slots, 0, self.slots, *self.prepare_grid, call.scale)
         length, _ = self.pieces[save]
         if length is None:
-            run_scans[0](*inputs, initial, cu_seqlens, o, final, N, N, T, 0, 0)
+            run_scans[0](*inputs, initial, cu_seqlens, o, final, *tables, N, N, T, 0, 0)
         else:
             transfer, starts = saved[-2:]
             sizes = (N, transfer.shape[0], length)
-            run_scans[0](*inputs, initial, cu_seqlens, o, transfer, *sizes, int(save), 0)
-            run_scans[1](transfer, None, None, starts, initial, None, cu_seqlens, N, T, length)
-            run_scans[2](*inputs, starts, cu_seqlens, o, final, *sizes, 0, 0)
-        return Forward(o, final, saved if save else [])
+            run_scans[0](*inputs, initial, cu_seqlens, o, transfer, *tables, *sizes, int(save), 0)
+            run_scans[1](
+                transfer, None, None, starts, initial, None, cu_seqlens, *slot_tables(tables), N, T,
+                length,
+            )  # fmt: skip
+            run_scans[2](*inputs, starts, cu_seqlens, o, final, *tables, *sizes, 0, 0)
+        return saved if save else []
 
     def _run_segments(
         self, save: bool, scale: float, run_prepare: Any, run_scans: list[Any],
@@ -269,6 +290,6 @@ class ForwardPass:
             with side_stream(o.device):
                 run = run_scans[0 if first == 0 else -1]
                 tokens = (span * CHUNK, 0, first * CHUNK)
-                run(*inputs, state, cu_seqlens, o, into, N, N, *tokens)
+                run(*inputs, state, cu_seqlens, o, into, *NO_TABLES, N, N, *tokens)
             state = into
         join_side_stream(o.device)

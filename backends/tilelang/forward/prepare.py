@@ -24,7 +24,7 @@ from gdn.problem import CHUNK as C
 from ..compile import kernel
 from ..tile.fragments import PRELUDE
 from ..tile.gate_math import load_gates, sum_gates
-from ..tile.indexing import Fields, locate_piece
+from ..tile.indexing import Fields, locate_piece, strided
 from ..tile.largest import largest
 from ..tile.layout import BETA, KEY_SQUARES, QS_FACTOR, SCALE_RQ, G
 from ..tile.ragged_rows import clear_past_end
@@ -65,9 +65,10 @@ def clear_before_products(x: Any, live: Any) -> None:
 @kernel(own_barriers=True)
 def prepare(
     *, dtype: str, gates: str, strengths: str, offsets: str, K: int, V: int, varlen: bool, l2: bool,
-    gate: bool, bias: bool, sigmoid: bool, double: bool, save: bool,
+    gate: bool, bias: bool, sigmoid: bool, double: bool, save: bool, unchecked: bool = False,
 ) -> Any:  # fmt: skip
-    """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens."""
+    """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens; unchecked:
+    cu_seqlens may hold anything."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots = T.dynamic("slots")
     min_parts, max_parts = choose_parts(dtype, l2, sigmoid, double)
@@ -80,7 +81,7 @@ def prepare(
         item["key_head"] = item.head // group
         sequence = item.chunk // span
         item["slot"] = sequence * T.ceildiv(L, C) + first_chunk + item.chunk - sequence * span
-        locate_piece(item.slot, cu_seqlens, sequences, L, C, item.array, varlen)
+        locate_piece(item.slot, cu_seqlens, sequences, L, C, item.array, varlen, unchecked)
 
     @T.macro
     def advance_item(
@@ -118,8 +119,8 @@ def prepare(
 
     @T.prim_func
     def prepare_kernel(
-        q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        g: T.Tensor((B, L, HV), gates), beta: T.Tensor((B, L, HV), strengths),
+        q: strided("q", (B, L, H, K), dtype), k: strided("k", (B, L, H, K), dtype),
+        g: strided("g", (B, L, HV), gates), beta: strided("beta", (B, L, HV), strengths),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV,), "float32"),
         cu_seqlens: T.Tensor((N + 1,), offsets), P_A_v: T.Tensor((slots, HV, 2, C, C), dtype),
         scan_factors: T.Tensor((slots, HV, 4, C), "float32"),

@@ -41,7 +41,7 @@ from gdn.problem import CHUNK as C
 from ..compile import kernel
 from ..tile.fragments import PRELUDE as FRAGMENTS
 from ..tile.gate_math import fused_log_decay
-from ..tile.indexing import Fields, locate_piece
+from ..tile.indexing import Fields, locate_piece, strided
 from ..tile.largest import largest
 from ..tile.layout import KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR, factor_rows, token_rows
 from .block_inverse import (
@@ -96,10 +96,10 @@ class ChannelSmem:
 def prepare_channels(
     *, dtype: str, gates: str, strengths: str, offsets: str, K: int, V: int, varlen: bool, l2: bool,
     gate: bool, bias: bool, sigmoid: bool, double: bool, A_log: bool, lower_bound: float | None,
-    save: bool, rows_alone: bool,
+    save: bool, rows_alone: bool, unchecked: bool = False,
 ) -> Any:  # fmt: skip
-    """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens; A_log: whether
-    there is one; save: whether to write P_A; rows_alone: for backward, without P, A and A_v."""
+    """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens; save: whether to
+    write P_A; rows_alone: for backward, without P, A, A_v; unchecked: cu_seqlens holds anything."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots, spans = T.dynamic("slots"), T.dynamic("spans")
     tokens, parts = K // 8, 2 if dtype == "float16" else 1
@@ -164,8 +164,8 @@ def prepare_channels(
 
     @T.prim_func
     def prepare_channels_kernel(
-        q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        g: T.Tensor((B, L, HV, K), gates), beta: T.Tensor((B, L, HV), strengths),
+        q: strided("q", (B, L, H, K), dtype), k: strided("k", (B, L, H, K), dtype),
+        g: T.Tensor((B, L, HV, K), gates), beta: strided("beta", (B, L, HV), strengths),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV, K), "float32"),
         cu_seqlens: T.Tensor((N + 1,), offsets), P_A_v: T.Tensor((slots, HV, 2, C, C), dtype),
         scan_factors: T.Tensor((slots, HV, rows_of_factors, C), "float32"),
@@ -192,7 +192,7 @@ def prepare_channels(
             item["slot"] = cta // HV  # the chunk, counted over all of the launch
             sequence = item.slot // span
             item["slot"] = sequence * T.ceildiv(L, C) + first_chunk + item.slot - sequence * span
-            locate_piece(item.slot, cu_seqlens, sequences, L, C, item.array, varlen)
+            locate_piece(item.slot, cu_seqlens, sequences, L, C, item.array, varlen, unchecked)
             slot, head, key_head, live = item.slot, item.head, item.key_head, item.live
             if rows_alone and varlen and tx == 0 and head == 0:
                 chunk_spans[slot, 0] = item.token

@@ -29,18 +29,28 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.fragments import PRELUDE
-from ..tile.indexing import Fields, piece_bounds, piece_number
+from ..tile.indexing import Fields, piece_bounds, piece_number, strided
 from ..tile.layout import ROWS, factor_rows
+from ..tile.pool import (
+    SKIPPED,
+    PoolKind,
+    declare_checkpoints,
+    declare_slots,
+    declare_states,
+    find_slot,
+)
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
-from ..tile.ragged_rows import clear_rows_past_end
+from ..tile.ragged_rows import clear_rows_past_end, clear_tokens
 from ..tile.row_scales import PRELUDE as ROW_SCALES
+from .checkpoints import scan_to_checkpoints
 from .scan_memory import ScanSmem, load_chunk, load_P, store_chunk
 from .scan_step import (
     ScanFragments,
     begin_scan,
     compute_KS,
     compute_U,
+    keep_rounding_here,
     load_state,
     scan_step,
     set_unit_state,
@@ -55,17 +65,20 @@ TASK = (
 """Fields of what a thread block scans. sequence, start, stop and slot are what `piece_bounds`
 writes, number and last_number what `piece_number` writes. piece counts the pieces of all sequences,
 chunks is how many the thread block scans."""
+POOL_TASK = ("pool_slot", "reads", "writes")
+"""More of them, with a pool: what `find_slot` writes."""
 
 
 @kernel(own_barriers=True)
 def scan(
     *, dtype: str, offsets: str, K: int, V: int, warpgroups: int, varlen: bool, initial: bool,
     final: bool, v_first: bool, cut: bool, transfer: bool, channels: bool,
+    pool: PoolKind | None = None,
 ) -> Any:  # fmt: skip
     """Build the kernel. warpgroups: consumer warpgroups, 1 or 2; initial, final: whether S_in is
     read and S_out written; cut: into pieces; transfer: the transfer scan, which must have one
     warpgroup, cut and final; channels: a decay per channel, with `decayed_rows` in place of q and
-    k."""
+    k; pool: S_in and S_out are a pool, but for the states between pieces."""
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
     width, consumers, output = ROWS * warpgroups, 128 * warpgroups, not transfer
@@ -85,11 +98,37 @@ def scan(
     v_first_in, v_first_out = v_first or (cut and output), v_first or transfer
     shape_in = (V, K) if v_first_in else (K, V)
     shape_out = (rows, K) if v_first_out else (K, rows)
+    pool_in, pool_out = None if cut and output else pool, pool if output else None
+    declared_slots = declare_slots(pool)
+    declared_checkpoints = declare_checkpoints((HV, *((V, K) if v_first else (K, V))), pool)
+    task_fields = TASK + POOL_TASK if pool else TASK
+    pooled, from_pool, to_pool = (x is not None for x in (pool, pool_in, pool_out))
+    asked = pool_out is not None and bool(pool_out.offsets)  # for checkpoints
+
+    @T.macro
+    def consume_chunk(chunk, frag, smem, inputs_ready, P_ready, o_ready, start, stop, wg, thread):
+        s, token = chunk % stages, start + chunk * C
+        v_tile = s * warpgroups + wg
+        T.barrier_wait(inputs_ready[s], chunk // stages % 2)
+        if token + C > stop:  # the rows past the end may hold anything
+            if not channels:
+                clear_rows_past_end((smem.k,), s, stop - token)
+            clear_rows_past_end((smem.v,), v_tile, stop - token)
+            fence()
+            T.sync_threads(1 + wg, 128)
+        compute_KS(frag, smem, s, v_tile, thread, channels)
+        compute_U(frag, smem, s)
+        scan_step(frag, smem, s, P_ready, chunk % P_stages, chunk // P_stages % 2, output)
+        if output:
+            stage_output(frag, smem.v, v_tile, thread)
+            fence()
+        T.barrier_arrive(o_ready[s])
 
     @T.macro
     def consume_chunks(
-        S_in, S_out, smem, inputs_ready, P_ready, o_ready, task, row, chunks, wg, thread
-    ):
+        S_in, S_out, smem, inputs_ready, P_ready, o_ready, task, row, chunks, wg, thread,
+        checkpoints,
+    ):  # fmt: skip
         """A consumer warpgroup: its rows of S^T start at `row`."""
         # === the state to start from ===
         sequence, start, stop, piece, head = (
@@ -102,9 +141,17 @@ def scan(
                 for s, i, j in T.Parallel(stages, C, ROWS):
                     smem.v[s, i, j] = 0
                 T.sync_threads(1, 128)
+            elif pooled:
+                if T.And(task.number == 0, task.reads != 0):
+                    load_state(frag, S_in, task.pool_slot, head, row, v_first_in)
             elif initial:  # noqa: SIM102, known before the kernel is; the next is not
                 if task.number == 0:
                     load_state(frag, S_in, sequence, head, row, v_first_in)
+        elif from_pool:
+            T.clear(frag.S)
+            if task.reads != 0:
+                load_state(frag, S_in, task.pool_slot, head, row, v_first_in)
+            keep_rounding_here(frag)
         elif initial:
             load_state(frag, S_in, piece, head, row, v_first_in)
         else:
@@ -112,26 +159,22 @@ def scan(
         begin_scan(frag)
 
         # === chunk by chunk ===
-        for chunk in T.serial(chunks):
-            s, token = chunk % stages, start + chunk * C
-            v_tile = s * warpgroups + wg
-            T.barrier_wait(inputs_ready[s], chunk // stages % 2)
-            if token + C > stop:  # the rows past the end may hold anything
-                if not channels:
-                    clear_rows_past_end((smem.k,), s, stop - token)
-                clear_rows_past_end((smem.v,), v_tile, stop - token)
-                fence()
-                T.sync_threads(1 + wg, 128)
-            compute_KS(frag, smem, s, v_tile, thread, channels)
-            compute_U(frag, smem, s)
-            scan_step(frag, smem, s, P_ready, chunk % P_stages, chunk // P_stages % 2, output)
-            if output:
-                stage_output(frag, smem.v, v_tile, thread)
-                fence()
-            T.barrier_arrive(o_ready[s])
+        scanned = (frag, smem, inputs_ready, P_ready, o_ready, start, stop, wg, thread)
+        if asked:
+            scan_to_checkpoints(
+                checkpoints, pool_out, sequence, T.if_then_else(chunks > 0, stop - start, 0), frag,
+                head, row, v_first_out, consume_chunk, *scanned,
+            )  # fmt: skip
+        else:
+            for chunk in T.serial(chunks):
+                consume_chunk(chunk, *scanned)
 
         # === the final state ===
-        if final and not (cut and output):
+        if to_pool:
+            keep_rounding_here(frag)
+            if T.And(task.writes != 0, T.Or(not cut, task.number == task.last_number)):
+                store_state(frag, S_out, task.pool_slot, head, row, v_first_out)
+        elif final and not (cut and output):
             store_state(frag, S_out, piece, head, row, v_first_out)
         elif final:  # noqa: SIM102
             if task.number == task.last_number:
@@ -149,16 +192,22 @@ def scan(
             if output:
                 store_chunk(o, smem.v, batch, token, stop, head, row, s, warpgroups, lane)
             T.barrier_arrive(stage_free[s])
+        if to_pool:  # noqa: SIM102, known before the kernel is; the next is not
+            if task.pool_slot == SKIPPED:
+                clear_tokens(o, batch, start, stop, head, row, width, lane)
 
     @T.prim_func
     def scan_kernel(
-        q: T.Tensor((B, L, H, K), dtype), k: T.Tensor((B, L, H, K), dtype),
-        v: T.Tensor((B, L, HV, V), dtype), P_A_v: T.Tensor((slots, HV, 2, C, C), dtype),
+        q: strided("q", (B, L, H, K), dtype), k: strided("k", (B, L, H, K), dtype),
+        v: strided("v", (B, L, HV, V), dtype), P_A_v: T.Tensor((slots, HV, 2, C, C), dtype),
         scan_factors: T.Tensor((slots, HV, factor_rows(K, channels), C), "float32"),
         decayed_rows: T.Tensor((slots, HV, 3, C, K), dtype),
-        S_in: T.Tensor((N, HV, *shape_in), "float32"),
+        S_in: declare_states("S_in", (N, HV, *shape_in), pool_in),
         cu_seqlens: T.Tensor((bounds,), offsets), o: T.Tensor((B, L, HV, V), dtype),
-        S_out: T.Tensor((M, HV, *shape_out), "float32"), sequences: T.int32,
+        S_out: declare_states("S_out", (M, HV, *shape_out), pool_out),
+        state_indices: declared_slots[0], fresh: declared_slots[1],
+        checkpoint_offsets: declared_checkpoints[0], checkpoint_indices: declared_checkpoints[1],
+        checkpoints: declared_checkpoints[2], null_index: T.int64, sequences: T.int32,
         pieces: T.int32, length: T.int32, backward: T.int32, skipped: T.int32,
     ):  # fmt: skip
         """length: tokens of a piece; backward: whether M of the first and last pieces is wanted.
@@ -168,19 +217,28 @@ def scan(
         ) as cta:
             T.annotate_min_blocks_per_sm(3 - warpgroups)
             # === what the thread block scans ===
-            task = Fields(*TASK)
+            task = Fields(*task_fields)
             task["piece"] = cta // (HV * blocks)
             task["head"] = cta // blocks % HV
             task["key_head"] = cta // blocks % HV // (HV // H)
             row = cta % blocks * width
-            piece_bounds(task.piece, cu_seqlens, sequences, L, length, task.array, varlen, cut)
+            piece_bounds(
+                task.piece, cu_seqlens, sequences, L, length, task.array, varlen, cut, pooled
+            )
             if not cut:
                 task["start"] += skipped
                 task["stop"] = T.min(task.stop, task.start + length)
                 task["slot"] += skipped // C
             task["chunks"] = T.ceildiv(T.max(task.stop - task.start, 0), C)
             if cut:
-                piece_number(cu_seqlens, L, length, task, varlen)
+                piece_number(cu_seqlens, L, length, task, varlen, pooled)
+            if pooled:
+                find_slot(
+                    task.array, task_fields.index("pool_slot"), state_indices, fresh, null_index,
+                    (S_in if from_pool else S_out).shape[0], task.sequence, task.chunks > 0, pool,
+                )  # fmt: skip
+                if task.pool_slot == SKIPPED:
+                    task["chunks"] = 0
             if transfer:  # what is not wanted gets no chunks, which costs nothing
                 inner = T.And(task.number > 0, task.number < task.last_number)
                 wanted = T.Or(
@@ -196,18 +254,21 @@ def scan(
             # o_ready: the consumers have read the stage, and P, and o is in v's place
             o_ready, stage_free = (T.alloc_barrier([n] * stages) for n in (consumers, 32))
             tx = T.get_thread_binding()
+            before = task.number * length if cut else 0
+            stored = (checkpoint_offsets, checkpoint_indices, checkpoints, null_index, before)
 
             # === consumer warpgroups ===
             if tx < 128:
                 T.set_max_nreg(registers[0], 1)
                 consume_chunks(
-                    S_in, S_out, smem, inputs_ready, P_ready, o_ready, task, row, chunks, 0, tx
-                )
+                    S_in, S_out, smem, inputs_ready, P_ready, o_ready, task, row, chunks, 0, tx,
+                    stored,
+                )  # fmt: skip
             elif tx < consumers:
                 T.set_max_nreg(registers[0], 1)
                 consume_chunks(
                     S_in, S_out, smem, inputs_ready, P_ready, o_ready, task, row + ROWS, chunks, 1,
-                    tx - 128,
+                    tx - 128, stored,
                 )  # fmt: skip
             else:
                 T.set_max_nreg(registers[1], 0)

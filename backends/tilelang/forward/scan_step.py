@@ -67,8 +67,17 @@ def begin_scan(frag: Any) -> None:
 
 
 @T.macro
-def store_state(frag: Any, S_out: Any, n: Any, head: Any, row: Any, v_first: bool) -> None:
-    """The inverse of `load_state`."""
+def keep_rounding_here(frag: Any) -> None:
+    """Between a pool's dtype and float32, S is rounded where the code says so, not beside products:
+    nvcc would move it there, and ptxas then serialises them."""
+    T.warpgroup_fence_operand(frag.S, num_regs=frag.S.shape[0] * frag.S.shape[1] // 128)
+
+
+@T.macro
+def store_state(
+    frag: Any, S_out: Any, n: Any, head: Any, row: Any, v_first: bool, keep: bool = False
+) -> None:
+    """The inverse of `load_state`. keep: the scan goes on with S over its scales."""
     if frag.rows is not None:
         multiply_rows(frag.S, frag.rows.scales)
     for i, j in T.Parallel(*frag.S.shape):
@@ -76,6 +85,8 @@ def store_state(frag: Any, S_out: Any, n: Any, head: Any, row: Any, v_first: boo
             S_out[n, head, row + i, j] = frag.S[i, j]
         else:
             S_out[n, head, j, row + i] = frag.S[i, j]
+    if keep and frag.rows is not None:
+        multiply_rows(frag.S, frag.rows.reciprocals)
 
 
 @T.macro

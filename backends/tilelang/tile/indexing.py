@@ -45,17 +45,35 @@ class Fields:
         T.buffer_store(self.array, value, [self.names.index(name)])
 
 
+def strided(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
+    """The declaration of a tensor with any strides, of which the last is 1."""
+    batch = T.dynamic(f"{name}_stride0", "int64")  # may exceed 32 bits; the others take registers
+    strides = (T.dynamic(f"{name}_stride{n}") for n in range(1, len(shape) - 1))
+    return T.StridedTensor(shape, (batch, *strides, 1), dtype)
+
+
 def rolled_loop(count: Any) -> Any:
     """A loop that nvcc does not unroll: the instruction caches of an SM are small."""
     return T.unroll(count, annotations={"pragma_unroll_factor": 1})
 
 
+def token_bound(cu_seqlens: Any, n: Any, L: Any, unchecked: bool = True) -> Any:
+    """The first token of sequence n; if cu_seqlens is unchecked and may hold anything, between 0
+    and L."""
+    bound = cu_seqlens[n]
+    if unchecked:
+        zero, most = (T.cast(x, bound.dtype) for x in (0, L))
+        bound = T.min(T.max(bound, zero), most)
+    return T.cast(bound, "int32")
+
+
 @T.macro
 def locate_piece(
-    number: Any, cu_seqlens: Any, sequences: Any, length: Any, size: Any, place: Any, varlen: bool
-) -> None:
+    number: Any, cu_seqlens: Any, sequences: Any, length: Any, size: Any, place: Any, varlen: bool,
+    unchecked: bool = False,
+) -> None:  # fmt: skip
     """Find the piece of `size` tokens that has this number: write SEQUENCE, START and LIVE to
-    `place`. length: tokens of a sequence if all have equally many (not varlen)."""
+    `place`. length: tokens of a sequence if all have equally many; of all (varlen)."""
     if varlen:
         # binary search for the last sequence whose first piece has at most this number
         low = T.alloc_local((1,), "int32")
@@ -64,14 +82,16 @@ def locate_piece(
         high[0] = sequences
         while high[0] - low[0] > 1:
             middle = (low[0] + high[0]) // 2
-            if T.cast(cu_seqlens[middle], "int32") // size + middle <= number:
+            if token_bound(cu_seqlens, middle, length, unchecked) // size + middle <= number:
                 low[0] = middle
             else:
                 high[0] = middle
-        start = T.cast(cu_seqlens[low[0]], "int32")
+        start = token_bound(cu_seqlens, low[0], length, unchecked)
         place[SEQUENCE] = low[0]
         place[START] = start + (number - start // size - low[0]) * size
-        place[LIVE] = T.cast(cu_seqlens[low[0] + 1], "int32") - place[START]
+        place[LIVE] = token_bound(cu_seqlens, low[0] + 1, length, unchecked) - place[START]
+        if unchecked:  # without order, the piece may lie before the first sequence
+            place[LIVE] = T.if_then_else(place[START] < start, 0, place[LIVE])
     else:
         each = T.ceildiv(length, size)
         place[SEQUENCE] = number // each
@@ -82,29 +102,31 @@ def locate_piece(
 @T.macro
 def piece_bounds(
     piece: Any, cu_seqlens: Any, sequences: Any, L: Any, length: Any, place: Any,
-    varlen: bool, cut: bool,
+    varlen: bool, cut: bool, unchecked: bool = False,
 ) -> None:  # fmt: skip
     """Find a piece of at most `length` tokens (cut) or a whole sequence (not cut): write SEQUENCE,
     START, STOP and SLOT to `place`."""
     if cut:
-        locate_piece(piece, cu_seqlens, sequences, L, length, place, varlen)
+        locate_piece(piece, cu_seqlens, sequences, L, length, place, varlen, unchecked)
         place[STOP] = place[START] + T.min(place[LIVE], length)
     else:
         place[SEQUENCE] = piece
-        place[START] = T.cast(cu_seqlens[piece], "int32") if varlen else 0
-        place[STOP] = T.cast(cu_seqlens[piece + 1], "int32") if varlen else L
+        place[START] = token_bound(cu_seqlens, piece, L, unchecked) if varlen else 0
+        place[STOP] = token_bound(cu_seqlens, piece + 1, L, unchecked) if varlen else L
     if varlen:
-        before = T.cast(cu_seqlens[place[SEQUENCE]], "int32")
+        before = token_bound(cu_seqlens, place[SEQUENCE], L, unchecked)
         place[SLOT] = before // C + place[SEQUENCE] + (place[START] - before) // C
     else:
         place[SLOT] = place[SEQUENCE] * T.ceildiv(L, C) + place[START] // C
 
 
 @T.macro
-def piece_number(cu_seqlens: Any, L: Any, length: Any, place: Any, varlen: bool) -> None:
+def piece_number(
+    cu_seqlens: Any, L: Any, length: Any, place: Any, varlen: bool, unchecked: bool = False
+) -> None:
     """Number the pieces of a sequence from 0: write number, of this piece, and last_number to
     `place`, a `Fields`."""
-    before = T.cast(cu_seqlens[place.sequence], "int32") if varlen else 0
-    after = T.cast(cu_seqlens[place.sequence + 1], "int32") if varlen else L
+    before = token_bound(cu_seqlens, place.sequence, L, unchecked) if varlen else 0
+    after = token_bound(cu_seqlens, place.sequence + 1, L, unchecked) if varlen else L
     place["number"] = (place.start - before) // length
     place["last_number"] = T.max(T.ceildiv(after - before, length) - 1, 0)

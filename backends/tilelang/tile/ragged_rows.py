@@ -47,3 +47,15 @@ def store_live_rows(
     to [B, L, HV, V]; by one warp. A copy of the whole chunk would overwrite the next sequence."""
     for i in T.serial(live):
         store_row(x, s, i, 0, to, batch, token + i, head, first, lane)
+
+
+@T.macro
+def clear_tokens(
+    to: Any, batch: Any, start: Any, stop: Any, head: Any, first: Any, width: int, lane: Any
+) -> None:
+    """Zero `width` columns, from `first` on, of the tokens start to stop of to [B, L, HV, V]; by
+    one warp."""
+    for token in T.serial(T.max(stop - start, 0)):
+        for n in T.unroll(width // 64):
+            for j in T.vectorized(2):
+                to[batch, start + token, head, first + n * 64 + lane * 2 + j] = 0

@@ -1,0 +1,55 @@
+"""Prefill on a pool of states: forward's kernels, whose scans read and write slots."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gdn.backend import Plan
+from gdn.problem import Call, PoolCall, Prefill
+
+from ..arguments import dtype_name
+from ..tile.pool import PoolKind
+from .plan import ForwardPass
+
+
+def pool_kind(given: Prefill) -> PoolKind:
+    """What kernels must know of a prefill's pool and tables."""
+    offsets = given.checkpoint_offsets
+    asked = offsets is not None and offsets.numel() > 0
+    return PoolKind(
+        dtype=dtype_name(given.state),
+        indices=dtype_name(given.state_indices),
+        fresh=given.fresh is not None,
+        offsets=dtype_name(offsets) if asked else "",
+        places=dtype_name(given.checkpoint_indices) if asked else "",
+    )
+
+
+class PoolPlan(Plan):
+    """What all such calls of one kind (shapes, strides, dtypes, device, options) have in common."""
+
+    def __init__(self, given: Prefill) -> None:
+        self.kind = pool_kind(given)
+        self.forward_pass = ForwardPass(given.call, self.kind, clears_tail=given.out is None)
+
+    def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
+        """See `gdn.backend.Plan.precompile`."""
+        self.forward_pass.kernels(save=False)
+        return True
+
+    def prefill(self, prefill: Prefill) -> Tensor:
+        """See `gdn.backend.Plan.prefill`."""
+        o = self.forward_pass.new_o() if prefill.out is None else prefill.out
+        offsets = places = buffer = None
+        if self.kind.offsets:
+            offsets, places = (
+                None if x is None else x.contiguous().view(x.shape[0], -1)
+                for x in (prefill.checkpoint_offsets, prefill.checkpoint_indices)
+            )
+            buffer = prefill.state
+            if prefill.checkpoints is not None:
+                buffer = prefill.checkpoints.view(-1, *prefill.state.shape[1:])
+        fresh = None if prefill.fresh is None else prefill.fresh.contiguous()
+        tables = (prefill.state_indices, fresh, offsets, places, buffer, prefill.null_index)
+        self.forward_pass.run(prefill.call, False, prefill.state, o, prefill.state, tables)
+        return o

@@ -1,0 +1,85 @@
+"""States in the slots of a pool: the arguments of kernels that read and write them, and which slot
+a sequence has.
+
+A pool is [slots, HV, K, V], or [slots, HV, V, K] if v_first, with any stride between slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import tilelang.language as T
+
+
+class PoolKind(NamedTuple):
+    """What kernels must know of a pool before they are compiled: dtypes of the pool and its tables,
+    "" where there is none. fresh: whether sequences may start from zero; offsets: of checkpoints;
+    places: their slots (none: they have a buffer)."""
+
+    dtype: str
+    indices: str
+    fresh: bool
+    offsets: str
+    places: str
+
+
+NO_TABLES = (None, None, None, None, None, 0)
+"""In place of state_indices, fresh, checkpoint_offsets, checkpoint_indices, the states that take
+checkpoints, and null_index."""
+
+
+def slot_tables(tables: tuple[Any, ...]) -> tuple[Any, ...]:
+    """state_indices, fresh and null_index."""
+    return (*tables[:2], tables[-1])
+
+
+def declare_states(name: str, shape: tuple[Any, ...], kind: PoolKind | None) -> Any:
+    """The declaration of states [n, HV, ...]: a pool, or contiguous and in float32."""
+    if kind is None:
+        return T.Tensor(shape, "float32")
+    slot = T.dynamic(f"{name}_stride", "int64")
+    return T.StridedTensor(shape, (slot, shape[2] * shape[3], shape[3], 1), kind.dtype)
+
+
+def declare_slots(kind: PoolKind | None) -> tuple[Any, Any]:
+    """The declarations of state_indices and fresh [N]."""
+    N, stride = T.dynamic("n_slots"), T.dynamic("indices_stride", "int64")
+    indices = kind.indices if kind else ""
+    return T.StridedTensor((N,), (stride,), indices or "int32"), T.Tensor((N,), "bool")
+
+
+def declare_checkpoints(shape: tuple[Any, ...], kind: PoolKind | None) -> tuple[Any, Any, Any]:
+    """The declarations of checkpoint_offsets and checkpoint_indices [N, C], and of the states that
+    they name, of a shape [HV, ...]: the pool, or a buffer of N C states."""
+    N, columns, rows = (T.dynamic(name) for name in ("n_offsets", "columns", "rows"))
+    offsets, places = (kind.offsets, kind.places) if kind else ("", "")
+    return (
+        T.Tensor((N, columns), offsets or "int32"),
+        T.Tensor((N, columns), places or "int32"),
+        declare_states("checkpoints", (rows, *shape), kind),
+    )
+
+
+def is_pool_slot(slot: Any, null_index: Any, slots: Any) -> Any:
+    """Whether a slot is one of the pool's and not null_index."""
+    return T.And(slot != null_index, T.And(slot >= 0, slot < slots))
+
+
+READS, WRITES = 1, 2
+"""After the slot in what `find_slot` writes: whether the sequence reads it, and writes it."""
+SKIPPED = -1
+"""The slot of a sequence that has none."""
+
+
+@T.macro
+def find_slot(
+    place: Any, at: int, indices: Any, fresh: Any, null_index: Any, slots: Any, n: Any,
+    has_tokens: Any, kind: PoolKind,
+) -> None:  # fmt: skip
+    """Write the slot of sequence n to place[at], or SKIPPED, and READS and WRITES after it."""
+    slot = T.cast(indices[n] if bool(kind.indices) else n, "int64")
+    live = is_pool_slot(slot, null_index, slots)
+    starts = fresh[n] if kind.fresh else False
+    place[at] = T.cast(T.if_then_else(live, slot, T.int64(SKIPPED)), "int32")
+    place[at + READS] = T.if_then_else(T.And(live, T.And(has_tokens, T.Not(starts))), 1, 0)
+    place[at + WRITES] = T.if_then_else(T.And(live, T.Or(has_tokens, starts)), 1, 0)
