@@ -98,7 +98,7 @@ def prepare_channels(
     gate: bool, bias: bool, sigmoid: bool, double: bool, A_log: bool, lower_bound: float | None,
     save: bool, rows_alone: bool, unchecked: bool = False,
 ) -> Any:  # fmt: skip
-    """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens; save: whether to
+    """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens; save: also
     write P_A; rows_alone: for backward, without P, A, A_v; unchecked: cu_seqlens holds anything."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots, spans = T.dynamic("slots"), T.dynamic("spans")
