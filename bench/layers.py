@@ -258,7 +258,7 @@ def count_launches(run: Callable[[], object]) -> int:
     """Kernels and copies that one run starts on the GPU."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
         run()
         wait()
     return sum("CUDA" in str(event.device_type) for event in found.events() or ())

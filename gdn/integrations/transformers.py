@@ -73,7 +73,7 @@ class _Patch:
     @property
     def on(self) -> bool:
         """Whether a `patch` of this name is on."""
-        return bool(self.backends)
+        return len(self.backends) > 0  # Dynamo of torch 2.11 does not trace bool of a dict
 
     def make_replacement(self) -> Callable[..., Any]:
         """The function that takes the name: gdn's while the patch is on, else the original."""
