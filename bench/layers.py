@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import gdn.nn
 from gdn.compare.timing import Timing
 from gdn.integrations.transformers import patch
+from gdn.parts import load
 
 WIDTH = 2560
 HEADS = {"num_k_heads": 16, "num_v_heads": 32, "head_k_dim": 128, "head_v_dim": 128}
@@ -33,6 +34,7 @@ def install_convolution() -> None:
     looks for nothing else, has a kernel too. To be called before transformers is imported."""
     if find_spec("causal_conv1d") is not None or find_spec("fla") is None:
         return
+    load("causal_conv1d")  # gdn remembers that it is not there, and takes fla's kernels itself
     from fla.modules.causal_conv1d import causal_conv1d, causal_conv1d_update
 
     def causal_conv1d_fn(

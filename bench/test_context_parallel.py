@@ -62,8 +62,9 @@ def test_context_parallel(benchmark: Any, times: Any, setting: Setting) -> None:
         pytest.skip(ms)
     row = {
         "kind": "ranks", "shape": f"{setting.heads}:1x{setting.T}", "gates": setting.gates,
-        "pass": setting.which, "backend": setting.backend, "ranks": str(setting.ranks),
-        "latency_ms": ms, "clock": "events" if ON_GPU else "wall", "environment": about(),
+        "norm": "no", "pass": setting.which, "backend": setting.backend,
+        "ranks": str(setting.ranks), "latency_ms": ms, "clock": "events" if ON_GPU else "wall",
+        "environment": about(),
     }  # fmt: skip
     if not isinstance(alone, str):
         row["efficiency"] = alone / (setting.ranks * ms)

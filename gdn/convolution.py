@@ -155,7 +155,8 @@ def _by_causal_conv1d(
 def _by_fla(x: Tensor, weight: Tensor, cache: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     options: dict[str, Any] = {}
     if cache is not None:
-        options["initial_state"] = cache.to(x.dtype).contiguous()
+        # a copy, since backward reads it and `short_convolution` then writes to the cache
+        options["initial_state"] = cache.to(x.dtype, copy=True).contiguous()
     if cu_seqlens is not None:  # padding is one more sequence, so that its gradients are written
         bounds = F.pad(cu_seqlens, (0, 1), value=x.shape[1])
         options |= {"cu_seqlens": bounds, "chunk_indices": _list_chunks(bounds, x.shape[1])}

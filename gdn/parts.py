@@ -46,6 +46,8 @@ def refuse_kernels(x: Tensor) -> str | None:
     PyTorch's, which Inductor fuses, so that no kernel breaks the graph."""
     if torch.compiler.is_compiling():
         return "compiled, and fused by Inductor"
+    if type(x) is not Tensor and not isinstance(x, torch.nn.Parameter):
+        return f"kernels take plain tensors, got {type(x).__name__}"
     if not x.is_cuda:
         return f"kernels need a GPU, the tensors are on {x.device.type}"
     if not has_values(x):

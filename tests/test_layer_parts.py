@@ -109,6 +109,23 @@ def make_projected(device: str, dtype: torch.dtype, B: int = 1) -> Tensor:
     return torch.randn(B, T, CHANNELS + 24, device=device).to(dtype)[..., :CHANNELS]
 
 
+def test_gradients_are_those_before_the_cache_moves_on(
+    engine: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine == "shifts":
+        pytest.skip("for compiled code, which a test of the layer covers")
+    layer_kernels.choose_kernels(monkeypatch, engine)
+    x = make_projected(device, torch.float32).contiguous()
+    weight, cache = torch.randn(CHANNELS, TAPS, device=device), torch.zeros(1, CHANNELS, TAPS)
+    cache, dy = cache.to(device), torch.randn_like(x)
+    got = with_gradients(
+        lambda *leaves: convolution.short_convolution(*leaves, cache=cache), dy, x, weight
+    )
+    assert torch.equal(cache, x[:, -TAPS:].mT)
+    wide = with_gradients(alone, dy.double(), x.double(), weight.double())
+    assert_close(got, wide, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["dense", "packed", "cached"])
 def test_convolution(engine: str, device: str, dtype: torch.dtype, kind: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gdn.nn import GatedDeltaNet
+from gdn.parts import refuse_kernels
 from gdn.testing import TOLERANCE, relative_error
 
 HEADS = {"num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 16, "head_v_dim": 24}
@@ -86,13 +87,13 @@ def convolve(
 
 
 def test_packed_and_dense_convolutions_round_alike(layer: GatedDeltaNet, device: str) -> None:
-    """In bfloat16: the same bits on the CPU, and nowhere more error than the dense one."""
+    """In bfloat16: the same bits on the CPU, and nowhere clearly more error than the dense one."""
     x, weight = torch.randn(2, 1, BOUNDS[-1], sum(layer.sizes), device=device).bfloat16()
     packed, dense = (convolve(layer.bfloat16(), x, weight, packed) for packed in (True, False))
     truth = convolve(layer.double(), x.double(), weight.double(), False)
     for one, other, exact in zip(packed, dense, truth, strict=True):
         assert one.dtype == other.dtype == torch.bfloat16
-        assert relative_error(one, exact) <= relative_error(other, exact)
+        assert relative_error(one, exact) <= 1.1 * relative_error(other, exact)
     assert device != "cpu" or all(map(torch.equal, packed[:2], dense[:2]))
 
 
@@ -168,3 +169,14 @@ def test_a_cache_compiles_into_one_graph(layer: GatedDeltaNet, device: str) -> N
     with torch.no_grad():
         got = compiled(x, cache=layer.make_cache(2))
         assert relative_error(got, layer(x)) <= TIGHT
+
+
+def test_kernels_take_plain_tensors() -> None:
+    """Not DTensors, for one, whose storage they could not read."""
+
+    class Other(Tensor):
+        pass
+
+    assert (
+        refuse_kernels(torch.ones(1).as_subclass(Other)) == "kernels take plain tensors, got Other"
+    )

@@ -94,7 +94,8 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "layers": _word("layers"),
         "pass": _word("shape"),
         "engine": _word("backend"),
-        **{name: _RATES[name] for name in ("ms", "peak MB")},
+        "wall ms": _RATES["ms"],
+        "peak MB": _RATES["peak MB"],
         "launches": _number("launches", ".0f"),
         "over transformers": _number("speed_up", ".2f"),
     },
@@ -104,7 +105,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "pass": _word("pass"),
         "backend": _word("backend"),
         "GPUs": _word("ranks"),
-        "ms": _number("latency_ms", ".3f"),
+        "ms": latency,
         "efficiency": _number("efficiency", ".0%"),
     },
     "pool": {

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 IDENTITY = (
-    "kind", "shape", "gates", "norm", "decay", "pass", "ranks", "source", "kernels",
+    "kind", "shape", "gates", "norm", "decay", "pass", "ranks", "layers", "source", "kernels",
     "implementation", "backend",
 )  # fmt: skip
 """The fields that identify a row within a run. A row has only those of its kind. Rows of prefill

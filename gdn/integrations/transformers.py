@@ -175,7 +175,8 @@ def _find(model: nn.Module | None) -> Iterator[Target]:
     for kind in sorted({kind for kind, _ in layers} or set(modules)):
         module = modules[kind]
         norm = find_norm_class(module)
-        yield norm, _FORWARD, norm.forward, _NORM
+        if norm is not None:
+            yield norm, _FORWARD, norm.forward, _NORM
         if all(hasattr(module, function) for function in _FOR_NEW_LAYERS):
             owner = find_layer_class(module)
             yield owner, _FORWARD, getattr(owner, _FORWARD), _FORWARD

@@ -53,8 +53,6 @@ def find_layer_class(module: ModuleType) -> type:
 
 
 def find_norm_class(module: ModuleType) -> Any:
-    """The class of the gated norm of a model's layers."""
-    return next(
-        x for name, x in vars(module).items()
-        if name.endswith("RMSNormGated") and x is not None and x.__module__ == module.__name__
-    )  # fmt: skip
+    """The class of the gated norm of a model's layers; None if the model has none of its own."""
+    every = (x for name, x in vars(module).items() if name.endswith("RMSNormGated"))
+    return next((x for x in every if x is not None and x.__module__ == module.__name__), None)
