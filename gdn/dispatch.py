@@ -51,7 +51,8 @@ class BackendUnsupportedError(RuntimeError):
     def __init__(self, request: str, problem: Problem, reasons: dict[str, list[str]]) -> None:
         self.request, self.problem, self.reasons = request, problem, reasons
         lines = [f"  {name}: {'; '.join(why)}" for name, why in reasons.items()]
-        super().__init__(f"no backend in {request!r} can run {problem}\n" + "\n".join(lines))
+        shown = "auto" if request == OWN_KERNELS else request
+        super().__init__(f"no backend in {shown!r} can run {problem}\n" + "\n".join(lines))
 
 
 class Chosen(NamedTuple):

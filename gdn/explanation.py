@@ -65,8 +65,11 @@ def verdict(name: str, problem: Problem) -> Verdict:
 
 
 def explain(request: str, source: str, problem: Problem) -> Explanation:
-    """The verdict for every backend on a problem, and the backend that the request chooses."""
-    verdicts = [verdict(name, problem) for name in backend_names()]
+    """The verdict for every backend on a problem, in the order of "auto", and the backend that the
+    request chooses."""
+    every = parse_request("auto", problem=problem)
+    every += [name for name in backend_names() if name not in every]
+    verdicts = [verdict(name, problem) for name in every]
     able = {verdict.name for verdict in verdicts if not verdict.reasons}
     chosen = next((name for name in parse_request(request, problem=problem) if name in able), None)
     return Explanation(request, source, problem, chosen, tuple(verdicts))

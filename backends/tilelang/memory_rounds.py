@@ -31,7 +31,8 @@ def round_shape(call: Call) -> tuple[int, int]:
     """The number of sequences in a round, and of parts in a sequence.
 
     A call is one round if its sequences are packed, since one of them may have nearly all tokens,
-    or if they are cut into pieces.
+    or if they are cut into pieces. Sequences of batch-invariant calls are whole: scans round once
+    more between parts, and the batch decides how many there are.
     """
     N, (HV, V), K = call.sequences, call.v.shape[2:], call.q.shape[3]
     if call.cu_seqlens is not None or piece_length(call, ROWS) is not None:
@@ -41,7 +42,8 @@ def round_shape(call: Call) -> tuple[int, int]:
     # so many sequences that `recompute_states` and `reverse_scan` fill half of the SMs each
     filling = sm_count(call.q.device) // (2 * HV * V // ROWS)
     together = max(min(max(-(-N // rounds), filling), N), 1)
-    return together, -(-rounds // max(N, 1)) if together == 1 else 1
+    parts = 1 if together > 1 or call.batch_invariant else -(-rounds // max(N, 1))
+    return together, parts
 
 
 def sequence_parts(call: Call) -> list[tuple[int, int]]:

@@ -36,7 +36,7 @@ def load_decays(
                 smem.aside[2 * b + c, thread, e] = 0.0
                 if i < live:
                     smem.aside[2 * b + c, thread, e] = T.cast(
-                        g[batch, token + i, head, channel + 8 * c], "float32"
+                        g[batch, T.cast(token + i, "int64"), head, channel + 8 * c], "float32"
                     )
     for b in rolled_loop(8):
         for c in T.unroll(2):
@@ -120,7 +120,8 @@ def store_gate_gradients(
             i = 8 * (step * BLOCKS_AT_ONCE + n // 4) + lane % 4 * 2 + n % 2
             raw[n] = 0
             if i < live:
-                raw[n] = g[batch, token + i, head, channel + n // 2 % 2 * 8]
+                at = T.cast(token + i, "int64")
+                raw[n] = g[batch, at, head, channel + n // 2 % 2 * 8]
         for n in T.unroll(4 * BLOCKS_AT_ONCE):
             i = 8 * (step * BLOCKS_AT_ONCE + n // 4) + lane % 4 * 2 + n % 2
             if i < live:
@@ -135,7 +136,8 @@ def store_gate_gradients(
                     bias_sum[n // 2 % 2] += d[0]
                 elif value[0] <= GATE_FLOOR:
                     d[0] = 0.0
-                dg[batch, token + i, head, channel + n // 2 % 2 * 8] = d[0]
+                at = T.cast(token + i, "int64")
+                dg[batch, at, head, channel + n // 2 % 2 * 8] = d[0]
     if bias:
         for c in T.unroll(2):
             bias_sum[c] += T.shfl_xor(bias_sum[c], 1)

@@ -67,7 +67,7 @@ def sum_growth(
         for n in T.unroll(ROWS_AT_ONCE):
             t = (step * ROWS_AT_ONCE + n) * 4 + lane // 8
             for i in T.unroll(K // 64):
-                at = (batch, token + t, key_head, i * 64 + lane % 8 * 8)
+                at = (batch, T.cast(token + t, "int64"), key_head, i * 64 + lane % 8 * 8)
                 load_run(rows, n * (K // 8) + i * 8, k, at, 8, True)
         for n in T.unroll(ROWS_AT_ONCE):
             squares[0] = 0.0

@@ -129,7 +129,7 @@ class ForwardPass:
         K, (HV, V) = call.q.shape[3], call.v.shape[2:]
         self.sequences = call.sequences
         self.pieces = {save: choose_pieces(call, save) for save in (False, True)}
-        exact = (call.initial_state, call.A_log, call.dt_bias)
+        exact = (call.A_log, call.dt_bias)
         self.casts = any(x is not None and x.dtype != torch.float32 for x in exact)
         self.slots, low, device = piece_slots(call, CHUNK), call.q.dtype, call.q.device
         self.prepare_grid = prepare_grid(call, self.slots)
@@ -217,19 +217,17 @@ class ForwardPass:
         self, call: Call, save: bool, initial: Tensor | None, o: Tensor, final: Tensor | None,
         tables: tuple[Any, ...],
     ) -> list[Tensor]:  # fmt: skip
-        """Fill o and final, and return what backward needs (save). tables: what kernels take of a
-        prefill on a pool, which is initial and final."""
+        """Fill o and final, and return what backward needs (save). tables: those of slots and
+        checkpoints in prefill on a pool. The pool is then both initial and final."""
         A_log, dt_bias = call.A_log, call.dt_bias
         if self.casts:
-            initial, A_log, dt_bias = (
-                None if x is None else x.float() for x in (initial, A_log, dt_bias)
-            )
+            A_log, dt_bias = (None if x is None else x.float() for x in (A_log, dt_bias))
         q, k, v, beta = (token_ready(x) for x in (call.q, call.k, call.v, call.beta))
         g = tma_ready(call.g) if self.channels else token_ready(call.g)
         A_log, dt_bias = tma_ready(A_log), tma_ready(dt_bias)
         cu_seqlens = tma_ready(call.cu_seqlens)
-        if call.initial_state is not None:
-            initial = tma_ready(initial)
+        if call.initial_state is not None:  # else it may be a pool, in a dtype of its own
+            initial = tma_ready(call.initial_state.float())
         if self.clear_jobs:
             if self.run_clear is None:
                 self.kernels(save)  # compiles all in parallel

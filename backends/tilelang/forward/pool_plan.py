@@ -40,6 +40,8 @@ class PoolPlan(Plan):
     def prefill(self, prefill: Prefill) -> Tensor:
         """See `gdn.backend.Plan.prefill`."""
         o = self.forward_pass.new_o() if prefill.out is None else prefill.out
+        if o.data_ptr() % 16:  # TMA cannot store there
+            o = o.clone()
         offsets = places = buffer = None
         if self.kind.offsets:
             offsets, places = (
@@ -52,4 +54,4 @@ class PoolPlan(Plan):
         fresh = None if prefill.fresh is None else prefill.fresh.contiguous()
         tables = (prefill.state_indices, fresh, offsets, places, buffer, prefill.null_index)
         self.forward_pass.run(prefill.call, False, prefill.state, o, prefill.state, tables)
-        return o
+        return o if prefill.out is None or o is prefill.out else prefill.out.copy_(o)

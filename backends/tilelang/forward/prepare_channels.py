@@ -110,15 +110,15 @@ def prepare_channels(
     @T.macro
     def load_decays(g, A_log, dt_bias, item, head, first, pair, prefix):
         """e^g of the thread's tokens and channels; 1 past the end of the sequence."""
-        raw = T.alloc_local((2 * tokens,), gates)
-        added = T.alloc_local((2,), "float32")
+        raw, added = T.alloc_local((2 * tokens,), gates), T.alloc_local((2,), "float32")
         batch = 0 if varlen else item.sequence
         for i in T.unroll(tokens):
             for c in T.vectorized(2):
                 raw[2 * i + c] = 0
             if first + i < item.live:
+                at = T.cast(item.token + first + i, "int64")
                 for c in T.vectorized(2):
-                    raw[2 * i + c] = g[batch, item.token + first + i, head, 2 * pair + c]
+                    raw[2 * i + c] = g[batch, at, head, 2 * pair + c]
         for c in T.unroll(2):
             added[c] = dt_bias[head, 2 * pair + c] if bias else 0.0
         for i in T.unroll(tokens):
@@ -146,7 +146,7 @@ def prepare_channels(
         batch = 0 if varlen else item.sequence
         strength[0] = 0.0
         if token < item.live:
-            strength[0] = T.cast(beta[batch, item.token + token, head], "float32")
+            strength[0] = T.cast(beta[batch, T.cast(item.token + token, "int64"), head], "float32")
             if sigmoid:
                 strength[0] = (2.0 if double else 1.0) / (1.0 + T.exp(-strength[0]))
         rq = T.rsqrt(smem.squares[0, token] + L2_EPS) if l2 else T.float32(1)

@@ -13,8 +13,8 @@ import tilelang.language as T
 
 class PoolKind(NamedTuple):
     """What kernels must know of a pool before they are compiled: dtypes of the pool and its tables,
-    "" where there is none. fresh: whether sequences may start from zero; offsets: of checkpoints;
-    places: their slots (none: they have a buffer)."""
+    "" where there is none. fresh: whether sequences may start from zero; offsets: of
+    checkpoint_offsets; places: of checkpoint_indices, "" if checkpoints go to a buffer."""
 
     dtype: str
     indices: str
