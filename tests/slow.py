@@ -42,7 +42,7 @@ SLOW = re.compile(
             r"test_tilelang\.py::test_backward_neither.*many",
             r"test_tilelang_decode\.py::test_compiles.*(channels-|olmo-)",
             r"test_tilelang_strided\.py::test_batches",
-            r"test_tilelang_pool\.py::test_(suite|pieces|one_kernel_in|a_pool|neither.*(all|two)"
+            r"test_tilelang_pool\.py::test_(suite|pieces|one_kernel_in|a_pool|parameters|neither.*(all|two)"
             r"|.*(early|float16))",
             r"test_tilelang_emulated\.py::test_strides.*heads_first",
             r"test_tilelang_channels\.py::test_(decode.*(\[(ch|p|s|e|h)|torch\.float16)|float16|tokens"

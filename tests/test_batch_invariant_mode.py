@@ -179,3 +179,19 @@ def _by_name(inputs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `calls.make`."""
     tensors = {name: inputs.pop(name) for name in TOKENS}
     return tensors | {"options": inputs}
+
+
+def test_backward_never_cuts_a_sequence_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TileLang's memory rounds: the batch decides into how many parts a sequence is cut, and scans
+    round once more between parts."""
+    from gdn.backends.common import chunking
+    from gdn.backends.tilelang import memory_rounds as rounds
+
+    for module in (chunking, rounds):
+        monkeypatch.setattr(module, "sm_count", lambda device: 132)
+    case = Case("long", H=16, HV=32, K=128, V=128, T=1, dtype=torch.bfloat16)
+    inputs = make_inputs(case, "meta")
+    tokens = {n: inputs[n].new_empty(1, 20480, *inputs[n].shape[2:]) for n in TOKENS}
+    call = Call(**{"scale": 1.0} | inputs | tokens)
+    assert rounds.round_shape(call) == (1, 2)
+    assert rounds.round_shape(call._replace(batch_invariant=True)) == (1, 1)

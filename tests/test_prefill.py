@@ -100,6 +100,30 @@ def test_slices_of_one_tensor_give_the_same(backend: str, device: str, short: Pr
         assert torch.equal(again[name].nan_to_num(7), x.nan_to_num(7))
 
 
+def test_parameters_of_another_dtype_and_an_output_anywhere(
+    backend: str, device: str, short: PrefillCase
+) -> None:
+    """A_log and dt_bias in bfloat16 beside a pool in bfloat16; `out` one number off an address that
+    is a multiple of 16 bytes."""
+    inputs = make_prefill(replace(short, pool=torch.bfloat16), device)
+    require(backend, inputs, prefill=True)
+    rounded = {n: inputs[n].bfloat16() for n in ("A_log", "dt_bias")}
+    shape = inputs["v"].shape
+    wide = inputs["v"].new_full((inputs["v"].numel() + 1,), 7)
+    found = []
+    for changes in (
+        {n: x.float() for n, x in rounded.items()} | {"out": wide[:-1].view(shape).clone()},
+        rounded | {"out": wide[1:].view(shape)},
+    ):
+        given = inputs | {"state": copy_pool(inputs["state"])} | changes
+        o = gdn.gated_delta_net_prefill(**given, backend=backend)
+        assert o is given["out"]
+        assert (o[:, -5:] == 7).all()  # padding
+        found.append((o, given["state"]))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+
+
 @pytest.mark.parametrize(
     "changes", [{"lengths": (0, 0, 0)}, {"lengths": ()}, {"lengths": (0, 0, 0), "tail": 4}]
 )

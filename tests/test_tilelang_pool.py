@@ -101,6 +101,14 @@ def test_one_kernel(
     check(replace(case, H=1, HV=2, K=128, V=128))
 
 
+def test_parameters_in_bfloat16_beside_a_pool_in_bfloat16(
+    world: Callable[..., None],  # noqa: F811
+) -> None:
+    world(late=False)
+    case = replace(test_prefill.SHORT, dtype=torch.bfloat16)
+    test_prefill.test_parameters_of_another_dtype_and_an_output_anywhere("emulated", "cpu", case)
+
+
 LONG = replace(
     EVERYTHING, name="pieces", lengths=(450, 0, 200, 70, 193, 64), H=1, HV=2, K=128, V=128,
     columns=3,
