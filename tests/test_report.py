@@ -100,7 +100,7 @@ def test_a_row_of_layers_says_how_many_times_faster_they_are(tmp_path: Path) -> 
     headers, (line,) = columns.table(reading.load(tmp_path / "run.json").of("layer"))
     found = dict(zip(headers, line, strict=True))
     assert found == {
-        "layers": "24", "pass": "decode 64x1", "engine": "gdn.nn", "ms": "3.000",
+        "layers": "24", "pass": "decode 64x1", "engine": "gdn.nn", "wall ms": "3.000",
         "launches": "240", "over transformers": "1.50",
     }  # fmt: skip
     del row["speed_up"]

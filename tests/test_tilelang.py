@@ -107,8 +107,8 @@ def test_backward_neither_spills_nor_serialises(name: str, tmp_path: Path) -> No
         said = verdict(kernel, tmp_path)
         assert_registers_suffice(kernel.get_kernel_source(), said)
         spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))
-        # addresses, in the inter-chunk warpgroups
-        assert spilled <= (40 if kernel is gradients else 0), said
+        # addresses, in the inter-chunk warpgroups; in pieces 4 bytes are the stride of g
+        assert spilled <= (44 if kernel is gradients else 0), said
         assert "serialized" not in said, said
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gdn.backends.tilelang import BACKEND
+from gdn.backends.tilelang.arguments import token_ready
 from gdn.backends.tilelang.blocked_plan import BlockedPlan
 from gdn.backends.tilelang.head_blocks import HeadBlocks, choose_blocks
 from gdn.backends.torch import BACKEND as PLAIN
@@ -55,3 +56,10 @@ def test_the_layout_of_head_sizes() -> None:
     assert BACKEND.path(problem) == "TileLang, K padded to 128, V in 3 blocks of 64"
     assert BACKEND.path(replace(problem, K=128, V=96)) == "TileLang, V padded to 128"
     assert BACKEND.path(replace(problem, pool=torch.float32)) == "TileLang"
+
+
+def test_gates_whose_offsets_exceed_32_bits_are_copied() -> None:
+    far = torch.empty(0, device="meta").as_strided((1, 2**18, 4), (0, 2**13, 1))
+    assert not token_ready(far).stride(1) > 4
+    near = far[:, : 2**18 - 1]
+    assert token_ready(near) is near

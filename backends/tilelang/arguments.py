@@ -35,16 +35,17 @@ def channel_options(call: Call) -> dict[str, Any]:
 
 def token_ready(x: Tensor) -> Tensor:
     """q, k, v, or g or beta of a head, if kernels can read them by their strides, else a copy: the
-    last stride must be 1, and TMA, which reads q, k and v, needs an address and other strides that
-    are multiples of 16 bytes and not 0. A new tensor has them, also in dimensions of size 1."""
-    strides = x.stride()
-    if strides[-1] == 1:
-        if len(strides) == 3:
-            return x
-        row, token, head, _ = strides
-        beside = (row | token | head) * x.element_size() | x.data_ptr()
-        if row and token and head and not beside % 16:
-            return x
+    last stride must be 1. TMA, which reads q, k and v, needs an address and other strides that are
+    multiples of 16 bytes and not 0; a new tensor has them, also in dimensions of size 1. Numbers of
+    g and beta of a sequence are counted in 32 bits."""
+    row, token, *heads, last = x.stride()
+    if heads:
+        beside = (row | token | heads[0]) * x.element_size() | x.data_ptr()
+        readable = row != 0 and token != 0 and heads[0] != 0 and not beside % 16
+    else:
+        readable = x.shape[1] * token < 2**31
+    if readable and last == 1:
+        return x
     return x.clone(memory_format=torch.contiguous_format)
 
 

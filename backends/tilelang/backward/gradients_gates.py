@@ -137,7 +137,7 @@ def store_gate_gradients(
             if smem.factors[b, Factor.G, i] - G_before < GATE_FLOOR + 0.1:
                 dG[e] = 0.0  # `sum_gates` clamped g
             elif gate:
-                x[0] = T.cast(g[batch, T.cast(token + i, "int64"), head], "float32")
+                x[0] = T.cast(g[batch, token + i, head], "float32")
                 if bias:
                     x[0] += dt_bias[head]
                 y[0] = T.exp(-T.abs(x[0]))

@@ -146,7 +146,7 @@ def prepare_channels(
         batch = 0 if varlen else item.sequence
         strength[0] = 0.0
         if token < item.live:
-            strength[0] = T.cast(beta[batch, T.cast(item.token + token, "int64"), head], "float32")
+            strength[0] = T.cast(beta[batch, item.token + token, head], "float32")
             if sigmoid:
                 strength[0] = (2.0 if double else 1.0) / (1.0 + T.exp(-strength[0]))
         rq = T.rsqrt(smem.squares[0, token] + L2_EPS) if l2 else T.float32(1)

@@ -71,9 +71,8 @@ def load_gates(
         raw[RAW_G + i] = 0.0
         raw[RAW_BETA + i] = 0.0
         if lane * 2 + i < live:
-            at = T.cast(token + lane * 2 + i, "int64")  # times a stride it may exceed 32 bits
-            raw[RAW_G + i] = T.cast(g[batch, at, head], "float32")
-            raw[RAW_BETA + i] = T.cast(beta[batch, at, head], "float32")
+            raw[RAW_G + i] = T.cast(g[batch, token + lane * 2 + i, head], "float32")
+            raw[RAW_BETA + i] = T.cast(beta[batch, token + lane * 2 + i, head], "float32")
     if gate:
         raw[RAW_A_LOG] = A_log[head]
         if bias:
