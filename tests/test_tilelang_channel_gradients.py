@@ -37,7 +37,7 @@ from test_close_keys import check_against_rounding
 from test_float16_ranges import CASES as RANGES
 from test_float16_ranges import TIMES, check_ranges
 from test_tilelang import assert_registers_suffice, plan_of, verdict
-from test_tilelang_channels import DENSE, FORWARD, FUSED, LONG
+from test_tilelang_channels import DENSE, FORWARD, FUSED, LONG, with_other_gates
 from test_tilelang_emulated import check, folder, forward, world  # noqa: F401
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -146,14 +146,9 @@ def test_tokens_past_the_last_sequence(
 
 
 def test_other_gates(world: Callable[..., None]) -> None:  # noqa: F811
-    """g and beta in bfloat16; a lower bound without A_log; raw gates of -inf, 1e4 and 1e38."""
     world(late=False)
     case = replace(DENSE, K=128, T=65)
-    plain = make_inputs(case)
-    plain |= {name: plain[name].bfloat16() for name in ("g", "beta")}
-    bounded = make_inputs(replace(case, fused=True, gate_lower_bound=-5.0)) | {"A_log": None}
-    bounded["g"][:, 10], bounded["g"][:, 20], bounded["g"][:, 30] = -torch.inf, 1e4, 1e38
-    for given in (plain, bounded):
+    for given in with_other_gates(case):
         found = []
         for inputs, backend in (
             (with_gradients(given), "emulated"), (with_gradients(given, torch.float64), "torch")

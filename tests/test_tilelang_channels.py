@@ -106,15 +106,20 @@ def test_forward_as_plans_cut_it(
     check(case, make_inputs(case))
 
 
-def test_other_gates(world: Callable[..., None]) -> None:  # noqa: F811
-    """g and beta in bfloat16; a lower bound without A_log, raw gates of -inf, 1e4 and 1e38."""
-    world(late=False)
-    case = replace(DENSE, K=128, T=65)
-    inputs = make_inputs(case)
-    inputs |= {name: inputs[name].bfloat16() for name in ("g", "beta")}
+def with_other_gates(case: Case) -> list[dict[str, Any]]:
+    """Inputs with g and beta in bfloat16; with a lower bound without A_log, and raw gates of -inf,
+    1e4 and 1e38."""
+    plain = make_inputs(case)
+    plain |= {name: plain[name].bfloat16() for name in ("g", "beta")}
     bounded = make_inputs(replace(case, fused=True, gate_lower_bound=-5.0)) | {"A_log": None}
     bounded["g"][:, 10], bounded["g"][:, 20], bounded["g"][:, 30] = -torch.inf, 1e4, 1e38
-    for given in (inputs, bounded):
+    return [plain, bounded]
+
+
+def test_other_gates(world: Callable[..., None]) -> None:  # noqa: F811
+    world(late=False)
+    case = replace(DENSE, K=128, T=65)
+    for given in with_other_gates(case):
         got, expected = gdn.gated_delta_net(**given, backend="emulated"), run_definition(given)
         assert_close("o", got.o, expected[0], case.dtype)
         assert_close("final_state", got.final_state, expected[1], case.dtype)

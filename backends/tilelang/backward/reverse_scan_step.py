@@ -36,6 +36,16 @@ class ReverseScanFragments:
 
 
 @T.macro
+def bring_down(smem: Any, s: Any, i: Any, norm: Any) -> None:
+    """Divide the factors of dO and R by the power of two at or below norm; keep both powers."""
+    smem.dO_factor[s, i] *= reciprocal_power(norm)
+    smem.R_factor[s, i] *= reciprocal_power(norm)
+    if i == 0:
+        smem.up_down[s, 0] = reciprocal_power(norm)
+        smem.up_down[s, 1] = power_of_two(norm)
+
+
+@T.macro
 def compute_factors(smem: Any, s: Any, i: Any, live: Any, scale: Any) -> None:
     """Compute the factors of token i of the chunk in stage s. In float16, if those of R and dO
     are small, the largest is brought to about 1: raw rows of large norms would leave few digits."""
@@ -54,11 +64,7 @@ def compute_factors(smem: Any, s: Any, i: Any, live: Any, scale: Any) -> None:
             T.abs(scale) * largest(T.address_of(smem.factors[s, Factor.RQ, 0]), live),
         )
         norm = T.min(norm, 1.0)
-        smem.dO_factor[s, i] *= reciprocal_power(norm)
-        smem.R_factor[s, i] *= reciprocal_power(norm)
-        if i == 0:
-            smem.up_down[s, 0] = reciprocal_power(norm)
-            smem.up_down[s, 1] = power_of_two(norm)
+        bring_down(smem, s, i, norm)
 
 
 @T.macro
@@ -76,11 +82,7 @@ def compute_channel_factors(smem: Any, s: Any, i: Any) -> None:
             largest(T.address_of(smem.factors[s, QS_FACTOR, 0])),
         )
         norm = T.max(T.min(norm, 1.0), LEAST_SCALE)
-        smem.dO_factor[s, i] *= reciprocal_power(norm)
-        smem.R_factor[s, i] *= reciprocal_power(norm)
-        if i == 0:
-            smem.up_down[s, 0] = reciprocal_power(norm)
-            smem.up_down[s, 1] = power_of_two(norm)
+        bring_down(smem, s, i, norm)
 
 
 @T.macro
