@@ -1,4 +1,4 @@
-"""Context parallelism on the ranks of a gloo group: what each process of
+"""Context parallelism on the ranks of a group: what each process of
 `test_context_parallel.py` runs."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import gdn
 from gdn.context_parallel import Placement
-from gdn.testing import Case, make_inputs
+from gdn.testing import TOLERANCE, Case, make_inputs, relative_error
 
 TOKENS = ("q", "k", "v", "g", "beta")
 PER_TOKEN = ("o", *(f"d_{name}" for name in TOKENS))
@@ -101,7 +101,11 @@ def recorded() -> Iterator[list[tuple[str, int]]]:
 
 
 def run_cases(
-    rank: int, cases: Sequence[Parallel], dtypes: Sequence[torch.dtype], backend: str = "torch"
+    rank: int,
+    cases: Sequence[Parallel],
+    dtypes: Sequence[torch.dtype],
+    backend: str = "torch",
+    device: str = "cpu",
 ) -> None:
     """Every case on a group of as many ranks as it asks for, among all of them. With torch also
     the layer on the case's split of tokens."""
@@ -112,18 +116,21 @@ def run_cases(
     for case, dtype in itertools.product(cases, dtypes):
         if rank in members[case.ranks]:
             try:
-                check(case, dtype, groups[case.ranks], backend)
+                check(case, dtype, groups[case.ranks], backend, device)
                 if backend == "torch" and dtype == torch.float64:
                     check_layer(case, groups[case.ranks])
             except Exception as error:
                 raise AssertionError(f"{case.name}, {dtype}, rank {rank}") from error
 
 
-def check(case: Parallel, dtype: torch.dtype, group: Any, backend: str = "torch") -> None:
+def check(
+    case: Parallel, dtype: torch.dtype, group: Any, backend: str = "torch", device: str = "cpu"
+) -> None:
     """One rank's outputs and gradients, twice, against those of the whole sequences in float64."""
-    exact = make_inputs(case.case(torch.float64))
-    exact["output_final_state"] = case.final_state
-    exact.pop("cu_seqlens", None)
+    inputs = make_inputs(case.case(dtype))
+    inputs["output_final_state"] = case.final_state
+    inputs.pop("cu_seqlens", None)
+    exact = {n: x.double() if torch.is_tensor(x) else x for n, x in inputs.items()}
     do, shares = loss_weights(case, exact)
     bounds = case.bounds()
     packed = torch.tensor(bounds) if case.sequences else None
@@ -131,12 +138,12 @@ def check(case: Parallel, dtype: torch.dtype, group: Any, backend: str = "torch"
 
     rank = dist.get_rank(group)
     own = [token for tokens in case.ranges()[rank] for token in tokens]
-    mine = {n: x[:, own] if n in TOKENS else x for n, x in exact.items()}
+    mine = {n: x[:, own] if n in TOKENS else x for n, x in inputs.items()}
     if "initial_state" in mine:  # rows of other ranks are not read
         owned = torch.tensor([case.owner(n) == rank for n in range(len(bounds) - 1)])
         rows = mine["initial_state"]
         mine["initial_state"] = torch.where(owned[:, None, None, None], rows, torch.nan)
-    mine = {n: x.to(dtype) if torch.is_tensor(x) else x for n, x in mine.items()}
+    mine = {n: x.to(device) if torch.is_tensor(x) else x for n, x in mine.items()}
     found = []
     for lengths in (None, case.lengths):
         cu_seqlens = bounds if case.sequences else None
@@ -144,21 +151,30 @@ def check(case: Parallel, dtype: torch.dtype, group: Any, backend: str = "torch"
         with recorded() as sent:
             found.append(outputs(mine, do[:, own], shares[rank], backend, cp=cp))
         sizes = (*exact["v"].shape[2:3], exact["k"].shape[3], exact["v"].shape[3])
-        assert sent == case.sent(dtype.itemsize, *sizes)
-    tolerance = 1e-11 if dtype == torch.float64 else 1e-4
+        assert sent == case.sent(8 if dtype == torch.float64 else 4, *sizes)
     assert found[0].keys() == want.keys()
     for name, got in found[0].items():
-        assert got.dtype == dtype, name
         assert torch.equal(got, found[1][name]), f"{name} differs from run to run"
         if name in SHARES:
             dist.all_reduce(got, group=group)
         wanted = want[name][:, own] if name in PER_TOKEN else want[name]
         try:
-            torch.testing.assert_close(got, wanted.to(dtype), rtol=tolerance, atol=tolerance)
+            compare(got.cpu(), wanted, dtype)
         except AssertionError as error:
             raise AssertionError(name) from error
     if "d_initial_state" in found[0]:
-        assert not found[1]["d_initial_state"][~owned].any(), "rows of others have gradients"
+        assert not found[1]["d_initial_state"].cpu()[~owned].any(), "rows of others have gradients"
+
+
+def compare(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """AssertionError unless they agree within what rounding to dtype costs."""
+    if dtype.itemsize == 2:
+        error = relative_error(got, want)
+        assert not want.numel() or error <= TOLERANCE[dtype], f"relative RMS error {error:.2e}"
+        return
+    assert got.dtype == dtype
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(got, want.to(dtype), rtol=tolerance, atol=tolerance)
 
 
 def check_layer(case: Parallel, group: Any) -> None:
