@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from gdn.backends.common import chunking
 from torch import Tensor
 
 import gdn
 from gdn.context_parallel import Placement
+from gdn.distributed import passes
+from gdn.problem import Call
 from gdn.testing import TOLERANCE, Case, make_inputs, relative_error
 
 TOKENS = ("q", "k", "v", "g", "beta")
@@ -121,6 +124,21 @@ def run_cases(
                     check_layer(case, groups[case.ranks])
             except Exception as error:
                 raise AssertionError(f"{case.name}, {dtype}, rank {rank}") from error
+
+
+def run_in_pieces(rank: int, *args: Any) -> None:
+    """`run_cases` with pieces of one chunk, on a backend that exchanges between its scans. No
+    further calls make the summaries where K is 64 or more."""
+
+    def small(call: Call, *rest: Any) -> Tensor:
+        assert call.q.shape[3] < 64
+        return further_call(call, *rest)
+
+    further_call = passes.initial_gradient
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunking, "MIN_PIECE_CHUNKS", 1)
+        patch.setattr(passes, "initial_gradient", small)
+        run_cases(rank, *args)
 
 
 def check(

@@ -1,5 +1,5 @@
-"""Processes of one group for tests (gloo, or NCCL with a GPU each), and what they do when one of them
-fails."""
+"""Processes of one group for tests (gloo, or NCCL with a GPU each), and what they do when one of
+them fails."""
 
 from __future__ import annotations
 

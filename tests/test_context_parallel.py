@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from context_parallel_ranks import Parallel, compile_agrees, run_cases
+from context_parallel_ranks import Parallel, compile_agrees, run_cases, run_in_pieces
 from processes import LIMIT, fail_alone, start
 from sharded_heads_ranks import run_all
 
@@ -66,12 +67,17 @@ def test_every_rank_agrees_with_the_whole_sequences(tmp_path: Path) -> None:
 
 
 def test_triton_agrees_in_its_interpreter(tmp_path: Path) -> None:
+    """By further calls, for the small sizes, and by an exchange between its scans."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("not interpreted")  # gloo, and tensors of the CPU
-    sizes = {"HV": 1, "K": 16, "V": 16, "fused": True}
-    case = Parallel("triton", (4, 3), (7,), options=sizes)
-    start(run_cases, 2, tmp_path, 120, [case], (torch.float32,), "triton")
+    small: dict[str, Any] = {"HV": 1, "K": 16, "V": 16, "fused": True}
+    cut = small | {"K": 64, "V": 64, "gates": "weak"}
+    cases = [
+        Parallel("triton", (4, 3), (7,), options=small),
+        Parallel("pieces", (40, 140), None, "zigzag", options=cut),  # the inner parts have two
+    ]
+    start(run_in_pieces, 2, tmp_path, 120, cases, (torch.float32,), "triton")
 
 
 def test_torch_compile_makes_one_graph(tmp_path: Path) -> None:

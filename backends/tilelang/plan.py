@@ -6,14 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from gdn.backend import Forward, Gradients, Plan
+from gdn.backend import Forward, Gradients
+from gdn.exchange import Exchange, ExchangingPlan
 from gdn.problem import Call, PoolCall
 
 from .forward.plan import ForwardPass
 from .forward.prepare_channels import prepare_channels
 
 
-class PrefillPlan(Plan):
+class PrefillPlan(ExchangingPlan):
     """What all calls of one kind (shapes, dtypes, device, options) have in common."""
 
     def __init__(self, call: Call) -> None:
@@ -30,6 +31,18 @@ class PrefillPlan(Plan):
         """See `gdn.backend.Plan.backward`."""
         gradients: Gradients
         gradients = self._backward_pass(call).backward(call, saved, grad_o, grad_final_state)
+        return gradients
+
+    def forward_part(self, call: Call, save: bool, exchange: Exchange) -> Forward:
+        """See `gdn.exchange.ExchangingPlan.forward_part`."""
+        return self.forward_pass.forward(call, save, exchange)
+
+    def backward_part(
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, exchange: Exchange
+    ) -> Gradients:
+        """See `gdn.exchange.ExchangingPlan.backward_part`."""
+        gradients: Gradients
+        gradients = self._backward_pass(call).backward(call, saved, grad_o, None, exchange)
         return gradients
 
     def precompile(self, call: Call | PoolCall, backward: bool) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Gradients
+from gdn.exchange import Exchange, PieceMaps
 from gdn.problem import CHUNK, Call
 
 from ...common.chunking import piece_length, piece_slots, sm_count
@@ -123,14 +124,16 @@ class BackwardPass:
         )
 
     def backward(
-        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
-    ) -> Gradients:
-        """See `gdn.backend.Plan.backward`. saved: see `saved_shapes` in `forward/plan.py`."""
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None,
+        exchange: Exchange | None = None,
+    ) -> Gradients:  # fmt: skip
+        """See `gdn.backend.Plan.backward`, with exchange `gdn.exchange.ExchangingPlan`. saved: see
+        `saved_shapes` in `forward/plan.py`."""
         q, k, v, beta = (token_ready(x) for x in (call.q, call.k, call.v, call.beta))
         g = tma_ready(call.g) if self.channels else token_ready(call.g)
         begin, A_log, dt_bias = (tma_ready(x) for x in call.differentiable[5:])
         do, d_end, cu_seqlens = (tma_ready(x) for x in (grad_o, grad_final_state, call.cu_seqlens))
-        kind = begin is not None, d_end is not None
+        kind = begin is not None, d_end is not None or exchange is not None
         if kind not in self.launchers:
             self.launchers[kind] = launchers(self.kernels(*kind))
         launch_first, *launch_round = self.launchers[kind]
@@ -197,7 +200,7 @@ class BackwardPass:
                 )  # fmt: skip
             self._run_round(
                 launch_round, r.last - r.first, tokens, chunks, states, buffers, states_saved,
-                common,
+                common, exchange,
             )  # fmt: skip
 
         # === sums and dtypes ===
@@ -213,7 +216,7 @@ class BackwardPass:
 
     def _run_round(
         self, launch: list[Any], N: int, tokens: Tokens, chunks: Chunks, states: States,
-        scratch: Scratch, states_saved: list[Tensor], common: Common,
+        scratch: Scratch, states_saved: list[Tensor], common: Common, exchange: Exchange | None,
     ) -> None:  # fmt: skip
         """Launch the kernels of a round of N sequences. states_saved: if sequences are cut, the
         transfer matrices of all pieces and the states before them."""
@@ -237,8 +240,11 @@ class BackwardPass:
             dN, d_ends = torch.empty_like(begins), torch.empty_like(begins)
             launch_first, launch_combine, launch_second = launch_reverse
             launch_first(*inputs, None, cu_seqlens, None, None, None, dN, scale, *grid)
+            d_end = states.d_end
+            if exchange and self.length:  # beside `recompute_states`
+                d_end = exchange(PieceMaps(transfer, dN, self.length))
             launch_combine(
-                transfer, dN, None, d_ends, states.d_end, states.d_begin, cu_seqlens,
+                transfer, dN, None, d_ends, d_end, states.d_begin, cu_seqlens,
                 *slot_tables(NO_TABLES), N, q.shape[1], self.length,
             )  # fmt: skip
             launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, scale, *grid)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Forward
+from gdn.exchange import Exchange, PieceMaps
 from gdn.problem import CHUNK, Call
 
 from ...common.allocation import allocator
@@ -184,8 +185,11 @@ class ForwardPass:
                     self.scan_jobs[save] += [(scan, first_scan | {"initial": True})]
         else:
             options |= {"warpgroups": 1, "cut": True}
-            transfer_scan = options | {"final": True, "transfer": True}
+            # a rank's states come after the transfer scan
+            early = {"initial": states["initial"] and not call.context_parallel}
+            transfer_scan = options | early | {"final": True, "transfer": True}
             combine = shape | states | {"final": False, "reverse": False, "forgetting": False}
+            combine |= {"late": call.context_parallel}
             for save, (_, warpgroups) in self.pieces.items():
                 final_scan = options | {"initial": True, "warpgroups": warpgroups}
                 self.scan_jobs[save] = [
@@ -206,16 +210,16 @@ class ForwardPass:
         jobs = ((prepare_kernel, self.prepare_options | {"save": save}), *self.scan_jobs[save])
         return compile_together(*jobs, *self.clear_jobs)[: len(jobs)]
 
-    def forward(self, call: Call, save: bool) -> Forward:
-        """See `gdn.backend.Plan.forward`."""
+    def forward(self, call: Call, save: bool, exchange: Exchange | None = None) -> Forward:
+        """See `gdn.backend.Plan.forward`, with exchange `gdn.exchange.ExchangingPlan`."""
         final = self.new_state() if call.output_final_state else None
         o = self.new_o()
-        saved = self.run(call, save, call.initial_state, o, final, NO_TABLES)
+        saved = self.run(call, save, call.initial_state, o, final, NO_TABLES, exchange)
         return Forward(o, final, saved)
 
     def run(
         self, call: Call, save: bool, initial: Tensor | None, o: Tensor, final: Tensor | None,
-        tables: tuple[Any, ...],
+        tables: tuple[Any, ...], exchange: Exchange | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """Fill o and final, and return what backward needs (save). tables: those of slots and
         checkpoints in prefill on a pool. The pool is then both initial and final."""
@@ -267,7 +271,10 @@ class ForwardPass:
         else:
             transfer, starts = saved[-2:]
             sizes = (N, transfer.shape[0], length)
-            run_scans[0](*inputs, initial, cu_seqlens, o, transfer, *tables, *sizes, int(save), 0)
+            ends = 2 if exchange else int(save)
+            run_scans[0](*inputs, initial, cu_seqlens, o, transfer, *tables, *sizes, ends, 0)
+            if exchange:
+                initial = exchange(PieceMaps(transfer, None, length))
             run_scans[1](
                 transfer, None, None, starts, initial, None, cu_seqlens, *slot_tables(tables), N, T,
                 length,

@@ -17,8 +17,8 @@ Pieces are scanned in parallel, twice. The transfer scan finds the transfer matr
 what it leaves of a zero state, N^T, and, with v = 0, of the rows of a unit matrix, M^T, in one
 tensor [pieces, HV, V + K, K]. `combine_pieces` then finds the state that each piece starts from,
 and the final scan computes o. The transfer scan starts the first piece of a sequence from the real
-state. It skips N of the last piece; only backward needs M of the first and the last piece. Where
-sequences are cut, two thread blocks with W = 1 share an SM.
+state. It skips N of the last piece; only backward needs M of the first and the last piece. Parts of
+a rank need all, from zero. Where sequences are cut, two thread blocks with W = 1 share an SM.
 """
 
 from typing import Any
@@ -208,10 +208,10 @@ def scan(
         state_indices: declared_slots[0], fresh: declared_slots[1],
         checkpoint_offsets: declared_checkpoints[0], checkpoint_indices: declared_checkpoints[1],
         checkpoints: declared_checkpoints[2], null_index: T.int64, sequences: T.int32,
-        pieces: T.int32, length: T.int32, backward: T.int32, skipped: T.int32,
+        pieces: T.int32, length: T.int32, ends: T.int32, skipped: T.int32,
     ):  # fmt: skip
-        """length: tokens of a piece; backward: whether M of the first and last pieces is wanted.
-        Not cut: length tokens of each sequence after the first `skipped` ones."""
+        """length: tokens of a piece; ends: 1 if M of the first and last pieces is wanted, 2 if also
+        N of the last. Not cut: length tokens of each sequence after the first `skipped` ones."""
         with T.Kernel(
             pieces * HV * blocks, threads=consumers + 128, prelude=FENCES + PRELUDE + ROW_SCALES
         ) as cta:
@@ -242,8 +242,8 @@ def scan(
             if transfer:  # what is not wanted gets no chunks, which costs nothing
                 inner = T.And(task.number > 0, task.number < task.last_number)
                 wanted = T.Or(
-                    T.And(row < V, task.number < task.last_number),
-                    T.And(row >= V, T.Or(inner, backward != 0)),
+                    T.And(row < V, T.Or(task.number < task.last_number, ends == 2)),
+                    T.And(row >= V, T.Or(inner, ends != 0)),
                 )
                 task["chunks"] = T.if_then_else(wanted, task.chunks, 0)
             chunks = task.chunks
