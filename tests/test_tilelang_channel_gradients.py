@@ -38,7 +38,7 @@ from test_float16_ranges import CASES as RANGES
 from test_float16_ranges import TIMES, check_ranges
 from test_tilelang import assert_registers_suffice, plan_of, verdict
 from test_tilelang_channels import DENSE, FORWARD, FUSED, LONG, with_other_gates
-from test_tilelang_emulated import check, folder, forward, world  # noqa: F401
+from test_tilelang_emulated import check, folder, pieces, world  # noqa: F401
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 SMALL = replace(DENSE, name="small", T=70)
@@ -79,7 +79,7 @@ def test_gradients(
 
 def test_pieces(world: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     world(late=True)
-    for module in (forward, backward):
+    for module in (pieces, backward):
         monkeypatch.setattr(module, "piece_length", lambda call, rows: 128)
     case = replace(FUSED, T=300, fused=False, gates="weak")
     check(case, with_gradients(make_inputs(case)))

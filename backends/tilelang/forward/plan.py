@@ -18,27 +18,25 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Forward
-from gdn.exchange import Exchange, PieceMaps
+from gdn.exchange import Exchange
 from gdn.problem import CHUNK, Call
 
 from ...common.allocation import allocator
-from ...common.chunking import piece_length, piece_slots, sm_count
+from ...common.chunking import piece_slots, sm_count
 from ..arguments import channel_options, dtype_name, gate_options, tma_ready, token_ready
 from ..clear_tail import clear_tail, clear_tail_options
-from ..combine_pieces import combine_pieces
 from ..compile import compile_together, launchers
 from ..memory_rounds import sequence_chunks, sequence_parts
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS, factor_rows
-from ..tile.pool import NO_TABLES, PoolKind, slot_tables
+from ..tile.pool import NO_TABLES, PoolKind
 from .fused_plan import FusedPass
+from .pieces import choose_pieces, piece_jobs, piece_shapes, scan_pieces
 from .prepare import BLOCKS_PER_SM, prepare
 from .prepare_channels import prepare_channels
 from .scan import scan
 
 MIN_SEGMENT_CHUNKS, MAX_SEGMENTS = 32, 4
-MIN_HALF_PIECE_CHUNKS = 32
-"""Pieces are halved only if the halves have at least this many chunks."""
 
 
 def choose_warpgroups(V: int, scans: int, device: torch.device) -> int:
@@ -79,30 +77,6 @@ def prepare_grid(call: Call, chunks: int) -> tuple[int, ...]:
     """`choose_prepare_grid`, and nothing for `prepare_channels`, which takes one item a thread
     block."""
     return () if call.per_channel else choose_prepare_grid(call, chunks)
-
-
-def choose_pieces(call: Call, save: bool) -> tuple[int | None, int]:
-    """Tokens of a piece (None: sequences are not cut), and consumer warpgroups of the final scan.
-
-    Long pieces are halved: as many thread blocks, with twice the columns of V each, read q, k, P
-    and A_v half as often. With save they stay whole: backward uses the same pieces, and its
-    thread blocks have 64 columns.
-    """
-    length = piece_length(call, ROWS)
-    half = -(-(length or 0) // (2 * CHUNK)) * CHUNK
-    if save or call.v.shape[3] == ROWS or half < MIN_HALF_PIECE_CHUNKS * CHUNK:
-        return length, 1
-    return half, 2
-
-
-def piece_shapes(call: Call, save: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """If sequences are cut: the transfer matrices of all pieces, and the state that each starts
-    from (`combine_pieces.py`)."""
-    length, _ = choose_pieces(call, save)
-    if length is None:
-        return []
-    pieces, (HV, V), K = piece_slots(call, length), call.v.shape[2:], call.q.shape[3]
-    return [((pieces, HV, rows, K), torch.float32) for rows in (V + K, V)]
 
 
 def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -184,17 +158,9 @@ class ForwardPass:
                 if segments and call.initial_state is None:
                     self.scan_jobs[save] += [(scan, first_scan | {"initial": True})]
         else:
-            options |= {"warpgroups": 1, "cut": True}
-            # a rank's states come after the transfer scan
-            early = {"initial": states["initial"] and not call.context_parallel}
-            transfer_scan = options | early | {"final": True, "transfer": True}
-            combine = shape | states | {"final": False, "reverse": False, "forgetting": False}
-            combine |= {"late": call.context_parallel}
             for save, (_, warpgroups) in self.pieces.items():
-                final_scan = options | {"initial": True, "warpgroups": warpgroups}
-                self.scan_jobs[save] = [
-                    (scan, transfer_scan), (combine_pieces, combine), (scan, final_scan)
-                ]  # fmt: skip
+                gates = self.prepare_options
+                self.scan_jobs[save] = piece_jobs(call, options, gates, warpgroups)
         self.clear_jobs: list[tuple[Any, dict[str, Any]]] = []
         if call.cu_seqlens is not None and clears_tail:
             self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=False))]
@@ -267,19 +233,11 @@ class ForwardPass:
         run_prepare(*prepared, self.slots, 0, self.slots, *self.prepare_grid, call.scale)
         length, _ = self.pieces[save]
         if length is None:
-            run_scans[0](*inputs, initial, cu_seqlens, o, final, *tables, N, N, T, 0, 0)
+            run_scans[0](*inputs, initial, cu_seqlens, o, final, None, *tables, N, N, T, 0, 0)
         else:
-            transfer, starts = saved[-2:]
-            sizes = (N, transfer.shape[0], length)
-            ends = 2 if exchange else int(save)
-            run_scans[0](*inputs, initial, cu_seqlens, o, transfer, *tables, *sizes, ends, 0)
-            if exchange:
-                initial = exchange(PieceMaps(transfer, None, length))
-            run_scans[1](
-                transfer, None, None, starts, initial, None, cu_seqlens, *slot_tables(tables), N, T,
-                length,
-            )  # fmt: skip
-            run_scans[2](*inputs, starts, cu_seqlens, o, final, *tables, *sizes, 0, 0)
+            ends = (o, final, tables, (N, T, length), save, exchange)
+            gates = (g, beta, A_log, dt_bias)
+            scan_pieces(run_scans, inputs, gates, initial, cu_seqlens, saved[-2:], *ends)
         return saved if save else []
 
     def _run_segments(
@@ -295,6 +253,6 @@ class ForwardPass:
             with side_stream(o.device):
                 run = run_scans[0 if first == 0 else -1]
                 tokens = (span * CHUNK, 0, first * CHUNK)
-                run(*inputs, state, cu_seqlens, o, into, *NO_TABLES, N, N, *tokens)
+                run(*inputs, state, cu_seqlens, o, into, None, *NO_TABLES, N, N, *tokens)
             state = into
         join_side_stream(o.device)

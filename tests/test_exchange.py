@@ -1,0 +1,133 @@
+"""One rank's part of a sequence on backends that exchange states between their scans, without other
+ranks: the maps that they send, and what they make of the states that come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gdn.backends.common import chunking
+from support import TOKENS
+from torch import Tensor
+
+import gdn
+from gdn.backend import Backend
+from gdn.distributed import pieces
+from gdn.exchange import ExchangingPlan, PieceMaps
+from gdn.problem import Call
+from gdn.registry import find_backend
+from gdn.testing import TOLERANCE, Case, make_inputs, relative_error
+from gdn.testing.inputs import make_output_gradients
+from gdn.token_split import split
+
+pytest.importorskip("tilelang")
+pytest.importorskip("test_tilelang_emulated")
+
+from gdn.backends.tilelang.forward.plan import ForwardPass
+from test_tilelang_emulated import Emulated, folder, world  # noqa: F401
+
+CASE = Case(
+    "part", T=290, H=1, HV=2, K=128, V=128, dtype=torch.bfloat16, gates="weak", l2norm=True
+)  # fmt: skip
+CASES = [
+    CASE,
+    replace(CASE, name="float16", dtype=torch.float16, K=64, V=64, fused=True),
+    replace(CASE, name="fast", gates="fast", l2norm=False),
+    replace(CASE, name="channels", per_channel=True),
+]
+OPTIONS = (
+    "use_qk_l2norm_in_kernel", "use_gate_in_kernel", "A_log", "dt_bias", "allow_neg_eigval",
+    "use_beta_sigmoid_in_kernel",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def pieces_of_two_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunking, "MIN_PIECE_CHUNKS", 2)
+
+
+def check(backend: Backend, case: Case, device: str = "cpu") -> None:
+    """o, gradients, and both maps, of the tokens between two other ranks', against the torch
+    backend in float64."""
+    inputs = make_inputs(case, device)
+    S, (do, dS) = torch.randn(case.HV, case.K, case.V), make_output_gradients(case, device)
+    S = S.to(device)
+    own = {n: x for n, x in inputs.items() if n in (*TOKENS, *OPTIONS)}
+    exact = {n: x.double() if torch.is_tensor(x) else x for n, x in own.items()}
+    leaves = {n: x.requires_grad_() for n, x in exact.items() if torch.is_tensor(x)}
+    exact["initial_state"] = leaves["initial_state"] = S[None].double().requires_grad_()
+    want = gdn.gated_delta_net(**exact, output_final_state=True, backend="torch")
+    loss = (want.o * do).sum()
+    leaving = torch.autograd.grad(loss, leaves["initial_state"], retain_graph=True)[0][0]
+    (loss + (want.final_state * dS).sum()).backward()  # type: ignore[operator]
+
+    seen: list[PieceMaps] = []
+
+    def receive(x: Tensor) -> Callable[[PieceMaps], Tensor]:
+        def exchange(maps: PieceMaps) -> Tensor:
+            seen.append(maps)
+            return x
+
+        return exchange
+
+    scale = case.K**-0.5
+    nothing = torch.full_like(S[None], torch.nan)
+    call = Call(
+        **own, initial_state=nothing, scale=scale, output_final_state=True, context_parallel=True
+    )
+    assert backend.exchanges(call)
+    plan: Any = backend.plan(call)
+    assert isinstance(plan, ExchangingPlan)
+    o, final, _ = plan.forward_part(call, False, receive(S[None]))
+    trained = plan.forward_part(call, True, receive(S[None]))
+    call = call._replace(initial_state=S[None])
+    found = plan.backward_part(call, trained.saved, do, receive(dS))
+
+    T = case.tokens
+    place = split(1, (9, T, 9), (0, T + 18), "contiguous")
+    zero = torch.zeros_like(S[None])
+    for maps in seen[:2]:
+        if case.gates == "fast" and backend.name != "triton":  # no M is computed
+            assert not maps.transfers[:, :, case.V :].any()
+        N, M = pieces.right_edge(maps, place, 0, zero).split([case.V, case.K], -1)
+        close("state", M @ S + N, want.final_state[0], case)  # type: ignore[index]
+    close("N'", pieces.left_edge(seen[2], place, 0, zero), leaving, case)
+    for got in ((o, final), trained[:2]):
+        close("o", got[0], want.o, case)
+        close("final_state", got[1], want.final_state, case)
+    for name, x in found._asdict().items():
+        if x is not None:
+            close(name, x, leaves[name].grad, case)
+
+
+def close(name: str, got: Any, want: Any, case: Case) -> None:
+    assert relative_error(got.detach(), want.detach()) <= TOLERANCE[case.dtype], name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_emulated(world: Callable[..., None], case: Case) -> None:  # noqa: F811
+    world(late=True)
+    check(Emulated(), case)
+
+
+def test_serialises_no_product_and_spills_nothing(tmp_path: Path) -> None:
+    """The transfer scan, and the search for the first chunk that matters."""
+    compiled = pytest.importorskip("test_tilelang")
+    call = Call(**make_inputs(replace(CASE, T=2048), "meta"), context_parallel=True)
+    kernels = ForwardPass(call).kernels(save=True)
+    for kernel in (kernels[1], kernels[4]):
+        said = compiled.verdict(kernel, tmp_path)
+        compiled.assert_registers_suffice(kernel.get_kernel_source(), said)
+        assert "0 bytes spill stores" in said
+        assert "serialized" not in said, said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["tilelang", "triton"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_on_a_gpu(case: Case, backend: str) -> None:
+    check(find_backend(backend), replace(case, T=1290, H=2, HV=4), "cuda")
