@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from context_parallel_ranks import Parallel, compile_agrees, run_cases, run_in_pieces
+from compiled_ranks import compile_agrees
+from context_parallel_ranks import Parallel, run_cases, run_in_pieces
 from processes import LIMIT, fail_alone, start
 from sharded_heads_ranks import run_all
 
