@@ -25,23 +25,24 @@ class PieceMaps(NamedTuple):
     length: int
 
 
-Exchange = Callable[[PieceMaps], Tensor]
-"""From the maps of the call's own pieces: in forward the states before its sequences [N, HV, K, V],
-in backward the gradients of the states after them, in float32. Ranks wait for each other in it, but
-the host does not wait for the GPU."""
+Exchange = Callable[[PieceMaps], Callable[[], Tensor]]
+"""Starts an exchange from the maps of the call's own pieces. The function that it returns ends it:
+in forward with the states before the call's sequences [N, HV, K, V], in backward with the gradients
+of the states after them, in float32. What is launched in between runs beside it; the host waits
+for nothing."""
 
 
 class ExchangingPlan(Plan):
-    """A plan that also runs one rank's part of sequences (`Call.context_parallel`). It calls
-    `exchange` once in each pass, between two scans."""
+    """A plan that also runs one rank's part of sequences (`Call.context_parallel`). In each pass it
+    calls `exchange` once, between two scans, and what that returns."""
 
     def forward_part(self, call: Call, save: bool, exchange: Exchange) -> Forward:
-        """`forward`, from the states that exchange returns. call.initial_state is not read."""
+        """`forward`, from the states of the exchange. call.initial_state is not read."""
         raise NotImplementedError(f"{type(self).__name__} has no forward_part")
 
     def backward_part(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, exchange: Exchange
     ) -> Gradients:
-        """`backward` after `forward_part`, from the gradients that exchange returns. call has the
-        initial state that exchange returned in forward."""
+        """`backward` after `forward_part`, from the gradients of the exchange. call has the initial
+        states of forward's exchange."""
         raise NotImplementedError(f"{type(self).__name__} has no backward_part")

@@ -87,17 +87,17 @@ def recorded() -> Iterator[list[tuple[str, int]]]:
     """The collectives that run within it, and the bytes of what this rank gives them."""
     found: list[tuple[str, int]] = []
 
-    def record(name: str) -> Callable[..., Tensor]:
+    def record(name: str) -> Callable[..., Any]:
         collective = getattr(Placement, name)
 
-        def run(at: Placement, x: Tensor) -> Tensor:
-            found.append((name, x.nbytes))
+        def run(at: Placement, x: Tensor) -> Any:
+            found.append((name.removeprefix("start_"), x.nbytes))
             return collective(at, x)
 
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_gather", "all_reduce"):
+        for name in ("start_all_gather", "all_reduce"):
             patch.setattr(Placement, name, record(name))
         yield found
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import gdn
 from gdn.backend import Backend
 from gdn.distributed import pieces
-from gdn.exchange import ExchangingPlan, PieceMaps
+from gdn.exchange import Exchange, ExchangingPlan, PieceMaps
 from gdn.problem import Call
 from gdn.registry import find_backend
 from gdn.testing import TOLERANCE, Case, make_inputs, relative_error
@@ -67,10 +67,10 @@ def check(backend: Backend, case: Case, device: str = "cpu") -> None:
 
     seen: list[PieceMaps] = []
 
-    def receive(x: Tensor) -> Callable[[PieceMaps], Tensor]:
-        def exchange(maps: PieceMaps) -> Tensor:
+    def receive(x: Tensor) -> Exchange:
+        def exchange(maps: PieceMaps) -> Callable[[], Tensor]:
             seen.append(maps)
-            return x
+            return lambda: x
 
         return exchange
 

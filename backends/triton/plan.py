@@ -195,7 +195,7 @@ class PrefillPlan(ExchangingPlan):
             transfer_scan, combine_pieces, final_scan = scans
             transfer_scan((*inputs, None, None, transfers, None, None, None, cu_seqlens, *NO_POOL))
             if exchange is not None:
-                initial = exchange(PieceMaps(transfers, None, self.piece_sizes[1] * CHUNK))
+                initial = exchange(PieceMaps(transfers, None, self.piece_sizes[1] * CHUNK))()
             combine_pieces(
                 (transfers, transfers, initial, piece_states, final, cu_seqlens, *NO_POOL[:3])
             )
@@ -242,6 +242,7 @@ class PrefillPlan(ExchangingPlan):
 
         # initial and final states of what is scanned: sequences, or pieces
         scan_initial, scan_grad_final, scan_grad_initial = call.initial_state, grad_final, dS
+        wait: Any = None
         if piece_buffers:
             transfers, scan_initial = piece_buffers
             from_zero = torch.empty_like(scan_initial)
@@ -250,14 +251,15 @@ class PrefillPlan(ExchangingPlan):
                 (*reverse_inputs, None, None, None, from_zero, cu_seqlens)
             )
             if exchange is not None:
-                maps = PieceMaps(transfers, from_zero, self.piece_sizes[1] * CHUNK)
-                grad_final = exchange(maps)
-            self.bind_combine_pieces(call, grad_final is not None, dS is not None, reverse=True)(
-                (transfers, from_zero, grad_final, scan_grad_final, dS, cu_seqlens, *NO_POOL[:3])
-            )
+                wait = exchange(PieceMaps(transfers, from_zero, self.piece_sizes[1] * CHUNK))
         self.bind_scan(call, o=False, final=False, states=True, transfer=False)(
             (*inputs, scan_initial, None, None, states, U, row_scales, cu_seqlens, *NO_POOL)
         )
+        if piece_buffers:
+            grad_final = grad_final if wait is None else wait()
+            self.bind_combine_pieces(call, grad_final is not None, dS is not None, reverse=True)(
+                (transfers, from_zero, grad_final, scan_grad_final, dS, cu_seqlens, *NO_POOL[:3])
+            )
         final, initial = scan_grad_final is not None, scan_grad_initial is not None
         self.bind_reverse_scan(call, final, initial, states=True)(
             (*reverse_inputs, scan_grad_final, R, grad_states, scan_grad_initial, cu_seqlens)

@@ -18,6 +18,8 @@ and where a part has many segments, further calls of the op give them (`summary.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -50,15 +52,19 @@ def forward(
         _copy_rows(initial, {n: row for row, n in split.first.items()}, states)
     transfers: list[Tensor] = []
 
-    def exchange(maps: PieceMaps | None = None) -> Tensor:
-        """Fill the states that other ranks know, and `transfers`."""
+    def exchange(maps: PieceMaps | None = None) -> Callable[[], Tensor]:
+        """See `gdn.exchange.Exchange`; without maps further calls give the edges."""
         edges = states.new_zeros((len(split.parts), HV, K, V + K))
         for slot, part in enumerate(split.parts):
             if part.after and maps:
                 edges[slot] = pieces.right_edge(maps, split, part.segments[-1], states)
             elif part.after:
                 edges[slot] = _right_edge(call, at, part, request, states)
-        gathered = at.all_gather(edges)
+        return functools.partial(fill_states, at.start_all_gather(edges))
+
+    def fill_states(wait: Callable[[], Tensor]) -> Tensor:
+        """Fill the states that other ranks know, and `transfers`."""
+        gathered = wait()
         for part in split.parts:
             found = [gathered[at.place(n)] for n in part.before]
             if found:
@@ -74,7 +80,7 @@ def forward(
             o, finals, saved = _plan(local, request, save).forward_part(local, save, exchange)
         assert finals is not None
     else:
-        exchange()
+        exchange()()
         o, finals, saved = torch.ops.gdn.forward(*local, request, save)
     return o, _final_state(call, at, finals, initial), [states, *transfers, *saved] if save else []
 
@@ -101,15 +107,19 @@ def backward(
     if final is not None:
         _copy_rows(final, {n: row for row, n in split.last.items()}, dS)
 
-    def exchange(maps: PieceMaps | None = None) -> Tensor:
-        """Fill the gradients that other ranks know."""
+    def exchange(maps: PieceMaps | None = None) -> Callable[[], Tensor]:
+        """See `gdn.exchange.Exchange`; without maps further calls give the edges."""
         edges = dS.new_zeros((parts, HV, K, V))
         for slot, part in enumerate(split.parts):
             if part.before and maps:
                 edges[slot] = pieces.left_edge(maps, split, part.segments[0], dS)
             elif part.before:
                 edges[slot] = _left_edge(call, at, part, request, grad_o, dS)
-        gathered = at.all_gather(edges)
+        return functools.partial(fill_gradients, at.start_all_gather(edges))
+
+    def fill_gradients(wait: Callable[[], Tensor]) -> Tensor:
+        """Fill the gradients that other ranks know."""
+        gathered = wait()
         for part, inside in zip(split.parts, transfers, strict=True):
             if part.after:
                 found = [gathered[at.place(n)] for n in part.after]
@@ -121,7 +131,7 @@ def backward(
         with surroundings(call.q):
             found = _plan(local, request, True).backward_part(local, saved, grad_o, exchange)
     else:
-        found = Gradients(*torch.ops.gdn.backward(*local, request, saved, grad_o, exchange()))
+        found = Gradients(*torch.ops.gdn.backward(*local, request, saved, grad_o, exchange()()))
     initial = None
     if call.initial_state is not None:
         initial = _initial_gradient(call, at, found.initial_state, final)

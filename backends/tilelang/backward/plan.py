@@ -242,7 +242,7 @@ class BackwardPass:
             launch_first(*inputs, None, cu_seqlens, None, None, None, dN, scale, *grid)
             d_end = states.d_end
             if exchange and self.length:  # beside `recompute_states`
-                d_end = exchange(PieceMaps(transfer, dN, self.length))
+                d_end = exchange(PieceMaps(transfer, dN, self.length))()
             launch_combine(
                 transfer, dN, None, d_ends, d_end, states.d_begin, cu_seqlens,
                 *slot_tables(NO_TABLES), N, q.shape[1], self.length,

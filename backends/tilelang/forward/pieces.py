@@ -95,7 +95,7 @@ def scan_pieces(
     grid = (N, pieces, length)
     launch[0](*inputs, initial, cu_seqlens, o, transfer, first, *tables, *grid, ends, 0)
     if exchange:
-        initial = exchange(PieceMaps(transfer, None, length))
+        initial = exchange(PieceMaps(transfer, None, length))()
     launch[1](
         transfer, None, None, starts, initial, None, cu_seqlens, *slot_tables(tables), N, T, length
     )
