@@ -10,6 +10,7 @@ from gdn.backend import Forward, Gradients
 from gdn.exchange import Exchange, ExchangingPlan
 from gdn.problem import Call, PoolCall
 
+from .forward.first_chunks import first_chunks
 from .forward.plan import ForwardPass
 from .forward.prepare_channels import prepare_channels
 
@@ -60,5 +61,5 @@ class PrefillPlan(ExchangingPlan):
             # imported here: a forward call need not read the backward kernels' modules
             from .backward.plan import BackwardPass
 
-            self.backward_pass = BackwardPass(call, prepare_channels)
+            self.backward_pass = BackwardPass(call, prepare_channels, first_chunks)
         return self.backward_pass

@@ -46,9 +46,11 @@ MAX_CHUNKS = 10
 class BackwardPass:
     """What all backward calls of one kind (shapes, dtypes, device, options) have in common."""
 
-    def __init__(self, call: Call, prepare_channels: Any = None) -> None:
-        """prepare_channels: the kernel of forward, which a call with a decay per channel needs."""
-        self.prepare_channels = prepare_channels
+    def __init__(self, call: Call, prepare_channels: Any = None, first_chunks: Any = None) -> None:
+        """Kernels of forward: prepare_channels, which a call with a decay per channel needs, and
+        first_chunks, which a rank's part without one does."""
+        self.prepare_channels, self.first_chunks = prepare_channels, first_chunks
+        self.forgetting = call.context_parallel and not call.per_channel
         H, K = call.q.shape[2:]
         HV, V = call.v.shape[2:]
         self.slots, self.sequences = piece_slots(call, CHUNK), call.sequences
@@ -113,13 +115,21 @@ class BackwardPass:
             # backward begins with the final state
             "initial": final, "final": initial,
         }  # fmt: skip
+        from_zero = {"final": False, "initial": True, "outputs": False}
+        search = []
+        if self.forgetting:
+            from_zero |= {"forgetting": True}
+            options = {name: self.shape[name] for name in ("dtype", "K", "varlen")}
+            options |= self.gate_options | {"offsets": self.offsets, "reverse": True}
+            search = [(self.first_chunks, options)]
         return compile_together(
             first,
             (recompute_states, scan | {"initial": True}),
-            (reverse_scan, scan | {"final": False, "initial": True, "outputs": False}),
+            (reverse_scan, scan | from_zero),
             (combine_pieces, combine),
             (reverse_scan, scan | {"final": True, "initial": False, "outputs": True}),
             last,
+            *search,
             *self.clear_jobs,
         )
 
@@ -181,6 +191,10 @@ class BackwardPass:
             norms, A, *states_saved = saved
             gates = (g, beta, A_log, dt_bias)
             launch_first(*gates, cu_seqlens, G_beta, chunk_spans, self.sequences)
+        matter = None
+        if self.forgetting:
+            matter = new((self.pieces, HV), dtype=torch.int32)
+            launch_round.pop()(k, *gates, cu_seqlens, matter, self.sequences, self.length)
         common = Common(A_log, dt_bias, cu_seqlens, chunk_spans, call.scale)
         for r in self.rounds:
             tokens = Tokens(*map(r.of_tokens, (q, k, v, g, do, dq, dk, dv, dg, dbeta, beta)))
@@ -200,7 +214,7 @@ class BackwardPass:
                 )  # fmt: skip
             self._run_round(
                 launch_round, r.last - r.first, tokens, chunks, states, buffers, states_saved,
-                common, exchange,
+                common, matter, exchange,
             )  # fmt: skip
 
         # === sums and dtypes ===
@@ -216,7 +230,8 @@ class BackwardPass:
 
     def _run_round(
         self, launch: list[Any], N: int, tokens: Tokens, chunks: Chunks, states: States,
-        scratch: Scratch, states_saved: list[Tensor], common: Common, exchange: Exchange | None,
+        scratch: Scratch, states_saved: list[Tensor], common: Common, matter: Tensor | None,
+        exchange: Exchange | None,
     ) -> None:  # fmt: skip
         """Launch the kernels of a round of N sequences. states_saved: if sequences are cut, the
         transfer matrices of all pieces and the states before them."""
@@ -239,7 +254,7 @@ class BackwardPass:
             transfer, begins = states_saved
             dN, d_ends = torch.empty_like(begins), torch.empty_like(begins)
             launch_first, launch_combine, launch_second = launch_reverse
-            launch_first(*inputs, None, cu_seqlens, None, None, None, dN, scale, *grid)
+            launch_first(*inputs, None, cu_seqlens, None, None, None, dN, matter, scale, *grid)
             d_end = states.d_end
             if exchange and self.length:  # beside `recompute_states`
                 d_end = exchange(PieceMaps(transfer, dN, self.length))()
@@ -247,10 +262,11 @@ class BackwardPass:
                 transfer, dN, None, d_ends, d_end, states.d_begin, cu_seqlens,
                 *slot_tables(NO_TABLES), N, q.shape[1], self.length,
             )  # fmt: skip
-            launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, scale, *grid)
+            launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, None, scale, *grid)
         else:
             (launch_scan,) = launch_reverse
-            launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, states.d_begin, scale, *grid)
+            ends = states.d_begin, None
+            launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, *ends, scale, *grid)
         join_side_stream(q.device)
         factors = decayed[1:] if self.channels else [G_beta, norms]
         launch_gradients(

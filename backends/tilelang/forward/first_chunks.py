@@ -1,7 +1,8 @@
-"""The first chunk of each piece that matters after it, for the transfer scan of a rank's part.
+"""The first chunk of each piece that matters after it, for the transfer scan of a rank's part; or
+in reverse how many chunks matter before it, for backward's first scan.
 
 Reads k [B, L, H, K], and g and beta [B, L, HV]. Writes first [pieces, HV]: the number of a chunk in
-its piece, or -1 where nothing is forgotten (`forgetting.py`).
+its piece, or -1 where nothing is forgotten (`forgetting.py`); in reverse a number of chunks.
 
 Thread block (piece, value head).
 """
@@ -23,7 +24,7 @@ WARPS = 16
 @kernel(own_barriers=True)
 def first_chunks(
     *, dtype: str, gates: str, strengths: str, offsets: str, K: int, varlen: bool, l2: bool,
-    gate: bool, bias: bool, sigmoid: bool, double: bool,
+    gate: bool, bias: bool, sigmoid: bool, double: bool, reverse: bool,
 ) -> Any:  # fmt: skip
     """Build the kernel. gates, strengths, offsets: dtypes of g, beta, cu_seqlens; l2, gate, bias,
     sigmoid, double: fused options of the call."""
@@ -51,10 +52,12 @@ def first_chunks(
             T.sync_threads()
             find_first_chunk(
                 k, g, beta, A_log, dt_bias, ForgettingSmem(WARPS), task, found, tx // 32, tx % 32,
-                varlen, l2, gate, bias, sigmoid, double,
+                varlen, l2, gate, bias, sigmoid, double, reverse,
             )  # fmt: skip
             if T.And(tx == 0, task[CHUNKS] > 0):
-                first[piece, head] = found[0]
+                first[piece, head] = (
+                    task[CHUNKS] - T.max(found[0], 0) if reverse else found[0]
+                )  # fmt: skip
 
     return first_chunks_kernel
 

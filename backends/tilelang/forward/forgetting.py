@@ -87,10 +87,11 @@ def sum_growth(
 def find_first_chunk(
     k: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, smem: Any, task: Any, found: Any,
     warp: Any, lane: Any, varlen: bool, l2: bool, gate: bool, bias: bool, sigmoid: bool,
-    double: bool,
+    double: bool, reverse: bool = False,
 ) -> None:  # fmt: skip
     """Write to found[0] the first chunk of the piece `task` that matters after it; -1 if what was
-    before the piece matters too."""
+    before the piece matters too. reverse: chunks are counted from the last one on, and what matters
+    is what matters before the piece, to gradients."""
     raw = T.alloc_local((6,), "float32")
     mine = T.alloc_local((1,), "float32")
     total = T.alloc_var("float32")
@@ -106,7 +107,7 @@ def find_first_chunk(
         while T.And(first < 0, ahead > seen):
             chunk = ahead - 1 - warp
             if chunk >= seen:
-                token = task[START] + chunk * C
+                token = task[START] + (task[CHUNKS] - 1 - chunk if reverse else chunk) * C
                 left = task[STOP] - token
                 load_gates(
                     g, beta, A_log, dt_bias, batch, task[HEAD], token, left, raw, lane, gate, bias

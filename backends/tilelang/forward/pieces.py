@@ -73,7 +73,8 @@ def piece_jobs(
         (scan, options | {"initial": True, "warpgroups": warpgroups}),
     ]  # fmt: skip
     if part and not call.per_channel:
-        jobs.append((first_chunks, {name: x for name, x in gates.items() if name != "V"}))
+        gates = {name: x for name, x in gates.items() if name != "V"}
+        jobs.append((first_chunks, gates | {"reverse": False}))
     return jobs
 
 
