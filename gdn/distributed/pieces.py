@@ -16,27 +16,27 @@ from .summary import compose
 def right_edge(maps: PieceMaps, split: Split, number: int, states: Tensor) -> Tensor:
     """(N | M) of a segment, [HV, K, V + K]; (N | 0), from its state in `states`, if its sequence
     begins with it."""
-    found = [maps.transfers[n].mT for n in _places(maps, split, number)]
+    found = list(maps.transfers[_places(maps, split, number)].mT.double())
     if split.segments[number].begins:
         K = found[0].shape[1]
-        found.insert(0, torch.nn.functional.pad(states[number], (0, K)))
-    return functools.reduce(compose, found)
+        found.insert(0, torch.nn.functional.pad(states[number], (0, K)).double())
+    return functools.reduce(compose, found).to(states.dtype)
 
 
 def left_edge(maps: PieceMaps, split: Split, number: int, dS: Tensor) -> Tensor:
     """M^T dS + N' of a segment, [HV, K, V], from the gradient of the state after it in `dS`; N' if
     that is not known yet, and zero there."""
     assert maps.gradients is not None
-    V = maps.gradients.shape[2]
+    V, places = maps.gradients.shape[2], _places(maps, split, number)
+    transfers, gradients = maps.transfers[places, :, V:].double(), maps.gradients[places].double()
     found = dS[number].double()
-    for n in reversed(_places(maps, split, number)):
-        M_T, N = maps.transfers[n, :, V:], maps.gradients[n].mT
-        found = torch.baddbmm(N.double(), M_T.double(), found)
+    for M_T, N_T in zip(reversed(transfers.unbind()), reversed(gradients.unbind()), strict=True):
+        found = torch.baddbmm(N_T.mT, M_T, found)
     return found.to(dS.dtype)
 
 
-def _places(maps: PieceMaps, split: Split, number: int) -> range:
+def _places(maps: PieceMaps, split: Split, number: int) -> slice:
     """Where the pieces of a segment are in `maps`."""
     _, start, end, _, _ = split.segments[number]
     first = start // maps.length + number
-    return range(first, first - (start - end) // maps.length)
+    return slice(first, first - (start - end) // maps.length)
