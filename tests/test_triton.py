@@ -194,7 +194,7 @@ def test_compiles_for(sm: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     shared_memory = {80: 166_912, 90: 232_448}[sm]
-    assert len(rows) == 46
+    assert len(rows) == 50
     for name, dtype, shared, registers, stack in rows:
         assert int(shared) <= shared_memory, name
         assert 0 < int(registers) <= 255, name

@@ -16,6 +16,7 @@ from ..common.chunking import piece_slots
 from .buffer_shapes import decayed_shapes, padded_keys, saved_shapes
 from .channel_prepare import decay_rows_kernel, prepare_channels_kernel
 from .combine_pieces import combine_pieces_kernel
+from .forgetting import find_chunks_kernel
 from .input_gradients import compute_channel_gradients, compute_gradients
 from .launch import Stage, choose_configuration, shared_memory_limit
 from .piece_length import piece_length
@@ -127,6 +128,16 @@ class PrefillPlan(ExchangingPlan):
             HAS_GRAD_FINAL=final, STORE_GRAD_INITIAL=initial, STORE_STATES=states, CUT=cut,
         )  # fmt: skip
 
+    def find_chunks(self, call: Call, factors: Tensor, reverse: bool) -> Tensor | None:
+        """What `forgetting.py` finds for the first scan of a rank's part; None elsewhere, and with
+        a decay per channel."""
+        if not call.context_parallel or call.per_channel:
+            return None
+        found = factors.new_empty((self.scans,), dtype=torch.int32)
+        find = self.bind(find_chunks_kernel, self.scans, self.scan_sizes, REVERSE=reverse)
+        find((call.k, factors, found, call.cu_seqlens))
+        return found
+
     def bind_combine_pieces(
         self, call: Call, state_in: bool, state_out: bool, reverse: bool
     ) -> Stage:
@@ -193,15 +204,18 @@ class PrefillPlan(ExchangingPlan):
             if save and cu_seqlens is not None:
                 piece_states.zero_()  # slots may be unused, and outputs of an op must be defined
             transfer_scan, combine_pieces, final_scan = scans
-            transfer_scan((*inputs, None, None, transfers, None, None, None, cu_seqlens, *NO_POOL))
+            first = self.find_chunks(call, factors, reverse=False)
+            transfer_scan(
+                (*inputs, None, None, transfers, None, None, None, first, cu_seqlens, *NO_POOL)
+            )
             if exchange is not None:
                 initial = exchange(PieceMaps(transfers, None, self.piece_sizes[1] * CHUNK))()
             combine_pieces(
                 (transfers, transfers, initial, piece_states, final, cu_seqlens, *NO_POOL[:3])
             )
-            final_scan((*inputs, piece_states, o, None, None, None, None, cu_seqlens, *NO_POOL))
+            final_scan((*inputs, piece_states, o, *[None] * 5, cu_seqlens, *NO_POOL))
         else:
-            scans[0]((*inputs, initial, o, final, None, None, None, cu_seqlens, *NO_POOL))
+            scans[0]((*inputs, initial, o, final, *[None] * 4, cu_seqlens, *NO_POOL))
         return Forward(o, final, saved if save else [])
 
     def backward(
@@ -247,13 +261,14 @@ class PrefillPlan(ExchangingPlan):
             transfers, scan_initial = piece_buffers
             from_zero = torch.empty_like(scan_initial)
             scan_grad_final, scan_grad_initial = torch.empty_like(scan_initial), None
+            matter = self.find_chunks(call, factors, reverse=True)
             self.bind_reverse_scan(call, final=False, initial=True, states=False)(
-                (*reverse_inputs, None, None, None, from_zero, cu_seqlens)
+                (*reverse_inputs, None, None, None, from_zero, matter, cu_seqlens)
             )
             if exchange is not None:
                 wait = exchange(PieceMaps(transfers, from_zero, self.piece_sizes[1] * CHUNK))
         self.bind_scan(call, o=False, final=False, states=True, transfer=False)(
-            (*inputs, scan_initial, None, None, states, U, row_scales, cu_seqlens, *NO_POOL)
+            (*inputs, scan_initial, None, None, states, U, row_scales, None, cu_seqlens, *NO_POOL)
         )
         if piece_buffers:
             grad_final = grad_final if wait is None else wait()
@@ -262,7 +277,7 @@ class PrefillPlan(ExchangingPlan):
             )
         final, initial = scan_grad_final is not None, scan_grad_initial is not None
         self.bind_reverse_scan(call, final, initial, states=True)(
-            (*reverse_inputs, scan_grad_final, R, grad_states, scan_grad_initial, cu_seqlens)
+            (*reverse_inputs, scan_grad_final, R, grad_states, scan_grad_initial, None, cu_seqlens)
         )
 
         dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in call[:5])

@@ -1,0 +1,37 @@
+"""`test_exchange.py` on TileLang's kernels in the emulator, and what ptxas says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_exchange import CASE, CASES, check, pieces_of_two_chunks  # noqa: F401
+
+from gdn.problem import Call
+from gdn.testing import Case, make_inputs
+
+pytest.importorskip("tilelang")
+pytest.importorskip("test_tilelang_emulated")
+
+from gdn.backends.tilelang.forward.plan import ForwardPass
+from test_tilelang_emulated import Emulated, folder, world  # noqa: F401
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_emulated(world: Callable[..., None], case: Case) -> None:  # noqa: F811
+    world(late=True)
+    check(Emulated(), case)
+
+
+def test_serialises_no_product_and_spills_nothing(tmp_path: Path) -> None:
+    """The transfer scan, and the search for the first chunk that matters."""
+    compiled = pytest.importorskip("test_tilelang")
+    call = Call(**make_inputs(replace(CASE, T=2048), "meta"), context_parallel=True)
+    kernels = ForwardPass(call).kernels(save=True)
+    for kernel in (kernels[1], kernels[4]):
+        said = compiled.verdict(kernel, tmp_path)
+        compiled.assert_registers_suffice(kernel.get_kernel_source(), said)
+        assert "0 bytes spill stores" in said
+        assert "serialized" not in said, said
