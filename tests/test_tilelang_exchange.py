@@ -7,7 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_exchange import CASE, CASES, check, pieces_of_two_chunks  # noqa: F401
+import torch
+from hopper import emulate
+from test_exchange import (
+    CASE,
+    CASES,
+    FOUND,
+    check,
+    forgetting_inputs,
+    pieces_of_two_chunks,  # noqa: F401
+)
 
 from gdn.problem import Call
 from gdn.testing import Case, make_inputs
@@ -15,6 +24,7 @@ from gdn.testing import Case, make_inputs
 pytest.importorskip("tilelang")
 pytest.importorskip("test_tilelang_emulated")
 
+from gdn.backends.tilelang.forward.first_chunks import first_chunks
 from gdn.backends.tilelang.forward.plan import ForwardPass
 from test_tilelang_emulated import Emulated, folder, world  # noqa: F401
 
@@ -23,6 +33,20 @@ from test_tilelang_emulated import Emulated, folder, world  # noqa: F401
 def test_emulated(world: Callable[..., None], case: Case) -> None:  # noqa: F811
     world(late=True)
     check(Emulated(), case)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_finds_the_chunks_that_matter(folder: Path, reverse: bool) -> None:  # noqa: F811
+    kernel = first_chunks(
+        dtype="bfloat16", gates="float32", strengths="float32", offsets="int32", K=64,
+        varlen=False, l2=False, gate=False, bias=False, sigmoid=False, double=False,
+        reverse=reverse,
+    )  # fmt: skip
+    run = emulate(kernel, folder, late=False)
+    inputs = forgetting_inputs(torch.bfloat16)
+    found = torch.full((3, 3), -9, dtype=torch.int32)
+    run(inputs["k"], inputs["g"], inputs["beta"], None, None, None, found, 1, 128)
+    assert found.tolist() == FOUND[reverse]
 
 
 def test_serialises_no_product_and_spills_nothing(tmp_path: Path) -> None:
