@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for sm_<argument>, without a GPU.
+"""compile_triton.py SM DTYPE: compile every Triton kernel for sm_<SM> in bf16 or fp32, with no GPU.
 
 Prints a line for each: name, dtype, bytes of shared memory, registers a thread, and bytes of stack
 a thread.
@@ -151,6 +151,5 @@ def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
 
 
 if __name__ == "__main__":
-    for dtype in ("bf16", "fp32"):
-        for kernel, flags in KERNELS:
-            print(compile_for(int(sys.argv[1]), kernel, flags, dtype), flush=True)
+    for kernel, flags in KERNELS:
+        print(compile_for(int(sys.argv[1]), kernel, flags, sys.argv[2]), flush=True)

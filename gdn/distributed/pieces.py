@@ -20,7 +20,8 @@ def right_edge(maps: PieceMaps, split: Split, number: int, states: Tensor) -> Te
     if split.segments[number].begins:
         K = found[0].shape[1]
         found.insert(0, torch.nn.functional.pad(states[number], (0, K)).double())
-    return functools.reduce(compose, found).to(states.dtype)
+    merged: Tensor = functools.reduce(compose, found)
+    return merged.to(states.dtype)
 
 
 def left_edge(maps: PieceMaps, split: Split, number: int, dS: Tensor) -> Tensor:

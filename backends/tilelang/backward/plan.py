@@ -269,7 +269,8 @@ class BackwardPass:
             launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, *ends, scale, *grid)
         join_side_stream(q.device)
         factors = decayed[1:] if self.channels else [G_beta, norms]
+        work = U.shape[0] * q.shape[2]  # a thread block of `channel_gradients` must have some
         launch_gradients(
             q, k, g, A_log, dt_bias, do, *factors, rowsum_RV, U, S, dS, row_scales, chunk_spans,
-            dq, dk, dv, dg, dbeta, dA_log, ddt_bias, scale, self.thread_blocks,
+            dq, dk, dv, dg, dbeta, dA_log, ddt_bias, scale, min(self.thread_blocks, work),
         )  # fmt: skip
