@@ -181,14 +181,14 @@ def test_float16_ranges(world: Callable[..., None], name: str) -> None:  # noqa:
 
 @DTYPES
 def test_neither_spills_nor_serialises(tmp_path: Path, dtype: torch.dtype) -> None:
-    """`channel_gradients` spills what all of its products and levels share, at most 340 bytes:
-    fields of the chunk and addresses."""
+    """`channel_gradients` spills what all of its products and levels share, at most 360 bytes:
+    fields of the chunk and addresses of 64 bits."""
     _, call = plan_of(replace(FUSED, T=256, B=40, dtype=dtype))
     for kernel in BackwardPass(call, prepare_channels).kernels(initial=True, final=True):
         said, source = verdict(kernel, tmp_path), kernel.get_kernel_source()
         assert_registers_suffice(source, said)
         spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))
-        assert spilled <= (340 if "channel_gradients_kernel" in source else 8), said
+        assert spilled <= (360 if "channel_gradients_kernel" in source else 8), said
         assert "serialized" not in said, said
 
 
