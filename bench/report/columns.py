@@ -125,7 +125,11 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "peak MB": _number("peak_mb", ".0f"),
     },
     "choosing": {"request from": _word("source"), "us": _number("latency_ms", ".2f", 1e3)},
-    "issuing": {"backend": _word("backend"), "us": _number("latency_ms", ".1f", 1e3)},
+    "issuing": {
+        "pass": _word("pass"),
+        "backend": _word("backend"),
+        "us": _number("latency_ms", ".1f", 1e3),
+    },
     "cold start": {
         "backend": _word("backend"),
         "kernels": _word("kernels"),
