@@ -10,7 +10,8 @@ from gdn.backend import Forward, Gradients, Plan
 from gdn.problem import Call, PoolCall
 
 from .forward.plan import ForwardPass
-from .forward.prepare_channels import prepare_channels
+from .kernels import Job
+from .launch import launchers
 
 
 class PrefillPlan(Plan):
@@ -32,20 +33,25 @@ class PrefillPlan(Plan):
         gradients = self._backward_pass(call).backward(call, saved, grad_o, grad_final_state)
         return gradients
 
+    def jobs(self, call: Call, backward: bool) -> list[Job]:
+        """The kernels that such calls need; with backward also those of the gradients."""
+        jobs = self.forward_pass.all_jobs(save=backward)
+        if backward:
+            initial = call.initial_state is not None
+            for final in sorted({False, call.output_final_state}):
+                jobs += self._backward_pass(call).jobs(initial, final)
+        return jobs
+
     def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
         """See `gdn.backend.Plan.precompile`."""
         assert isinstance(call, Call)
-        self.forward_pass.kernels(save=backward)
-        if backward:
-            initial = call.initial_state is not None
-            for final in {False, call.output_final_state}:
-                self._backward_pass(call).kernels(initial, final)
+        launchers(self.jobs(call, backward))
         return True
 
     def _backward_pass(self, call: Call) -> Any:
         if self.backward_pass is None:
-            # imported here: a forward call need not read the backward kernels' modules
+            # imported here: a forward call need not read the modules of backward
             from .backward.plan import BackwardPass
 
-            self.backward_pass = BackwardPass(call, prepare_channels)
+            self.backward_pass = BackwardPass(call)
         return self.backward_pass
