@@ -23,6 +23,7 @@ from gdn.compare.options import (
     make_call,
     make_case,
     make_pool_call,
+    on_device,
     parse_bound,
     parse_device,
     parse_lengths,
@@ -105,6 +106,8 @@ def run_warmup(args: argparse.Namespace) -> int:
     TileLang's."""
     sm = args.sm or compute_capability(default_device()) or 90  # 90: Hopper, for TileLang
     given = _given(args)
+    if torch.cuda.is_available():  # else tensors stay on the meta device
+        given = on_device(given, default_device())
     request, _ = dispatch.request_in_force(args.backend)
     with console.progress(1) as step:
         passes = "forward and backward" if args.gradients else "forward"
@@ -131,8 +134,12 @@ def build_kernels(args: argparse.Namespace) -> int:
             print(text, file=sys.stderr)
         print(f"{args.check}: {count} kernels, {len(wrong)} cannot be used")
         return 1 if wrong or not count else 0
-    jobs = [build.parse_job(text) for text in args.kernel or ()]
-    jobs = jobs or catalogue.wanted_jobs(args.only, args.dtype, args.head_dim)
+    names = list(args.kernel or ())
+    if args.kernels_in is not None:
+        names += args.kernels_in.read_text().splitlines()
+    jobs = [build.parse_job(name) for name in names] or catalogue.wanted_jobs(
+        args.only, args.dtype, args.head_dim
+    )
     if args.list:
         print(*map(build.write_job, jobs), sep="\n")
         return 0
@@ -247,6 +254,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--kernel", action="append", metavar="NAME(OPTIONS)",
         help="build this one alone, as an error names it; may be given several times",
     )  # fmt: skip
+    command.add_argument(
+        "--kernels-in",
+        type=Path,
+        metavar="FILE",
+        help="the same, one a line, as --list prints them",
+    )
     command.add_argument("--jobs", type=int, default=0, help="processes; default: one a core")
     command.set_defaults(run=build_kernels)
 

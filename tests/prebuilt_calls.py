@@ -1,6 +1,6 @@
 """Calls from prebuilt kernels, in a process without nvcc in which `import tilelang` fails.
 
-python tests/prebuilt_calls.py list          the kernels that they need, one a line
+python tests/prebuilt_calls.py list FILE     the kernels that they need, one a line
 python tests/prebuilt_calls.py run cpu       their launches are checked, nothing is computed
 python tests/prebuilt_calls.py run cuda      results are compared with the definition
 """
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +31,9 @@ from gdn import calls
 from gdn.testing import Case, check, make_inputs, with_gradients
 from gdn.testing.decode import StepCase, make_step
 
-HEADS: dict[str, Any] = {"H": 16, "HV": 32, "K": 128, "V": 128, "dtype": torch.bfloat16}
-LAYER = Case("layer", T=256, B=4, fused=True, gates="model", **HEADS)
-PACKED = Case("packed", lengths=(100, 30, 200), fused=True, gates="model", **HEADS)
+HEADS: dict[str, Any] = {"H": 8, "HV": 16, "K": 128, "V": 128, "dtype": torch.bfloat16}
+LAYER = Case("layer", T=70, B=5, fused=True, gates="model", **HEADS)
+PACKED = Case("packed", lengths=(70, 1, 64, 0, 65), fused=True, gates="model", **HEADS)
 STEP = StepCase("step", B=4, fused=True, state_v_first=True, **HEADS)
 
 
@@ -71,7 +72,9 @@ def fits(x: Any, wanted: str) -> bool:
     return wanted.startswith(describe(x))  # int32, int64, float32
 
 
-def record(launched: list[str]) -> Callable[[list[kernels.Job]], list[Callable[..., None]]]:
+def record(
+    launched: list[str], places: set[Path]
+) -> Callable[[list[kernels.Job]], list[Callable[..., None]]]:
     """A stand-in for `launch.launchers`: loads the prebuilt kernels, and checks what they are
     launched with against their entries."""
 
@@ -88,6 +91,7 @@ def record(launched: list[str]) -> Callable[[list[kernels.Job]], list[Callable[.
 
             def check_arguments(*arguments: Any) -> None:
                 launched.append(entry.kernel)
+                places.add(library.parent)
                 assert len(arguments) == len(entry.arguments), entry.name
                 for n, (x, wanted) in enumerate(zip(arguments, entry.arguments, strict=True)):
                     assert fits(x, wanted), (entry.name, n, describe(x), wanted)
@@ -102,11 +106,13 @@ def record(launched: list[str]) -> Callable[[list[kernels.Job]], list[Callable[.
 def run_on_cpu() -> None:
     """Every launch of forward, a training step and decode has the arguments of its kernel."""
     launched: list[str] = []
+    places: set[Path] = set()
     for module in (forward, backward, decode):
-        module.launchers = record(launched)  # type: ignore[attr-defined]
+        module.launchers = record(launched, places)  # type: ignore[attr-defined]
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    torch.cuda.current_stream = lambda device: stream  # type: ignore[assignment]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    fake: Any = torch.cuda
+    fake.current_stream = lambda device: stream
+    fake.stream = lambda stream: contextlib.nullcontext()
     streams._aside = lambda device: stream  # type: ignore[attr-defined]
     gdn.register_backend(Recorded())
     for case in (LAYER, PACKED):
@@ -117,7 +123,7 @@ def run_on_cpu() -> None:
     gdn.gated_delta_net_decode(**make_step(STEP), backend="recorded")
     wanted = {kernel.name for kernel, _ in jobs()}
     assert set(launched) == wanted, (set(launched), wanted)
-    print(f"{len(launched)} launches of {len(wanted)} kernels")
+    print(f"{len(launched)} launches of {len(wanted)} kernels in", *places)
 
 
 def run_on_gpu() -> None:
@@ -131,7 +137,7 @@ def run_on_gpu() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "list":
-        print(*map(build.write_job, jobs()), sep="\n")
+        Path(sys.argv[2]).write_text("".join(f"{build.write_job(job)}\n" for job in jobs()))
     else:
         {"cpu": run_on_cpu, "cuda": run_on_gpu}[sys.argv[2]]()
     assert sys.modules["tilelang"] is None

@@ -138,11 +138,10 @@ def _worker(folder: Path, fresh: bool) -> Iterator[Callable[[str], str]]:
 
 def _serve(folder: Path) -> None:
     """Answer the lines on stdin. What compilers print goes to stderr."""
-    from .compile import build_here, leave_out_lines
+    from .compile import build_here
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    leave_out_lines()
     for line in sys.stdin:
         error = ""
         try:

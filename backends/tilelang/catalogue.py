@@ -62,11 +62,14 @@ def calls(
     """The calls of some uses, dtypes and head sizes K = V, each with whether gradients follow."""
     for dtype, K, gates in itertools.product(dtypes, dims, GATES):
         for use in uses:
-            if use in ("decode", "prefill"):
-                yield from ((call, False) for call in _pool_calls(use, dtype, K, gates))
+            made: Iterator[Call | PoolCall]
+            if use == "decode":
+                made = _steps(dtype, K, gates)
+            elif use == "prefill":
+                made = _prefills(dtype, K, gates)
             else:
-                backward = use == "training"
-                yield from ((x, backward) for x in _sequences(dtype, K, gates, backward))
+                made = _sequences(dtype, K, gates, use == "training")
+            yield from ((call, use == "training") for call in made)
 
 
 def _sequences(dtype: torch.dtype, K: int, gates: Gates, backward: bool) -> Iterator[Call]:
@@ -90,23 +93,27 @@ def _sequences(dtype: torch.dtype, K: int, gates: Gates, backward: bool) -> Iter
                 yield found
 
 
-def _pool_calls(use: str, dtype: torch.dtype, K: int, gates: Gates) -> Iterator[PoolCall]:
-    """As vLLM and SGLang make them: pools are [slots, HV, V, K]. Decode also on [K, V]."""
-    for pool, v_first in itertools.product(POOLS, (True, False) if use == "decode" else (True,)):
-        for B, T, HV in SEQUENCES[:1] if use == "decode" else SEQUENCES:
-            state = _meta(8, HV, K, K, dtype=pool)
-            slots = _meta(B, dtype=torch.int32)
-            bounds = _meta(B + 1, dtype=torch.int32)
-            if use == "decode":
-                call = _tokens(dtype, (B, 1, HV, HV), K, gates)._replace(state_v_first=v_first)
-                yield Step(call, state, slots)
-                yield Step(call._replace(cu_seqlens=bounds), state, slots)
-                continue
-            call = _tokens(dtype, (1, B * T, HV, HV), K, gates)
-            call = call._replace(state_v_first=v_first, cu_seqlens=bounds)
-            fresh, offsets = _meta(B, dtype=torch.bool), _meta(B, dtype=torch.int32)
-            yield Prefill(call, state, slots, fresh)
-            yield Prefill(call, state, slots, fresh, offsets, offsets)
+def _steps(dtype: torch.dtype, K: int, gates: Gates) -> Iterator[Step]:
+    """Decode: servers hand over raw gates and slots, models have a state for each sequence."""
+    call, HV = _tokens(dtype, (1, 1, 16, 16), K, gates), 16
+    if gates.norm or gates.raw:
+        yield Step(call, _meta(1, HV, K, K))
+    if gates.raw:
+        for pool, v_first in itertools.product(POOLS, (True, False)):
+            state, slots = _meta(8, HV, K, K, dtype=pool), _meta(1, dtype=torch.int32)
+            yield Step(call._replace(state_v_first=v_first), state, slots)
+
+
+def _prefills(dtype: torch.dtype, K: int, gates: Gates) -> Iterator[Prefill]:
+    """As vLLM and SGLang make them: packed, on pools [slots, HV, V, K], with and without
+    checkpoints."""
+    for pool, (B, T, HV) in itertools.product(POOLS, SEQUENCES):
+        state, slots = _meta(8, HV, K, K, dtype=pool), _meta(B, dtype=torch.int32)
+        call = _tokens(dtype, (1, B * T, HV, HV), K, gates)
+        call = call._replace(state_v_first=True, cu_seqlens=_meta(B + 1, dtype=torch.int32))
+        fresh, offsets = _meta(B, dtype=torch.bool), _meta(B, dtype=torch.int32)
+        yield Prefill(call, state, slots, fresh)
+        yield Prefill(call, state, slots, fresh, offsets, offsets)
 
 
 def _tokens(dtype: torch.dtype, sizes: tuple[int, ...], K: int, gates: Gates) -> Call:

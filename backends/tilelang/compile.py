@@ -6,7 +6,8 @@ import functools
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -81,7 +82,8 @@ def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = Fals
 def build_here(job: Any, folder: Path) -> None:
     """Compile a kernel in this process, and add it to a folder."""
     build, statics = job
-    compiled = build(**statics)
+    with _without_lines():
+        compiled = build(**statics)
     arguments = _arguments_of(compiled.prim_func)
     prebuilt.write_entry(folder, build.name, statics, arguments, _library_of(compiled))
 
@@ -108,10 +110,16 @@ def _arguments_of(function: Any) -> list[str]:
     ]
 
 
-def leave_out_lines() -> None:
-    """Compile without line numbers from now on, in the whole process: they make a kernel's code
-    four times as large."""
+@contextmanager
+def _without_lines() -> Iterator[None]:
+    """Compile without line numbers, which make a kernel's code four times as large. What other
+    threads compile meanwhile has none either."""
+    before = nvcc.compile_cuda
     nvcc.compile_cuda = _compile_cuda
+    try:
+        yield
+    finally:
+        nvcc.compile_cuda = before
 
 
 def _compile_cuda(

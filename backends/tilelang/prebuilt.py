@@ -54,7 +54,8 @@ class Entry(NamedTuple):
 
 def write_options(statics: dict[str, Any]) -> str:
     """Static options as Python writes arguments, in alphabetical order."""
-    return ", ".join(f"{name}={statics[name]!r}" for name in sorted(statics))
+    text = ", ".join(f"{name}={statics[name]!r}" for name in sorted(statics))
+    return text.replace("'", '"')  # so that a shell takes it between single quotes
 
 
 def full_name(kernel: str, statics: dict[str, Any]) -> str:

@@ -164,6 +164,17 @@ def make_pool_call(call: Call, prefill: bool) -> PoolCall:
     return made
 
 
+def on_device(given: Any, device: torch.device) -> Any:
+    """A call, on a pool or not, with uninitialised tensors on a device in place of its own."""
+    moved = {}
+    for name, x in given._asdict().items():
+        if isinstance(x, Call):
+            moved[name] = on_device(x, device)
+        elif isinstance(x, torch.Tensor):
+            moved[name] = torch.empty_like(x, device=device)
+    return given._replace(**moved)
+
+
 def require_device(device: torch.device) -> None:
     """ValueError unless backends can be measured on the device that --device names."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
