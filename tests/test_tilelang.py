@@ -28,7 +28,7 @@ if shutil.which("nvcc") is None:
 from gdn.backends.tilelang import compile as compilation  # noqa: E402
 from gdn.backends.tilelang import memory_rounds as rounds  # noqa: E402
 from gdn.backends.tilelang.backward.plan import BackwardPass  # noqa: E402
-from gdn.backends.tilelang.forward import plan as forward_plan  # noqa: E402
+from gdn.backends.tilelang.forward import pieces as forward_pieces  # noqa: E402
 from gdn.backends.tilelang.forward.plan import ForwardPass, choose_pieces, saved_shapes  # noqa: E402
 from gdn.backends.tilelang.kernels import compile_together  # noqa: E402
 from gdn.backends.tilelang.tile.layout import BLOCKS_PER_SM  # noqa: E402
@@ -270,7 +270,7 @@ def test_pieces_scanned_in_parallel(
 ) -> None:
     inputs = make_inputs(case, "cuda")
     if halved:
-        monkeypatch.setattr(forward_plan, "MIN_HALF_PIECE_CHUNKS", 1)
+        monkeypatch.setattr(forward_pieces, "MIN_HALF_PIECE_CHUNKS", 1)
     else:
         inputs = with_gradients(inputs)
     assert ForwardPass(Call(**{"scale": 1.0} | inputs)).pieces[not halved][0] is not None

@@ -38,7 +38,7 @@ from test_float16_ranges import CASES as RANGES
 from test_float16_ranges import TIMES, check_ranges
 from test_tilelang import assert_registers_suffice, plan_of, verdict
 from test_tilelang_channels import DENSE, FORWARD, FUSED, LONG, with_other_gates
-from test_tilelang_emulated import check, folder, forward, world  # noqa: F401
+from test_tilelang_emulated import check, folder, pieces, world  # noqa: F401
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 SMALL = replace(DENSE, name="small", T=70)
@@ -79,7 +79,7 @@ def test_gradients(
 
 def test_pieces(world: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     world(late=True)
-    for module in (forward, backward):
+    for module in (pieces, backward):
         monkeypatch.setattr(module, "piece_length", lambda call, rows: 128)
     case = replace(FUSED, T=300, fused=False, gates="weak")
     check(case, with_gradients(make_inputs(case)))
@@ -181,14 +181,14 @@ def test_float16_ranges(world: Callable[..., None], name: str) -> None:  # noqa:
 
 @DTYPES
 def test_neither_spills_nor_serialises(tmp_path: Path, dtype: torch.dtype) -> None:
-    """`channel_gradients` spills what all of its products and levels share, at most 340 bytes:
-    fields of the chunk and addresses."""
+    """`channel_gradients` spills what all of its products and levels share, at most 360 bytes:
+    fields of the chunk and addresses of 64 bits."""
     _, call = plan_of(replace(FUSED, T=256, B=40, dtype=dtype))
     for kernel in compile_together(*BackwardPass(call).jobs(initial=True, final=True)):
         said, source = verdict(kernel, tmp_path), kernel.get_kernel_source()
         assert_registers_suffice(source, said)
         spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))
-        assert spilled <= (340 if "channel_gradients_kernel" in source else 8), said
+        assert spilled <= (360 if "channel_gradients_kernel" in source else 8), said
         assert "serialized" not in said, said
 
 

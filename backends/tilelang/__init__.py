@@ -121,6 +121,9 @@ class TileLangBackend(Backend):
         call = layout.of(call) if layout else call
         return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(call)]
 
+    def exchanges(self, call: Call) -> bool:
+        return choose_blocks(call.q.shape[3], call.v.shape[3]) is None
+
     def plan(self, call: Call | PoolCall) -> Plan:
         if isinstance(call, Step):
             from .decode.plan import DecodePlan

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gdn.backend import Forward, Gradients, Plan
+from gdn.backend import Forward, Gradients
+from gdn.exchange import Exchange, ExchangingPlan
 from gdn.problem import Call, PoolCall
 
 from .forward.plan import ForwardPass
@@ -14,7 +15,7 @@ from .kernels import Job
 from .launch import launchers
 
 
-class PrefillPlan(Plan):
+class PrefillPlan(ExchangingPlan):
     """What all calls of one kind (shapes, dtypes, device, options) have in common."""
 
     def __init__(self, call: Call) -> None:
@@ -33,10 +34,24 @@ class PrefillPlan(Plan):
         gradients = self._backward_pass(call).backward(call, saved, grad_o, grad_final_state)
         return gradients
 
+    def forward_part(self, call: Call, save: bool, exchange: Exchange) -> Forward:
+        """See `gdn.exchange.ExchangingPlan.forward_part`."""
+        return self.forward_pass.forward(call, save, exchange)
+
+    def backward_part(
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, exchange: Exchange
+    ) -> Gradients:
+        """See `gdn.exchange.ExchangingPlan.backward_part`."""
+        gradients: Gradients
+        gradients = self._backward_pass(call).backward(call, saved, grad_o, None, exchange)
+        return gradients
+
     def jobs(self, call: Call, backward: bool) -> list[Job]:
         """The kernels that such calls need; with backward also those of the gradients."""
         jobs = self.forward_pass.all_jobs(save=backward)
-        if backward:
+        if backward and call.context_parallel:  # from the states and gradients of the exchange
+            jobs += self._backward_pass(call).jobs(initial=True, final=True)
+        elif backward:
             initial = call.initial_state is not None
             for final in sorted({False, call.output_final_state}):
                 jobs += self._backward_pass(call).jobs(initial, final)

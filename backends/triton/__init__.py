@@ -87,6 +87,11 @@ class TritonBackend(Backend):
 
         return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(call)]
 
+    def exchanges(self, call: Call) -> bool:
+        from .piece_length import piece_length
+
+        return piece_length(call._replace(context_parallel=True)) is not None
+
     def plan(self, call: Call | PoolCall) -> Plan:
         if isinstance(call, Step):
             from .decode import DecodePlan

@@ -79,6 +79,8 @@ def choose_configuration(
         return Configuration(0, 8 if wide else 4, 1)
     if name == "decay_rows_kernel":
         return Configuration(0, 8, 1, None if wide else 128)
+    if name == "find_chunks_kernel":
+        return Configuration(0, 4, 1)
     if name == "decode_kernel":
         return Configuration(8 if scans < 128 else 32, 1 if scans < 128 else 4, 1)
     if name == "combine_pieces_kernel":

@@ -80,8 +80,10 @@ class FusedPass:
     @classmethod
     def of(cls, call: Call, options: dict[str, Any]) -> FusedPass | None:
         """None if other kernels compute the call: so they do if it is batch-invariant, since this
-        one is chosen by the batch and does not save for backward."""
-        if call.batch_invariant or call.v.shape[3] != 2 * ROWS or not call.sequences:
+        one is chosen by the batch and does not save for backward, and for a part of a rank, whose
+        first scan leaves what `prepare` has made to the second one."""
+        alone = not (call.batch_invariant or call.context_parallel)
+        if not alone or call.v.shape[3] != 2 * ROWS or not call.sequences:
             return None
         length = choose_piece_length(call)
         return cls(call, options, length) if length is not None or fills_gpu(call) else None
