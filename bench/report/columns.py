@@ -134,6 +134,11 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "backend": _word("backend"),
         "kernels": _word("kernels"),
         "first forward s": _number("latency_ms", ".2f", 1e-3),
+        "training step s": _number("training_ms", ".2f", 1e-3),
+        "decode step s": _number("decode_ms", ".2f", 1e-3),
+        "import torch s": _number("torch_ms", ".2f", 1e-3),
+        "start of CUDA s": _number("cuda_ms", ".2f", 1e-3),
+        "import gdn s": _number("gdn_ms", ".2f", 1e-3),
         "whole process s": _number("wall_ms", ".2f", 1e-3),
     },
 }
