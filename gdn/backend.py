@@ -247,6 +247,17 @@ class Backend(ABC):
         """Reasons against a problem that no field of Capabilities can express."""
         return []
 
+    def unprepared(self, call: Call | PoolCall, backward: bool) -> list[str]:
+        """Reasons against one call, or with backward also its gradients, that its Problem does not
+        tell: kernels that are not there and cannot be compiled here. Asked last, once for each kind
+        of call. Must not compile."""
+        return []
+
+    def preparation(self, call: Call | PoolCall, backward: bool) -> str:
+        """Where the code of this call comes from, for `gdn.explain`; empty if that is no question.
+        Must not compile."""
+        return ""
+
     def priority_for(self, problem: Problem) -> int:
         """`priority` for one problem. A backend of "auto" may step behind another one where it is
         slower, or where its speed is not known yet."""

@@ -21,6 +21,7 @@ pytest.importorskip("test_tilelang_emulated")
 import test_decode
 import test_distributed
 from gdn.backends.tilelang import BACKEND
+from gdn.backends.tilelang.kernels import compile_together
 from support import assert_close, poisoned_memory, run, truth  # noqa: F401
 from test_close_keys import check_against_rounding
 from test_float16_ranges import CASES as RANGES
@@ -208,7 +209,7 @@ def test_neither_spills_nor_serialises(
     if cut:
         monkeypatch.setattr(pieces, "piece_length", lambda call, rows: 128)
     plan, _ = plan_of(replace(FUSED, T=256, B=40, dtype=dtype))
-    for kernel in plan.kernels(save=False):
+    for kernel in compile_together(*plan.jobs(save=False)):
         said = verdict(kernel, tmp_path)
         assert_registers_suffice(kernel.get_kernel_source(), said)
         spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))

@@ -37,8 +37,9 @@ from gdn.backends.tilelang import TileLangBackend, streams
 from gdn.backends.tilelang import memory_rounds as rounds
 from gdn.backends.tilelang.backward import plan as backward
 from gdn.backends.tilelang.decode import plan as decode
-from gdn.backends.tilelang.forward import fused_plan, pieces
+from gdn.backends.tilelang.forward import pieces
 from gdn.backends.tilelang.forward import plan as forward
+from gdn.backends.tilelang.kernels import Job, compile_together
 from test_agreement import same_dtype  # noqa: F401
 
 from gdn.problem import Call
@@ -105,10 +106,10 @@ def world(
     monkeypatch.setattr(forward, "choose_prepare_grid", three_blocks)
 
     def enter(late: bool, edit: Callable[[str], str] = str, slow: int = -1) -> None:
-        def entries(kernels: list[Any]) -> list[Callable[..., None]]:
-            return [emulate(kernel, folder, late, edit, slow) for kernel in kernels]
+        def entries(jobs: list[Job]) -> list[Callable[..., None]]:
+            return [emulate(kernel, folder, late, edit, slow) for kernel in compile_together(*jobs)]
 
-        for module in (forward, fused_plan, backward, decode):
+        for module in (forward, backward, decode):
             monkeypatch.setattr(module, "launchers", entries)
         gdn.register_backend(Emulated(), replace=True)
 

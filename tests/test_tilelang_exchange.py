@@ -26,6 +26,7 @@ pytest.importorskip("test_tilelang_emulated")
 
 from gdn.backends.tilelang.forward.first_chunks import first_chunks
 from gdn.backends.tilelang.forward.plan import ForwardPass
+from gdn.backends.tilelang.kernels import compile_together
 from test_tilelang_emulated import Emulated, folder, world  # noqa: F401
 
 
@@ -53,8 +54,8 @@ def test_serialises_no_product_and_spills_nothing(tmp_path: Path) -> None:
     """The transfer scan, and the search for the first chunk that matters."""
     compiled = pytest.importorskip("test_tilelang")
     call = Call(**make_inputs(replace(CASE, T=2048), "meta"), context_parallel=True)
-    kernels = ForwardPass(call).kernels(save=True)
-    for kernel in (kernels[1], kernels[4]):
+    jobs = ForwardPass(call).jobs(save=True)
+    for kernel in compile_together(jobs[1], jobs[4]):
         said = compiled.verdict(kernel, tmp_path)
         compiled.assert_registers_suffice(kernel.get_kernel_source(), said)
         assert "0 bytes spill stores" in said

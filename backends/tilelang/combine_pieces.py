@@ -28,7 +28,8 @@ import tilelang.language as T
 
 from .compile import kernel
 from .tile.indexing import token_bound
-from .tile.pool import READS, PoolKind, declare_slots, declare_states, find_slot
+from .tile.pool import READS, declare_slots, declare_states, find_slot
+from .tile.pool_kind import PoolKind
 
 COLUMNS = 8
 """Columns of V of a thread block: few enough that eight heads keep all SMs busy."""

@@ -10,9 +10,9 @@ from gdn.backend import Forward, Gradients
 from gdn.exchange import Exchange, ExchangingPlan
 from gdn.problem import Call, PoolCall
 
-from .forward.first_chunks import first_chunks
 from .forward.plan import ForwardPass
-from .forward.prepare_channels import prepare_channels
+from .kernels import Job
+from .launch import launchers
 
 
 class PrefillPlan(ExchangingPlan):
@@ -46,20 +46,27 @@ class PrefillPlan(ExchangingPlan):
         gradients = self._backward_pass(call).backward(call, saved, grad_o, None, exchange)
         return gradients
 
+    def jobs(self, call: Call, backward: bool) -> list[Job]:
+        """The kernels that such calls need; with backward also those of the gradients."""
+        jobs = self.forward_pass.all_jobs(save=backward)
+        if backward and call.context_parallel:  # from the states and gradients of the exchange
+            jobs += self._backward_pass(call).jobs(initial=True, final=True)
+        elif backward:
+            initial = call.initial_state is not None
+            for final in sorted({False, call.output_final_state}):
+                jobs += self._backward_pass(call).jobs(initial, final)
+        return jobs
+
     def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
         """See `gdn.backend.Plan.precompile`."""
         assert isinstance(call, Call)
-        self.forward_pass.kernels(save=backward)
-        if backward:
-            initial = call.initial_state is not None
-            for final in {False, call.output_final_state}:
-                self._backward_pass(call).kernels(initial, final)
+        launchers(self.jobs(call, backward))
         return True
 
     def _backward_pass(self, call: Call) -> Any:
         if self.backward_pass is None:
-            # imported here: a forward call need not read the backward kernels' modules
+            # imported here: a forward call need not read the modules of backward
             from .backward.plan import BackwardPass
 
-            self.backward_pass = BackwardPass(call, prepare_channels, first_chunks)
+            self.backward_pass = BackwardPass(call)
         return self.backward_pass

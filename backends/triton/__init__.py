@@ -98,12 +98,12 @@ class TritonBackend(Backend):
 
             return DecodePlan(call)
         if isinstance(call, Prefill):
-            from .pool_plan import PoolPlan
+            from .ahead import SlotPlan
 
-            return PoolPlan(call)
-        from .plan import PrefillPlan
+            return SlotPlan(call)
+        from .ahead import SequencePlan
 
-        return PrefillPlan(call)
+        return SequencePlan(call)
 
 
 BACKEND = TritonBackend()

@@ -189,6 +189,18 @@ class Stage:
             self.launch_compiled = _make_launcher(compiled, self.grid, constants)
 
 
+class CompilingStage(Stage):
+    """A stage that compiles where others launch."""
+
+    def __call__(self, tensors: Sequence[Tensor | None], *scale: float) -> None:
+        self.compile(tensors, *scale)
+
+
+def compiles_ahead() -> bool:
+    """Whether kernels can be compiled before a launch, for this process's GPU."""
+    return not INTERPRETED and torch.cuda.is_available()
+
+
 def _make_launcher(compiled: Any, grid: int, constants: tuple[Any, ...]) -> Callable[..., None]:
     """A function that launches a compiled kernel on the current device's stream.
 

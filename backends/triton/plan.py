@@ -37,28 +37,24 @@ class PrefillPlan(ExchangingPlan):
     """The launches for all calls of one kind: same shapes, dtypes, device and options.
 
     Calls whose tokens have other strides have plans of their own, in `strided`. `pool_flags` and
-    `pool_sizes` are what kernels take of a pool of states; here there is none.
+    `pool_sizes` are what kernels take of a pool of states; here there is none. `stage_type` is what
+    a bound kernel is (`ahead.py`).
     """
+
+    stage_type = Stage
 
     def __init__(self, call: Call, strides: Strides | None = None) -> None:
         T, HV = call.q.shape[1], call.v.shape[2]
         self.slots, self.piece_length = piece_slots(call, CHUNK), piece_length(call)
         self.constants: dict[str, Any] = {
-            "H": call.q.shape[2],
-            "HV": HV,
-            "K": call.q.shape[3],
-            "V": call.v.shape[3],
-            "C": CHUNK,
-            "BK": padded_keys(call),
-            "VARLEN": call.cu_seqlens is not None,
+            "H": call.q.shape[2], "HV": HV, "K": call.q.shape[3], "V": call.v.shape[3],
+            "C": CHUNK, "BK": padded_keys(call), "VARLEN": call.cu_seqlens is not None,
             "L2_NORM": call.use_qk_l2norm_in_kernel,
-            "FUSED_GATE": call.use_gate_in_kernel,
-            "LOWER_BOUND": call.gate_lower_bound,
+            "FUSED_GATE": call.use_gate_in_kernel, "LOWER_BOUND": call.gate_lower_bound,
             "FUSED_SIGMOID": call.use_beta_sigmoid_in_kernel,
             "BETA_SCALE": 2.0 if call.allow_neg_eigval else 1.0,
-            "CHANNELS": call.per_channel,
-            "BD": CHANNELS,
-        }
+            "CHANNELS": call.per_channel, "BD": CHANNELS,
+        }  # fmt: skip
         self.constants |= contiguous_strides(call) if strides is None else strides
         self.strided: dict[tuple[object, ...], PrefillPlan] = {}
         self.pool_flags = {"POOL": False, "POOL_V_FIRST": False, "CHECKPOINTS": 0}
@@ -91,7 +87,8 @@ class PrefillPlan(ExchangingPlan):
             BK, channels = self.constants["BK"], self.constants["CHANNELS"]
             scans = 1 if self.batch_invariant else self.scans  # alike for all batches
             configuration = choose_configuration(name, BK, self.itemsize, scans, limit, channels)
-            self.stages[key] = stage = Stage(kernel, programs, configuration, sizes, **constants)
+            stage = self.stage_type(kernel, programs, configuration, sizes, **constants)
+            self.stages[key] = stage
             stage.can_autotune &= not self.batch_invariant
         return self.stages[key]
 
@@ -184,7 +181,7 @@ class PrefillPlan(ExchangingPlan):
             return self, call
         key = tuple(strides.values())
         if key not in self.strided:
-            self.strided[key] = PrefillPlan(call, strides)
+            self.strided[key] = type(self)(call, strides)
         return self.strided[key], call
 
     def run_forward(self, call: Call, save: bool, exchange: Exchange | None = None) -> Forward:

@@ -23,21 +23,33 @@ from gdn.exchange import Exchange, PieceMaps
 from gdn.problem import CHUNK, Call
 
 from ...common.chunking import piece_length, piece_slots, sm_count
-from ..arguments import channel_options, dtype_name, gate_options, tma_ready, token_ready
-from ..clear_tail import clear_tail, clear_tail_options
-from ..combine_pieces import combine_pieces
-from ..compile import compile_together, launchers
+from ..arguments import (
+    channel_options,
+    clear_tail_options,
+    dtype_name,
+    gate_options,
+    tma_ready,
+    token_ready,
+)
+from ..kernels import (
+    Job,
+    channel_gradients,
+    clear_tail,
+    combine_pieces,
+    first_chunks,
+    gate_sums,
+    gradients,
+    prepare_channels,
+    recompute_states,
+    reverse_scan,
+)
+from ..launch import launchers
 from ..memory_rounds import memory_rounds, sequence_parts
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
-from ..tile.pool import NO_TABLES, slot_tables
+from ..tile.pool_kind import NO_TABLES, slot_tables
 from .buffers import Chunks, Common, Scratch, States, Tokens
-from .channel_gradients import channel_gradients
 from .factors import rows_of_factors
-from .gate_sums import gate_sums
-from .gradients import gradients
-from .recompute_states import recompute_states
-from .reverse_scan import reverse_scan
 
 MAX_CHUNKS = 10
 """Pairs of a chunk and a q/k head that a thread block of `gradients` takes, at most."""
@@ -46,10 +58,7 @@ MAX_CHUNKS = 10
 class BackwardPass:
     """What all backward calls of one kind (shapes, dtypes, device, options) have in common."""
 
-    def __init__(self, call: Call, prepare_channels: Any = None, first_chunks: Any = None) -> None:
-        """Kernels of forward: prepare_channels, which a call with a decay per channel needs, and
-        first_chunks, which a rank's part without one does."""
-        self.prepare_channels, self.first_chunks = prepare_channels, first_chunks
+    def __init__(self, call: Call) -> None:
         self.forgetting = call.context_parallel and not call.per_channel
         H, K = call.q.shape[2:]
         HV, V = call.v.shape[2:]
@@ -80,13 +89,13 @@ class BackwardPass:
         self.gate_options, self.channels = gate_options(call), call.per_channel
         if self.channels:
             self.gate_options |= channel_options(call)
-        self.clear_jobs: list[tuple[Any, dict[str, Any]]] = []
+        self.clear_jobs: list[Job] = []
         if call.cu_seqlens is not None:
             self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=True))]
         self.launchers: dict[tuple[bool, bool], list[Any]] = {}
 
-    def kernels(self, initial: bool, final: bool) -> list[Any]:
-        """The compiled kernels in the order of their launches; `clear_tail` last. initial: whether
+    def jobs(self, initial: bool, final: bool) -> list[Job]:
+        """The kernels in the order of their launches; `clear_tail` last. initial: whether
         the call has an initial state; final: whether the final state has a gradient."""
         if self.split:  # a round starts from states and gradients of its neighbours
             initial = final = True
@@ -94,21 +103,21 @@ class BackwardPass:
             prepare = {name: x for name, x in self.shape.items() if name != "group"} | {
                 "offsets": self.offsets, "save": False, "rows_alone": True,
             }  # fmt: skip
-            first: Any = (self.prepare_channels, self.gate_options | prepare)
-            last: Any = (channel_gradients, self.shape | self.gate_options)
+            first: Job = (prepare_channels, self.gate_options | prepare)
+            last: Job = (channel_gradients, self.shape | self.gate_options)
         else:
             options = {name: x for name, x in self.gate_options.items() if name != "l2"}
             first = (gate_sums, options | {"offsets": self.offsets, "varlen": self.shape["varlen"]})
             last = (gradients, self.shape | self.gate_options)
         scan = self.scan_options
         if not self.cut:
-            return compile_together(
+            return [
                 first,
                 (recompute_states, scan | {"initial": initial}),
                 (reverse_scan, scan | {"final": final, "initial": initial, "outputs": True}),
                 last,
                 *self.clear_jobs,
-            )
+            ]
         combine = {name: self.shape[name] for name in ("K", "V", "varlen")} | {
             "offsets": self.offsets, "v_first": self.v_first, "reverse": True,
             "forgetting": False,
@@ -116,13 +125,13 @@ class BackwardPass:
             "initial": final, "final": initial,
         }  # fmt: skip
         from_zero = {"final": False, "initial": True, "outputs": False}
-        search = []
+        search: list[Job] = []
         if self.forgetting:
             from_zero |= {"forgetting": True}
             options = {name: self.shape[name] for name in ("dtype", "K", "varlen")}
             options |= self.gate_options | {"offsets": self.offsets, "reverse": True}
-            search = [(self.first_chunks, options)]
-        return compile_together(
+            search = [(first_chunks, options)]
+        return [
             first,
             (recompute_states, scan | {"initial": True}),
             (reverse_scan, scan | from_zero),
@@ -131,7 +140,7 @@ class BackwardPass:
             last,
             *search,
             *self.clear_jobs,
-        )
+        ]
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None,
@@ -145,7 +154,7 @@ class BackwardPass:
         do, d_end, cu_seqlens = (tma_ready(x) for x in (grad_o, grad_final_state, call.cu_seqlens))
         kind = begin is not None, d_end is not None or exchange is not None
         if kind not in self.launchers:
-            self.launchers[kind] = launchers(self.kernels(*kind))
+            self.launchers[kind] = launchers(self.jobs(*kind))
         launch_first, *launch_round = self.launchers[kind]
 
         # === buffers ===

@@ -20,11 +20,9 @@ from gdn.exchange import Exchange, PieceMaps
 from gdn.problem import CHUNK, Call
 
 from ...common.chunking import piece_length, piece_slots
-from ..combine_pieces import combine_pieces
+from ..kernels import Job, combine_pieces, first_chunks, scan
 from ..tile.layout import ROWS
-from ..tile.pool import slot_tables
-from .first_chunks import first_chunks
-from .scan import scan
+from ..tile.pool_kind import slot_tables
 
 MIN_HALF_PIECE_CHUNKS = 32
 """Pieces are halved only if the halves have at least this many chunks."""
@@ -56,7 +54,7 @@ def piece_shapes(call: Call, save: bool) -> list[tuple[tuple[int, ...], torch.dt
 
 def piece_jobs(
     call: Call, options: dict[str, Any], gates: dict[str, Any], warpgroups: int
-) -> list[tuple[Any, dict[str, Any]]]:
+) -> list[Job]:
     """The kernels of `scan_pieces`, the last one first_chunks, and their static options. options:
     of `scan`, for the call; gates: with those of `first_chunks`; warpgroups: of the final scan."""
     part = call.context_parallel
@@ -68,7 +66,7 @@ def piece_jobs(
         name: options[name]
         for name in ("offsets", "K", "V", "varlen", "initial", "v_first", "pool")
     } | {"final": False, "reverse": False, "forgetting": False, "late": part}
-    jobs = [
+    jobs: list[Job] = [
         (scan, transfer), (combine_pieces, combine),
         (scan, options | {"initial": True, "warpgroups": warpgroups}),
     ]  # fmt: skip

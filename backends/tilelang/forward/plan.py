@@ -23,18 +23,22 @@ from gdn.problem import CHUNK, Call
 
 from ...common.allocation import allocator
 from ...common.chunking import piece_slots, sm_count
-from ..arguments import channel_options, dtype_name, gate_options, tma_ready, token_ready
-from ..clear_tail import clear_tail, clear_tail_options
-from ..compile import compile_together, launchers
+from ..arguments import (
+    channel_options,
+    clear_tail_options,
+    dtype_name,
+    gate_options,
+    tma_ready,
+    token_ready,
+)
+from ..kernels import Job, clear_tail, prepare, prepare_channels, scan
+from ..launch import launchers
 from ..memory_rounds import sequence_chunks, sequence_parts
 from ..streams import join_side_stream, side_stream
-from ..tile.layout import ROWS, factor_rows
-from ..tile.pool import NO_TABLES, PoolKind
+from ..tile.layout import BLOCKS_PER_SM, ROWS, factor_rows
+from ..tile.pool_kind import NO_TABLES, PoolKind
 from .fused_plan import FusedPass
 from .pieces import choose_pieces, piece_jobs, piece_shapes, scan_pieces
-from .prepare import BLOCKS_PER_SM, prepare
-from .prepare_channels import prepare_channels
-from .scan import scan
 
 MIN_SEGMENT_CHUNKS, MAX_SEGMENTS = 32, 4
 
@@ -74,8 +78,7 @@ def choose_prepare_grid(call: Call, chunks: int) -> tuple[int, int]:
 
 
 def prepare_grid(call: Call, chunks: int) -> tuple[int, ...]:
-    """`choose_prepare_grid`, and nothing for `prepare_channels`, which takes one item a thread
-    block."""
+    """`choose_prepare_grid`; nothing for `prepare_channels`, which takes one item a block."""
     return () if call.per_channel else choose_prepare_grid(call, chunks)
 
 
@@ -140,7 +143,7 @@ class ForwardPass:
         if pool is not None and call.cu_seqlens is not None:
             self.prepare_options["unchecked"] = True
         self.segments: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
-        self.scan_jobs: dict[bool, list[tuple[Any, dict[str, Any]]]] = {}
+        self.scan_jobs: dict[bool, list[Job]] = {}
         options = shape | states | {"dtype": dtype, "transfer": False, "channels": channels}
         if self.pieces[True][0] is None:
             warpgroups = choose_warpgroups(V, self.sequences * HV, device)
@@ -161,20 +164,27 @@ class ForwardPass:
             for save, (_, warpgroups) in self.pieces.items():
                 gates = self.prepare_options
                 self.scan_jobs[save] = piece_jobs(call, options, gates, warpgroups)
-        self.clear_jobs: list[tuple[Any, dict[str, Any]]] = []
+        self.clear_jobs: list[Job] = []
         if call.cu_seqlens is not None and clears_tail:
             self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=False))]
-        self.run_clear: Any = None
-        self.launchers: dict[bool, list[Any]] = {}
+        self.launchers: dict[bool, tuple[list[Any], Any]] = {}
 
-    def kernels(self, save: bool) -> list[Any]:
-        """The compiled kernels, in the order of their launches. `clear_tail`, which is launched by
-        itself, is compiled beside them."""
+    def jobs(self, save: bool) -> list[Job]:
+        """The kernels in the order of their launches, without `clear_tail`."""
         if self.fused and not save:
-            return compile_together(*self.fused.jobs, *self.clear_jobs)[: len(self.fused.jobs)]
-        prepare_kernel = prepare_channels if self.channels else prepare
-        jobs = ((prepare_kernel, self.prepare_options | {"save": save}), *self.scan_jobs[save])
-        return compile_together(*jobs, *self.clear_jobs)[: len(jobs)]
+            return self.fused.jobs
+        first = prepare_channels if self.channels else prepare
+        return [(first, self.prepare_options | {"save": save}), *self.scan_jobs[save]]
+
+    def all_jobs(self, save: bool) -> list[Job]:
+        """`jobs`, and `clear_tail` at the end if it is needed."""
+        return [*self.jobs(save), *self.clear_jobs]
+
+    def _launchers(self, save: bool) -> tuple[list[Any], Any]:
+        """The functions that launch `jobs`, and the one of `clear_tail` or None."""
+        found = launchers(self.all_jobs(save))
+        self.launchers[save] = (found[:-1], found[-1]) if self.clear_jobs else (found, None)
+        return self.launchers[save]
 
     def forward(self, call: Call, save: bool, exchange: Exchange | None = None) -> Forward:
         """See `gdn.backend.Plan.forward`, with exchange `gdn.exchange.ExchangingPlan`."""
@@ -198,18 +208,16 @@ class ForwardPass:
         cu_seqlens = tma_ready(call.cu_seqlens)
         if call.initial_state is not None:  # else it may be a pool, in a dtype of its own
             initial = tma_ready(call.initial_state.float())
-        if self.clear_jobs:
-            if self.run_clear is None:
-                self.kernels(save)  # compiles all in parallel
-                (self.run_clear,) = launchers(compile_together(*self.clear_jobs))
-            self.run_clear(None, None, o, None, None, cu_seqlens)
+        launch, run_clear = self.launchers.get(save) or self._launchers(save)
+        if run_clear is not None:
+            run_clear(None, None, o, None, None, cu_seqlens)
         if self.fused and not save:
             gates = (g, beta, A_log, dt_bias)
-            self.fused.run(q, k, v, gates, initial, cu_seqlens, o, final, tables, call.scale)
+            self.fused.run(
+                launch, q, k, v, gates, initial, cu_seqlens, o, final, tables, call.scale
+            )
             return []
-        if save not in self.launchers:
-            self.launchers[save] = launchers(self.kernels(save))
-        run_prepare, *run_scans = self.launchers[save]
+        run_prepare, *run_scans = launch
         P_A_v, scan_factors = self.new_P_A_v(), self.new_scan_factors()
         decayed_rows = self.new_decayed_rows()
         saved = [new() for new in self.new_saved[save]]

@@ -31,14 +31,8 @@ from ..compile import kernel
 from ..tile.fragments import PRELUDE
 from ..tile.indexing import Fields, piece_bounds, piece_number, strided
 from ..tile.layout import ROWS, factor_rows
-from ..tile.pool import (
-    SKIPPED,
-    PoolKind,
-    declare_checkpoints,
-    declare_slots,
-    declare_states,
-    find_slot,
-)
+from ..tile.pool import SKIPPED, declare_checkpoints, declare_slots, declare_states, find_slot
+from ..tile.pool_kind import PoolKind
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end, clear_tokens
