@@ -42,8 +42,8 @@ LONG: dict[str, Any] = {"HV": 4, "H": 2, "K": 128, "V": 128, "gates": "weak"}
 NORM = LONG | {"l2norm": True}
 ON_GPUS = {  # cases of a group share kernels, but for the last one
     "dense": [
-        Parallel("one sequence", (1100, 1000), options=NORM),
-        Parallel("forgetting", (1100, 1000), options=NORM | {"gates": "fast"}),
+        Parallel("one sequence", (1100, 1000), options=LONG),
+        Parallel("forgetting", (1100, 1000), options=LONG | {"gates": "fast"}),
     ],
     "packed": [
         Parallel("packed", (900, 1000), (100, 5, 1500, 0, 290, 5), options=NORM),
