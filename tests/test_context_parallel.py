@@ -86,7 +86,7 @@ def test_triton_agrees_in_its_interpreter(tmp_path: Path) -> None:
         Parallel("triton", (4, 3), (7,), options=small),
         Parallel("pieces", (40, 140), None, "zigzag", options=cut),  # the inner parts have two
     ]
-    start(run_in_pieces, 2, tmp_path, 120, cases, (torch.float32,), "triton")
+    start(run_in_pieces, 2, tmp_path, 240, cases, (torch.float32,), "triton")
 
 
 def test_torch_compile_makes_one_graph(tmp_path: Path) -> None:
