@@ -45,6 +45,7 @@ TABLES |= {"checkpoint_offsets", "checkpoint_indices"}
 COMMON: dict[str, Any] = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 64, "BK": 128, "VARLEN": True}
 COMMON |= {"L2_NORM": True, "FUSED_GATE": True, "LOWER_BOUND": None, "FUSED_SIGMOID": True}
 COMMON |= {"BETA_SCALE": 1.0, "SAVE": True, "POOL": False, "CHANNELS": False, "BD": 64}
+COMMON |= {"WEAK": False}
 COMMON |= {"Q_STRIDES": (0, 2048, 128), "K_STRIDES": (0, 2048, 128), "V_STRIDES": (0, 4096, 128)}
 COMMON |= {"G_STRIDES": (0, 32, 1), "BETA_STRIDES": (0, 32, 1)}
 NO_POOL = dict.fromkeys(
@@ -89,8 +90,8 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (decode_kernel, DECODE | {"V_FIRST": True}),
     (decode_kernel, DECODE | {"UNIT": 1}),
     (decode_kernel, SPECULATIVE),
-    (prepare_channels_kernel, CHANNELS | {"BD": 32}),
-    (prepare_channels_kernel, CHANNELS | NO_A_LOG | {"BD": 32}),
+    (prepare_channels_kernel, CHANNELS | {"BD": 128}),
+    (prepare_channels_kernel, CHANNELS | NO_A_LOG | {"WEAK": True, "BD": 128}),
     (decay_rows_kernel, CHANNELS),
     (scan_kernel, SCAN | CHANNELS),
     (scan_kernel, SCAN_FOR_STATES | CHANNELS),

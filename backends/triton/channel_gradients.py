@@ -27,16 +27,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import FLOOR, backpropagate_gate, load_A_log
+from .activation import FLOOR, backpropagate_gate, exp_flushed, load_A_log
 from .channel_decay import (
     LEVELS,
     NUMBERS,
     dot_decayed,
-    level_factors,
     level_pairs,
     load_channel_gates,
     round_decayed,
-    sum_gates,
 )
 from .chunk_buffers import (
     BETA,
@@ -60,6 +58,21 @@ from .tiles import (
     store_rows,
     store_scalars,
 )
+
+
+@triton.jit
+def sum_gates(log_decay, dtype: tl.constexpr):
+    """G of log_decay [C, BD], precise enough for differences: in float64 for float32 calls."""
+    return tl.cumsum(log_decay.to(tl.float64 if dtype == tl.float32 else tl.float32), axis=0)
+
+
+@triton.jit
+def gather_factors(G, level, C: tl.constexpr, BD: tl.constexpr):
+    """f of all tokens at a level, [C, BD], from G: here `level_factors` has too many registers."""
+    shift = LEVELS - 1 - level  # h = 1 << shift
+    middle = (((tl.arange(0, C) >> shift) | 1) << shift) - 1
+    G_middle = tl.gather(G, tl.broadcast_to(middle[:, None], C, BD), axis=0)
+    return exp_flushed(-tl.abs(G - G_middle).to(tl.float32))
 
 
 @triton.jit
@@ -173,13 +186,15 @@ def channel_gradients_kernel(
                 k, first_token, tokens, qk_head, K_STRIDES, K, first_channel, C, BD
             )
             queries, keys = rq[:, None] * raw_q.to(tl.float32), rk[:, None] * raw_k.to(tl.float32)
-            dQ = scale * tl.exp(G.to(tl.float32)) * dO_S_T
-            dK_bracket = -tl.exp(G.to(tl.float32)) * R_S_T
-            dK_out = tl.exp((gamma[None, :] - G).to(tl.float32)) * U_dS_T
+            dQ = scale * exp_flushed(G.to(tl.float32)) * dO_S_T
+            dK_bracket = -exp_flushed(G.to(tl.float32)) * R_S_T
+            dK_out = exp_flushed((gamma[None, :] - G).to(tl.float32)) * U_dS_T
             dK = strength[:, None] * dK_bracket + dK_out
             K_dK_out = tl.where(row + 1 < tokens, keys * dK_out, 0.0)
             K_dK_out = tl.where(row == C - 1, 0.0, K_dK_out)
-            from_start = tl.exp(gamma.to(tl.float32)) * S_dot_dS + tl.sum(K_dK_out, axis=0)  # [BD]
+            from_start = exp_flushed(gamma.to(tl.float32)) * S_dot_dS + tl.sum(
+                K_dK_out, axis=0
+            )  # [BD]
             terms = queries * dQ - K_dK_out + strength[:, None] * keys * dK_bracket
             product = tl.sum(keys * dK_bracket, axis=1)
             K_bracket += product
@@ -187,7 +202,7 @@ def channel_gradients_kernel(
 
             # === through pairs ===
             for level in range(LEVELS):
-                f = level_factors(G, level, C, BD)
+                f = gather_factors(G, level, C, BD)
                 q_f = round_decayed(rq[:, None] * raw_q.to(tl.float32) * f, dtype)
                 k_f = round_decayed(rk[:, None] * raw_k.to(tl.float32) * f, dtype)
                 pairs = level_pairs(level, C)

@@ -41,7 +41,7 @@ class Configuration(NamedTuple):
 
 AUTOTUNE_CANDIDATES: dict[str, list[tuple[int, ...]]] = {
     "prepare_channels_kernel": [(0, 4, 1), (0, 4, 1, 168), (0, 8, 1), (0, 8, 1, 128)],
-    "decay_rows_kernel": [(0, 4, 1), (0, 8, 1), (0, 8, 1, 128)],
+    "decay_rows_kernel": [(0, 4, 1), (0, 4, 1, 168), (0, 8, 1)],
     "prepare_kernel": [(0, 4, 1, 128), (0, 4, 1, 168), (0, 4, 1), (0, 8, 1)],
     "combine_pieces_kernel": [(16, 4, 1), (16, 4, 2), (32, 4, 1)],
     "scan_kernel": [(BV, w, n) for BV, w in ((64, 4), (64, 8), (128, 8)) for n in (1, 2, 3)],
@@ -75,10 +75,8 @@ def choose_configuration(
     wide = itemsize > 2 or BK > 128
     if name == "prepare_kernel":
         return Configuration(0, 4, 1, None if wide else 168)
-    if name == "prepare_channels_kernel":
+    if name in ("prepare_channels_kernel", "decay_rows_kernel"):
         return Configuration(0, 8 if wide else 4, 1)
-    if name == "decay_rows_kernel":
-        return Configuration(0, 8, 1, None if wide else 128)
     if name == "decode_kernel":
         return Configuration(8 if scans < 128 else 32, 1 if scans < 128 else 4, 1)
     if name == "combine_pieces_kernel":
