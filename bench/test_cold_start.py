@@ -1,8 +1,10 @@
-"""The time of the first forward in a new process: with empty kernel caches, then with the caches of
-that run. The quick set uses the caches as they are."""
+"""The times of the first calls in a new process: with empty kernel caches, with the caches of that
+run, and for TileLang without a compiler, from the kernels of that run as a folder of prebuilt ones.
+The quick set uses the caches as they are."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -24,7 +26,16 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kernels")
 
 
-@pytest.mark.parametrize("kernels", ["empty cache", "warm cache"])
+def prebuilt(caches: Path) -> dict[str, str]:
+    """The environment of a process that finds kernels in a folder, and has no cache."""
+    folders = sorted((caches / "tilelang" / "TILELANG_CACHE_DIR" / "gdn").glob("*"))
+    if not folders:
+        pytest.skip("no kernels were compiled before")
+    empty = str(caches / "none")
+    return {"GDN_KERNELS": os.pathsep.join(map(str, folders)), "TILELANG_CACHE_DIR": empty}
+
+
+@pytest.mark.parametrize("kernels", ["empty cache", "warm cache", "prebuilt"])
 def test_cold_start(
     request: pytest.FixtureRequest, benchmark: Any, caches: Path, backend: str, kernels: str
 ) -> None:
@@ -32,22 +43,28 @@ def test_cold_start(
     (verdict,) = (v for v in gdn.explain(**inputs).verdicts if v.name == backend)
     if verdict.reasons:
         pytest.skip("; ".join(verdict.reasons))
+    if kernels == "prebuilt" and backend != "tilelang":
+        pytest.skip("only tilelang's kernels can be prebuilt")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
     if size(request.config) != "quick":
         environment |= {name: str(caches / backend / name) for name in CACHES}
-    elif kernels == "empty cache":
+    elif kernels != "warm cache":
         pytest.skip("not in the quick set")
     command = [sys.executable, str(HERE / "first_call.py"), backend, DEVICE.type]
-    seconds = []
+    if kernels == "prebuilt":
+        environment |= prebuilt(caches)
+        command.append("--no-compiler")
+    seconds: dict[str, float] = {}
 
     def start() -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        seconds.append(float(done.stdout.split()[-1]))
+        seconds.update(json.loads(done.stdout.splitlines()[-1]))
 
     benchmark.pedantic(start, rounds=1)
     benchmark.extra_info |= {
         "kind": "cold start",
         "backend": backend,
         "kernels": "cache as found" if size(request.config) == "quick" else kernels,
-        "latency_ms": 1e3 * seconds[0],
+        "latency_ms": 1e3 * seconds.pop("forward"),
+        **{f"{name}_ms": 1e3 * x for name, x in seconds.items()},
     }

@@ -1,18 +1,22 @@
 """Host time of choosing a backend, at most 5 microseconds for a repeated call; and of issuing a
-whole call without waiting for the device."""
+whole call, of whole sequences, on a pool or of one token, without waiting for the device."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from shapes import make_case
+from shapes import make_case, make_pool_case, make_step_case
 from suite import DEVICE, DTYPE
+from test_pool import PoolCall
 
 import gdn
 from gdn import dispatch
 from gdn.problem import Call
 from gdn.testing import Case, make_inputs
+from gdn.testing.decode import make_step
 
 LIMIT = 5e-6
 CASE = Case("choice", T=128, H=16, HV=32, K=128, V=128, fused=True)
@@ -39,16 +43,25 @@ def test_choosing(benchmark: Any, monkeypatch: pytest.MonkeyPatch, source: str) 
     assert median <= LIMIT
 
 
-def test_issuing(benchmark: Any, backend: str) -> None:
-    """Forward on one chunk, where the host takes longer than the GPU."""
+def make_run(work: str, backend: str) -> Callable[[], object]:
+    """A call on one chunk, or one token, where the host takes longer than the GPU."""
+    if work == "prefill":
+        return PoolCall(make_pool_case("1/1:1x64", DTYPE)).prefill(backend)
+    if work == "decode":
+        step = make_step(make_step_case("1/1", 1, DTYPE), DEVICE)
+        return functools.partial(gdn.gated_delta_net_decode, **step, backend=backend)
     inputs = make_inputs(make_case("1/1:1x64", "model", DTYPE), DEVICE)
-    (verdict,) = (v for v in gdn.explain(**inputs).verdicts if v.name == backend)
-    if verdict.reasons:
-        pytest.skip("; ".join(verdict.reasons))
+    return functools.partial(gdn.gated_delta_net, **inputs, backend=backend)
 
-    def call() -> object:
-        return gdn.gated_delta_net(**inputs, backend=backend)
 
-    benchmark.pedantic(call, rounds=30, iterations=10, warmup_rounds=2)
+@pytest.mark.parametrize("work", ["forward", "prefill", "decode"])
+def test_issuing(benchmark: Any, work: str, backend: str) -> None:
+    run = make_run(work, backend)
+    try:
+        run()
+    except (gdn.BackendUnsupportedError, ModuleNotFoundError) as error:
+        pytest.skip(str(error))
+    benchmark.pedantic(run, rounds=30, iterations=10, warmup_rounds=2)
     median = benchmark.stats.stats.median
-    benchmark.extra_info |= {"kind": "issuing", "backend": backend, "latency_ms": 1e3 * median}
+    benchmark.extra_info |= {"kind": "issuing", "pass": work, "backend": backend}
+    benchmark.extra_info |= {"latency_ms": 1e3 * median}

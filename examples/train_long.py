@@ -2,8 +2,8 @@
 
 Each process holds a part of the tokens of a batch, and the states pass between them. The sequences
 hold keys with their values, then the same keys again, often on another process. The loss is that of
-one process, up to rounding. Runs on CPUs (gloo); with GPUs each process takes one (NCCL), which has
-not been tried yet.
+one process, up to rounding. Runs on CPUs (gloo); with GPUs each process takes the one of its local
+rank (NCCL).
 
     torchrun --nproc-per-node 4 examples/train_long.py
     torchrun --nproc-per-node 1 examples/train_long.py     the same losses
@@ -103,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=5e-3)
     args = parser.parse_args(argv)
     gpus = torch.cuda.is_available()
+    if gpus:  # before the group is made, which takes the current device
+        torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
     dist.init_process_group("nccl" if gpus else "gloo")
-    if gpus:
-        torch.cuda.set_device(dist.get_node_local_rank())
     losses = train(args, "cuda" if gpus else "cpu")
     if dist.get_rank() == 0:
         print(f"loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last one")

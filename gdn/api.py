@@ -172,11 +172,11 @@ def explain(
         check_bounds(call.call)
         check_slots(call)
         check_memory(call)
-        return explanation.explain(request, source, describe_pool_call(call))
+        return explanation.explain(request, source, describe_pool_call(call), call)
     validate(call)
     check_cu_seqlens(call)
     problem = replace(describe(call, calls.needs_grad(call)), context_parallel=cp is not None)
-    return explanation.explain(request, source, problem)
+    return explanation.explain(request, source, problem, call)
 
 
 def warmup(

@@ -44,7 +44,8 @@ class Capabilities:
         per_channel: g may be [B, T, HV, K], a decay for each channel of K.
         gate_lower_bound: the fused gate may have a lower bound.
         context_parallel: sequences may be split over ranks (cp=). `gdn.distributed` makes the
-            summaries of a part from the backend's own calls; this says that they are tested.
+            summaries of a part from the backend's own calls, or the plan does (`exchanges`); this
+            says that they are tested.
         batch_invariant: with `Call.batch_invariant` a sequence gets the same bits whatever is
             computed beside it (`gdn.batch_invariant`).
     """
@@ -246,6 +247,17 @@ class Backend(ABC):
         """Reasons against a problem that no field of Capabilities can express."""
         return []
 
+    def unprepared(self, call: Call | PoolCall, backward: bool) -> list[str]:
+        """Reasons against one call, or with backward also its gradients, that its Problem does not
+        tell: kernels that are not there and cannot be compiled here. Asked last, once for each kind
+        of call. Must not compile."""
+        return []
+
+    def preparation(self, call: Call | PoolCall, backward: bool) -> str:
+        """Where the code of this call comes from, for `gdn.explain`; empty if that is no question.
+        Must not compile."""
+        return ""
+
     def priority_for(self, problem: Problem) -> int:
         """`priority` for one problem. A backend of "auto" may step behind another one where it is
         slower, or where its speed is not known yet."""
@@ -261,6 +273,11 @@ class Backend(ABC):
         fake tensors. None if only forward can know them: torch.compile then cannot trace calls with
         gradients."""
         return []
+
+    def exchanges(self, call: Call) -> bool:
+        """Whether the plan of a call like this one, but with `context_parallel`, is a
+        `gdn.exchange.ExchangingPlan`."""
+        return False
 
     @abstractmethod
     def plan(self, call: Call | PoolCall) -> Plan:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Backend, Forward, Gradients, Plan
+from gdn.exchange import Exchange, ExchangingPlan
 from gdn.problem import Call, PoolCall, Prefill, Step
 
 
-class CheckedPlan(Plan):
+class CheckedPlan(ExchangingPlan):
     """A plan of a backend. RuntimeError if the first result of a method is not of the contract's
     shapes and dtypes."""
 
@@ -21,7 +22,25 @@ class CheckedPlan(Plan):
         self.backend, self.plan = backend, plan
 
     def forward(self, call: Call, save: bool) -> Forward:
-        result = self.plan.forward(call, save)
+        result = self._checked_forward(self.plan.forward(call, save), call, save)
+        self.forward = self.plan.forward  # type: ignore[method-assign]
+        return result
+
+    def forward_part(self, call: Call, save: bool, exchange: Exchange) -> Forward:
+        run = self.plan.forward_part  # type: ignore[attr-defined]
+        result = self._checked_forward(run(call, save, exchange), call, save)
+        self.forward_part = run  # type: ignore[method-assign]
+        return result
+
+    def backward_part(
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, exchange: Exchange
+    ) -> Gradients:
+        run = self.plan.backward_part  # type: ignore[attr-defined]
+        result = self._checked_backward(run(call, saved, grad_o, exchange), call)
+        self.backward_part = run  # type: ignore[method-assign]
+        return result
+
+    def _checked_forward(self, result: Forward, call: Call, save: bool) -> Forward:
         self._count("Forward", result, 3)
         o, final_state, saved = result
         self._compare("o", o, call.v.shape, call.v.dtype, call)
@@ -32,18 +51,21 @@ class CheckedPlan(Plan):
             self._count("saved, as saved_like has it,", saved, len(like))
             for n, (x, expected) in enumerate(zip(saved, like, strict=True)):
                 self._compare(f"saved[{n}]", x, expected.shape, expected.dtype, call)
-        self.forward = self.plan.forward  # type: ignore[method-assign]
         return result
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
     ) -> Gradients:
         result = self.plan.backward(call, saved, grad_o, grad_final_state)
+        self._checked_backward(result, call)
+        self.backward = self.plan.backward  # type: ignore[method-assign]
+        return result
+
+    def _checked_backward(self, result: Gradients, call: Call) -> Gradients:
         self._count("Gradients", result, len(Gradients._fields))
         for name, found, x in zip(Gradients._fields, result, call.differentiable, strict=True):
             if x is not None:
                 self._compare(f"the gradient of {name}", found, x.shape, x.dtype, call)
-        self.backward = self.plan.backward  # type: ignore[method-assign]
         return result
 
     def decode(self, step: Step) -> Tensor:

@@ -1,8 +1,10 @@
-"""The command line: `gdn info`, `explain`, `warmup` and `compare`."""
+"""The command line: `gdn info`, `explain`, `warmup`, `build-kernels` and `compare`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +22,8 @@ from gdn.compare.options import (
     default_device,
     make_call,
     make_case,
+    make_pool_call,
+    on_device,
     parse_bound,
     parse_device,
     parse_lengths,
@@ -27,7 +31,14 @@ from gdn.compare.options import (
     require_device,
     require_room,
 )
-from gdn.problem import Call, Problem, compute_capability, describe
+from gdn.problem import (
+    Call,
+    PoolCall,
+    Problem,
+    compute_capability,
+    describe,
+    describe_pool_call,
+)
 from gdn.testing import Case
 
 
@@ -48,11 +59,10 @@ def info(args: argparse.Namespace) -> int:
     qwen = make_call(Case("info", T=8192, dtype=torch.bfloat16, **QWEN))
     kimi = make_call(Case("info", T=8192, dtype=torch.bfloat16, per_channel=True, **KIMI))
     for backend in backends:
-        problems = [
-            _describe(call, device.type, grad, sm)
+        verdicts = [
+            explanation.verdict(backend.name, _describe(call, device.type, grad, sm), call)
             for call, grad in ((qwen, False), (qwen, True), (kimi, True))
         ]
-        verdicts = [explanation.verdict(backend.name, problem) for problem in problems]
         cells = ["no: " + "; ".join(v.reasons) if v.reasons else f"yes: {v.path}" for v in verdicts]
         rows.append([backend.name, backend.summary, *cells])
     headers = (
@@ -66,9 +76,16 @@ def info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(call: Call, device: str, needs_grad: bool, sm: int | None) -> Problem:
+def _describe(given: Call | PoolCall, device: str, needs_grad: bool, sm: int | None) -> Problem:
     """Describe a call as one on this device."""
-    return replace(describe(call, needs_grad), device=device, sm=sm)
+    on_meta = describe(given, needs_grad) if isinstance(given, Call) else describe_pool_call(given)
+    return replace(on_meta, device=device, sm=sm)
+
+
+def _given(args: argparse.Namespace) -> Call | PoolCall:
+    """The call that the options give."""
+    call = make_call(make_case(args))
+    return make_pool_call(call, args.prefill) if args.decode or args.prefill else call
 
 
 def explain(args: argparse.Namespace) -> int:
@@ -77,29 +94,63 @@ def explain(args: argparse.Namespace) -> int:
     if sm is None and args.device.type == "cuda" and torch.cuda.is_available():
         require_device(args.device)
         sm = compute_capability(args.device)
-    problem = _describe(make_call(make_case(args)), args.device.type, args.gradients, sm)
-    if args.decode:
-        flags = problem.flags - {"output_final_state"}
-        problem = replace(problem, needs_grad=False, flags=flags, pool=torch.float32)
-    found = explanation.explain(*dispatch.request_in_force(args.backend), problem)
+    given = _given(args)
+    problem = _describe(given, args.device.type, args.gradients, sm)
+    found = explanation.explain(*dispatch.request_in_force(args.backend), problem, given)
     print(found)
     return 0 if found.chosen else 1
 
 
 def run_warmup(args: argparse.Namespace) -> int:
-    """Compile the kernels of calls of the given shape before the first call. Needs no GPU."""
+    """Compile the kernels of calls of the given shape before the first call. Needs no GPU for
+    TileLang's."""
     sm = args.sm or compute_capability(default_device()) or 90  # 90: Hopper, for TileLang
-    call = make_call(make_case(args))
+    given = _given(args)
+    if torch.cuda.is_available():  # else tensors stay on the meta device
+        given = on_device(given, default_device())
     request, _ = dispatch.request_in_force(args.backend)
     with console.progress(1) as step:
-        step("forward and backward" if args.gradients else "forward")
+        passes = "forward and backward" if args.gradients else "forward"
+        step("decode" if args.decode else "prefill" if args.prefill else passes)
         start = time.perf_counter()
-        problem = _describe(call, "cuda", args.gradients, sm)
-        name, compiled = dispatch.precompile(request, call, problem)
+        problem = _describe(given, "cuda", args.gradients, sm)
+        name, compiled = dispatch.precompile(request, given, problem)
     if compiled:
         print(f"{name} is ready after {time.perf_counter() - start:.1f} s")
     else:
         print(f"{name} compiles at its first call, nothing ahead of it")
+    return 0
+
+
+def build_kernels(args: argparse.Namespace) -> int:
+    """Compile TileLang's kernels into a folder for machines without a compiler, or check one. Needs
+    no GPU; what is there is kept."""
+    build, catalogue = (
+        importlib.import_module(f"gdn.backends.tilelang.{name}") for name in ("build", "catalogue")
+    )
+    if args.check is not None:
+        count, wrong = build.check(args.check)
+        for text in wrong:
+            print(text, file=sys.stderr)
+        print(f"{args.check}: {count} kernels, {len(wrong)} cannot be used")
+        return 1 if wrong or not count else 0
+    names = list(args.kernel or ())
+    if args.kernels_in is not None:
+        names += args.kernels_in.read_text().splitlines()
+    jobs = [build.parse_job(name) for name in names] or catalogue.wanted_jobs(
+        args.only, args.dtype, args.head_dim
+    )
+    if args.list:
+        print(*map(build.write_job, jobs), sep="\n")
+        return 0
+    try:
+        with console.progress(len(jobs)) as step:
+            build.build(jobs, args.out, args.jobs, done=step)
+    except build.BuildError as error:
+        print(f"gdn: {error}", file=sys.stderr)
+        return 1
+    size = sum(path.stat().st_size for path in args.out.iterdir())
+    print(f"{args.out}: {len(jobs)} kernels are built, {size / 1e6:.1f} MB in all")
     return 0
 
 
@@ -177,15 +228,40 @@ def make_parser() -> argparse.ArgumentParser:
     request = argparse.ArgumentParser(add_help=False)
     request.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
     request.add_argument("--backend", help="a name, a list, or auto")
+    kind = request.add_mutually_exclusive_group()
+    kind.add_argument("--decode", action="store_true", help="a decode step, from float32 states")
+    kind.add_argument("--prefill", action="store_true", help="prefill on a pool of float32 states")
     request.add_argument("--sm", type=int, help="compute capability times ten; default: this GPU's")
 
     command = commands.add_parser("explain", help=explain.__doc__, parents=[problem, here, request])
-    command.add_argument("--decode", action="store_true", help="a decode step, from float32 states")
     command.set_defaults(run=explain)
 
     command = commands.add_parser("warmup", help=run_warmup.__doc__, parents=[problem, request])
     # kernels for a GPU compile without one
     command.set_defaults(run=run_warmup, device=torch.device("cuda"))
+
+    command = commands.add_parser("build-kernels", help=build_kernels.__doc__)
+    command.add_argument("--out", type=Path, metavar="DIR", help="the folder to build into")
+    command.add_argument("--check", type=Path, metavar="DIR", help="load every kernel of a folder")
+    command.add_argument("--list", action="store_true", help="print the kernels, build nothing")
+    uses = ("forward", "training", "decode", "prefill")
+    command.add_argument("--only", nargs="+", choices=uses, default=uses, help="default: all")
+    command.add_argument(
+        "--dtype", nargs="+", choices=("bfloat16", "float16"), default=("bfloat16", "float16")
+    )
+    command.add_argument("--head-dim", nargs="+", type=int, choices=(128, 64), default=(128, 64))
+    command.add_argument(
+        "--kernel", action="append", metavar="NAME(OPTIONS)",
+        help="build this one alone, as an error names it; may be given several times",
+    )  # fmt: skip
+    command.add_argument(
+        "--kernels-in",
+        type=Path,
+        metavar="FILE",
+        help="the same, one a line, as --list prints them",
+    )
+    command.add_argument("--jobs", type=int, default=0, help="processes; default: one a core")
+    command.set_defaults(run=build_kernels)
 
     command = commands.add_parser("compare", help=run_compare.__doc__, parents=[problem, here])
     command.add_argument("--backends", help="a list, such as tilelang,fla; all by default")
@@ -200,5 +276,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Return 0 on success, 1 if a backend failed or none can run, 2 on bad
     options, 130 after Ctrl-C."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.run is build_kernels and (args.check is None) == (args.out is None) and not args.list:
+        parser.error("build-kernels takes --out DIR or --check DIR")
     return console.run_command("gdn", lambda: int(args.run(args)))

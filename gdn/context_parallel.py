@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -105,7 +105,7 @@ class ContextParallel:
                     "or call the op once before, outside it"
                 )
             own = torch.tensor([x.shape[1]], dtype=torch.int64, device=x.device)
-            found = all_gather(own, self.group.group_name, self.ranks)
+            found = start_all_gather(own, self.group.group_name, self.ranks)()
             lengths = found.flatten().tolist()
             self._check_total(lengths)
             self.lengths = lengths
@@ -143,9 +143,14 @@ class Placement(NamedTuple):
         """`part_of` for this layout."""
         return part_of(number, len(self.lengths), self.layout)
 
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        """A function that waits for the tensors of all ranks [ranks, ...], which are on their way
+        from now on."""
+        return start_all_gather(x, self.group, len(self.lengths))
+
     def all_gather(self, x: Tensor) -> Tensor:
         """The tensors of all ranks [ranks, ...]."""
-        return all_gather(x, self.group, len(self.lengths))
+        return self.start_all_gather(x)()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks."""
@@ -205,10 +210,11 @@ def _as_lengths(values: Sequence[int], ranks: int) -> list[int]:
     return lengths
 
 
-def all_gather(x: Tensor, group: str, ranks: int) -> Tensor:
-    """The tensors of all ranks [ranks, ...], by a functional collective."""
+def start_all_gather(x: Tensor, group: str, ranks: int) -> Callable[[], Tensor]:
+    """A function that waits for the tensors of all ranks [ranks, ...], by a functional
+    collective."""
     import torch.distributed._functional_collectives  # fake kernels of the ops
 
     ops = torch.ops._c10d_functional
-    found = ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous(), ranks, group))
-    return found.view(ranks, *x.shape)  # type: ignore[no-any-return]
+    coming = ops.all_gather_into_tensor(x.contiguous(), ranks, group)
+    return lambda: ops.wait_tensor(coming).view(ranks, *x.shape)

@@ -170,28 +170,33 @@ def set_default_backend(name: str | None) -> None:
     _default = name
 
 
-def find_reasons(name: str, problem: Problem) -> list[str]:
-    """Every reason why the named backend cannot run the problem; empty if it can."""
+def find_reasons(name: str, problem: Problem, given: Call | PoolCall | None = None) -> list[str]:
+    """Every reason why the named backend cannot run the problem; empty if it can. given: the call,
+    if there is one, for reasons that only it tells (`Backend.unprepared`)."""
     backend = find_backend(name)
     unavailable = registry.why_unavailable(backend)
     reasons = [] if unavailable is None else [unavailable]
     reasons += reasons_against(backend.capabilities, problem)
     if reasons:
         return reasons
+    asked = "unsupported"
     try:
-        return backend.unsupported(problem)
+        if (reasons := backend.unsupported(problem)) or given is None:
+            return reasons
+        asked = "unprepared"
+        return backend.unprepared(given, problem.needs_grad)
     except Exception as error:  # another package's error must not break gdn
-        return [registry.raised("unsupported", error)]
+        return [registry.raised(asked, error)]
 
 
-def resolve(request: str, problem: Problem) -> Backend:
+def resolve(request: str, problem: Problem, given: Call | PoolCall | None = None) -> Backend:
     """The first backend of the request that can run the problem, or BackendUnsupportedError with
     every reason. A pinned request (`registry.pin`) is not checked again."""
     if registry.is_pinned(request):
         return find_backend(request)
     reasons: dict[str, list[str]] = {}
     for name in parse_request(request, problem=problem):
-        why = find_reasons(name, problem)
+        why = find_reasons(name, problem, given)
         if not why:
             slow = name == "torch" and problem.device == "cuda" and "torch" not in request
             if slow and torch.cuda.is_available():  # else the tensors are fake, and nothing runs
@@ -239,7 +244,7 @@ def choose(request: str, call: Call, needs_grad: bool) -> Chosen:
     chosen = _chosen.get(key)
     if chosen is None:
         validate(call)
-        chosen = _remember(key, resolve(request, describe(call, needs_grad)), call)
+        chosen = _remember(key, resolve(request, describe(call, needs_grad), call), call)
     return chosen
 
 
@@ -263,7 +268,7 @@ def choose_for_pool(request: str, given: PoolCall) -> Chosen:
     chosen = _chosen.get(key)
     if chosen is None:
         validate_pool_call(given)
-        chosen = _remember(key, resolve(request, describe_pool_call(given)), given)
+        chosen = _remember(key, resolve(request, describe_pool_call(given), given), given)
     return chosen
 
 
@@ -278,5 +283,5 @@ def _remember(key: tuple[object, ...], backend: Backend, call: Call | PoolCall) 
 def precompile(request: str, call: Call | PoolCall, problem: Problem) -> tuple[str, bool]:
     """Compile the kernels that a call like this one needs. Returns the backend's name, and whether
     it compiles anything before its first call."""
-    backend = resolve(request, problem)
+    backend = resolve(request, problem, call)
     return backend.name, make_plan(backend, call).precompile(call, problem.needs_grad)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gdn import registry
 from gdn.dispatch import find_reasons, parse_request
-from gdn.problem import Problem
+from gdn.problem import Call, PoolCall, Problem
 from gdn.registry import backend_names, find_backend
 
 
@@ -53,23 +53,30 @@ class Explanation:
         return "\n".join(lines)
 
 
-def verdict(name: str, problem: Problem) -> Verdict:
-    """Whether the named backend can run the problem, and by which path."""
-    reasons = find_reasons(name, problem)
+def verdict(name: str, problem: Problem, given: Call | PoolCall | None = None) -> Verdict:
+    """Whether the named backend can run the problem, and by which path; given: the call, if there
+    is one."""
+    reasons = find_reasons(name, problem, given)
     if reasons:
         return Verdict(name, tuple(reasons), None)
+    backend = find_backend(name)
     try:
-        return Verdict(name, (), find_backend(name).path(problem))
+        path = backend.path(problem)
+        if given is not None and (source := backend.preparation(given, problem.needs_grad)):
+            path += f"; {source}"
+        return Verdict(name, (), path)
     except Exception as error:  # the path is for readers; the call runs without it
         return Verdict(name, (), f"unknown, {registry.raised('path', error)}")
 
 
-def explain(request: str, source: str, problem: Problem) -> Explanation:
+def explain(
+    request: str, source: str, problem: Problem, given: Call | PoolCall | None = None
+) -> Explanation:
     """The verdict for every backend on a problem, in the order of "auto", and the backend that the
     request chooses."""
     every = parse_request("auto", problem=problem)
     every += [name for name in backend_names() if name not in every]
-    verdicts = [verdict(name, problem) for name in every]
+    verdicts = [verdict(name, problem, given) for name in every]
     able = {verdict.name for verdict in verdicts if not verdict.reasons}
     chosen = next((name for name in parse_request(request, problem=problem) if name in able), None)
     return Explanation(request, source, problem, chosen, tuple(verdicts))

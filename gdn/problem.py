@@ -22,10 +22,12 @@ class Call(NamedTuple):
     """The arguments of one `gdn.gated_delta_net` call, under their public names and with defaults
     filled in.
 
-    `batch_invariant`, which is no argument, is the mode in force (`gdn.invariance`). This is what a
-    backend receives. An option of the op is a field here: the schemas of
-    `torch.ops.gdn`, `FLAGS` and the key under which dispatch remembers a plan follow from the
-    fields, in their order (tensors first, then numbers, then flags).
+    `batch_invariant`, which is no argument, is the mode in force (`gdn.invariance`);
+    `context_parallel`, which is none either, says that the tokens are one rank's part and that the
+    plan exchanges states with other ranks (`Backend.exchanges`). This is what a backend receives.
+    An option of the op is a field here: the schemas of `torch.ops.gdn`, `FLAGS` and the key under
+    which dispatch remembers a plan follow from the fields, in their order (tensors first, then
+    numbers, then flags).
     Shapes: q, k [B, T, H, K]; v [B, T, HV, V]; beta [B, T, HV]; g [B, T, HV], or [B, T, HV, K] with
     a decay per channel; initial_state [N, HV, K, V] ([N, HV, V, K] if state_v_first); A_log [HV];
     dt_bias [HV], or [HV, K] per channel; cu_seqlens [N + 1].
@@ -51,6 +53,7 @@ class Call(NamedTuple):
     allow_neg_eigval: bool = False
     state_v_first: bool = False
     batch_invariant: bool = False
+    context_parallel: bool = False
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
@@ -177,9 +180,9 @@ CALL_TENSORS = count_tensors(Call)
 """How many fields of a `Call` are tensors: the first ones."""
 POOL_TENSORS = {kind: 1 + count_tensors(kind) for kind in (Step, Prefill)}
 """The field of a call on a pool after its last tensor. The tensors begin at field 1."""
-_MODE = "batch_invariant"
-FLAGS = tuple(n for n, hint in argument_types(Call).items() if hint is bool and n != _MODE)
-"""The boolean options of `Call`: without the mode in force, which is no argument."""
+_MODES = ("batch_invariant", "context_parallel")
+FLAGS = tuple(n for n, hint in argument_types(Call).items() if hint is bool and n not in _MODES)
+"""The boolean options of `Call`: without those that are no arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +283,7 @@ def describe(call: Call, needs_grad: bool) -> Problem:
         flags=frozenset(name for name in FLAGS if getattr(call, name)),
         per_channel=call.per_channel,
         gate_lower_bound=call.gate_lower_bound,
+        context_parallel=call.context_parallel,
         batch_invariant=call.batch_invariant,
     )
 

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for sm_<argument>, without a GPU.
+"""compile_triton.py SM DTYPE: compile every Triton kernel for sm_<SM> in bf16 or fp32, with no GPU.
 
 Prints a line for each: name, dtype, bytes of shared memory, registers a thread, and bytes of stack
 a thread.
@@ -18,8 +18,9 @@ from gdn.backends.triton.channel_gradients import channel_gradients_kernel
 from gdn.backends.triton.channel_prepare import decay_rows_kernel, prepare_channels_kernel
 from gdn.backends.triton.combine_pieces import combine_pieces_kernel
 from gdn.backends.triton.decode import COUNTS, decode_kernel
+from gdn.backends.triton.forgetting import find_chunks_kernel
 from gdn.backends.triton.key_gradients import key_gradients_kernel
-from gdn.backends.triton.launch import Stage, choose_configuration
+from gdn.backends.triton.launch import Stage, choose_configuration, prepared_channels
 from gdn.backends.triton.matrix_gradients import matrix_gradients_kernel
 from gdn.backends.triton.pool import POOL_COUNTS
 from gdn.backends.triton.prepare import prepare_kernel
@@ -39,7 +40,7 @@ FLOAT32 |= {"into", "pool", "checkpoints", "channel_decays", "products", "sums"}
 INT32 = {"N", "T", "chunks_per_sequence", "pieces_per_sequence", "piece_chunks"}
 INT32 |= {"slot_stride", "into_stride", *POOL_COUNTS, *COUNTS}
 TABLES = {"cu_seqlens", "indices", "accepted", "written"}
-TABLES |= {"checkpoint_offsets", "checkpoint_indices"}
+TABLES |= {"checkpoint_offsets", "checkpoint_indices", "first_chunks", "found"}
 
 # Constants. A kernel takes those that it names.
 COMMON: dict[str, Any] = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 64, "BK": 128, "VARLEN": True}
@@ -53,13 +54,16 @@ NO_POOL = dict.fromkeys(
 )
 SCAN: dict[str, Any] = {"V_FIRST": False, "HAS_INITIAL": True, "STORE_FINAL": True, "OUTPUT": True}
 SCAN |= {"STORE_STATES": False, "TRANSFER": False, "CUT": False, "CLEAR_TAIL": True}
+SCAN |= {"first_chunks": None}
 SCAN |= {"POOL_V_FIRST": False, "CHECKPOINTS": 0}
 POOL_SCAN = SCAN | {"HAS_INITIAL": False, "STORE_FINAL": False, "POOL": True, "CHECKPOINTS": 2}
 POOL_SCAN |= {"checkpoints": None}
 SCAN |= NO_POOL
+TRANSFER_SCAN = {name: x for name, x in SCAN.items() if name != "first_chunks"}
+TRANSFER_SCAN |= {"OUTPUT": False, "TRANSFER": True, "CUT": True, "HAS_INITIAL": False}
 SCAN_FOR_STATES = SCAN | {"OUTPUT": False, "STORE_STATES": True, "CUT": True, "STORE_FINAL": False}
 REVERSE_SCAN = {"V_FIRST": False, "HAS_GRAD_FINAL": True, "STORE_GRAD_INITIAL": True}
-REVERSE_SCAN |= {"STORE_STATES": True, "CUT": False}
+REVERSE_SCAN |= {"STORE_STATES": True, "CUT": False, "chunks_that_matter": None}
 COMBINE: dict[str, Any] = {
     "V_FIRST": False,
     "HAS_STATE_IN": True,
@@ -80,6 +84,8 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (prepare_kernel, NO_A_LOG),
     (scan_kernel, SCAN),
     (scan_kernel, SCAN_FOR_STATES),
+    (scan_kernel, TRANSFER_SCAN),
+    (find_chunks_kernel, {"REVERSE": True}),
     (scan_kernel, POOL_SCAN),
     (combine_pieces_kernel, COMBINE),
     (combine_pieces_kernel, POOL_COMBINE),
@@ -90,8 +96,8 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (decode_kernel, DECODE | {"V_FIRST": True}),
     (decode_kernel, DECODE | {"UNIT": 1}),
     (decode_kernel, SPECULATIVE),
-    (prepare_channels_kernel, CHANNELS | {"BD": 128}),
-    (prepare_channels_kernel, CHANNELS | NO_A_LOG | {"WEAK": True, "BD": 128}),
+    (prepare_channels_kernel, CHANNELS),
+    (prepare_channels_kernel, CHANNELS | NO_A_LOG | {"WEAK": True}),
     (decay_rows_kernel, CHANNELS),
     (scan_kernel, SCAN | CHANNELS),
     (scan_kernel, SCAN_FOR_STATES | CHANNELS),
@@ -121,6 +127,8 @@ def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
     configuration = choose_configuration(
         name, COMMON["BK"], itemsize, 32, SHARED_MEMORY[sm], "CHANNELS" in flags
     )
+    if name == "prepare_channels_kernel":
+        flags = flags | {"BD": prepared_channels(COMMON["BK"], itemsize, SHARED_MEMORY[sm])}
     taken = {n: x for n, x in (COMMON | flags).items() if n in kernel.arg_names}
     stage = Stage(kernel, 1, configuration, **taken)
     constants = stage.kernel_constants
@@ -146,6 +154,5 @@ def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
 
 
 if __name__ == "__main__":
-    for dtype in ("bf16", "fp32"):
-        for kernel, flags in KERNELS:
-            print(compile_for(int(sys.argv[1]), kernel, flags, dtype), flush=True)
+    for kernel, flags in KERNELS:
+        print(compile_for(int(sys.argv[1]), kernel, flags, sys.argv[2]), flush=True)

@@ -1,10 +1,9 @@
-"""Context parallelism on the ranks of a gloo group: what each process of
+"""Context parallelism on the ranks of a group: what each process of
 `test_context_parallel.py` runs."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from gdn.backends.common import chunking
 from torch import Tensor
 
 import gdn
 from gdn.context_parallel import Placement
-from gdn.testing import Case, make_inputs
+from gdn.distributed import passes
+from gdn.problem import Call
+from gdn.testing import TOLERANCE, Case, make_inputs, relative_error
 
 TOKENS = ("q", "k", "v", "g", "beta")
 PER_TOKEN = ("o", *(f"d_{name}" for name in TOKENS))
@@ -85,23 +87,27 @@ def recorded() -> Iterator[list[tuple[str, int]]]:
     """The collectives that run within it, and the bytes of what this rank gives them."""
     found: list[tuple[str, int]] = []
 
-    def record(name: str) -> Callable[..., Tensor]:
+    def record(name: str) -> Callable[..., Any]:
         collective = getattr(Placement, name)
 
-        def run(at: Placement, x: Tensor) -> Tensor:
-            found.append((name, x.nbytes))
+        def run(at: Placement, x: Tensor) -> Any:
+            found.append((name.removeprefix("start_"), x.nbytes))
             return collective(at, x)
 
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_gather", "all_reduce"):
+        for name in ("start_all_gather", "all_reduce"):
             patch.setattr(Placement, name, record(name))
         yield found
 
 
 def run_cases(
-    rank: int, cases: Sequence[Parallel], dtypes: Sequence[torch.dtype], backend: str = "torch"
+    rank: int,
+    cases: Sequence[Parallel],
+    dtypes: Sequence[torch.dtype],
+    backend: str = "torch",
+    device: str = "cpu",
 ) -> None:
     """Every case on a group of as many ranks as it asks for, among all of them. With torch also
     the layer on the case's split of tokens."""
@@ -112,18 +118,36 @@ def run_cases(
     for case, dtype in itertools.product(cases, dtypes):
         if rank in members[case.ranks]:
             try:
-                check(case, dtype, groups[case.ranks], backend)
+                check(case, dtype, groups[case.ranks], backend, device)
                 if backend == "torch" and dtype == torch.float64:
                     check_layer(case, groups[case.ranks])
             except Exception as error:
                 raise AssertionError(f"{case.name}, {dtype}, rank {rank}") from error
 
 
-def check(case: Parallel, dtype: torch.dtype, group: Any, backend: str = "torch") -> None:
+def run_in_pieces(rank: int, *args: Any) -> None:
+    """`run_cases` with pieces of one chunk, on a backend that exchanges between its scans. No
+    further calls make the summaries where K is 64 or more."""
+
+    def small(call: Call, *rest: Any) -> Tensor:
+        assert call.q.shape[3] < 64
+        return further_call(call, *rest)
+
+    further_call = passes.initial_gradient
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunking, "MIN_PIECE_CHUNKS", 1)
+        patch.setattr(passes, "initial_gradient", small)
+        run_cases(rank, *args)
+
+
+def check(
+    case: Parallel, dtype: torch.dtype, group: Any, backend: str = "torch", device: str = "cpu"
+) -> None:
     """One rank's outputs and gradients, twice, against those of the whole sequences in float64."""
-    exact = make_inputs(case.case(torch.float64))
-    exact["output_final_state"] = case.final_state
-    exact.pop("cu_seqlens", None)
+    inputs = make_inputs(case.case(dtype))
+    inputs["output_final_state"] = case.final_state
+    inputs.pop("cu_seqlens", None)
+    exact = {n: x.double() if torch.is_tensor(x) else x for n, x in inputs.items()}
     do, shares = loss_weights(case, exact)
     bounds = case.bounds()
     packed = torch.tensor(bounds) if case.sequences else None
@@ -131,12 +155,12 @@ def check(case: Parallel, dtype: torch.dtype, group: Any, backend: str = "torch"
 
     rank = dist.get_rank(group)
     own = [token for tokens in case.ranges()[rank] for token in tokens]
-    mine = {n: x[:, own] if n in TOKENS else x for n, x in exact.items()}
+    mine = {n: x[:, own] if n in TOKENS else x for n, x in inputs.items()}
     if "initial_state" in mine:  # rows of other ranks are not read
         owned = torch.tensor([case.owner(n) == rank for n in range(len(bounds) - 1)])
         rows = mine["initial_state"]
         mine["initial_state"] = torch.where(owned[:, None, None, None], rows, torch.nan)
-    mine = {n: x.to(dtype) if torch.is_tensor(x) else x for n, x in mine.items()}
+    mine = {n: x.to(device) if torch.is_tensor(x) else x for n, x in mine.items()}
     found = []
     for lengths in (None, case.lengths):
         cu_seqlens = bounds if case.sequences else None
@@ -144,21 +168,30 @@ def check(case: Parallel, dtype: torch.dtype, group: Any, backend: str = "torch"
         with recorded() as sent:
             found.append(outputs(mine, do[:, own], shares[rank], backend, cp=cp))
         sizes = (*exact["v"].shape[2:3], exact["k"].shape[3], exact["v"].shape[3])
-        assert sent == case.sent(dtype.itemsize, *sizes)
-    tolerance = 1e-11 if dtype == torch.float64 else 1e-4
+        assert sent == case.sent(8 if dtype == torch.float64 else 4, *sizes)
     assert found[0].keys() == want.keys()
     for name, got in found[0].items():
-        assert got.dtype == dtype, name
         assert torch.equal(got, found[1][name]), f"{name} differs from run to run"
         if name in SHARES:
             dist.all_reduce(got, group=group)
         wanted = want[name][:, own] if name in PER_TOKEN else want[name]
         try:
-            torch.testing.assert_close(got, wanted.to(dtype), rtol=tolerance, atol=tolerance)
+            compare(got.cpu(), wanted, dtype)
         except AssertionError as error:
             raise AssertionError(name) from error
     if "d_initial_state" in found[0]:
-        assert not found[1]["d_initial_state"][~owned].any(), "rows of others have gradients"
+        assert not found[1]["d_initial_state"].cpu()[~owned].any(), "rows of others have gradients"
+
+
+def compare(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """AssertionError unless they agree within what rounding to dtype costs."""
+    if dtype.itemsize == 2:
+        error = relative_error(got, want)
+        assert not want.numel() or error <= TOLERANCE[dtype], f"relative RMS error {error:.2e}"
+        return
+    assert got.dtype == dtype
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(got, want.to(dtype), rtol=tolerance, atol=tolerance)
 
 
 def check_layer(case: Parallel, group: Any) -> None:
@@ -200,44 +233,6 @@ def check_layer(case: Parallel, group: Any) -> None:
         message = f"layer: {name}"
         # float32's, in which the layer's norm computes
         torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5, msg=message)
-
-
-def compile_agrees(rank: int) -> None:
-    """The op, and a layer: one graph each, forward and backward, with the bits of the eager call;
-    the layer's convolution, which is compiled as shifted products, rounds in its own way."""
-    case = Parallel("compiled", (5, 9), (3, 8, 0, 3), options={"fused": True})
-    inputs = make_inputs(case.case(torch.float32))
-    inputs.pop("cu_seqlens")
-    own = [token for tokens in case.ranges()[rank] for token in tokens]
-    mine = {n: x[:, own] if n in TOKENS else x for n, x in inputs.items()}
-    cp = gdn.ContextParallel(dist.group.WORLD, case.bounds(), lengths=case.lengths)
-    do, shares = loss_weights(case, inputs)
-    run = functools.partial(outputs, mine, do[:, own], shares[rank], "torch", cp=cp)
-    compare_compiled(run, gdn.gated_delta_net, 0.0)
-
-    layer = gdn.nn.GatedDeltaNet(8, num_k_heads=1, num_v_heads=2, head_k_dim=8, head_v_dim=4)
-    x, dy = torch.randn(2, 1, case.lengths[rank], 8)
-
-    def run_layer(op: Callable[..., Any]) -> dict[str, Tensor]:
-        leaves = {"x": x.clone().requires_grad_(), **dict(layer.named_parameters())}
-        y = op(leaves["x"], cp=cp)
-        found = torch.autograd.grad(y, list(leaves.values()), dy)
-        return {"y": y.detach(), **dict(zip(leaves, found, strict=True))}
-
-    compare_compiled(run_layer, layer, 1e-5)
-
-
-def compare_compiled(
-    run: Callable[..., dict[str, Tensor]], op: Callable[..., Any], tolerance: float
-) -> None:
-    """What `run(op=op)` returns, where op is compiled. A second call compiles nothing."""
-    eager = run(op=op)
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    for again in (False, True):
-        with torch._dynamo.config.patch(error_on_recompile=again):
-            got = run(op=compiled)
-        assert got.keys() == eager.keys()
-        torch.testing.assert_close(got, eager, rtol=tolerance, atol=tolerance)
 
 
 def loss_weights(case: Parallel, inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:

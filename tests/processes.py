@@ -1,4 +1,5 @@
-"""Processes of one gloo group for tests, and what they do when one of them fails."""
+"""Processes of one group for tests (gloo, or NCCL with a GPU each), and what they do when one of
+them fails."""
 
 from __future__ import annotations
 
@@ -21,10 +22,18 @@ LIMIT = 60.0
 """Seconds after which a collective gives up."""
 
 
-def start(run: Callable[..., None], ranks: int, folder: Path, limit: float, *args: Any) -> None:
-    """Run `run(rank, *args)` in new processes of one gloo group. A rank that fails ends all.
-    AssertionError with the tracebacks, or if they take longer than `limit` seconds."""
-    context = mp.spawn(_enter, (run, ranks, folder, args), ranks, join=False)
+def start(
+    run: Callable[..., None],
+    ranks: int,
+    folder: Path,
+    limit: float,
+    *args: Any,
+    device: str = "cpu",
+) -> None:
+    """Run `run(rank, *args)` in new processes of one group. A rank that fails ends all.
+    AssertionError with the tracebacks, or if they take longer than `limit` seconds. device: "cpu"
+    for gloo, "cuda" for NCCL, a GPU for each process."""
+    context = mp.spawn(_enter, (run, ranks, folder, args, device), ranks, join=False)
     deadline = time.monotonic() + limit
     try:
         while not context.join(timeout=1):
@@ -38,12 +47,17 @@ def start(run: Callable[..., None], ranks: int, folder: Path, limit: float, *arg
             process.kill()
 
 
-def _enter(rank: int, run: Callable[..., None], ranks: int, folder: Path, args: Any) -> None:
+def _enter(
+    rank: int, run: Callable[..., None], ranks: int, folder: Path, args: Any, device: str
+) -> None:
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=LIMIT)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=limit
-    )
+        "nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank,
+        world_size=ranks, timeout=limit,
+    )  # fmt: skip
     try:
         run(rank, *args)
         dist.barrier()

@@ -28,8 +28,10 @@ SLOW = re.compile(
             r"test_batch_invariance\.py::.*(parts|pool).*triton-cpu",
             r"test_batch_invariance\.py::.*triton-cpu-([1-9]|1\d|channels.*)\]",
             r"test_batch_invariance\.py::.*torch-cpu-([4-9]|1\d)\]",
-            r"test_triton\.py::(test_compiles_for\[80\]|test_pieces.*(dense-torch\.bf|cpu-packed)"
-            r"|test_head_dims.*bfloat16)",
+            r"test_triton\.py::(test_compiles_for\[(80|90-fp32)|test_head_dims.*bfloat16"
+            r"|test_pieces.*(cpu-(dense|packed|correlated|channels.*bf|fused.*float32)))",
+            r"test_prefill\.py::test_(opcheck\[triton-cpu-2|compiles.*triton-cpu-False)",
+            r"test_unusual_inputs\.py::test_negated.*triton-cpu-True",
             r"test_strided_inputs\.py::.*triton-cpu-dense",
             r"test_(ops|channels_ops|prefill)\.py::.*triton-cpu-(True-dense|dense|packed-b.*|0|1)\]",
             r"test_transformers\.py::.*triton-cpu-(lara|olmo|qwen3_5|qwen4)",
@@ -39,8 +41,11 @@ SLOW = re.compile(
             r"test_layer_parts\.py::test_convolution\[fla-cpu-.*dtype1",
             r"test_transformers_layers\.py::.*on_kernels\[cpu-kimi",
             # emulated and compiled kernels
+            r"test_prebuilt\.py::test_launches_fit",
             r"test_tilelang\.py::test_backward_neither.*many",
             r"test_tilelang_decode\.py::test_compiles.*(channels-|olmo-|wide-)",
+            r"test_tilelang_exchange\.py",
+            r"test_exchange\.py::.*weak",
             r"test_tilelang_pool\.py::test_bounds.*two",
             r"test_tilelang_strided\.py::test_batches",
             r"test_tilelang_pool\.py::test_(suite|pieces|one_kernel_in|a_pool|parameters|neither.*(all|two)"
@@ -49,13 +54,14 @@ SLOW = re.compile(
             r"test_tilelang_channels\.py::test_(decode.*(\[(ch|p|s|e|h)|torch\.float16)|float16|tokens"
             r"|neither|a_warp|other|close|a_sum|forward_as|forward\[(?!dense-torch\.bfloat16-late))",
             r"test_tilelang_channel_gradients\.py::test_(?!gradients.*small-torch\.bfloat16-late|auto)",
-            r"test_tilelang_forgetting\.py::.*(early\]|False-late|64-dtype0|mixed|True-1\.0|dtype3"
+            r"test_tilelang_forgetting\.py::.*(early\]|False-late|64-dtype0|mixed|True-1\.0|dtype[13]"
             r"|large_float16)",
+            r"test_tilelang_fused\.py::test_float16_ranges.*(raw-rows|large-values)",
             r"test_tilelang_emulated\.py::test_(agrees.*(correlated|strong|head-dim|wide|olmo)"
             r"|pieces.*early|backward.*parts|two_warp|summaries)",
             r"test_tilelang_emulated\.py::test_(close_keys.*(torch\.float16|keys-torch)"
             r"|float16_ranges.*(raw-rows|large-values|in_pieces)|tokens_past.*pieces"
-            r"|summaries.*early"
+            r"|summaries.*early|prepare_runs_beside.*False"
             r"|decode.*(wide|olmo|padded-pack|last-elsewhere|sixteen-tokens|no-leading))",
         )
     )

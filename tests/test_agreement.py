@@ -33,6 +33,7 @@ DEVIATIONS = {
     ("fla", "channels-at-lower-bound", torch.float16): "failed on an H200; docs/log/open.md",
     ("fla", "channels-grouped-heads", torch.float16): "one element of 16384 off by 1.2e-3",
     ("fla", "channels-packed-fused", torch.float16): "A_log off by 2.1e-3",
+    ("tilelang", "channels-at-lower-bound", torch.float16): "dbeta off by 1.2e-3; docs/log/open.md",
 }
 
 

@@ -57,7 +57,8 @@ def test_the_schemas_name_every_field() -> None:
         names = [argument.name for argument in op.default._schema.arguments]
         assert names[: len(argument_types(kind))] == list(argument_types(kind))
     assert Gradients._fields == DIFFERENTIABLE
-    assert Call._fields[CALL_TENSORS:] == ("scale", "gate_lower_bound", *FLAGS, "batch_invariant")
+    numbers, modes = ("scale", "gate_lower_bound"), ("batch_invariant", "context_parallel")
+    assert Call._fields[CALL_TENSORS:] == (*numbers, *FLAGS, *modes)
     assert Step._fields[POOL_TENSORS[Step] :] == ("null_index", "leading_column")
     assert Prefill._fields[POOL_TENSORS[Prefill] :] == ("null_index",)
 

@@ -104,7 +104,7 @@ def test_faults_are_named(fault: str, words: str) -> None:
 
 
 def test_a_call_that_runs_unclaimed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gdn.dispatch, "find_reasons", lambda name, problem: [])
+    monkeypatch.setattr(gdn.dispatch, "find_reasons", lambda *given: [])
     monkeypatch.setattr("gdn.testing.check.reasons_against", lambda *_: ("no luck",))
     with pytest.raises(AssertionError, match="modest runs what it does not claim: no luck"):
         check_backend(Modest(), "cpu")

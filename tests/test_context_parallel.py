@@ -1,14 +1,16 @@
-"""Context parallelism over gloo: sequences split over 2, 3 and 4 processes give the results and
-gradients of the whole sequences."""
+"""Context parallelism over gloo, and over NCCL where there are two GPUs: sequences split over
+processes give the results and gradients of the whole sequences."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from context_parallel_ranks import Parallel, compile_agrees, run_cases
+from compiled_ranks import compile_agrees
+from context_parallel_ranks import Parallel, run_cases, run_in_pieces
 from processes import LIMIT, fail_alone, start
 from sharded_heads_ranks import run_all
 
@@ -36,6 +38,35 @@ CASES = [
     Parallel("zigzag, four", (20, 24, 28, 32), (7, 90, 7), "zigzag", FUSED, silent=True),
     Parallel("zigzag, one", (32, 32, 32, 32), None, "zigzag", {"gates": "weak"}),
 ]
+LONG: dict[str, Any] = {"HV": 4, "H": 2, "K": 128, "V": 128, "gates": "weak"}
+NORM = LONG | {"l2norm": True}
+ON_GPUS = {  # cases of a group share kernels, but for the last one
+    "dense": [
+        Parallel("one sequence", (1100, 1000), options=NORM),
+        Parallel("forgetting", (1100, 1000), options=NORM | {"gates": "fast"}),
+    ],
+    "packed": [
+        Parallel("packed", (900, 1000), (100, 5, 1500, 0, 290, 5), options=NORM),
+        Parallel("zigzag", (1500, 1600), (3000, 100), "zigzag", options=NORM),
+    ],
+    "others": [
+        Parallel("fused", (700, 830), options=LONG | FUSED | {"state_v_first": True}),
+        Parallel("no states", (0, 700), final_state=False, options=LONG | {"initial_state": False}),
+        Parallel("blocks of heads", (300, 280), options=NORM | {"K": 96, "V": 192}),
+        Parallel("channels", (700, 600), options=LONG | {"per_channel": True}),
+    ],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["tilelang", "triton"])
+@pytest.mark.parametrize("group", ON_GPUS)
+def test_gpus_agree_with_the_whole_sequences(tmp_path: Path, group: str, backend: str) -> None:
+    """NCCL, a GPU for each rank."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    arguments = (ON_GPUS[group], (torch.bfloat16,), backend, "cuda")
+    start(run_cases, 2, tmp_path, 300, *arguments, device="cuda")
 
 
 def test_every_rank_agrees_with_the_whole_sequences(tmp_path: Path) -> None:
@@ -45,12 +76,17 @@ def test_every_rank_agrees_with_the_whole_sequences(tmp_path: Path) -> None:
 
 
 def test_triton_agrees_in_its_interpreter(tmp_path: Path) -> None:
+    """By further calls, for the small sizes, and by an exchange between its scans."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("not interpreted")  # gloo, and tensors of the CPU
-    sizes = {"HV": 1, "K": 16, "V": 16, "fused": True}
-    case = Parallel("triton", (4, 3), (7,), options=sizes)
-    start(run_cases, 2, tmp_path, 120, [case], (torch.float32,), "triton")
+    small: dict[str, Any] = {"HV": 1, "K": 16, "V": 16, "fused": True}
+    cut = small | {"K": 64, "V": 64, "gates": "weak"}
+    cases = [
+        Parallel("triton", (4, 3), (7,), options=small),
+        Parallel("pieces", (40, 140), None, "zigzag", options=cut),  # the inner parts have two
+    ]
+    start(run_in_pieces, 2, tmp_path, 120, cases, (torch.float32,), "triton")
 
 
 def test_torch_compile_makes_one_graph(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ layers and models (flash-linear-attention, which needs a GPU but for the layers'
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -118,13 +119,15 @@ def test_flas_layers_on_a_cpu(integration: Any, counted: list[str], kind: str) -
 
 
 BACKENDS = [("GatedDeltaNet", x) for x in (None, "triton", "fla")] + [("KDA", "torch")]
+LAYERS = 4
+GREEDY = {"do_sample": False, "pad_token_id": 0}
 
 
 def make_fla_model(kind: str, dtype: torch.dtype) -> Any:
     """A tiny model of fla's, with heads that every backend takes."""
     module = from_fla("fla.models")
-    sizes = {"hidden_size": 128, "head_dim": 64, "num_heads": 2, "expand_v": 1, "vocab_size": 64}
-    sizes |= {"num_hidden_layers": 2, "intermediate_size": 128, "fuse_cross_entropy": False}
+    sizes = {"hidden_size": 256, "head_dim": 64, "num_heads": 4, "expand_v": 1, "vocab_size": 64}
+    sizes |= {"intermediate_size": 128, "fuse_cross_entropy": False, "num_hidden_layers": LAYERS}
     config = getattr(module, f"{kind}Config")(**sizes, eos_token_id=None, initializer_range=0.1)
     torch.manual_seed(0)
     return getattr(module, f"{kind}ForCausalLM")(config).to("cuda", dtype).eval()
@@ -132,6 +135,14 @@ def make_fla_model(kind: str, dtype: torch.dtype) -> Any:
 
 def draw_ids(T: int) -> Tensor:
     return torch.randint(64, (2, T), generator=torch.Generator().manual_seed(1)).cuda()
+
+
+def join_layers(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of all layers together, since A_log and dt_bias of one are few numbers."""
+    joined: dict[str, list[Tensor]] = {}
+    for name, x in found.items():
+        joined.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(x.flatten())
+    return {name: torch.cat(parts) for name, parts in joined.items()}
 
 
 def within(got: Tensor, expected: Tensor, truth: Tensor, what: str) -> None:
@@ -149,11 +160,11 @@ def test_flas_models_forward_and_backward(
     model, inputs = make_fla_model(kind, torch.bfloat16), {"input_ids": draw_ids(200)}
     with integration.register(backend):
         got = models.run_all(model, [inputs])
-    assert counted == ["chunk"] * 2
+    assert counted == ["chunk"] * LAYERS
     expected = models.run_all(model, [inputs])
-    assert len(counted) == 2
-    truth = models.run_all(model.float(), [inputs])
-    for name, x in truth.items():
+    assert len(counted) == LAYERS
+    got, expected = join_layers(got), join_layers(expected)
+    for name, x in join_layers(models.run_all(model.float(), [inputs])).items():
         within(got[name], expected[name], x, name)
 
 
@@ -168,9 +179,10 @@ def test_flas_models_generate(
     lengths = (70, 1, 1, 30)
     with integration.register(backend):
         got = models.run_pieces(model, ids, lengths)
-        assert counted == [*["chunk"] * 2, *["step"] * 6]
-        written = model.generate(ids[:, :20], max_new_tokens=6, do_sample=False, pad_token_id=0)
-        assert counted.count("step") >= 6 + 2 * 6
+        assert counted == [*["chunk"] * LAYERS, *["step"] * 3 * LAYERS]
+        prompt, whole = ids[:, :20], torch.ones_like(ids[:, :20])  # token 0 is no padding here
+        written = model.generate(prompt, attention_mask=whole, max_new_tokens=6, **GREEDY)
+        assert counted.count("step") >= (3 + 6) * LAYERS
     ran = len(counted)
     expected = models.run_pieces(model, ids, lengths)
     with torch.no_grad():

@@ -78,6 +78,7 @@ def test_no_part_waits_for_the_device() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's own, for its memory
 @pytest.mark.parametrize("how", ["graph", "compiled"])
 def test_decode_in_a_cuda_graph(how: str) -> None:
     """A step captured once, or compiled with mode="reduce-overhead", goes on as eager steps do."""
@@ -116,6 +117,7 @@ def test_decode_in_a_cuda_graph(how: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # the compiler's advice
 def test_a_patched_stack_compiles_where_fla_breaks_the_graph() -> None:
     """Whole sequences; fla keeps its chunked function out of the compiler."""
     pytest.importorskip("transformers", reason="transformers is not installed")

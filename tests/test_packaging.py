@@ -76,6 +76,11 @@ def test_every_builtin_backend_has_a_package_and_an_extra_if_it_needs_one() -> N
 
 def test_version_is_said_once() -> None:
     assert project()["project"]["version"] == gdn.__version__
+    kernels = tomllib.loads((ROOT / "packages/gdn-kernels-cu13/pyproject.toml").read_text())
+    assert kernels["project"]["version"] == gdn.__version__
+    assert f"gdn=={gdn.__version__}" in kernels["project"]["dependencies"]
+    hopper = project()["project"]["optional-dependencies"]["hopper"]
+    assert any(x.startswith(f"gdn-kernels-cu13=={gdn.__version__};") for x in hopper)
     assert f"## {gdn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 

@@ -3,6 +3,7 @@ tensors, and heads before tokens. Kernels give the same bits as for copies."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -67,6 +68,7 @@ def measure(call: Callable[[], object]) -> tuple[int, int]:
     """Bytes that a call allocates at its peak, and the kernels that it launches."""
     call()
     torch.cuda.synchronize()
+    gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()

@@ -28,9 +28,10 @@ if shutil.which("nvcc") is None:
 from gdn.backends.tilelang import compile as compilation  # noqa: E402
 from gdn.backends.tilelang import memory_rounds as rounds  # noqa: E402
 from gdn.backends.tilelang.backward.plan import BackwardPass  # noqa: E402
-from gdn.backends.tilelang.forward import plan as forward_plan  # noqa: E402
+from gdn.backends.tilelang.forward import pieces as forward_pieces  # noqa: E402
 from gdn.backends.tilelang.forward.plan import ForwardPass, choose_pieces, saved_shapes  # noqa: E402
-from gdn.backends.tilelang.forward.prepare import BLOCKS_PER_SM  # noqa: E402
+from gdn.backends.tilelang.kernels import compile_together  # noqa: E402
+from gdn.backends.tilelang.tile.layout import BLOCKS_PER_SM  # noqa: E402
 from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH  # noqa: E402
 
 SMALL = Case("dense", T=64, B=2, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16)
@@ -83,7 +84,7 @@ def call_of(H: int, HV: int, B: int, T: int) -> Call:
 @pytest.mark.parametrize("name", PLANS)
 def test_neither_spills_nor_serialises(name: str, tmp_path: Path) -> None:
     plan, _ = plan_of(PLANS[name])
-    for kernel in plan.kernels(save=name == "many"):
+    for kernel in compile_together(*plan.jobs(save=name == "many")):
         said, source = verdict(kernel, tmp_path), kernel.get_kernel_source()
         assert_registers_suffice(source, said)
         spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))
@@ -94,7 +95,7 @@ def test_neither_spills_nor_serialises(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PLANS)
 def test_programs_of_prepare_fit_beside_each_other(name: str) -> None:
     plan, _ = plan_of(PLANS[name])
-    host = plan.kernels(save=True)[0].adapter.get_host_source()
+    host = compile_together(*plan.jobs(save=True))[0].adapter.get_host_source()
     given = int(re.findall(r"v_int64\) = \(\(int64_t\)(\d+)\)", host)[-1])
     assert BLOCKS_PER_SM * (given + 2048) <= 228 * 1024  # a KB for its barriers, one for the driver
 
@@ -102,7 +103,7 @@ def test_programs_of_prepare_fit_beside_each_other(name: str) -> None:
 @pytest.mark.parametrize("name", ["many", "packed", "cut"])
 def test_backward_neither_spills_nor_serialises(name: str, tmp_path: Path) -> None:
     _, call = plan_of(PLANS[name])
-    *scans, gradients = BackwardPass(call).kernels(initial=True, final=True)
+    *scans, gradients = compile_together(*BackwardPass(call).jobs(initial=True, final=True))
     for kernel in (*scans, gradients):
         said = verdict(kernel, tmp_path)
         assert_registers_suffice(kernel.get_kernel_source(), said)
@@ -115,9 +116,8 @@ def test_backward_neither_spills_nor_serialises(name: str, tmp_path: Path) -> No
 def test_scans_have_only_the_fences_that_they_place(tmp_path: Path) -> None:
     """TileLang's fences are in the CUDA, but compile to nothing (`tile/proxy_fence.py`)."""
     plan, call = plan_of(SMALL)
-    _, scan = plan.kernels(save=False)
-    _, states, reverse_scan, _ = BackwardPass(call).kernels(initial=True, final=True)
-    for kernel in (scan, states, reverse_scan):
+    jobs = plan.jobs(save=False)[1:] + BackwardPass(call).jobs(initial=True, final=True)[1:3]
+    for kernel in compile_together(*jobs):
         source = kernel.get_kernel_source()
         placed = source.count("    gdn_fence();")
         assert placed > 0
@@ -142,7 +142,7 @@ def test_kernels_are_read_in_turn_but_compiled_together(monkeypatch: pytest.Monk
     monkeypatch.setattr(tilelang, "compile", compile_)
     job = compilation.kernel(builder)
     jobs = [(job, {"name": name}) for name in "abc"]
-    assert compilation.compile_together(*jobs) == ["a", "b", "c"]
+    assert compile_together(*jobs) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("failures", [1, 7, 8])
@@ -270,7 +270,7 @@ def test_pieces_scanned_in_parallel(
 ) -> None:
     inputs = make_inputs(case, "cuda")
     if halved:
-        monkeypatch.setattr(forward_plan, "MIN_HALF_PIECE_CHUNKS", 1)
+        monkeypatch.setattr(forward_pieces, "MIN_HALF_PIECE_CHUNKS", 1)
     else:
         inputs = with_gradients(inputs)
     assert ForwardPass(Call(**{"scale": 1.0} | inputs)).pieces[not halved][0] is not None

@@ -21,13 +21,14 @@ pytest.importorskip("test_tilelang_emulated")
 import test_decode
 import test_distributed
 from gdn.backends.tilelang import BACKEND
+from gdn.backends.tilelang.kernels import compile_together
 from support import assert_close, poisoned_memory, run, truth  # noqa: F401
 from test_close_keys import check_against_rounding
 from test_float16_ranges import CASES as RANGES
 from test_float16_ranges import TIMES, check_ranges
 from test_padded_packs import padded
 from test_tilelang import assert_registers_suffice, plan_of, verdict
-from test_tilelang_emulated import check, folder, forward, world  # noqa: F401
+from test_tilelang_emulated import check, folder, forward, pieces, world  # noqa: F401
 
 STEP = StepCase("channels", B=4, HV=4, per_channel=True)
 STEPS = (
@@ -100,9 +101,9 @@ def test_forward_as_plans_cut_it(
     elif way == "segments":
         monkeypatch.setattr(forward, "MIN_SEGMENT_CHUNKS", 2)
     else:
-        monkeypatch.setattr(forward, "piece_length", lambda call, rows: 128)
+        monkeypatch.setattr(pieces, "piece_length", lambda call, rows: 128)
     if way == "halved":
-        monkeypatch.setattr(forward, "MIN_HALF_PIECE_CHUNKS", 1)
+        monkeypatch.setattr(pieces, "MIN_HALF_PIECE_CHUNKS", 1)
     check(case, make_inputs(case))
 
 
@@ -206,9 +207,9 @@ def test_neither_spills_nor_serialises(
 ) -> None:
     """Scans in float16 spill up to 28 registers, where those of a decay per head spill 11."""
     if cut:
-        monkeypatch.setattr(forward, "piece_length", lambda call, rows: 128)
+        monkeypatch.setattr(pieces, "piece_length", lambda call, rows: 128)
     plan, _ = plan_of(replace(FUSED, T=256, B=40, dtype=dtype))
-    for kernel in plan.kernels(save=False):
+    for kernel in compile_together(*plan.jobs(save=False)):
         said = verdict(kernel, tmp_path)
         assert_registers_suffice(kernel.get_kernel_source(), said)
         spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))

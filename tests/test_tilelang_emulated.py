@@ -37,8 +37,9 @@ from gdn.backends.tilelang import TileLangBackend, streams
 from gdn.backends.tilelang import memory_rounds as rounds
 from gdn.backends.tilelang.backward import plan as backward
 from gdn.backends.tilelang.decode import plan as decode
-from gdn.backends.tilelang.forward import fused_plan
+from gdn.backends.tilelang.forward import pieces
 from gdn.backends.tilelang.forward import plan as forward
+from gdn.backends.tilelang.kernels import Job, compile_together
 from test_agreement import same_dtype  # noqa: F401
 
 from gdn.problem import Call
@@ -105,10 +106,10 @@ def world(
     monkeypatch.setattr(forward, "choose_prepare_grid", three_blocks)
 
     def enter(late: bool, edit: Callable[[str], str] = str, slow: int = -1) -> None:
-        def entries(kernels: list[Any]) -> list[Callable[..., None]]:
-            return [emulate(kernel, folder, late, edit, slow) for kernel in kernels]
+        def entries(jobs: list[Job]) -> list[Callable[..., None]]:
+            return [emulate(kernel, folder, late, edit, slow) for kernel in compile_together(*jobs)]
 
-        for module in (forward, fused_plan, backward, decode):
+        for module in (forward, backward, decode):
             monkeypatch.setattr(module, "launchers", entries)
         gdn.register_backend(Emulated(), replace=True)
 
@@ -155,7 +156,7 @@ def test_float16_ranges_in_pieces(
     world: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world(late=False)
-    for module in (forward, backward):
+    for module in (pieces, backward):
         monkeypatch.setattr(module, "piece_length", lambda call, rows: 64)
     check_ranges("emulated", LARGE_STATES)
 
@@ -189,7 +190,7 @@ def test_long_pieces_are_halved(
     world: Callable[..., None], monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     world(late)
-    monkeypatch.setattr(forward, "MIN_HALF_PIECE_CHUNKS", 1)
+    monkeypatch.setattr(pieces, "MIN_HALF_PIECE_CHUNKS", 1)
     inputs = make_inputs(CUT)
     assert forward.choose_pieces(Call(**{"scale": 1.0} | inputs), False) == (256, 2)
     check(CUT, inputs)

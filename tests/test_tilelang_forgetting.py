@@ -19,6 +19,7 @@ pytest.importorskip("test_tilelang_emulated")
 
 from gdn.backends.tilelang import TileLangBackend
 from gdn.backends.tilelang.forward import fused_plan
+from gdn.backends.tilelang.kernels import compile_together
 from support import TOKENS, assert_close, run, truth
 from test_float16_ranges import LARGE_STATES, check_ranges
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: F401
@@ -204,7 +205,7 @@ def test_serialises_no_product_and_spills_nothing(tmp_path: Path) -> None:
     """The transfer scan."""
     compiled = pytest.importorskip("test_tilelang")
     plan, _ = compiled.plan_of(replace(CUT, T=64 * 32 * 66))
-    kernel = plan.kernels(save=False)[0]
+    kernel = compile_together(*plan.jobs(save=False))[0]
     said = compiled.verdict(kernel, tmp_path)
     compiled.assert_registers_suffice(kernel.get_kernel_source(), said)
     assert "0 bytes spill stores" in said

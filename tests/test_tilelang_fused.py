@@ -22,6 +22,7 @@ compiled = pytest.importorskip("test_tilelang")
 
 from gdn.backends.tilelang.forward import fused_plan  # noqa: E402
 from gdn.backends.tilelang.forward import plan as forward  # noqa: E402
+from gdn.backends.tilelang.kernels import compile_together  # noqa: E402
 from support import assert_close, require, run, truth  # noqa: E402
 from test_agreement import SHORT_NAMES  # noqa: E402
 from test_close_keys import check_against_rounding  # noqa: E402
@@ -149,7 +150,7 @@ def test_serialises_no_product_and_spills_outside_of_loops(name: str, tmp_path: 
     """Spilled are addresses: of the state, before and after the scan (those of [K, V] are many),
     and of the storing warp's last chunk."""
     plan, _ = compiled.plan_of(CASES[name])
-    (kernel,) = plan.kernels(save=False)
+    (kernel,) = compile_together(*plan.jobs(save=False))
     said = compiled.verdict(kernel, tmp_path)
     compiled.assert_registers_suffice(kernel.get_kernel_source(), said)
     assert max(map(int, re.findall(r"(\d+) bytes spill", said))) <= (64 if name == "dense" else 720)

@@ -24,6 +24,7 @@ from gdn.backends.common import chunking
 from gdn.backends.tilelang.forward import fused_plan
 from gdn.backends.tilelang.forward import plan as forward
 from gdn.backends.tilelang.forward.pool_plan import PoolPlan
+from gdn.backends.tilelang.kernels import compile_together
 from support import poisoned_memory  # noqa: F401
 from test_strided_inputs import measure
 from test_tilelang_emulated import WORLDS, folder, world  # noqa: F401
@@ -177,7 +178,9 @@ def test_neither_spills_in_loops_nor_serialises(
     it was rounded."""
     monkeypatch.setattr(fused_plan, "MIN_SHARE", 0.0 if fused else 2.0)
     case = replace(case, H=1, HV=2, K=128, V=128)
-    kernels = PoolPlan(as_prefill(make_prefill(case))).forward_pass.kernels(save=False)
+    kernels = compile_together(
+        *PoolPlan(as_prefill(make_prefill(case))).forward_pass.jobs(save=False)
+    )
     assert len(kernels) == (1 if fused else 2)
     most = 16 if case.checkpoints == "none" else 80 if fused else 512
     for kernel in kernels:

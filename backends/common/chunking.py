@@ -46,17 +46,19 @@ def piece_length(call: Call, block_v: int) -> int | None:
     The lengths of packed sequences are not known here, and one sequence may hold nearly all tokens.
     So packed input is cut as if one did, where scans would occupy at most half of the SMs.
 
-    Batch-invariant calls are never cut: joining pieces rounds otherwise than scanning on.
+    Batch-invariant calls are never cut: joining pieces rounds otherwise than scanning on. A rank's
+    part of sequences always is, into one piece at least: other ranks need its transfer matrices.
     """
     if call.batch_invariant:
         return None
+    always = call.context_parallel
     T, (HV, V) = call.q.shape[1], call.v.shape[2:]
     sequence_scans, packed = HV * (V // block_v), call.cu_seqlens is not None
     scans, sms = call.sequences * sequence_scans, sm_count(call.q.device)
-    if not scans or (packed and 2 * scans > sms):
+    if not scans or (packed and 2 * scans > sms and not always):
         return None
     pieces = sms // (sequence_scans if packed else scans)  # that one sequence has at most
     chunks = max(MIN_PIECE_CHUNKS, -(-T // (CHUNK * max(pieces, 1))))
     mean_tokens, min_pieces = (T // call.sequences, 2) if packed else (T, 3)
     long_enough = mean_tokens >= min_pieces * chunks * CHUNK
-    return chunks * CHUNK if pieces >= 3 and long_enough else None
+    return chunks * CHUNK if always or (pieces >= 3 and long_enough) else None

@@ -93,9 +93,9 @@ def for_fla(call: Call) -> Call:
 
 def options_of(call: Call) -> dict[str, Any]:
     """A call by its names, which are fla's. Without the bound of the gate, which fla has per
-    channel alone and under another name, and without gdn's batch-invariant mode."""
+    channel alone and under another name, and without gdn's modes."""
     options: dict[str, Any] = call._asdict()
-    for name in ("gate_lower_bound", "batch_invariant"):
+    for name in ("gate_lower_bound", "batch_invariant", "context_parallel"):
         del options[name]
     return options
 

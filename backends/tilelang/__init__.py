@@ -12,14 +12,15 @@
 - `head_blocks.py`: K and V that only decode has kernels for.
 - `forward/pool_plan.py`: prefill on a pool of states, by forward's kernels; `tile/pool.py` and
   `forward/checkpoints.py` are what they do differently.
-- `tile/`: building blocks that kernels share. `compile.py`: how a kernel is compiled.
+- `tile/`: building blocks that kernels share. `kernels.py`: all kernels by name; `compile.py`: how
+  one is compiled.
+- `launch.py`: where compiled kernels come from; `prebuilt.py`: folders of them; `build.py` and
+  `catalogue.py`: `gdn build-kernels`.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import shutil
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,10 @@ from torch import Tensor
 from gdn.backend import Backend, Capabilities, Plan
 from gdn.problem import FLAGS, Call, PoolCall, Prefill, Problem, Step
 
+from . import prebuilt
 from .head_blocks import choose_blocks
+from .kernels import Job, no_compiler
+from .launch import describe_sources, missing, missing_reason
 
 
 class TileLangBackend(Backend):
@@ -64,8 +68,31 @@ class TileLangBackend(Backend):
     priority = 400
 
     def unavailable(self) -> str | None:
-        """Adds to the common reasons that nvcc, which compiles the kernels, is missing."""
-        return super().unavailable() or (None if _has_nvcc() else "no nvcc, of CUDA 12 or newer")
+        """Kernels need TileLang's runtime, and either a compiler or a folder of kernels. TileLang
+        itself is imported only to compile, so it is not looked for as a module."""
+        if reason := prebuilt.runtime_missing():
+            return reason
+        reason = no_compiler()
+        if reason is None or any(prebuilt.folders()):
+            return None
+        return f"{reason}, and no prebuilt kernels (the distribution gdn-kernels-cu13)"
+
+    def unprepared(self, call: Call | PoolCall, backward: bool) -> list[str]:
+        """Without a compiler every kernel of the call must be in a folder."""
+        reason = no_compiler()
+        if reason is None:
+            return []
+        wanted = missing(self.jobs(call, backward))
+        return [missing_reason(wanted, reason)] if wanted else []
+
+    def preparation(self, call: Call | PoolCall, backward: bool) -> str:
+        return describe_sources(self.jobs(call, backward))
+
+    def jobs(self, call: Call | PoolCall, backward: bool) -> list[Job]:
+        """The kernels that a call needs."""
+        plan: Any = self.plan(call)
+        jobs: list[Job] = plan.jobs(call, backward)
+        return jobs
 
     def unsupported(self, problem: Problem) -> list[str]:
         """Without a decay per channel there is no lower bound of the gate but in decode. Prefill on
@@ -94,6 +121,9 @@ class TileLangBackend(Backend):
         call = layout.of(call) if layout else call
         return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(call)]
 
+    def exchanges(self, call: Call) -> bool:
+        return choose_blocks(call.q.shape[3], call.v.shape[3]) is None
+
     def plan(self, call: Call | PoolCall) -> Plan:
         if isinstance(call, Step):
             from .decode.plan import DecodePlan
@@ -110,18 +140,6 @@ class TileLangBackend(Backend):
         if layout is None:
             return PrefillPlan(call)
         return BlockedPlan(PrefillPlan(layout.of(call)), layout)
-
-
-def _has_nvcc() -> bool:
-    """Whether nvcc is in a place where TileLang looks for it."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    found = (shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes if home)
-    return (
-        any(found)
-        or shutil.which("nvcc") is not None
-        or os.path.exists("/usr/local/cuda/bin/nvcc")
-        or any(d.name.lower() == "nvidia-cuda-nvcc" for d in importlib.metadata.distributions())
-    )
 
 
 BACKEND = TileLangBackend()

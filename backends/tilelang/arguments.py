@@ -33,6 +33,15 @@ def channel_options(call: Call) -> dict[str, Any]:
     return {"A_log": call.A_log is not None, "lower_bound": call.gate_lower_bound}
 
 
+def clear_tail_options(call: Call, backward: bool) -> dict[str, Any]:
+    """The static options of `clear_tail` for a call."""
+    return {
+        "dtype": dtype_name(call.q), "K": call.q.shape[3], "V": call.v.shape[3],
+        "gates": dtype_name(call.g), "strengths": dtype_name(call.beta),
+        "offsets": dtype_name(call.cu_seqlens), "backward": backward,
+    }  # fmt: skip
+
+
 def token_ready(x: Tensor) -> Tensor:
     """q, k, v, or g or beta of a head, if kernels can read them by their strides, else a copy: the
     last stride must be 1. TMA, which reads q, k and v, needs an address and other strides that are

@@ -8,12 +8,14 @@ from gdn.backend import Forward, Gradients, Plan
 from gdn.problem import Call, PoolCall
 
 from .head_blocks import HeadBlocks
+from .kernels import Job
+from .plan import PrefillPlan
 
 
 class BlockedPlan(Plan):
     """`inner` is the plan of calls laid out so."""
 
-    def __init__(self, inner: Plan, layout: HeadBlocks) -> None:
+    def __init__(self, inner: PrefillPlan, layout: HeadBlocks) -> None:
         self.inner, self.layout = inner, layout
 
     def forward(self, call: Call, save: bool) -> Forward:
@@ -40,6 +42,10 @@ class BlockedPlan(Plan):
             A_log=None if A_log is None else layout.summed(A_log, call.A_log, 0),
             dt_bias=None if dt_bias is None else layout.summed(dt_bias, call.dt_bias, 0),
         )
+
+    def jobs(self, call: Call, backward: bool) -> list[Job]:
+        """See `PrefillPlan.jobs`."""
+        return self.inner.jobs(self.layout.of(call), backward)
 
     def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
         """See `gdn.backend.Plan.precompile`."""

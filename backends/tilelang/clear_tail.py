@@ -10,23 +10,11 @@ from typing import Any
 
 import tilelang.language as T
 
-from gdn.problem import Call
-
-from .arguments import dtype_name
 from .compile import kernel
 from .tile.indexing import token_bound
 
 BLOCKS, THREADS, RUN = 264, 128, 8
 """Thread blocks, their threads, and elements that a thread writes at once."""
-
-
-def clear_tail_options(call: Call, backward: bool) -> dict[str, Any]:
-    """The static options of `clear_tail` for a call."""
-    return {
-        "dtype": dtype_name(call.q), "K": call.q.shape[3], "V": call.v.shape[3],
-        "gates": dtype_name(call.g), "strengths": dtype_name(call.beta),
-        "offsets": dtype_name(call.cu_seqlens), "backward": backward,
-    }  # fmt: skip
 
 
 @kernel

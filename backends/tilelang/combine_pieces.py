@@ -3,7 +3,8 @@
 A piece changes the state before it to S^T <- S^T M^T + N^T. Its transfer matrices come from a scan
 of all pieces in parallel (`forward/scan.py`): N is the state that it leaves of a zero state, M its
 effect on any state. N of the first piece of a sequence already starts from the real state, so M of
-that piece is not applied. This kernel goes through the pieces in order:
+that piece is not applied, unless the real state was not known then (`late`). This kernel goes
+through the pieces in order:
 
     forward   S^T <- S^T M^T + N^T      from the first piece to the last
     backward  dS^T <- dS^T M + dN^T     from the last piece to the first (reverse)
@@ -27,7 +28,8 @@ import tilelang.language as T
 
 from .compile import kernel
 from .tile.indexing import token_bound
-from .tile.pool import READS, PoolKind, declare_slots, declare_states, find_slot
+from .tile.pool import READS, declare_slots, declare_states, find_slot
+from .tile.pool_kind import PoolKind
 
 COLUMNS = 8
 """Columns of V of a thread block: few enough that eight heads keep all SMs busy."""
@@ -40,11 +42,11 @@ OWN = COLUMNS // PARTS
 @kernel(own_barriers=True)
 def combine_pieces(
     *, offsets: str, K: int, V: int, varlen: bool, initial: bool, final: bool, v_first: bool,
-    reverse: bool, forgetting: bool, pool: PoolKind | None = None,
+    reverse: bool, forgetting: bool, late: bool = False, pool: PoolKind | None = None,
 ) -> Any:  # fmt: skip
     """Build the kernel. initial: whether `S_in` holds a state to start from (else zero);
-    final: whether `S_out` is wanted (reverse only); forgetting: whether there is `forgets`, pool:
-    S_in is one (both forward only)."""
+    final: whether `S_out` is wanted (reverse only); forgetting: whether there is `forgets`; late: N
+    of a first piece starts from zero; pool: S_in is one (these three forward only)."""
     HV, N, pieces, bounds = (T.dynamic(name) for name in ("HV", "N", "pieces", "bounds"))
     state = (N, HV, V, K) if v_first else (N, HV, K, V)
     blocks, each = V // COLUMNS, K // PARTS
@@ -135,7 +137,7 @@ def combine_pieces(
                     T.sync_threads()
                     for i in T.unroll(COLUMNS):
                         sums[i] = 0.0
-                    if T.And(reverse or step > 0, forgotten == 0):
+                    if T.And(reverse or late or step > 0, forgotten == 0):
                         for k in T.unroll(each):
                             for i in T.unroll(COLUMNS):
                                 sums[i] += S_smem[part * each + k, i] * M[k]

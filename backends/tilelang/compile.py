@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -13,6 +16,10 @@ os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
 
 import tilelang
 from tilelang import PassConfigKey
+from tilelang.contrib import nvcc
+from tilelang.contrib.cc import get_cplus_compiler
+
+from . import prebuilt
 
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 """Always named, never guessed from the device: a cache filled without a GPU then serves one."""
@@ -34,12 +41,6 @@ _OWN_BARRIERS = _FAST | {
 }
 
 
-def compile_together(*jobs: tuple[Any, dict[str, Any]]) -> list[Any]:
-    """Compile the kernels of several builders, each with its static options, in parallel."""
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        return list(pool.map(lambda job: job[0](**job[1]), jobs))
-
-
 def _until_parsed_alone(make: Callable[[], Any]) -> Any:
     """The result of `make`, which runs again if another thread parses at the same time."""
     for _ in range(_ATTEMPTS - 1):
@@ -49,12 +50,6 @@ def _until_parsed_alone(make: Callable[[], Any]) -> Any:
             if _PARSED_TOGETHER not in str(error):
                 raise
     return make()
-
-
-def launchers(kernels: list[Any]) -> list[Callable[..., None]]:
-    """The functions that launch compiled kernels: TVM's own. TileLang's wrapper spends 4 us more on
-    the host on outputs that it would allocate."""
-    return [kernel.adapter.get_exportable_executable()["main"] for kernel in kernels]
 
 
 def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = False) -> Any:
@@ -82,3 +77,63 @@ def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = Fals
 
     compiled.build = build  # type: ignore[attr-defined]
     return compiled
+
+
+def build_here(job: Any, folder: Path) -> None:
+    """Compile a kernel in this process, and add it to a folder."""
+    build, statics = job
+    with _without_lines():
+        compiled = build(**statics)
+    arguments = _arguments_of(compiled.prim_func)
+    prebuilt.write_entry(folder, build.name, statics, arguments, _library_of(compiled))
+
+
+def _library_of(compiled: Any) -> bytes:
+    """The shared library of a compiled kernel: host function and code for the GPU. TileLang's cache
+    has it, or it is linked now."""
+    place = getattr(compiled, "_tilelang_cache_path", None)
+    if place is not None and (file := Path(place, "executable.so")).exists():
+        return file.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "executable.so")
+        compiled.adapter.get_exportable_executable().export_library(str(file))
+        return file.read_bytes()
+
+
+def _arguments_of(function: Any) -> list[str]:
+    """What a kernel is launched with: "float32" for a number, and "float32[4]" for a tensor of 4
+    dimensions."""
+    buffers = (function.buffer_map.get(x) for x in function.params)
+    return [
+        str(x.dtype) if buffer is None else f"{buffer.dtype}[{len(buffer.shape)}]"
+        for x, buffer in zip(function.params, buffers, strict=True)
+    ]
+
+
+@contextmanager
+def _without_lines() -> Iterator[None]:
+    """Compile without line numbers, which make a kernel's code four times as large. What other
+    threads compile meanwhile has none either."""
+    before = nvcc.compile_cuda
+    nvcc.compile_cuda = _compile_cuda
+    try:
+        yield
+    finally:
+        nvcc.compile_cuda = before
+
+
+def _compile_cuda(
+    code: str, target_format: str = "cubin", arch: Any = None, options: Any = None, **_: Any
+) -> bytearray:
+    """In place of TileLang's function: compile a source by nvcc."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder, "kernel.cu"), Path(folder, "kernel.out")
+        source.write_text(code)
+        command = [nvcc.get_nvcc_compiler(), f"-ccbin={get_cplus_compiler()}", "-O3", "-w"]
+        command += [f"--{target_format}", *(arch or []), *(options or [])]
+        command += ["-o", str(result), str(source)]
+        environment = nvcc.get_nvcc_subprocess_env()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        return bytearray(result.read_bytes())

@@ -88,18 +88,23 @@ class TritonBackend(Backend):
 
         return [call.q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(call)]
 
+    def exchanges(self, call: Call) -> bool:
+        from .piece_length import piece_length
+
+        return piece_length(call._replace(context_parallel=True)) is not None
+
     def plan(self, call: Call | PoolCall) -> Plan:
         if isinstance(call, Step):
             from .decode import DecodePlan
 
             return DecodePlan(call)
         if isinstance(call, Prefill):
-            from .pool_plan import PoolPlan
+            from .ahead import SlotPlan
 
-            return PoolPlan(call)
-        from .plan import PrefillPlan
+            return SlotPlan(call)
+        from .ahead import SequencePlan
 
-        return PrefillPlan(call)
+        return SequencePlan(call)
 
 
 BACKEND = TritonBackend()

@@ -46,9 +46,3 @@ def padded_keys(call: Call) -> int:
     """K padded to a tile. Triton 3.6 reads past the end of tiles narrower than 64 that two
     warpgroups share."""
     return max(64, int(triton.next_power_of_2(call.q.shape[3])))
-
-
-def prepared_channels(call: Call) -> int:
-    """Channels that `prepare_channels_kernel` has in registers at a time."""
-    BK = padded_keys(call)
-    return BK if BK <= 128 and call.q.element_size() == 2 else 64

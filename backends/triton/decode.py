@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,8 +30,14 @@ from gdn.problem import Call, PoolCall, Step
 from ..common.allocation import allocator
 from .activation import EPS, compute_log_decay, load_A_log
 from .indexing import load_bound
-from .launch import ANY_ALIGNMENT, Configuration, Stage, choose_configuration
-from .tiles import INTERPRETED, compute_state_offsets, round_to
+from .launch import (
+    ANY_ALIGNMENT,
+    Configuration,
+    Stage,
+    choose_configuration,
+    compiles_ahead,
+)
+from .tiles import compute_state_offsets, round_to
 
 COUNTS = (
     "null_index", "T", "slots", "into_slots", "index_row", "index_column", "index_columns",
@@ -225,7 +230,7 @@ class DecodePlan(Plan):
 
     def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
         """See `gdn.backend.Plan.precompile`."""
-        if INTERPRETED or not torch.cuda.is_available():
+        if not compiles_ahead():
             return False
         assert isinstance(call, Step)
         for stage in (*self.stages.values(), self.other_counts):

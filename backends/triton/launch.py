@@ -77,6 +77,8 @@ def choose_configuration(
         return Configuration(0, 4, 1, None if wide else 168)
     if name in ("prepare_channels_kernel", "decay_rows_kernel"):  # on sm_80 ptxas gives them fewer
         return Configuration(0, 8 if wide else 4, 1, 255)
+    if name == "find_chunks_kernel":
+        return Configuration(0, 4, 1)
     if name == "decode_kernel":
         return Configuration(8 if scans < 128 else 32, 1 if scans < 128 else 4, 1)
     if name == "combine_pieces_kernel":
@@ -95,6 +97,11 @@ def choose_configuration(
             Configuration(128, 8, 3) if scans >= 128 and not channels else Configuration(64, 4, 3)
         )
     return Configuration(64, 8, 3)
+
+
+def prepared_channels(BK: int, itemsize: int, shared_memory: int) -> int:
+    """Channels that `prepare_channels_kernel` has in registers at a time."""
+    return BK if BK <= 128 and itemsize == 2 and shared_memory > 230_000 else 64
 
 
 class Stage:
@@ -183,6 +190,18 @@ class Stage:
         if aligned and not INTERPRETED:
             constants = (*self.sizes, *self.kernel_constants.values())
             self.launch_compiled = _make_launcher(compiled, self.grid, constants)
+
+
+class CompilingStage(Stage):
+    """A stage that compiles where others launch."""
+
+    def __call__(self, tensors: Sequence[Tensor | None], *scale: float) -> None:
+        self.compile(tensors, *scale)
+
+
+def compiles_ahead() -> bool:
+    """Whether kernels can be compiled before a launch, for this process's GPU."""
+    return not INTERPRETED and torch.cuda.is_available()
 
 
 def _make_launcher(compiled: Any, grid: int, constants: tuple[Any, ...]) -> Callable[..., None]:

@@ -7,58 +7,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn.backend import Forward, Gradients, Plan
+from gdn.backend import Forward, Gradients
+from gdn.exchange import Exchange, ExchangingPlan, PieceMaps
 from gdn.problem import CHUNK, Call
 
 from ..common.allocation import allocator
 from ..common.chunking import piece_slots
-from .buffer_shapes import decayed_shapes, padded_keys, prepared_channels, saved_shapes
+from .buffer_shapes import decayed_shapes, padded_keys, saved_shapes
 from .channel_decay import is_weak
-from .channel_gradients import channel_gradients_kernel
 from .channel_prepare import decay_rows_kernel, prepare_channels_kernel
 from .combine_pieces import combine_pieces_kernel
-from .key_gradients import key_gradients_kernel
-from .launch import Stage, choose_configuration, shared_memory_limit
-from .matrix_gradients import matrix_gradients_kernel
+from .forgetting import find_chunks_kernel
+from .input_gradients import Tensors, compute_channel_gradients, compute_gradients
+from .launch import Stage, choose_configuration, prepared_channels, shared_memory_limit
 from .piece_length import piece_length
 from .prepare import prepare_kernel
-from .query_gradients import query_gradients_kernel
 from .reverse_scan import reverse_scan_kernel
 from .scan import scan_kernel
 from .strides import Strides, contiguous_strides, read_in_place
 
-Tensors = tuple[Tensor | None, ...]
 NO_POOL: Tensors = (None,) * 6
 """In place of the pool, its indices, fresh, and offsets, indices and buffer of checkpoints."""
 
 
-class PrefillPlan(Plan):
+class PrefillPlan(ExchangingPlan):
     """The launches for all calls of one kind: same shapes, dtypes, device and options.
 
     Calls whose tokens have other strides have plans of their own, in `strided`. `pool_flags` and
-    `pool_sizes` are what kernels take of a pool of states; here there is none.
+    `pool_sizes` are what kernels take of a pool of states; here there is none. `stage_type` is what
+    a bound kernel is (`ahead.py`).
     """
+
+    stage_type = Stage
 
     def __init__(self, call: Call, strides: Strides | None = None) -> None:
         T, HV = call.q.shape[1], call.v.shape[2]
         self.slots, self.piece_length = piece_slots(call, CHUNK), piece_length(call)
         self.constants: dict[str, Any] = {
-            "H": call.q.shape[2],
-            "HV": HV,
-            "K": call.q.shape[3],
-            "V": call.v.shape[3],
-            "C": CHUNK,
-            "BK": padded_keys(call),
-            "VARLEN": call.cu_seqlens is not None,
+            "H": call.q.shape[2], "HV": HV, "K": call.q.shape[3], "V": call.v.shape[3],
+            "C": CHUNK, "BK": padded_keys(call), "VARLEN": call.cu_seqlens is not None,
             "L2_NORM": call.use_qk_l2norm_in_kernel,
-            "FUSED_GATE": call.use_gate_in_kernel,
-            "LOWER_BOUND": call.gate_lower_bound,
-            "WEAK": is_weak(call),
+            "FUSED_GATE": call.use_gate_in_kernel, "LOWER_BOUND": call.gate_lower_bound,
             "FUSED_SIGMOID": call.use_beta_sigmoid_in_kernel,
             "BETA_SCALE": 2.0 if call.allow_neg_eigval else 1.0,
-            "CHANNELS": call.per_channel,
+            "CHANNELS": call.per_channel, "WEAK": is_weak(call),
             "BD": 64,  # channels that `channel_gradients_kernel` has in registers at a time
-        }
+        }  # fmt: skip
         self.constants |= contiguous_strides(call) if strides is None else strides
         self.strided: dict[tuple[object, ...], PrefillPlan] = {}
         self.pool_flags = {"POOL": False, "POOL_V_FIRST": False, "CHECKPOINTS": 0}
@@ -91,7 +85,8 @@ class PrefillPlan(Plan):
             BK, channels = self.constants["BK"], self.constants["CHANNELS"]
             scans = 1 if self.batch_invariant else self.scans  # alike for all batches
             configuration = choose_configuration(name, BK, self.itemsize, scans, limit, channels)
-            self.stages[key] = stage = Stage(kernel, programs, configuration, sizes, **constants)
+            stage = self.stage_type(kernel, programs, configuration, sizes, **constants)
+            self.stages[key] = stage
             stage.can_autotune &= not self.batch_invariant
         return self.stages[key]
 
@@ -126,6 +121,16 @@ class PrefillPlan(Plan):
             HAS_GRAD_FINAL=final, STORE_GRAD_INITIAL=initial, STORE_STATES=states, CUT=cut,
         )  # fmt: skip
 
+    def find_chunks(self, call: Call, factors: Tensor, reverse: bool) -> Tensor | None:
+        """What `forgetting.py` finds for the first scan of a rank's part; None elsewhere, and with
+        a decay per channel."""
+        if not call.context_parallel or call.per_channel:
+            return None
+        found = factors.new_empty((self.scans,), dtype=torch.int32)
+        find = self.bind(find_chunks_kernel, self.scans, self.scan_sizes, REVERSE=reverse)
+        find((call.k, factors, found, call.cu_seqlens))
+        return found
+
     def bind_combine_pieces(
         self, call: Call, state_in: bool, state_out: bool, reverse: bool
     ) -> Stage:
@@ -142,7 +147,9 @@ class PrefillPlan(Plan):
         programs = self.slots * self.constants["HV"]
         kernel, flags = prepare_kernel, dict[str, int](SAVE=save)
         if call.per_channel:
-            kernel, flags = prepare_channels_kernel, flags | {"BD": prepared_channels(call)}
+            BK, limit = self.constants["BK"], shared_memory_limit(self.device)
+            BD = prepared_channels(BK, self.itemsize, limit)
+            kernel, flags = prepare_channels_kernel, flags | {"BD": BD}
         prepare = self.bind(kernel, programs, self.chunk_sizes, **flags)
         initial, final = call.initial_state is not None, call.output_final_state
         if self.piece_length is None:
@@ -160,6 +167,11 @@ class PrefillPlan(Plan):
         plan, call = self.select(call)
         return plan.run_forward(call, save)
 
+    def forward_part(self, call: Call, save: bool, exchange: Exchange) -> Forward:
+        """See `gdn.exchange.ExchangingPlan.forward_part`."""
+        plan, call = self.select(call)
+        return plan.run_forward(call, save, exchange)
+
     def select(self, call: Call) -> tuple[PrefillPlan, Call]:
         """The plan for the strides of a call's tokens, and the call as kernels can read it."""
         call, strides = read_in_place(call)
@@ -167,10 +179,10 @@ class PrefillPlan(Plan):
             return self, call
         key = tuple(strides.values())
         if key not in self.strided:
-            self.strided[key] = PrefillPlan(call, strides)
+            self.strided[key] = type(self)(call, strides)
         return self.strided[key], call
 
-    def run_forward(self, call: Call, save: bool) -> Forward:
+    def run_forward(self, call: Call, save: bool, exchange: Exchange | None = None) -> Forward:
         """`forward` of a call that kernels can read, with the plan's strides."""
         initial, cu_seqlens = call.initial_state, call.cu_seqlens
         saved = [new() for new in self.new_saved]
@@ -188,13 +200,18 @@ class PrefillPlan(Plan):
             if save and cu_seqlens is not None:
                 piece_states.zero_()  # slots may be unused, and outputs of an op must be defined
             transfer_scan, combine_pieces, final_scan = scans
-            transfer_scan((*inputs, None, None, transfers, None, None, None, cu_seqlens, *NO_POOL))
+            first = self.find_chunks(call, factors, reverse=False)
+            transfer_scan(
+                (*inputs, None, None, transfers, None, None, None, first, cu_seqlens, *NO_POOL)
+            )
+            if exchange is not None:
+                initial = exchange(PieceMaps(transfers, None, self.piece_sizes[1] * CHUNK))()
             combine_pieces(
                 (transfers, transfers, initial, piece_states, final, cu_seqlens, *NO_POOL[:3])
             )
-            final_scan((*inputs, piece_states, o, None, None, None, None, cu_seqlens, *NO_POOL))
+            final_scan((*inputs, piece_states, o, *[None] * 5, cu_seqlens, *NO_POOL))
         else:
-            scans[0]((*inputs, initial, o, final, None, None, None, cu_seqlens, *NO_POOL))
+            scans[0]((*inputs, initial, o, final, *[None] * 4, cu_seqlens, *NO_POOL))
         return Forward(o, final, saved if save else [])
 
     def backward(
@@ -205,9 +222,17 @@ class PrefillPlan(Plan):
         plan, call = self.select(call)
         return plan.run_backward(call, saved, grad_o, grad_final_state)
 
-    def run_backward(
-        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
+    def backward_part(
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, exchange: Exchange
     ) -> Gradients:
+        """See `gdn.exchange.ExchangingPlan.backward_part`."""
+        plan, call = self.select(call)
+        return plan.run_backward(call, saved, grad_o, None, exchange)
+
+    def run_backward(
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None,
+        exchange: Exchange | None = None,
+    ) -> Gradients:  # fmt: skip
         """`backward` of a call that kernels can read, with the plan's strides."""
         grad_o = grad_o.contiguous()
         grad_final = None if grad_final_state is None else grad_final_state.contiguous()
@@ -231,22 +256,28 @@ class PrefillPlan(Plan):
 
         # initial and final states of what is scanned: sequences, or pieces
         scan_initial, scan_grad_final, scan_grad_initial = call.initial_state, grad_final, dS
+        wait: Any = None
         if piece_buffers:
             transfers, scan_initial = piece_buffers
             from_zero = torch.empty_like(scan_initial)
             scan_grad_final, scan_grad_initial = torch.empty_like(scan_initial), None
+            matter = self.find_chunks(call, factors, reverse=True)
             self.bind_reverse_scan(call, final=False, initial=True, states=False)(
-                (*reverse_inputs, None, None, None, from_zero, cu_seqlens)
+                (*reverse_inputs, None, None, None, from_zero, matter, cu_seqlens)
             )
+            if exchange is not None:
+                wait = exchange(PieceMaps(transfers, from_zero, self.piece_sizes[1] * CHUNK))
+        self.bind_scan(call, o=False, final=False, states=True, transfer=False)(
+            (*inputs, scan_initial, None, None, states, U, row_scales, None, cu_seqlens, *NO_POOL)
+        )
+        if piece_buffers:
+            grad_final = grad_final if wait is None else wait()
             self.bind_combine_pieces(call, grad_final is not None, dS is not None, reverse=True)(
                 (transfers, from_zero, grad_final, scan_grad_final, dS, cu_seqlens, *NO_POOL[:3])
             )
-        self.bind_scan(call, o=False, final=False, states=True, transfer=False)(
-            (*inputs, scan_initial, None, None, states, U, row_scales, cu_seqlens, *NO_POOL)
-        )
         final, initial = scan_grad_final is not None, scan_grad_initial is not None
         self.bind_reverse_scan(call, final, initial, states=True)(
-            (*reverse_inputs, scan_grad_final, R, grad_states, scan_grad_initial, cu_seqlens)
+            (*reverse_inputs, scan_grad_final, R, grad_states, scan_grad_initial, None, cu_seqlens)
         )
 
         dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in call[:5])
@@ -256,46 +287,10 @@ class PrefillPlan(Plan):
         ]
         gradients = (dq, dk, dv, dg, dbeta, *parameter_terms, cu_seqlens)
         given = (states, grad_states, U, R, row_scales, grad_o)
-        compute = self.channel_gradients if call.per_channel else self.gradients
-        compute(call, factors, matrices, given, gradients)
+        compute = compute_channel_gradients if call.per_channel else compute_gradients
+        compute(self, call, factors, matrices, given, gradients)
         parameter_gradients = (
             None if x is None or terms is None else terms.sum(0).to(x.dtype)
             for x, terms in zip((call.A_log, call.dt_bias), parameter_terms, strict=True)
         )
         return Gradients(dq, dk, dv, dg, dbeta, dS, *parameter_gradients)
-
-    def gradients(
-        self, call: Call, factors: Tensor, matrices: Tensor, given: Tensors, out: Tensors
-    ) -> None:
-        """Fill the gradients in `out`: dq, dk, dv, dg, dbeta, terms of dA_log and ddt_bias; last is
-        cu_seqlens. `given`: the states, their gradients, U, R, row_scales and dO."""
-        (states, _, U, _, row_scales, grad_o), (dq, *rest) = given, out
-        programs, dG_from_o = self.slots * self.constants["H"], torch.empty_like(factors[:, :, 0])
-        for_q = (call.q, call.k, factors, matrices, states, U, row_scales, grad_o)
-        self.bind(query_gradients_kernel, programs, self.chunk_sizes)(
-            (*for_q, dq, dG_from_o, call.cu_seqlens), call.scale
-        )
-        for_k = (call.q, call.k, call.v, call.g, factors, *given, dG_from_o)
-        self.bind(key_gradients_kernel, programs, self.chunk_sizes)(
-            (*for_k, call.A_log, call.dt_bias, *rest), call.scale
-        )
-
-    def channel_gradients(
-        self, call: Call, factors: Tensor, matrices: Tensor, given: Tensors, out: Tensors
-    ) -> None:
-        """The same with a decay per channel, and dU in place of R."""
-        slots, H, HV, BK = self.slots, *(self.constants[n] for n in ("H", "HV", "BK"))
-        (states, grad_states, *of_values), (dq, dk, dv, *rest) = given, out
-        dtype = torch.bfloat16 if call.q.dtype == torch.bfloat16 else torch.float32
-        grad_matrices = factors.new_empty((slots, HV, 2, CHUNK, CHUNK), dtype=dtype)
-        products = factors.new_empty((slots, HV, 3, CHUNK))
-        found = (grad_matrices, products)
-        needs_sums = HV > H or call.use_qk_l2norm_in_kernel
-        sums = factors.new_empty((slots, H, 2, CHUNK, BK)) if needs_sums else None
-        self.bind(matrix_gradients_kernel, slots * HV, self.chunk_sizes)(
-            (call.v, factors, matrices, *of_values, dv, *found, call.cu_seqlens), call.scale
-        )
-        inputs = (call.q, call.k, call.g, factors, states, grad_states, *of_values, *found)
-        self.bind(channel_gradients_kernel, slots * H, self.chunk_sizes)(
-            (*inputs, call.A_log, call.dt_bias, sums, dq, dk, *rest), call.scale
-        )

@@ -54,9 +54,9 @@ class PoolPlan(PrefillPlan):
         inputs = (call.q, call.k, call.v, factors, matrices, *decayed)
         if piece_buffers:
             transfers, starts = piece_buffers
-            scans[0]((*inputs, None, None, transfers, None, None, None, cu_seqlens, *NO_POOL))
+            scans[0]((*inputs, None, None, transfers, *[None] * 4, cu_seqlens, *NO_POOL))
             scans[1]((transfers, transfers, None, starts, None, cu_seqlens, *pool[:3]))
-            scans[2]((*inputs, starts, o, None, None, None, None, cu_seqlens, *pool))
+            scans[2]((*inputs, starts, o, *[None] * 5, cu_seqlens, *pool))
         else:
-            scans[0]((*inputs, None, o, None, None, None, None, cu_seqlens, *pool))
+            scans[0]((*inputs, None, o, *[None] * 5, cu_seqlens, *pool))
         return o

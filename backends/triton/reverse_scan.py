@@ -109,15 +109,16 @@ def reverse_scan_step(
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def reverse_scan_kernel(
     q, k, factors, matrices, decayed_rows, channel_decays, grad_o, row_scales, grad_final, R_out,
-    grad_states, grad_initial, cu_seqlens, N, T, chunks_per_sequence, pieces_per_sequence,
-    piece_chunks,
+    grad_states, grad_initial, chunks_that_matter, cu_seqlens, N, T, chunks_per_sequence,
+    pieces_per_sequence, piece_chunks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
     V_FIRST: tl.constexpr, CHANNELS: tl.constexpr, HAS_GRAD_FINAL: tl.constexpr,
     STORE_GRAD_INITIAL: tl.constexpr, STORE_STATES: tl.constexpr, CUT: tl.constexpr,
     Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
 ):  # fmt: skip
-    """grad_final and grad_initial are [.., V, K] if V_FIRST, else [.., K, V]."""
+    """grad_final and grad_initial are [.., V, K] if V_FIRST, else [.., K, V]. Without grad_final,
+    chunks_that_matter may be what `forgetting.py` finds."""
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (V + BV - 1) // BV
     piece_head, first_v = program // blocks, ((program % blocks) * BV).to(tl.int32)
@@ -135,6 +136,8 @@ def reverse_scan_kernel(
     dS_T = tl.zeros([BV, BK], tl.float32)
     if HAS_GRAD_FINAL:
         dS_T = tl.load(grad_final + offsets, mask=mask, other=0.0).to(tl.float32)
+    if chunks_that_matter is not None:
+        tokens = tl.minimum(tokens, tl.load(chunks_that_matter + piece_head) * C)
     chunk_head = slot * HV + head
     full_chunks = (tokens // C).to(tl.int32)
     if tokens > full_chunks * C:

@@ -154,8 +154,8 @@ def scan_chunks(
 @triton.jit(do_not_specialize=COUNTS + POOL_COUNTS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def scan_kernel(
     q, k, v, factors, matrices, decayed_rows, channel_decays, initial_state, o, final_state, states,
-    U_out, row_scales, cu_seqlens, pool, indices, fresh, checkpoint_offsets, checkpoint_indices,
-    checkpoints,
+    U_out, row_scales, first_chunks, cu_seqlens, pool, indices, fresh, checkpoint_offsets,
+    checkpoint_indices, checkpoints,
     N, T, chunks_per_sequence, pieces_per_sequence, piece_chunks,
     null_index, slots, slot_stride, index_stride, checkpoint_columns,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -169,7 +169,8 @@ def scan_kernel(
 ):  # fmt: skip
     """initial_state and final_state are [.., V, K] if V_FIRST, else [.., K, V].
 
-    With TRANSFER, final_state is [pieces, HV, V + K, K]: N^T above M^T.
+    With TRANSFER, final_state is [pieces, HV, V + K, K]: N^T above M^T; first_chunks is what
+    `forgetting.py` finds, or None.
 
     POOL: states come from slots of a pool and go back there, by `pool.py`, unless sequences are
     CUT. CHECKPOINTS: the padded number of checkpoints a sequence, or 0. CLEAR_TAIL: tokens past the
@@ -211,8 +212,13 @@ def scan_kernel(
                 clear_rows(o, start, start, first_token + tokens, head, HV, V, first_v, C, BV)
         tokens = tl.where(live, tokens, 0)
     chunk_head = slot * HV + head
+    begin = first_v * 0
+    if first_chunks is not None:  # of a transfer scan
+        first = tl.load(first_chunks + piece_head)
+        S_T = tl.where(first >= 0, 0.0, S_T)
+        tokens = tl.where((first >= 0) & (first_v >= V), 0, tokens)
+        begin = tl.maximum(first, 0)
     full_chunks = (tokens // C).to(tl.int32)
-    begin = full_chunks * 0
     if CHECKPOINTS:  # the loop over chunks stays innermost, so that Triton pipelines its loads
         before = index * (piece_chunks * C)
         while begin < full_chunks:

@@ -125,11 +125,20 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "peak MB": _number("peak_mb", ".0f"),
     },
     "choosing": {"request from": _word("source"), "us": _number("latency_ms", ".2f", 1e3)},
-    "issuing": {"backend": _word("backend"), "us": _number("latency_ms", ".1f", 1e3)},
+    "issuing": {
+        "pass": _word("pass"),
+        "backend": _word("backend"),
+        "us": _number("latency_ms", ".1f", 1e3),
+    },
     "cold start": {
         "backend": _word("backend"),
         "kernels": _word("kernels"),
         "first forward s": _number("latency_ms", ".2f", 1e-3),
+        "training step s": _number("training_ms", ".2f", 1e-3),
+        "decode step s": _number("decode_ms", ".2f", 1e-3),
+        "import torch s": _number("torch_ms", ".2f", 1e-3),
+        "start of CUDA s": _number("cuda_ms", ".2f", 1e-3),
+        "import gdn s": _number("gdn_ms", ".2f", 1e-3),
         "whole process s": _number("wall_ms", ".2f", 1e-3),
     },
 }

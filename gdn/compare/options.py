@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from gdn.invariance import is_batch_invariant
-from gdn.problem import Call
+from gdn.problem import Call, PoolCall, Prefill, Step
 from gdn.testing import Case, make_inputs
-from gdn.validation import validate
+from gdn.validation import validate, validate_pool_call
 
 from .roofline import PASSES, least_work
 
@@ -148,6 +148,31 @@ def make_call(case: Case) -> Call:
         call = call._replace(initial_state=call.initial_state.new_empty(call.state_shape))
     validate(call)
     return call
+
+
+def make_pool_call(call: Call, prefill: bool) -> PoolCall:
+    """A decode step, or prefill, of a call's tokens on a pool of float32 states with a slot for
+    each sequence, as servers make them."""
+    call = call._replace(initial_state=None, output_final_state=False)
+    kind: type[PoolCall] = Prefill if prefill else Step
+    made = kind(
+        call,
+        state=torch.empty(call.state_shape, dtype=torch.float32, device="meta"),
+        state_indices=torch.empty(call.sequences, dtype=torch.int32, device="meta"),
+    )
+    validate_pool_call(made)
+    return made
+
+
+def on_device(given: Any, device: torch.device) -> Any:
+    """A call, on a pool or not, with uninitialised tensors on a device in place of its own."""
+    moved = {}
+    for name, x in given._asdict().items():
+        if isinstance(x, Call):
+            moved[name] = on_device(x, device)
+        elif isinstance(x, torch.Tensor):
+            moved[name] = torch.empty_like(x, device=device)
+    return given._replace(**moved)
 
 
 def require_device(device: torch.device) -> None:

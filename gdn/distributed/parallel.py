@@ -115,8 +115,9 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     call, (request, save), at = _split_arguments(args)
     shapes = passes.saved_like(call, at, [])
-    local = passes.cut(call, at, shapes[0])
-    o, _, saved = torch.ops.gdn.forward(*local, _choose(call, at, request, save), save)
+    request = _choose(call, at, request, save)
+    local = passes.cut(call, at, shapes[0], request)
+    o, _, saved = torch.ops.gdn.forward(*local, request, save)
     shape = passes.global_shape(call, at) if call.output_final_state else (0,)
     dtype = call.state_dtype if call.output_final_state else call.q.dtype
     return o, call.q.new_empty(shape, dtype=dtype), shapes + saved if save else []

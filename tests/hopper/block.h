@@ -10,7 +10,8 @@
 
 struct Dim { int x, y, z; };
 inline Dim blockIdx, threadIdx;
-alignas(1024) inline uchar shared_memory[232448];
+// 227 KB for a thread block, less the one that its barriers round up to.
+alignas(1024) inline uchar shared_memory[226 * 1024];
 
 struct Mbarrier {
   int count = 0, pending = 0, bytes = 0, parity = 0;

@@ -234,7 +234,7 @@ def channel_gradients(
             chunks = T.alloc_var("int32")  # loaded so far
             chunks = 0
             find_head(chunk_spans, later, cta, thread_blocks, 0)
-            if T.And(thread < 32, steps > 0):  # no copy may be under way when a thread block ends
+            if thread < 32:
                 load_chunk(q, k, smem, chunk_ready, later)
                 load_head(*of_head, smem, head_ready, *place(later), K)
             # Unused slots are computed too, and nothing of them is stored: a branch around the

@@ -56,7 +56,8 @@ class ChannelGradientsSmem:
             self.scales = T.alloc_shared((V // ROWS, ROWS), "float32")
         # === computed ===
         self.XY = T.alloc_shared((2 * parts, C, C), "bfloat16")  # X, and behind it Y
-        self.diagonal = T.alloc_shared((2, C), "float32")  # of X; the other one is not used
+        # of X (the other row is not used); then what dq and dk lose along q and k
+        self.diagonal = self.along = T.alloc_shared((2, C), "float32")
         # e^g, then the terms of dg, then dg: pairs of entries of each thread
         self.aside = T.alloc_shared((ENTRIES // 2, warps * 32, 2), "float32")
         self.S_dS = T.alloc_shared((4, K), "float32")  # sums over a quarter of V
@@ -65,7 +66,6 @@ class ChannelGradientsSmem:
         self.row_factors = T.alloc_shared((2, C), "float32")  # scale rq, -rk
         self.norms = T.alloc_shared((2, C), "float32")  # rq, rk
         self.dots = T.alloc_shared((3, warps, C), "float32")  # k right, q dq, k dk; a row a warp
-        self.along = T.alloc_shared((2, C), "float32")  # what dq and dk lose along q and k
         self.dA_log = T.alloc_shared((warps,), "float32")
         T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (self.q, self.k)})
 

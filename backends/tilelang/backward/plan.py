@@ -19,24 +19,37 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Gradients
+from gdn.exchange import Exchange, PieceMaps
 from gdn.problem import CHUNK, Call
 
 from ...common.chunking import piece_length, piece_slots, sm_count
-from ..arguments import channel_options, dtype_name, gate_options, tma_ready, token_ready
-from ..clear_tail import clear_tail, clear_tail_options
-from ..combine_pieces import combine_pieces
-from ..compile import compile_together, launchers
+from ..arguments import (
+    channel_options,
+    clear_tail_options,
+    dtype_name,
+    gate_options,
+    tma_ready,
+    token_ready,
+)
+from ..kernels import (
+    Job,
+    channel_gradients,
+    clear_tail,
+    combine_pieces,
+    first_chunks,
+    gate_sums,
+    gradients,
+    prepare_channels,
+    recompute_states,
+    reverse_scan,
+)
+from ..launch import launchers
 from ..memory_rounds import memory_rounds, sequence_parts
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
-from ..tile.pool import NO_TABLES, slot_tables
+from ..tile.pool_kind import NO_TABLES, slot_tables
 from .buffers import Chunks, Common, Scratch, States, Tokens
-from .channel_gradients import channel_gradients
 from .factors import rows_of_factors
-from .gate_sums import gate_sums
-from .gradients import gradients
-from .recompute_states import recompute_states
-from .reverse_scan import reverse_scan
 
 MAX_CHUNKS = 10
 """Pairs of a chunk and a q/k head that a thread block of `gradients` takes, at most."""
@@ -45,9 +58,8 @@ MAX_CHUNKS = 10
 class BackwardPass:
     """What all backward calls of one kind (shapes, dtypes, device, options) have in common."""
 
-    def __init__(self, call: Call, prepare_channels: Any = None) -> None:
-        """prepare_channels: the kernel of forward, which a call with a decay per channel needs."""
-        self.prepare_channels = prepare_channels
+    def __init__(self, call: Call) -> None:
+        self.forgetting = call.context_parallel and not call.per_channel
         H, K = call.q.shape[2:]
         HV, V = call.v.shape[2:]
         self.slots, self.sequences = piece_slots(call, CHUNK), call.sequences
@@ -77,13 +89,13 @@ class BackwardPass:
         self.gate_options, self.channels = gate_options(call), call.per_channel
         if self.channels:
             self.gate_options |= channel_options(call)
-        self.clear_jobs: list[tuple[Any, dict[str, Any]]] = []
+        self.clear_jobs: list[Job] = []
         if call.cu_seqlens is not None:
             self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=True))]
         self.launchers: dict[tuple[bool, bool], list[Any]] = {}
 
-    def kernels(self, initial: bool, final: bool) -> list[Any]:
-        """The compiled kernels in the order of their launches; `clear_tail` last. initial: whether
+    def jobs(self, initial: bool, final: bool) -> list[Job]:
+        """The kernels in the order of their launches; `clear_tail` last. initial: whether
         the call has an initial state; final: whether the final state has a gradient."""
         if self.split:  # a round starts from states and gradients of its neighbours
             initial = final = True
@@ -91,48 +103,58 @@ class BackwardPass:
             prepare = {name: x for name, x in self.shape.items() if name != "group"} | {
                 "offsets": self.offsets, "save": False, "rows_alone": True,
             }  # fmt: skip
-            first: Any = (self.prepare_channels, self.gate_options | prepare)
-            last: Any = (channel_gradients, self.shape | self.gate_options)
+            first: Job = (prepare_channels, self.gate_options | prepare)
+            last: Job = (channel_gradients, self.shape | self.gate_options)
         else:
             options = {name: x for name, x in self.gate_options.items() if name != "l2"}
             first = (gate_sums, options | {"offsets": self.offsets, "varlen": self.shape["varlen"]})
             last = (gradients, self.shape | self.gate_options)
         scan = self.scan_options
         if not self.cut:
-            return compile_together(
+            return [
                 first,
                 (recompute_states, scan | {"initial": initial}),
                 (reverse_scan, scan | {"final": final, "initial": initial, "outputs": True}),
                 last,
                 *self.clear_jobs,
-            )
+            ]
         combine = {name: self.shape[name] for name in ("K", "V", "varlen")} | {
             "offsets": self.offsets, "v_first": self.v_first, "reverse": True,
             "forgetting": False,
             # backward begins with the final state
             "initial": final, "final": initial,
         }  # fmt: skip
-        return compile_together(
+        from_zero = {"final": False, "initial": True, "outputs": False}
+        search: list[Job] = []
+        if self.forgetting:
+            from_zero |= {"forgetting": True}
+            options = {name: self.shape[name] for name in ("dtype", "K", "varlen")}
+            options |= self.gate_options | {"offsets": self.offsets, "reverse": True}
+            search = [(first_chunks, options)]
+        return [
             first,
             (recompute_states, scan | {"initial": True}),
-            (reverse_scan, scan | {"final": False, "initial": True, "outputs": False}),
+            (reverse_scan, scan | from_zero),
             (combine_pieces, combine),
             (reverse_scan, scan | {"final": True, "initial": False, "outputs": True}),
             last,
+            *search,
             *self.clear_jobs,
-        )
+        ]
 
     def backward(
-        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None
-    ) -> Gradients:
-        """See `gdn.backend.Plan.backward`. saved: see `saved_shapes` in `forward/plan.py`."""
+        self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None,
+        exchange: Exchange | None = None,
+    ) -> Gradients:  # fmt: skip
+        """See `gdn.backend.Plan.backward`, with exchange `gdn.exchange.ExchangingPlan`. saved: see
+        `saved_shapes` in `forward/plan.py`."""
         q, k, v, beta = (token_ready(x) for x in (call.q, call.k, call.v, call.beta))
         g = tma_ready(call.g) if self.channels else token_ready(call.g)
         begin, A_log, dt_bias = (tma_ready(x) for x in call.differentiable[5:])
         do, d_end, cu_seqlens = (tma_ready(x) for x in (grad_o, grad_final_state, call.cu_seqlens))
-        kind = begin is not None, d_end is not None
+        kind = begin is not None, d_end is not None or exchange is not None
         if kind not in self.launchers:
-            self.launchers[kind] = launchers(self.kernels(*kind))
+            self.launchers[kind] = launchers(self.jobs(*kind))
         launch_first, *launch_round = self.launchers[kind]
 
         # === buffers ===
@@ -178,6 +200,10 @@ class BackwardPass:
             norms, A, *states_saved = saved
             gates = (g, beta, A_log, dt_bias)
             launch_first(*gates, cu_seqlens, G_beta, chunk_spans, self.sequences)
+        matter = None
+        if self.forgetting:
+            matter = new((self.pieces, HV), dtype=torch.int32)
+            launch_round.pop()(k, *gates, cu_seqlens, matter, self.sequences, self.length)
         common = Common(A_log, dt_bias, cu_seqlens, chunk_spans, call.scale)
         for r in self.rounds:
             tokens = Tokens(*map(r.of_tokens, (q, k, v, g, do, dq, dk, dv, dg, dbeta, beta)))
@@ -197,7 +223,7 @@ class BackwardPass:
                 )  # fmt: skip
             self._run_round(
                 launch_round, r.last - r.first, tokens, chunks, states, buffers, states_saved,
-                common,
+                common, matter, exchange,
             )  # fmt: skip
 
         # === sums and dtypes ===
@@ -213,7 +239,8 @@ class BackwardPass:
 
     def _run_round(
         self, launch: list[Any], N: int, tokens: Tokens, chunks: Chunks, states: States,
-        scratch: Scratch, states_saved: list[Tensor], common: Common,
+        scratch: Scratch, states_saved: list[Tensor], common: Common, matter: Tensor | None,
+        exchange: Exchange | None,
     ) -> None:  # fmt: skip
         """Launch the kernels of a round of N sequences. states_saved: if sequences are cut, the
         transfer matrices of all pieces and the states before them."""
@@ -236,18 +263,23 @@ class BackwardPass:
             transfer, begins = states_saved
             dN, d_ends = torch.empty_like(begins), torch.empty_like(begins)
             launch_first, launch_combine, launch_second = launch_reverse
-            launch_first(*inputs, None, cu_seqlens, None, None, None, dN, scale, *grid)
+            launch_first(*inputs, None, cu_seqlens, None, None, None, dN, matter, scale, *grid)
+            d_end = states.d_end
+            if exchange and self.length:  # beside `recompute_states`
+                d_end = exchange(PieceMaps(transfer, dN, self.length))()
             launch_combine(
-                transfer, dN, None, d_ends, states.d_end, states.d_begin, cu_seqlens,
+                transfer, dN, None, d_ends, d_end, states.d_begin, cu_seqlens,
                 *slot_tables(NO_TABLES), N, q.shape[1], self.length,
             )  # fmt: skip
-            launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, scale, *grid)
+            launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, None, scale, *grid)
         else:
             (launch_scan,) = launch_reverse
-            launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, states.d_begin, scale, *grid)
+            ends = states.d_begin, None
+            launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, *ends, scale, *grid)
         join_side_stream(q.device)
         factors = decayed[1:] if self.channels else [G_beta, norms]
+        work = U.shape[0] * q.shape[2]  # a thread block of `channel_gradients` must have some
         launch_gradients(
             q, k, g, A_log, dt_bias, do, *factors, rowsum_RV, U, S, dS, row_scales, chunk_spans,
-            dq, dk, dv, dg, dbeta, dA_log, ddt_bias, scale, self.thread_blocks,
+            dq, dk, dv, dg, dbeta, dA_log, ddt_bias, scale, min(self.thread_blocks, work),
         )  # fmt: skip

@@ -18,7 +18,8 @@ initial states and, as outputs for `gradients.py`: dS^T after every chunk, in th
 stored R (R times `stored_R_scale`), in the memory of dv; and rowsum(R * V) over each 64 columns.
 
 If forward cut sequences into pieces, this kernel runs twice. The first run starts from dS = 0 at
-the end of every piece and writes no outputs. `combine_pieces.py` then computes the gradient of the
+the end of every piece and writes no outputs; in a rank's part it takes only the chunks that matter
+before the piece (`forward/first_chunks.py`). `combine_pieces.py` then computes the gradient of the
 state after each piece, and the second run starts from these.
 
 Thread block (sequence or piece, value head, 64 columns of V), one on an SM; its threads:
@@ -64,12 +65,12 @@ REGISTERS = (248, 208, 48)
 def reverse_scan(
     *, dtype: str, offsets: str, K: int, V: int, group: int,
     varlen: bool, final: bool, initial: bool, v_first: bool, cut: bool, outputs: bool,
-    channels: bool,
+    channels: bool, forgetting: bool = False,
 ) -> Any:  # fmt: skip
     """Build the kernel. group: HV / H; final: whether dS starts from `dS_end`, else from 0;
     initial: whether to write `dS_begin`; v_first: whether these are [V, K]; cut: whether a thread
     block has a piece, else a sequence; outputs: whether to write dS, R and rowsum(R * V); channels:
-    a decay per channel."""
+    a decay per channel; forgetting: there is `matter`, how many chunks do."""
     B, L, H, HV, N = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N"))
     slots, bounds, M = (T.dynamic(name) for name in ("slots", "bounds", "M"))
     state, blocks = (V, K) if v_first else (K, V), V // ROWS
@@ -86,7 +87,7 @@ def reverse_scan(
         dS_end: T.Tensor((N, HV, *state), "float32"), cu_seqlens: T.Tensor((bounds,), offsets),
         dS_out: T.Tensor((slots, HV, V, K), dtype), R_out: T.Tensor((B, L, HV, V), dtype),
         rowsum_RV: T.Tensor((slots, HV, blocks, C), "float32"),
-        dS_begin: T.Tensor((M, HV, *state), "float32"),
+        dS_begin: T.Tensor((M, HV, *state), "float32"), matter: T.Tensor((M, HV), "int32"),
         scale: T.float32, sequences: T.int32, pieces: T.int32, length: T.int32,
     ):  # fmt: skip
         """length: tokens of a piece, if cut; pieces: their number, else that of sequences."""
@@ -98,7 +99,10 @@ def reverse_scan(
             piece_bounds(piece, cu_seqlens, sequences, L, length, task.array, varlen, cut)
             batch = 0 if varlen else task.sequence
             start, stop, slot = task.start, task.stop, task.slot
+            chunks = T.alloc_var("int32")
             chunks = T.ceildiv(T.max(stop - start, 0), C)  # unused pieces have stop < start
+            if forgetting and chunks > 0:
+                chunks = matter[piece, head]
 
             smem = ReverseScanSmem(K, dtype, channels)
             bars = Barriers(STAGES)

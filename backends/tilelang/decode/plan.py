@@ -11,8 +11,9 @@ from gdn.problem import Call, PoolCall, Step
 
 from ...common.allocation import allocator
 from ..arguments import dtype_name
-from ..compile import compile_together, launchers
-from .kernel import choose_shape, decode_kernel
+from ..kernels import Job, decode_kernel
+from ..launch import launchers
+from ..tile.thread_shape import choose_shape
 
 _CALL_TENSORS = ("g", "beta", "A_log", "dt_bias", "cu_seqlens")
 _STEP_TENSORS = ("state_indices", "num_accepted_tokens", "output_indices")
@@ -64,21 +65,29 @@ class DecodePlan(Plan):
         self.launchers: dict[bool, Any] = {}
 
     def launcher(self, wide: bool) -> Any:
-        """The function that launches the compiled kernel."""
+        """The function that launches the kernel."""
         if wide not in self.launchers:
-            compiled = decode_kernel(**self.statics, shape=self.shapes[wide], wide=wide)
-            (self.launchers[wide],) = launchers([compiled])
+            (self.launchers[wide],) = launchers([self._job(self.shapes, wide)])
         return self.launchers[wide]
+
+    def _job(self, shapes: dict[bool, Any], wide: bool) -> Job:
+        return decode_kernel, self.statics | {"shape": shapes[wide], "wide": wide}
+
+    def jobs(self, call: Call | PoolCall, backward: bool) -> list[Job]:
+        """The kernels that steps like this one need: also for tensors that are not aligned to 16
+        bytes."""
+        return [self._job(self.shapes, wide) for wide in sorted({self.wide, False})]
 
     def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
         """See `gdn.backend.Plan.precompile`. Also for other numbers of states, and for tensors that
         are not aligned to 16 bytes, since these change while a server runs."""
-        every = (self.shapes, *self.other_shapes)
-        kinds = {(shapes[wide], wide) for shapes in every for wide in {self.wide, False}}
-        compile_together(
-            *((decode_kernel, self.statics | {"shape": s, "wide": w}) for s, w in kinds)
-        )
+        launchers(self.all_jobs())
         return True
+
+    def all_jobs(self) -> list[Job]:
+        """`jobs` for any number of states."""
+        every = (self.shapes, *self.other_shapes)
+        return [self._job(shapes, wide) for shapes in every for wide in sorted({self.wide, False})]
 
     def decode(self, step: Step) -> Tensor:
         """See `gdn.backend.Plan.decode`."""

@@ -11,19 +11,11 @@ is contiguous.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import tilelang.language as T
 
-
-class ThreadShape(NamedTuple):
-    """How the threads of a thread block share a state: `lanes` threads along its contiguous
-    dimension, `rows` rows a thread along the other one; at least `resident` thread blocks an SM."""
-
-    threads: int
-    lanes: int
-    rows: int
-    resident: int = 1
+from ..tile.thread_shape import ThreadShape
 
 
 class StateSlice:

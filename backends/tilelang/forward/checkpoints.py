@@ -9,7 +9,8 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
-from ..tile.pool import PoolKind, is_pool_slot
+from ..tile.pool import is_pool_slot
+from ..tile.pool_kind import PoolKind
 from .scan_step import store_state
 
 

@@ -10,7 +10,8 @@ start there, from zero, and M is zero. A NaN in the sum skips nothing.
 
 All warps of a thread block take part. A warp sums a chunk, from the last one on. Only where the
 gates alone reach -60 are keys read, if they are not normalised; with the L2 norm |k| <= 1, and the
-bound is e^g max(1, |1 - beta|).
+bound is e^g max(1, |1 - beta|). `fused.py` searches in its transfer scan; for that of `scan.py`,
+which has other warps, the kernel of `first_chunks.py` does.
 """
 
 from __future__ import annotations
@@ -56,10 +57,11 @@ def sum_lanes(x: Any, lanes: int) -> None:
 
 @T.macro
 def sum_growth(
-    k: Any, batch: Any, token: Any, key_head: Any, smem: Any, total: Any, warp: Any, lane: Any
-) -> None:
+    k: Any, batch: Any, token: Any, left: Any, key_head: Any, smem: Any, total: Any, warp: Any,
+    lane: Any,
+) -> None:  # fmt: skip
     """Add the growth of the 64 tokens from `token` on to total[0], some by each lane; eight lanes
-    read a row of k."""
+    read a row of k. Past the `left` tokens of the piece beta is 0, and the last row stands in."""
     K = k.shape[3]
     rows = T.alloc_local((ROWS_AT_ONCE * K // 8,), k.dtype)
     squares = T.alloc_local((1,), "float32")
@@ -67,7 +69,8 @@ def sum_growth(
         for n in T.unroll(ROWS_AT_ONCE):
             t = (step * ROWS_AT_ONCE + n) * 4 + lane // 8
             for i in T.unroll(K // 64):
-                at = (batch, T.cast(token + t, "int64"), key_head, i * 64 + lane % 8 * 8)
+                row = T.cast(token + T.min(t, left - 1), "int64")
+                at = (batch, row, key_head, i * 64 + lane % 8 * 8)
                 load_run(rows, n * (K // 8) + i * 8, k, at, 8, True)
         for n in T.unroll(ROWS_AT_ONCE):
             squares[0] = 0.0
@@ -81,14 +84,14 @@ def sum_growth(
 
 
 @T.macro
-def skip_forgotten(
-    k: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, forgets: Any, smem: Any, task: Any,
-    block: Any, warp: Any, lane: Any, varlen: bool, l2: bool, gate: bool, bias: bool,
-    sigmoid: bool, double: bool,
+def find_first_chunk(
+    k: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, smem: Any, task: Any, found: Any,
+    warp: Any, lane: Any, varlen: bool, l2: bool, gate: bool, bias: bool, sigmoid: bool,
+    double: bool, reverse: bool = False,
 ) -> None:  # fmt: skip
-    """If the piece forgets, let the scan for N (block 0) begin at the first chunk that matters, and
-    leave out the one for M (block 1): write FORGETS, START and CHUNKS of `task`, and `forgets`. All
-    chunks are whole, since another piece follows."""
+    """Write to found[0] the first chunk of the piece `task` that matters after it; -1 if what was
+    before the piece matters too. reverse: chunks are counted from the last one on, and what matters
+    is what matters before the piece, to gradients."""
     raw = T.alloc_local((6,), "float32")
     mine = T.alloc_local((1,), "float32")
     total = T.alloc_var("float32")
@@ -104,7 +107,7 @@ def skip_forgotten(
         while T.And(first < 0, ahead > seen):
             chunk = ahead - 1 - warp
             if chunk >= seen:
-                token = task[START] + chunk * C
+                token = task[START] + (task[CHUNKS] - 1 - chunk if reverse else chunk) * C
                 left = task[STOP] - token
                 load_gates(
                     g, beta, A_log, dt_bias, batch, task[HEAD], token, left, raw, lane, gate, bias
@@ -116,7 +119,7 @@ def skip_forgotten(
                     for i in T.unroll(2):
                         mine[0] += growth(smem.gates[warp, BETA, lane * 2 + i], 1.0)
                 elif keys == 1:
-                    sum_growth(k, batch, token, task[KEY_HEAD], smem, mine, warp, lane)
+                    sum_growth(k, batch, token, left, task[KEY_HEAD], smem, mine, warp, lane)
                 sum_lanes(mine, 32)
                 if lane == 0:
                     smem.sums[warp] = smem.gates[warp, G, C - 1] + mine[0]
@@ -128,6 +131,23 @@ def skip_forgotten(
                         first = ahead - 1 - i
             ahead -= warps
             T.sync_threads()
+    found[0] = first
+
+
+@T.macro
+def skip_forgotten(
+    k: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, forgets: Any, smem: Any, task: Any,
+    block: Any, warp: Any, lane: Any, varlen: bool, l2: bool, gate: bool, bias: bool,
+    sigmoid: bool, double: bool,
+) -> None:  # fmt: skip
+    """If the piece forgets, let the scan for N (block 0) begin at the first chunk that matters, and
+    leave out the one for M (block 1): write FORGETS, START and CHUNKS of `task`, and `forgets`."""
+    found = T.alloc_local((1,), "int32")
+    find_first_chunk(
+        k, g, beta, A_log, dt_bias, smem, task, found, warp, lane, varlen, l2, gate, bias, sigmoid,
+        double,
+    )  # fmt: skip
+    first = found[0]
     if T.And(T.And(warp == 0, lane == 0), task[CHUNKS] > 0):
         if block == 0:
             forgets[task[PIECE], task[HEAD]] = T.if_then_else(first < 0, 0, 1)

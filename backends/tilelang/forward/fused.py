@@ -33,7 +33,8 @@ from ..tile.fragments import PRELUDE
 from ..tile.indexing import strided
 from ..tile.largest import largest
 from ..tile.layout import ROWS
-from ..tile.pool import PoolKind, declare_checkpoints, declare_slots, declare_states
+from ..tile.pool import declare_checkpoints, declare_slots, declare_states
+from ..tile.pool_kind import PoolKind
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end

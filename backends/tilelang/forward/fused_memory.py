@@ -12,7 +12,8 @@ from gdn.problem import CHUNK as C
 
 from ..tile.indexing import SEQUENCE, START, STOP, Fields, piece_bounds, piece_number
 from ..tile.layout import ROWS
-from ..tile.pool import SKIPPED, PoolKind, find_slot
+from ..tile.pool import SKIPPED, find_slot
+from ..tile.pool_kind import PoolKind
 from ..tile.ragged_rows import clear_tokens
 from .block_inverse import BlockInverseSmem
 from .scan_memory import store_chunk

@@ -17,11 +17,9 @@ from gdn.problem import CHUNK, Call
 
 from ...common.allocation import allocator
 from ...common.chunking import piece_slots, sm_count
-from ..combine_pieces import combine_pieces
-from ..compile import compile_together, launchers
+from ..kernels import Job, combine_pieces, fused_forward
 from ..tile.layout import ROWS
-from ..tile.pool import slot_tables
-from .fused import fused_forward
+from ..tile.pool_kind import slot_tables
 
 MIN_SHARE = 0.57
 """Whole sequences are scanned where their scans, one on an SM at a time, keep at least this share
@@ -58,8 +56,7 @@ class FusedPass:
     def __init__(self, call: Call, options: dict[str, Any], length: int | None) -> None:
         """options: those of `fused_forward`, without cut and transfer."""
         self.length = length
-        self.jobs: list[tuple[Any, dict[str, Any]]] = []
-        self.launchers: list[Any] = []
+        self.jobs: list[Job] = []
         self.sequences = self.pieces = call.sequences
         if length is not None:
             self.pieces = piece_slots(call, length)
@@ -83,34 +80,30 @@ class FusedPass:
     @classmethod
     def of(cls, call: Call, options: dict[str, Any]) -> FusedPass | None:
         """None if other kernels compute the call: so they do if it is batch-invariant, since this
-        one is chosen by the batch and does not save for backward."""
-        if call.batch_invariant or call.v.shape[3] != 2 * ROWS or not call.sequences:
+        one is chosen by the batch and does not save for backward, and for a part of a rank, whose
+        first scan leaves what `prepare` has made to the second one."""
+        alone = not (call.batch_invariant or call.context_parallel)
+        if not alone or call.v.shape[3] != 2 * ROWS or not call.sequences:
             return None
         length = choose_piece_length(call)
         return cls(call, options, length) if length is not None or fills_gpu(call) else None
 
-    def kernels(self) -> list[Any]:
-        """The compiled kernels, in the order of their launches."""
-        return compile_together(*self.jobs)
-
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Any, ...], initial: Tensor | None,
-        cu_seqlens: Tensor | None, o: Tensor, final: Tensor | None, tables: tuple[Any, ...],
-        scale: float,
+        self, launchers: list[Any], q: Tensor, k: Tensor, v: Tensor, gates: tuple[Any, ...],
+        initial: Tensor | None, cu_seqlens: Tensor | None, o: Tensor, final: Tensor | None,
+        tables: tuple[Any, ...], scale: float,
     ) -> None:  # fmt: skip
-        """Launch the kernels. gates: g, beta, A_log, dt_bias; tables: of a pool."""
-        if not self.launchers:
-            self.launchers = launchers(self.kernels())
+        """Launch the kernels of `jobs`. gates: g, beta, A_log, dt_bias; tables: of a pool."""
         N, inputs = self.sequences, (q, k, v)
         sizes = (*tables, N, self.pieces, self.length or 0, scale)
         if self.length is not None:
             transfer, forgets = self.new_transfer(), self.new_forgets()
             begins = self.new_begins()
-            scan, combine, _ = self.launchers
+            scan, combine, _ = launchers
             scan(*inputs, *gates, initial, cu_seqlens, o, transfer, forgets, *sizes)
             combine(
                 transfer, None, forgets, begins, initial, None, cu_seqlens,
                 *slot_tables(tables), N, q.shape[1], self.length,
             )  # fmt: skip
             initial = begins
-        self.launchers[-1](*inputs, *gates, initial, cu_seqlens, o, final, None, *sizes)
+        launchers[-1](*inputs, *gates, initial, cu_seqlens, o, final, None, *sizes)

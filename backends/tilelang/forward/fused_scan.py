@@ -15,7 +15,8 @@ from gdn.problem import CHUNK as C
 from ..tile.fragments import PAIRS
 from ..tile.indexing import SEQUENCE, START, STOP
 from ..tile.layout import KS_FACTOR, QS_FACTOR, ROWS, S_FACTOR, U_FACTOR
-from ..tile.pool import READS, WRITES, PoolKind
+from ..tile.pool import READS, WRITES
+from ..tile.pool_kind import PoolKind
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
 from ..tile.row_scales import rescale

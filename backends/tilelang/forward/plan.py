@@ -18,26 +18,29 @@ import torch
 from torch import Tensor
 
 from gdn.backend import Forward
+from gdn.exchange import Exchange
 from gdn.problem import CHUNK, Call
 
 from ...common.allocation import allocator
-from ...common.chunking import piece_length, piece_slots, sm_count
-from ..arguments import channel_options, dtype_name, gate_options, tma_ready, token_ready
-from ..clear_tail import clear_tail, clear_tail_options
-from ..combine_pieces import combine_pieces
-from ..compile import compile_together, launchers
+from ...common.chunking import piece_slots, sm_count
+from ..arguments import (
+    channel_options,
+    clear_tail_options,
+    dtype_name,
+    gate_options,
+    tma_ready,
+    token_ready,
+)
+from ..kernels import Job, clear_tail, prepare, prepare_channels, scan
+from ..launch import launchers
 from ..memory_rounds import sequence_chunks, sequence_parts
 from ..streams import join_side_stream, side_stream
-from ..tile.layout import ROWS, factor_rows
-from ..tile.pool import NO_TABLES, PoolKind, slot_tables
+from ..tile.layout import BLOCKS_PER_SM, ROWS, factor_rows
+from ..tile.pool_kind import NO_TABLES, PoolKind
 from .fused_plan import FusedPass
-from .prepare import BLOCKS_PER_SM, prepare
-from .prepare_channels import prepare_channels
-from .scan import scan
+from .pieces import choose_pieces, piece_jobs, piece_shapes, scan_pieces
 
 MIN_SEGMENT_CHUNKS, MAX_SEGMENTS = 32, 4
-MIN_HALF_PIECE_CHUNKS = 32
-"""Pieces are halved only if the halves have at least this many chunks."""
 
 
 def choose_warpgroups(V: int, scans: int, device: torch.device) -> int:
@@ -75,33 +78,8 @@ def choose_prepare_grid(call: Call, chunks: int) -> tuple[int, int]:
 
 
 def prepare_grid(call: Call, chunks: int) -> tuple[int, ...]:
-    """`choose_prepare_grid`, and nothing for `prepare_channels`, which takes one item a thread
-    block."""
+    """`choose_prepare_grid`; nothing for `prepare_channels`, which takes one item a block."""
     return () if call.per_channel else choose_prepare_grid(call, chunks)
-
-
-def choose_pieces(call: Call, save: bool) -> tuple[int | None, int]:
-    """Tokens of a piece (None: sequences are not cut), and consumer warpgroups of the final scan.
-
-    Long pieces are halved: as many thread blocks, with twice the columns of V each, read q, k, P
-    and A_v half as often. With save they stay whole: backward uses the same pieces, and its
-    thread blocks have 64 columns.
-    """
-    length = piece_length(call, ROWS)
-    half = -(-(length or 0) // (2 * CHUNK)) * CHUNK
-    if save or call.v.shape[3] == ROWS or half < MIN_HALF_PIECE_CHUNKS * CHUNK:
-        return length, 1
-    return half, 2
-
-
-def piece_shapes(call: Call, save: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """If sequences are cut: the transfer matrices of all pieces, and the state that each starts
-    from (`combine_pieces.py`)."""
-    length, _ = choose_pieces(call, save)
-    if length is None:
-        return []
-    pieces, (HV, V), K = piece_slots(call, length), call.v.shape[2:], call.q.shape[3]
-    return [((pieces, HV, rows, K), torch.float32) for rows in (V + K, V)]
 
 
 def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -165,7 +143,7 @@ class ForwardPass:
         if pool is not None and call.cu_seqlens is not None:
             self.prepare_options["unchecked"] = True
         self.segments: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
-        self.scan_jobs: dict[bool, list[tuple[Any, dict[str, Any]]]] = {}
+        self.scan_jobs: dict[bool, list[Job]] = {}
         options = shape | states | {"dtype": dtype, "transfer": False, "channels": channels}
         if self.pieces[True][0] is None:
             warpgroups = choose_warpgroups(V, self.sequences * HV, device)
@@ -183,39 +161,41 @@ class ForwardPass:
                 if segments and call.initial_state is None:
                     self.scan_jobs[save] += [(scan, first_scan | {"initial": True})]
         else:
-            options |= {"warpgroups": 1, "cut": True}
-            transfer_scan = options | {"final": True, "transfer": True}
-            combine = shape | states | {"final": False, "reverse": False, "forgetting": False}
             for save, (_, warpgroups) in self.pieces.items():
-                final_scan = options | {"initial": True, "warpgroups": warpgroups}
-                self.scan_jobs[save] = [
-                    (scan, transfer_scan), (combine_pieces, combine), (scan, final_scan)
-                ]  # fmt: skip
-        self.clear_jobs: list[tuple[Any, dict[str, Any]]] = []
+                gates = self.prepare_options
+                self.scan_jobs[save] = piece_jobs(call, options, gates, warpgroups)
+        self.clear_jobs: list[Job] = []
         if call.cu_seqlens is not None and clears_tail:
             self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=False))]
-        self.run_clear: Any = None
-        self.launchers: dict[bool, list[Any]] = {}
+        self.launchers: dict[bool, tuple[list[Any], Any]] = {}
 
-    def kernels(self, save: bool) -> list[Any]:
-        """The compiled kernels, in the order of their launches. `clear_tail`, which is launched by
-        itself, is compiled beside them."""
+    def jobs(self, save: bool) -> list[Job]:
+        """The kernels in the order of their launches, without `clear_tail`."""
         if self.fused and not save:
-            return compile_together(*self.fused.jobs, *self.clear_jobs)[: len(self.fused.jobs)]
-        prepare_kernel = prepare_channels if self.channels else prepare
-        jobs = ((prepare_kernel, self.prepare_options | {"save": save}), *self.scan_jobs[save])
-        return compile_together(*jobs, *self.clear_jobs)[: len(jobs)]
+            return self.fused.jobs
+        first = prepare_channels if self.channels else prepare
+        return [(first, self.prepare_options | {"save": save}), *self.scan_jobs[save]]
 
-    def forward(self, call: Call, save: bool) -> Forward:
-        """See `gdn.backend.Plan.forward`."""
+    def all_jobs(self, save: bool) -> list[Job]:
+        """`jobs`, and `clear_tail` at the end if it is needed."""
+        return [*self.jobs(save), *self.clear_jobs]
+
+    def _launchers(self, save: bool) -> tuple[list[Any], Any]:
+        """The functions that launch `jobs`, and the one of `clear_tail` or None."""
+        found = launchers(self.all_jobs(save))
+        self.launchers[save] = (found[:-1], found[-1]) if self.clear_jobs else (found, None)
+        return self.launchers[save]
+
+    def forward(self, call: Call, save: bool, exchange: Exchange | None = None) -> Forward:
+        """See `gdn.backend.Plan.forward`, with exchange `gdn.exchange.ExchangingPlan`."""
         final = self.new_state() if call.output_final_state else None
         o = self.new_o()
-        saved = self.run(call, save, call.initial_state, o, final, NO_TABLES)
+        saved = self.run(call, save, call.initial_state, o, final, NO_TABLES, exchange)
         return Forward(o, final, saved)
 
     def run(
         self, call: Call, save: bool, initial: Tensor | None, o: Tensor, final: Tensor | None,
-        tables: tuple[Any, ...],
+        tables: tuple[Any, ...], exchange: Exchange | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """Fill o and final, and return what backward needs (save). tables: those of slots and
         checkpoints in prefill on a pool. The pool is then both initial and final."""
@@ -228,18 +208,16 @@ class ForwardPass:
         cu_seqlens = tma_ready(call.cu_seqlens)
         if call.initial_state is not None:  # else it may be a pool, in a dtype of its own
             initial = tma_ready(call.initial_state.float())
-        if self.clear_jobs:
-            if self.run_clear is None:
-                self.kernels(save)  # compiles all in parallel
-                (self.run_clear,) = launchers(compile_together(*self.clear_jobs))
-            self.run_clear(None, None, o, None, None, cu_seqlens)
+        launch, run_clear = self.launchers.get(save) or self._launchers(save)
+        if run_clear is not None:
+            run_clear(None, None, o, None, None, cu_seqlens)
         if self.fused and not save:
             gates = (g, beta, A_log, dt_bias)
-            self.fused.run(q, k, v, gates, initial, cu_seqlens, o, final, tables, call.scale)
+            self.fused.run(
+                launch, q, k, v, gates, initial, cu_seqlens, o, final, tables, call.scale
+            )
             return []
-        if save not in self.launchers:
-            self.launchers[save] = launchers(self.kernels(save))
-        run_prepare, *run_scans = self.launchers[save]
+        run_prepare, *run_scans = launch
         P_A_v, scan_factors = self.new_P_A_v(), self.new_scan_factors()
         decayed_rows = self.new_decayed_rows()
         saved = [new() for new in self.new_saved[save]]
@@ -263,16 +241,11 @@ class ForwardPass:
         run_prepare(*prepared, self.slots, 0, self.slots, *self.prepare_grid, call.scale)
         length, _ = self.pieces[save]
         if length is None:
-            run_scans[0](*inputs, initial, cu_seqlens, o, final, *tables, N, N, T, 0, 0)
+            run_scans[0](*inputs, initial, cu_seqlens, o, final, None, *tables, N, N, T, 0, 0)
         else:
-            transfer, starts = saved[-2:]
-            sizes = (N, transfer.shape[0], length)
-            run_scans[0](*inputs, initial, cu_seqlens, o, transfer, *tables, *sizes, int(save), 0)
-            run_scans[1](
-                transfer, None, None, starts, initial, None, cu_seqlens, *slot_tables(tables), N, T,
-                length,
-            )  # fmt: skip
-            run_scans[2](*inputs, starts, cu_seqlens, o, final, *tables, *sizes, 0, 0)
+            ends = (o, final, tables, (N, T, length), save, exchange)
+            gates = (g, beta, A_log, dt_bias)
+            scan_pieces(run_scans, inputs, gates, initial, cu_seqlens, saved[-2:], *ends)
         return saved if save else []
 
     def _run_segments(
@@ -288,6 +261,6 @@ class ForwardPass:
             with side_stream(o.device):
                 run = run_scans[0 if first == 0 else -1]
                 tokens = (span * CHUNK, 0, first * CHUNK)
-                run(*inputs, state, cu_seqlens, o, into, *NO_TABLES, N, N, *tokens)
+                run(*inputs, state, cu_seqlens, o, into, None, *NO_TABLES, N, N, *tokens)
             state = into
         join_side_stream(o.device)

@@ -8,7 +8,9 @@ from gdn.backend import Plan
 from gdn.problem import Call, PoolCall, Prefill
 
 from ..arguments import dtype_name
-from ..tile.pool import PoolKind
+from ..kernels import Job
+from ..launch import launchers
+from ..tile.pool_kind import PoolKind
 from .plan import ForwardPass
 
 
@@ -32,9 +34,13 @@ class PoolPlan(Plan):
         self.kind = pool_kind(given)
         self.forward_pass = ForwardPass(given.call, self.kind, clears_tail=given.out is None)
 
+    def jobs(self, call: Call | PoolCall, backward: bool) -> list[Job]:
+        """The kernels that such calls need."""
+        return self.forward_pass.all_jobs(save=False)
+
     def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
         """See `gdn.backend.Plan.precompile`."""
-        self.forward_pass.kernels(save=False)
+        launchers(self.jobs(call, backward))
         return True
 
     def prefill(self, prefill: Prefill) -> Tensor:

@@ -26,7 +26,7 @@ from ..tile.fragments import PRELUDE
 from ..tile.gate_math import load_gates, sum_gates
 from ..tile.indexing import Fields, locate_piece, strided
 from ..tile.largest import largest
-from ..tile.layout import BETA, KEY_SQUARES, QS_FACTOR, SCALE_RQ, G
+from ..tile.layout import BETA, BLOCKS_PER_SM, KEY_SQUARES, QS_FACTOR, SCALE_RQ, G
 from ..tile.ragged_rows import clear_past_end
 from .block_inverse import LIMIT, begin_inverse, bound_strengths, choose_parts, solve_row
 from .block_inverse import PRELUDE as INVERSE_PRELUDE
@@ -48,10 +48,6 @@ ITEM = (
 """Fields of an item. sequence, token (the chunk's first) and live (tokens from there to the end of
 the sequence) are what `locate_piece` writes. chunk counts the chunks of the launch, head_block the
 blocks of `heads_at_once` value heads, heads_left the heads of the block that are not done."""
-BLOCKS_PER_SM = 4
-"""Thread blocks on an SM, limited by registers and shared memory."""
-
-
 PRELUDES = PRELUDE + NORMS_PRELUDE + INVERSE_PRELUDE
 
 

@@ -17,8 +17,8 @@ Pieces are scanned in parallel, twice. The transfer scan finds the transfer matr
 what it leaves of a zero state, N^T, and, with v = 0, of the rows of a unit matrix, M^T, in one
 tensor [pieces, HV, V + K, K]. `combine_pieces` then finds the state that each piece starts from,
 and the final scan computes o. The transfer scan starts the first piece of a sequence from the real
-state. It skips N of the last piece; only backward needs M of the first and the last piece. Where
-sequences are cut, two thread blocks with W = 1 share an SM.
+state. It skips N of the last piece; only backward needs M of the first and the last piece. Parts of
+a rank need all, from zero. Where sequences are cut, two thread blocks with W = 1 share an SM.
 """
 
 from typing import Any
@@ -31,19 +31,14 @@ from ..compile import kernel
 from ..tile.fragments import PRELUDE
 from ..tile.indexing import Fields, piece_bounds, piece_number, strided
 from ..tile.layout import ROWS, factor_rows
-from ..tile.pool import (
-    SKIPPED,
-    PoolKind,
-    declare_checkpoints,
-    declare_slots,
-    declare_states,
-    find_slot,
-)
+from ..tile.pool import SKIPPED, declare_checkpoints, declare_slots, declare_states, find_slot
+from ..tile.pool_kind import PoolKind
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end, clear_tokens
 from ..tile.row_scales import PRELUDE as ROW_SCALES
 from .checkpoints import scan_to_checkpoints
+from .first_chunks import limit_transfer
 from .scan_memory import ScanSmem, load_chunk, load_P, store_chunk
 from .scan_step import (
     ScanFragments,
@@ -60,11 +55,11 @@ from .scan_step import (
 
 TASK = (
     "sequence", "start", "stop", "slot", "piece", "head", "key_head", "number", "last_number",
-    "chunks",
+    "chunks", "forgets",
 )  # fmt: skip
 """Fields of what a thread block scans. sequence, start, stop and slot are what `piece_bounds`
 writes, number and last_number what `piece_number` writes. piece counts the pieces of all sequences,
-chunks is how many the thread block scans."""
+chunks is how many the thread block scans; forgets: see `limit_transfer`."""
 POOL_TASK = ("pool_slot", "reads", "writes")
 """More of them, with a pool: what `find_slot` writes."""
 
@@ -73,12 +68,13 @@ POOL_TASK = ("pool_slot", "reads", "writes")
 def scan(
     *, dtype: str, offsets: str, K: int, V: int, warpgroups: int, varlen: bool, initial: bool,
     final: bool, v_first: bool, cut: bool, transfer: bool, channels: bool,
-    pool: PoolKind | None = None,
+    forgetting: bool = False, pool: PoolKind | None = None,
 ) -> Any:  # fmt: skip
     """Build the kernel. warpgroups: consumer warpgroups, 1 or 2; initial, final: whether S_in is
     read and S_out written; cut: into pieces; transfer: the transfer scan, which must have one
     warpgroup, cut and final; channels: a decay per channel, with `decayed_rows` in place of q and
-    k; pool: S_in and S_out are a pool, but for the states between pieces."""
+    k; forgetting: there is `first` of `first_chunks`; pool: S_in and S_out are a pool, but for the
+    states between pieces."""
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
     slots, bounds = T.dynamic("slots"), T.dynamic("bounds")
     width, consumers, output = ROWS * warpgroups, 128 * warpgroups, not transfer
@@ -136,7 +132,7 @@ def scan(
         )  # fmt: skip
         frag = ScanFragments(K, dtype)
         if transfer:
-            set_unit_state(frag, row - V)
+            set_unit_state(frag, T.if_then_else(task.forgets != 0, -ROWS, row - V))
             if row >= V:
                 for s, i, j in T.Parallel(stages, C, ROWS):
                     smem.v[s, i, j] = 0
@@ -205,13 +201,14 @@ def scan(
         S_in: declare_states("S_in", (N, HV, *shape_in), pool_in),
         cu_seqlens: T.Tensor((bounds,), offsets), o: T.Tensor((B, L, HV, V), dtype),
         S_out: declare_states("S_out", (M, HV, *shape_out), pool_out),
+        first: T.Tensor((M, HV), "int32"),
         state_indices: declared_slots[0], fresh: declared_slots[1],
         checkpoint_offsets: declared_checkpoints[0], checkpoint_indices: declared_checkpoints[1],
         checkpoints: declared_checkpoints[2], null_index: T.int64, sequences: T.int32,
-        pieces: T.int32, length: T.int32, backward: T.int32, skipped: T.int32,
+        pieces: T.int32, length: T.int32, ends: T.int32, skipped: T.int32,
     ):  # fmt: skip
-        """length: tokens of a piece; backward: whether M of the first and last pieces is wanted.
-        Not cut: length tokens of each sequence after the first `skipped` ones."""
+        """length: tokens of a piece; ends: 1 if M of the first and last pieces is wanted, 2 if also
+        N of the last. Not cut: length tokens of each sequence after the first `skipped` ones."""
         with T.Kernel(
             pieces * HV * blocks, threads=consumers + 128, prelude=FENCES + PRELUDE + ROW_SCALES
         ) as cta:
@@ -239,13 +236,8 @@ def scan(
                 )  # fmt: skip
                 if task.pool_slot == SKIPPED:
                     task["chunks"] = 0
-            if transfer:  # what is not wanted gets no chunks, which costs nothing
-                inner = T.And(task.number > 0, task.number < task.last_number)
-                wanted = T.Or(
-                    T.And(row < V, task.number < task.last_number),
-                    T.And(row >= V, T.Or(inner, backward != 0)),
-                )
-                task["chunks"] = T.if_then_else(wanted, task.chunks, 0)
+            if transfer:
+                limit_transfer(task, first, row, V, ends, forgetting)
             chunks = task.chunks
 
             # === shared memory and barriers ===

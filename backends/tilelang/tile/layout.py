@@ -3,6 +3,8 @@
 ROWS = 64
 """Rows of S^T [V, K] that one warpgroup holds, which are columns of V: the left operand of a WGMMA
 has 64 rows."""
+BLOCKS_PER_SM = 4
+"""Thread blocks of `prepare` on an SM, limited by registers and shared memory."""
 LOG2_E = 1.4426950408889634
 """Converts an exponent from base e to base 2, whose exponential is one instruction."""
 G, BETA = range(2)

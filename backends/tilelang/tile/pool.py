@@ -6,31 +6,11 @@ A pool is [slots, HV, K, V], or [slots, HV, V, K] if v_first, with any stride be
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import tilelang.language as T
 
-
-class PoolKind(NamedTuple):
-    """What kernels must know of a pool before they are compiled: dtypes of the pool and its tables,
-    "" where there is none. fresh: whether sequences may start from zero; offsets: of
-    checkpoint_offsets; places: of checkpoint_indices, "" if checkpoints go to a buffer."""
-
-    dtype: str
-    indices: str
-    fresh: bool
-    offsets: str
-    places: str
-
-
-NO_TABLES = (None, None, None, None, None, 0)
-"""In place of state_indices, fresh, checkpoint_offsets, checkpoint_indices, the states that take
-checkpoints, and null_index."""
-
-
-def slot_tables(tables: tuple[Any, ...]) -> tuple[Any, ...]:
-    """state_indices, fresh and null_index."""
-    return (*tables[:2], tables[-1])
+from .pool_kind import PoolKind
 
 
 def declare_states(name: str, shape: tuple[Any, ...], kind: PoolKind | None) -> Any:

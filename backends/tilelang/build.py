@@ -1,0 +1,175 @@
+"""Builds kernels into a folder, side by side in processes of their own, and checks such a folder.
+
+Threads would compile one kernel after another, since TileLang's passes hold Python's lock. A
+process is `python -m gdn.backends.tilelang.build FOLDER`: it reads a kernel a line, as
+`NAME(OPTIONS)`, and answers each with a line of JSON: the error, or an empty text.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import prebuilt
+from .kernels import KERNELS, Job, no_compiler
+from .tile.pool_kind import PoolKind
+from .tile.thread_shape import ThreadShape
+
+_TUPLES: dict[str, Any] = {"PoolKind": PoolKind, "ThreadShape": ThreadShape}
+
+
+class BuildError(RuntimeError):
+    """A kernel did not compile."""
+
+
+def write_job(job: Job) -> str:
+    """`NAME(OPTIONS)`."""
+    kernel, statics = job
+    return prebuilt.full_name(kernel.name, statics)
+
+
+def parse_job(text: str) -> Job:
+    """The job that `write_job` wrote. ValueError if the text is none."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        assert isinstance(call, ast.Call)
+        statics = {x.arg: _value(x.value) for x in call.keywords}
+        return KERNELS[ast.unparse(call.func)], {str(name): x for name, x in statics.items()}
+    except (SyntaxError, AssertionError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"a kernel must be like scan(K=128, ...) with a name of {', '.join(KERNELS)}, got "
+            f"{text!r}; copy it from the error that asked for it"
+        ) from None
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call):
+        return _TUPLES[ast.unparse(node.func)](
+            **{str(x.arg): ast.literal_eval(x.value) for x in node.keywords}
+        )
+    return ast.literal_eval(node)
+
+
+# === building ===
+
+
+def build(
+    jobs: Sequence[Job], folder: Path, workers: int = 0, fresh: bool = True,
+    done: Callable[[str], object] = str,
+) -> None:  # fmt: skip
+    """Build kernels into a folder, with so many processes (0: one a core). Those that are there
+    already are kept. fresh: TileLang's own cache is not used. done: called with the name of each
+    kernel that is there. BuildError, when all others are built, if one does not compile."""
+    todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    failed: list[str] = []
+    for job in {write_job(job): job for job in jobs}.values():
+        if _is_built(job, folder):
+            done(job[0].name)
+        else:
+            todo.put(job)
+    if todo.empty():
+        return
+    if reason := no_compiler():
+        raise BuildError(f"{todo.qsize()} kernels cannot be compiled here: {reason}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def work() -> None:
+        with _worker(folder, fresh) as ask:
+            while True:
+                try:
+                    job = todo.get_nowait()
+                except queue.Empty:
+                    return
+                if error := ask(write_job(job)):
+                    failed.append(f"{write_job(job)}: {error}")
+                else:
+                    done(job[0].name)
+
+    wanted = min(todo.qsize(), workers or len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(wanted) as pool:
+        for running in [pool.submit(work) for _ in range(wanted)]:
+            running.result()
+    if failed:
+        raise BuildError("\n".join(failed))
+
+
+def _is_built(job: Job, folder: Path) -> bool:
+    kernel, statics = job
+    try:
+        return (
+            prebuilt.read_entry(folder / f"{prebuilt.key(kernel.name, statics)}.json") is not None
+        )
+    except prebuilt.KernelFileError:
+        return False
+
+
+@contextmanager
+def _worker(folder: Path, fresh: bool) -> Iterator[Callable[[str], str]]:
+    """A function that has a process build a kernel, and returns the error or ""."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    if fresh:
+        environment["TILELANG_DISABLE_CACHE"] = "1"
+    process = subprocess.Popen(
+        [sys.executable, "-m", __spec__.name, str(folder)],
+        env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    given, answers = process.stdin, process.stdout
+    assert given is not None
+    assert answers is not None
+
+    def ask(text: str) -> str:
+        print(text, file=given, flush=True)
+        answer = answers.readline()
+        return str(json.loads(answer)) if answer else "its process ended"
+
+    with process:
+        yield ask
+        given.close()
+
+
+def _serve(folder: Path) -> None:
+    """Answer the lines on stdin. What compilers print goes to stderr."""
+    from .compile import build_here
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        error = ""
+        try:
+            build_here(parse_job(line), folder)
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        print(json.dumps(error), file=answers, flush=True)
+
+
+# === folders ===
+
+
+def check(folder: Path) -> tuple[int, list[str]]:
+    """Load every entry of a folder, without a GPU, a compiler or an import of tilelang. Returns how
+    many there are, and what is wrong with each bad one."""
+    wrong = []
+    paths = sorted(folder.glob("*.json"))
+    for path in paths:
+        try:
+            entry = prebuilt.read_entry(path)
+            assert entry is not None
+            if path.stem != prebuilt.key_of(entry.name):
+                raise prebuilt.KernelFileError(f"{path} is of another kernel, {entry.name}")
+            prebuilt.load(folder / entry.file)
+        except Exception as error:
+            wrong.append(str(error) if str(path.parent) in str(error) else f"{path}: {error}")
+    return len(paths), wrong
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]))

@@ -1,0 +1,101 @@
+"""Sequences that are cut into pieces: how long these are, and the launches that scan them.
+
+    first_chunks     where the transfer scan may start (a rank's part only)
+    scan             the transfer scan
+    combine_pieces   the states between pieces
+    scan             the final scan
+
+A rank exchanges states with others (`gdn.exchange`) before `combine_pieces`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn.exchange import Exchange, PieceMaps
+from gdn.problem import CHUNK, Call
+
+from ...common.chunking import piece_length, piece_slots
+from ..kernels import Job, combine_pieces, first_chunks, scan
+from ..tile.layout import ROWS
+from ..tile.pool_kind import slot_tables
+
+MIN_HALF_PIECE_CHUNKS = 32
+"""Pieces are halved only if the halves have at least this many chunks."""
+
+
+def choose_pieces(call: Call, save: bool) -> tuple[int | None, int]:
+    """Tokens of a piece (None: sequences are not cut), and consumer warpgroups of the final scan.
+
+    Long pieces are halved: as many thread blocks, with twice the columns of V each, read q, k, P
+    and A_v half as often. With save they stay whole: backward uses the same pieces, and its
+    thread blocks have 64 columns.
+    """
+    length = piece_length(call, ROWS)
+    half = -(-(length or 0) // (2 * CHUNK)) * CHUNK
+    if save or call.v.shape[3] == ROWS or half < MIN_HALF_PIECE_CHUNKS * CHUNK:
+        return length, 1
+    return half, 2
+
+
+def piece_shapes(call: Call, save: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """If sequences are cut: the transfer matrices of all pieces, and the state that each starts
+    from (`combine_pieces.py`)."""
+    length, _ = choose_pieces(call, save)
+    if length is None:
+        return []
+    pieces, (HV, V), K = piece_slots(call, length), call.v.shape[2:], call.q.shape[3]
+    return [((pieces, HV, rows, K), torch.float32) for rows in (V + K, V)]
+
+
+def piece_jobs(
+    call: Call, options: dict[str, Any], gates: dict[str, Any], warpgroups: int
+) -> list[Job]:
+    """The kernels of `scan_pieces`, the last one first_chunks, and their static options. options:
+    of `scan`, for the call; gates: with those of `first_chunks`; warpgroups: of the final scan."""
+    part = call.context_parallel
+    options = options | {"warpgroups": 1, "cut": True}
+    transfer = options | {"final": True, "transfer": True}
+    if part:  # its states come after the transfer scan
+        transfer |= {"initial": False, "forgetting": not call.per_channel}
+    combine = {
+        name: options[name]
+        for name in ("offsets", "K", "V", "varlen", "initial", "v_first", "pool")
+    } | {"final": False, "reverse": False, "forgetting": False, "late": part}
+    jobs: list[Job] = [
+        (scan, transfer), (combine_pieces, combine),
+        (scan, options | {"initial": True, "warpgroups": warpgroups}),
+    ]  # fmt: skip
+    if part and not call.per_channel:
+        gates = {name: x for name, x in gates.items() if name != "V"}
+        jobs.append((first_chunks, gates | {"reverse": False}))
+    return jobs
+
+
+def scan_pieces(
+    launch: list[Callable[..., None]], inputs: tuple[Any, ...], gates: tuple[Any, ...],
+    initial: Tensor | None, cu_seqlens: Tensor | None, buffers: list[Tensor], o: Tensor,
+    final: Tensor | None, tables: tuple[Any, ...], sizes: tuple[int, int, int], save: bool,
+    exchange: Exchange | None,
+) -> None:  # fmt: skip
+    """Launch them. buffers: those of `piece_shapes`; gates: g, beta, A_log, dt_bias; sizes:
+    sequences, tokens of each or of all, tokens of a piece."""
+    (transfer, starts), (N, T, length) = buffers, sizes
+    pieces, first, ends = transfer.shape[0], None, int(save)
+    if len(launch) > 3:
+        first = transfer.new_empty(transfer.shape[:2], dtype=torch.int32)
+        launch[3](inputs[1], *gates, cu_seqlens, first, N, length)
+    if exchange:
+        ends = 2
+    grid = (N, pieces, length)
+    launch[0](*inputs, initial, cu_seqlens, o, transfer, first, *tables, *grid, ends, 0)
+    if exchange:
+        initial = exchange(PieceMaps(transfer, None, length))()
+    launch[1](
+        transfer, None, None, starts, initial, None, cu_seqlens, *slot_tables(tables), N, T, length
+    )
+    launch[2](*inputs, starts, cu_seqlens, o, final, None, *tables, *grid, 0, 0)

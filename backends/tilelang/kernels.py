@@ -1,0 +1,71 @@
+"""All kernels by name. Their own modules, which import tilelang, are imported only to compile."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+
+class Kernel:
+    """A kernel by name. A call with its static options returns it compiled by TileLang."""
+
+    def __init__(self, name: str, module: str) -> None:
+        self.name, self.module = name, module
+
+    @property
+    def compiled(self) -> Any:
+        """The function that its module defines (`compile.kernel`)."""
+        return getattr(importlib.import_module(f".{self.module}", __package__), self.name)
+
+    def __call__(self, **statics: Any) -> Any:
+        return self.compiled(**statics)
+
+
+Job = tuple[Kernel, dict[str, Any]]
+"""A kernel and its static options."""
+
+prepare = Kernel("prepare", "forward.prepare")
+prepare_channels = Kernel("prepare_channels", "forward.prepare_channels")
+scan = Kernel("scan", "forward.scan")
+fused_forward = Kernel("fused_forward", "forward.fused")
+first_chunks = Kernel("first_chunks", "forward.first_chunks")
+combine_pieces = Kernel("combine_pieces", "combine_pieces")
+clear_tail = Kernel("clear_tail", "clear_tail")
+gate_sums = Kernel("gate_sums", "backward.gate_sums")
+recompute_states = Kernel("recompute_states", "backward.recompute_states")
+reverse_scan = Kernel("reverse_scan", "backward.reverse_scan")
+gradients = Kernel("gradients", "backward.gradients")
+channel_gradients = Kernel("channel_gradients", "backward.channel_gradients")
+decode_kernel = Kernel("decode_kernel", "decode.kernel")
+
+KERNELS = {kernel.name: kernel for kernel in globals().values() if isinstance(kernel, Kernel)}
+
+
+def compile_together(*jobs: Job) -> list[Any]:
+    """The kernels of jobs, compiled by TileLang in parallel."""
+    with ThreadPoolExecutor(max(len(jobs), 1)) as pool:
+        return list(pool.map(lambda job: job[0](**job[1]), jobs))
+
+
+def no_compiler() -> str | None:
+    """Why kernels cannot be compiled, or None."""
+    if importlib.util.find_spec("tilelang") is None:
+        return "tilelang cannot be imported"
+    return None if _has_nvcc() else "no nvcc, of CUDA 12 or newer"
+
+
+def _has_nvcc() -> bool:
+    """Whether nvcc is in a place where TileLang looks for it."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    found = (shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes if home)
+    return (
+        any(found)
+        or shutil.which("nvcc") is not None
+        or os.path.exists("/usr/local/cuda/bin/nvcc")
+        or any(d.name.lower() == "nvidia-cuda-nvcc" for d in importlib.metadata.distributions())
+    )

@@ -1,0 +1,98 @@
+"""How a plan gets the functions that launch its kernels: from one of `prebuilt.folders`, or
+compiled now and kept in the cache."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import prebuilt
+from .kernels import Job, no_compiler
+
+_loaded: dict[str, Callable[..., None]] = {}
+
+
+class MissingKernelError(RuntimeError):
+    """A kernel is in no folder, and there is no compiler."""
+
+
+def launchers(jobs: Sequence[Job]) -> list[Callable[..., None]]:
+    """The functions that launch the kernels of jobs. What no folder has is compiled, and goes to
+    the cache. MissingKernelError if there is no compiler."""
+    if compiling := [job for job in jobs if not _load(job)]:
+        if reason := no_compiler():
+            raise MissingKernelError(missing_reason(compiling, reason))
+        _compile(compiling)
+    return [_loaded[prebuilt.key(kernel.name, statics)] for kernel, statics in jobs]
+
+
+def _load(job: Job) -> bool:
+    """Load a kernel, if a folder has it."""
+    kernel, statics = job
+    name = prebuilt.key(kernel.name, statics)
+    if name not in _loaded and (found := prebuilt.find(kernel.name, statics)):
+        _loaded[name] = prebuilt.load(found[1])
+    return name in _loaded
+
+
+def _compile(jobs: Sequence[Job]) -> None:
+    """Compile kernels into the cache: one here, several in processes, since TileLang's passes hold
+    Python's lock. Without a cache they go to a folder that is removed when they are loaded."""
+    from .build import build
+
+    folder = prebuilt.cache_folder()
+    with tempfile.TemporaryDirectory() as temporary:
+        if folder is None or not _can_write(folder):
+            folder = Path(temporary)
+        if len(jobs) == 1:
+            from .compile import build_here
+
+            build_here(jobs[0], folder)
+        else:
+            build(jobs, folder, fresh=False)
+        for kernel, statics in jobs:
+            name = prebuilt.key(kernel.name, statics)
+            entry = prebuilt.read_entry(folder / f"{name}.json")
+            assert entry is not None
+            _loaded[name] = prebuilt.load(folder / entry.file)
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def missing(jobs: Sequence[Job]) -> list[Job]:
+    """Those that no folder has."""
+    return [
+        job for job in jobs
+        if prebuilt.key(job[0].name, job[1]) not in _loaded
+        and prebuilt.find(job[0].name, job[1]) is None
+    ]  # fmt: skip
+
+
+def missing_reason(jobs: Sequence[Job], reason: str) -> str:
+    """Why a call with these missing kernels cannot run, and the command that builds them."""
+    names = (prebuilt.full_name(kernel.name, statics) for kernel, statics in jobs)
+    options = " ".join(f"--kernel {shlex.quote(name)}" for name in names)
+    return (
+        f"{len(jobs)} of its kernels are not prebuilt, and cannot be compiled here ({reason}); on "
+        f"a machine with a compiler run `gdn build-kernels --out DIR {options}`, and here set "
+        f"{prebuilt.VARIABLE}=DIR"
+    )
+
+
+def describe_sources(jobs: Sequence[Job]) -> str:
+    """Where the kernels of a call come from, in words."""
+    counts: dict[str, int] = {}
+    for kernel, statics in jobs:
+        found = prebuilt.find(kernel.name, statics)
+        where = f"in {found[0]}" if found else "to compile"
+        counts[where] = counts.get(where, 0) + 1
+    return "kernels: " + ", ".join(f"{n} {where}" for where, n in counts.items())

@@ -1,0 +1,229 @@
+"""Compiled kernels in folders. They load without a compiler, and without importing tilelang.
+
+A folder has an entry for every kernel: `KEY.json`, named after the kernel and its options, and the
+shared library that it names. A library's own name has its checksum in it, so it never changes, and
+`KEY.json` is replaced at once: any number of processes may read and build at the same time.
+
+`folders` lists the places in their order. Of TileLang only its runtime is needed, three libraries.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gdn
+from gdn.definition import L2_EPS
+from gdn.problem import CHUNK
+
+PACKAGE = "gdn_kernels_cu13"
+VARIABLE = "GDN_KERNELS"
+_RUNTIME = ("libstub_cuda.so", "libstub_cudart.so", "libtvm_runtime.so")
+
+
+class KernelFileError(RuntimeError):
+    """An entry that must not be used; the message has its name."""
+
+
+class Entry(NamedTuple):
+    """What `KEY.json` says. arguments: dtype and, of tensors, number of dimensions, of what is
+    launched; file, sha256: the library; versions: see `versions`."""
+
+    kernel: str
+    options: str
+    arguments: list[str]
+    file: str
+    sha256: str
+    versions: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """The kernel with its options, as `gdn build-kernels --kernel` takes it."""
+        return f"{self.kernel}({self.options})"
+
+
+def write_options(statics: dict[str, Any]) -> str:
+    """Static options as Python writes arguments, in alphabetical order."""
+    text = ", ".join(f"{name}={statics[name]!r}" for name in sorted(statics))
+    return text.replace("'", '"')  # so that a shell takes it between single quotes
+
+
+def full_name(kernel: str, statics: dict[str, Any]) -> str:
+    """A kernel with its options."""
+    return f"{kernel}({write_options(statics)})"
+
+
+def key_of(name: str) -> str:
+    """The name of an entry, for a kernel's full name."""
+    return f"{name.partition('(')[0]}-{hashlib.sha256(name.encode()).hexdigest()[:24]}"
+
+
+def key(kernel: str, statics: dict[str, Any]) -> str:
+    """The name of a kernel's entry."""
+    return key_of(full_name(kernel, statics))
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What kernels belong to: the versions of gdn and TileLang, and a checksum of the sources of
+    this backend, which tells two checkouts of one version apart."""
+    here = Path(__file__).parent
+    sources = hashlib.sha256(repr((CHUNK, L2_EPS)).encode())
+    for path in sorted(here.rglob("*.py")):
+        sources.update(str(path.relative_to(here)).encode() + b"\0" + path.read_bytes())
+    return {
+        "gdn": gdn.__version__,
+        "tilelang": importlib.metadata.version("tilelang"),
+        "sources": sources.hexdigest()[:16],
+    }
+
+
+# === folders ===
+
+
+def package_folder() -> Path | None:
+    """The folder of the distribution gdn-kernels-cu13, if it is installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    places = spec.submodule_search_locations if spec is not None else None
+    return Path(places[0]) / "kernels" if places else None
+
+
+def cache_folder() -> Path | None:
+    """Where kernels go that were compiled for a call: in TileLang's cache, apart for each version.
+    None if that cache is switched off."""
+    if os.environ.get("TILELANG_DISABLE_CACHE", "0").lower() in ("1", "true", "yes", "on"):
+        return None
+    root = os.environ.get("TILELANG_CACHE_DIR") or Path.home() / ".tilelang" / "cache"
+    found = versions()
+    return Path(root) / "gdn" / f"{found['gdn']}-{found['tilelang']}-{found['sources']}"
+
+
+def folders() -> Iterator[tuple[str, Path]]:
+    """The folders that are there, in the order in which kernels are looked up, each with what it
+    is: the package, those of GDN_KERNELS, the cache."""
+    given = os.environ.get(VARIABLE, "").split(os.pathsep)
+    places = [(PACKAGE.replace("_", "-"), package_folder())]
+    places += [(VARIABLE, Path(x)) for x in given if x]
+    places += [("cache", cache_folder())]
+    for what, place in places:
+        if place is not None and place.is_dir():
+            yield what, place
+
+
+# === entries ===
+
+
+def read_entry(path: Path) -> Entry | None:
+    """The entry in `KEY.json`, or None if there is no such file. KernelFileError if it is of
+    another version, or its library is missing or is not what was built."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        entry = Entry(**json.loads(text))
+        file = path.parent / Path(entry.file).name
+    except (ValueError, TypeError) as error:
+        raise KernelFileError(f"{path} is not an entry of kernels: {error}") from None
+    other = [f"{x} {entry.versions.get(x)}, not {now}" for x, now in versions().items()
+             if entry.versions.get(x) != now]  # fmt: skip
+    if other:
+        raise KernelFileError(f"{path} ({entry.kernel}) was built for {'; '.join(other)}")
+    try:
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise KernelFileError(f"{file} ({entry.kernel}) cannot be read: {error.strerror}") from None
+    if found != entry.sha256:
+        raise KernelFileError(f"{file} ({entry.kernel}) is truncated or was changed")
+    return entry
+
+
+def write_entry(
+    folder: Path, kernel: str, statics: dict[str, Any], arguments: list[str], library: bytes
+) -> Path:
+    """Add a kernel to a folder, or replace it. Returns the path of its library."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checksum = hashlib.sha256(library).hexdigest()
+    file = folder / f"{kernel}-{checksum[:24]}.so"
+    entry = Entry(kernel, write_options(statics), arguments, file.name, checksum, versions())
+    _replace(file, library)
+    text = json.dumps(entry._asdict(), indent=1)
+    _replace(folder / f"{key(kernel, statics)}.json", text.encode())
+    return file
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file that other processes see whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(handle)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def find(kernel: str, statics: dict[str, Any]) -> tuple[str, Path] | None:
+    """Where a kernel is, and the path of its library. An entry that must not be used is passed
+    over, with a warning."""
+    name = f"{key(kernel, statics)}.json"
+    for what, folder in folders():
+        try:
+            entry = read_entry(folder / name)
+        except KernelFileError as error:
+            _warn_once(str(error))
+            continue
+        if entry is not None:
+            return what, folder / entry.file
+    return None
+
+
+# === loading ===
+
+
+def runtime_missing() -> str | None:
+    """Why kernels cannot be loaded, or None."""
+    try:
+        here = importlib.metadata.distribution("tilelang").locate_file("tilelang/lib")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed: tilelang"
+    missing = [name for name in _RUNTIME if not os.path.exists(os.path.join(str(here), name))]
+    if missing:
+        return f"missing in {here}: {', '.join(missing)}"
+    return None if importlib.util.find_spec("tvm_ffi") else "not installed: apache-tvm-ffi"
+
+
+@functools.cache
+def _load_runtime() -> Any:
+    """TVM's module of functions to load libraries with, after what these need."""
+    here = importlib.metadata.distribution("tilelang").locate_file("tilelang/lib")
+    import tvm_ffi
+
+    for name in _RUNTIME:
+        ctypes.CDLL(os.path.join(str(here), name), mode=ctypes.RTLD_GLOBAL)
+    return tvm_ffi
+
+
+def load(library: Path) -> Callable[..., None]:
+    """The function that launches a library's kernel. Needs no GPU: the first launch loads it."""
+    launch: Callable[..., None] = _load_runtime().load_module(str(library))["main"]
+    return launch

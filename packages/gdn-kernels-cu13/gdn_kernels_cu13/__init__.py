@@ -1,0 +1,1 @@
+"""Compiled kernels of gdn, in `kernels/`; gdn.backends.tilelang finds them there."""

@@ -1,0 +1,296 @@
+"""Folders of compiled kernels: building, looking up, checking, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gdn.backends.tilelang import build, catalogue, kernels, launch, prebuilt
+from gdn.backends.tilelang.kernels import KERNELS, Job
+
+import gdn
+from gdn.cli import main
+from gdn.testing import Case, make_inputs
+
+pytest.importorskip("tilelang")
+CASE = Case("prebuilt", T=64, K=64, V=64, dtype=torch.bfloat16)
+JOB: Job = (KERNELS["scan"], {"K": 64, "dtype": "bfloat16", "pool": None})
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that GDN_KERNELS names, with one entry whose library is no library; the cache is
+    empty."""
+    monkeypatch.setenv("GDN_KERNELS", str(tmp_path / "kernels"))
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(launch, "_loaded", {})
+    prebuilt._warn_once.cache_clear()
+    write(tmp_path / "kernels")
+    return tmp_path / "kernels"
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_has_nvcc", lambda: False)
+
+
+def write(folder: Path, library: bytes = b"code") -> Path:
+    return prebuilt.write_entry(folder, JOB[0].name, JOB[1], ["float32[4]"], library)
+
+
+def find() -> tuple[str, Path] | None:
+    return prebuilt.find(JOB[0].name, JOB[1])
+
+
+def entry_of(folder: Path) -> Path:
+    return folder / f"{prebuilt.key(JOB[0].name, JOB[1])}.json"
+
+
+def test_names_of_kernels_are_read_back() -> None:
+    jobs = catalogue.wanted_jobs(("decode", "prefill"), ("bfloat16",), (64,))
+    assert {kernel.name for kernel, _ in jobs} >= {"decode_kernel", "scan", "combine_pieces"}
+    for job in jobs:
+        assert build.parse_job(build.write_job(job)) == job
+
+
+@pytest.mark.parametrize("text", ["scan", "scan(K=)", "nothing(K=1)", "scan(K=open('x'))", "1 + 1"])
+def test_other_names_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build-kernels", "--out", "nowhere", "--kernel", text]) == 2
+    assert "a kernel must be like scan(K=128, ...)" in capsys.readouterr().err
+
+
+def test_folders_are_searched_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, cache = folder.parent / "package" / prebuilt.PACKAGE, prebuilt.cache_folder()
+    assert cache is not None
+    second = folder.parent / "second"
+    monkeypatch.setenv("GDN_KERNELS", os.pathsep.join(map(str, (folder, second))))
+    monkeypatch.syspath_prepend(str(package.parent))
+    for place in (package / "kernels", second, cache):
+        write(place, str(place).encode())
+    (package / "__init__.py").touch()
+    for what, place in (
+        ("gdn-kernels-cu13", package / "kernels"), ("GDN_KERNELS", folder),
+        ("GDN_KERNELS", second), ("cache", cache),
+    ):  # fmt: skip
+        found = find()
+        assert found is not None
+        assert (found[0], found[1].parent) == (what, place)
+        shutil.rmtree(package if what == "gdn-kernels-cu13" else place)
+    assert find() is None
+
+
+def truncate(folder: Path) -> None:
+    library = next(folder.glob("*.so"))
+    library.write_bytes(library.read_bytes()[:-1])
+
+
+def remove(folder: Path) -> None:
+    next(folder.glob("*.so")).unlink()
+
+
+def age(folder: Path) -> None:
+    text = entry_of(folder).read_text().replace(prebuilt.versions()["sources"], "0" * 16)
+    entry_of(folder).write_text(text.replace(gdn.__version__, "0.1.0"))
+
+
+def cut(folder: Path) -> None:
+    entry_of(folder).write_text(entry_of(folder).read_text()[:-20])
+
+
+BROKEN = {
+    truncate: r"scan-\w+\.so \(scan\) is truncated or was changed",
+    remove: r"scan-\w+\.so \(scan\) cannot be read: No such file",
+    age: rf"\(scan\) was built for gdn 0\.1\.0, not {gdn.__version__}; sources 0{{16}}, not",
+    cut: r"scan-\w+\.json is not an entry of kernels",
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.__name__)
+def test_a_bad_entry_is_refused_by_name(
+    folder: Path, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert find() is not None
+    damage(folder)
+    with pytest.warns(RuntimeWarning, match=BROKEN[damage]):
+        assert find() is None
+    assert main(["build-kernels", "--check", str(folder)]) == 1
+    out, err = capsys.readouterr()
+    assert "1 kernels, 1 cannot be used" in out
+    assert err.count("\n") == 1
+    write(folder)  # builders replace it
+    assert find() is not None
+
+
+def test_check_loads_libraries_and_compares_names(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build-kernels", "--check", str(folder)]) == 1  # its library is no library
+    assert f"{folder}/scan-" in capsys.readouterr().err
+    entry_of(folder).rename(folder / "scan-0.json")
+    assert main(["build-kernels", "--check", str(folder)]) == 1
+    assert "is of another kernel, scan(K=64" in capsys.readouterr().err
+    assert main(["build-kernels", "--check", str(folder / "nothing")]) == 1
+    assert "0 kernels" in capsys.readouterr().out
+
+
+def start_writer(folder: Path, library: bytes) -> int:
+    """A process that writes the same three entries again and again. Returns its number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads are not copied: it needs none
+        process = os.fork()
+    if process:
+        return process
+    try:
+        for n in range(90):
+            prebuilt.write_entry(folder, "scan", {"n": n % 3}, [], library)
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def test_processes_write_and_read_at_once(folder: Path) -> None:
+    prebuilt.versions()
+    running = {start_writer(folder, text * 5000) for text in (b"a", b"b")}
+    seen = 0
+    while running:
+        for n in range(3):
+            seen += prebuilt.find("scan", {"n": n}) is not None  # a warning is an error
+        process, status = os.waitpid(-1, os.WNOHANG)
+        if process:
+            running.remove(process)
+            assert status == 0
+    assert seen > 0
+    assert not list(folder.glob(".*"))
+    assert len(list(folder.glob("scan-*.json"))) == 1 + 3
+
+
+def asked(error: str) -> list[Job]:
+    """The kernels that a refusal says how to build."""
+    command = error.partition("run `gdn ")[2].partition("`")[0]
+    words = shlex.split(command)
+    assert words[:3] == ["build-kernels", "--out", "DIR"]
+    return [build.parse_job(words[n + 1]) for n, x in enumerate(words) if x == "--kernel"]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_a_call_says_what_it_lacks(folder: Path) -> None:
+    inputs = make_inputs(CASE, "meta")
+    with pytest.raises(gdn.BackendUnsupportedError, match="no nvcc") as refused:
+        gdn.warmup(**inputs, backend="tilelang", sm=90)
+    jobs = asked(str(refused.value))
+    assert [kernel.name for kernel, _ in jobs] == ["prepare", "scan"]
+    prebuilt.write_entry(folder, jobs[0][0].name, jobs[0][1], [], b"code")
+    with pytest.raises(gdn.BackendUnsupportedError, match="1 of its kernels") as refused:
+        gdn.warmup(**inputs, backend="tilelang", sm=90)
+    assert asked(str(refused.value)) == jobs[1:]
+    with pytest.raises(launch.MissingKernelError, match="1 of its kernels"):
+        launch.launchers(jobs[1:])
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_kernels_and_compiler_the_backend_is_not_available(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reason() -> str | None:
+        (row,) = (row for row in gdn.list_backends() if row.name == "tilelang")
+        return row.reason
+
+    assert reason() is None
+    monkeypatch.setenv("GDN_KERNELS", "")
+    assert reason() == (
+        "no nvcc, of CUDA 12 or newer, and no prebuilt kernels (the distribution gdn-kernels-cu13)"
+    )
+
+
+def test_explain_says_where_kernels_come_from(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--no-raw", "--no-gradients", "--shape", "T=64,K=64,V=64", "--dtype", "bfloat16"]
+    assert main(["explain", "--device", "cuda", "--sm", "90", *options]) == 0
+    assert "tilelang  yes: can run it (TileLang; kernels: 2 to compile)" in capsys.readouterr().out
+    job = next(j for j in catalogue.wanted_jobs(("decode",), ("bfloat16",), (64,)))
+    prebuilt.write_entry(folder, job[0].name, job[1], [], b"code")
+    assert launch.describe_sources([job, JOB, JOB]) == "kernels: 3 in GDN_KERNELS"
+
+
+def test_a_kernel_is_built_kept_checked_and_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    shutil.rmtree(folder)
+    statics = {
+        "dtype": "bfloat16", "K": 64, "V": 64, "gates": "float32", "strengths": "float32",
+        "offsets": "int32", "backward": False,
+    }  # fmt: skip
+    job = (KERNELS["clear_tail"], statics)
+    command = ["build-kernels", "--out", str(folder), "--kernel", build.write_job(job)]
+    assert main(command) == 0
+    library = next(folder.glob("*.so"))
+    written = library.stat().st_mtime_ns
+    monkeypatch.setattr(kernels, "_has_nvcc", lambda: False)
+    monkeypatch.setattr(build, "no_compiler", kernels.no_compiler)
+    assert main(command) == 0  # nothing is left to build
+    assert main(["build-kernels", "--check", str(folder)]) == 0
+    assert library.stat().st_mtime_ns == written
+    (run,) = launch.launchers([job])
+    with pytest.raises(RuntimeError, match="num_args should be 6"):
+        run()
+    capsys.readouterr()
+    assert main([*command[:-1], build.write_job(JOB)]) == 1
+    assert "1 kernels cannot be compiled here: no nvcc" in capsys.readouterr().err
+    entry = prebuilt.read_entry(next(folder.glob("*.json")))
+    assert entry is not None
+    assert entry.arguments == [f"bfloat16[{n}]" for n in (4, 4, 4)] + [
+        "float32[3]", "float32[3]", "int32[1]",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the kernels of `prebuilt_calls.py`: of the installed gdn-kernels-cu13, if any."""
+    if package := prebuilt.package_folder():
+        return package
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    built = tmp_path_factory.mktemp("small")
+    calls("list", str(built / "names"))
+    kernels_of = ["--kernels-in", str(built / "names")]
+    assert main(["build-kernels", "--out", str(built / "kernels"), *kernels_of]) == 0
+    return built / "kernels"
+
+
+def calls(*arguments: str, **environment: str) -> str:
+    """The output of `prebuilt_calls.py`, in a process without nvcc and tilelang."""
+    command = [sys.executable, str(HERE / "prebuilt_calls.py"), *arguments]
+    given = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    done = subprocess.run(command, env=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def alone(small_set: Path, tmp_path: Path) -> dict[str, str]:
+    """The environment of a process that finds these kernels and no others."""
+    named = "" if small_set == prebuilt.package_folder() else str(small_set)
+    return {"GDN_KERNELS": named, "TILELANG_CACHE_DIR": str(tmp_path)}
+
+
+def test_launches_fit_kernels_in_a_process_without_compiler(
+    small_set: Path, tmp_path: Path
+) -> None:
+    assert main(["build-kernels", "--check", str(small_set)]) == 0
+    assert calls("run", "cpu", **alone(small_set, tmp_path)).split()[-1] == str(small_set)
+
+
+@pytest.mark.gpu
+def test_results_of_prebuilt_kernels(small_set: Path, tmp_path: Path) -> None:
+    assert "agree with the definition" in calls("run", "cuda", **alone(small_set, tmp_path))
