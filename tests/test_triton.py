@@ -207,9 +207,8 @@ MAX_STACK = {80: 2048, 90: 512}
 """Bytes of stack a thread with bfloat16 and K = V = 128. A scan has a second copy of its step for
 the last, partial chunk. That copy spills; the loop over full chunks only reloads a few values."""
 CHANNEL_STAGES = ("prepare_channels_kernel", "channel_gradients_kernel")
-MAX_CHANNEL_STACK = {80: 2560, 90: 1536}
-"""The same, of the stages with loops over levels, where one in thirteen instructions reloads a
-value."""
+MAX_CHANNEL_STACK = {80: 2560, 90: 2048}
+"""The same, of the stages with loops over levels. Most of their spills are outside these loops."""
 
 
 def test_decode_reads_no_column_that_a_table_lacks(device: str) -> None:

@@ -26,9 +26,9 @@ The gated norm of layers, which is not part of the op: `gated_norm.py`.
 Shared: `launch.py` chooses configurations and launches, `piece_length.py` decides when to cut,
 `indexing.py` finds chunks and pieces, `strides.py` says where tokens lie, `chunk_buffers.py` is
 what stages hand to each other and `buffer_shapes.py` its shapes, `channel_decay.py` has the decays
-between tokens per channel and `channel_pairs.py` forward's products with them, `tiles.py` loads,
-stores and products, `activation.py` the fused options, `inverse.py` the inverse of a triangular
-matrix.
+between tokens per channel, `channel_pairs.py` and `channel_pair_gradients.py` the products with
+them, `tiles.py` loads, stores and products, `activation.py` the fused options, `inverse.py` the
+inverse of a triangular matrix.
 """
 
 from __future__ import annotations
