@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -79,10 +80,10 @@ def fits(x: Any, wanted: str) -> bool:
 
 
 def record(
-    launched: list[str], places: set[Path]
+    launched: list[str], places: set[Path], called: set[str]
 ) -> Callable[[list[kernels.Job]], list[Callable[..., None]]]:
-    """A stand-in for `launch.launchers`: loads the prebuilt kernels, and checks what they are
-    launched with against their entries."""
+    """A stand-in for `launch.launchers`: loads the prebuilt kernels, checks what they are launched
+    with against their entries, and notes which of the runtime's functions they call."""
 
     def launchers(given: list[kernels.Job]) -> list[Callable[..., None]]:
         launch.launchers(given)
@@ -90,6 +91,8 @@ def record(
         def check_launch(job: kernels.Job) -> Callable[..., None]:
             _, library = prebuilt.find(job[0].name, job[1]) or ("", None)
             assert library is not None
+            for name in re.findall(rb"_ZL\d+(__tvm_\w+)_packed", library.read_bytes()):
+                called.add(name.decode())
             entry = prebuilt.read_entry(
                 library.parent / f"{prebuilt.key(job[0].name, job[1])}.json"
             )
@@ -113,8 +116,9 @@ def run_on_cpu() -> None:
     """Every launch of forward, a training step and decode has the arguments of its kernel."""
     launched: list[str] = []
     places: set[Path] = set()
+    called: set[str] = set()
     for module in (forward, backward, decode):
-        module.launchers = record(launched, places)  # type: ignore[attr-defined]
+        module.launchers = record(launched, places, called)  # type: ignore[attr-defined]
     stream = SimpleNamespace(wait_stream=lambda other: None)
     fake: Any = torch.cuda
     fake.current_stream = lambda device: stream
@@ -129,6 +133,10 @@ def run_on_cpu() -> None:
     gdn.gated_delta_net_decode(**make_step(STEP), backend="recorded")
     wanted = {kernel.name for kernel, _ in jobs()}
     assert set(launched) == wanted, (set(launched), wanted)
+    assert "__tvm_tensormap_create_tiled" in called
+    import tvm_ffi
+
+    assert all(tvm_ffi.get_global_func(name, allow_missing=True) for name in called), called
     print(f"{len(launched)} launches of {len(wanted)} kernels in", *places)
 
 

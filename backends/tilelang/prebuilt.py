@@ -4,7 +4,7 @@ A folder has an entry for every kernel: `KEY.json`, named after the kernel and i
 shared library that it names. A library's own name has its checksum in it, so it never changes, and
 `KEY.json` is replaced at once: any number of processes may read and build at the same time.
 
-`folders` lists the places in their order. Of TileLang only its runtime is needed, three libraries.
+`folders` lists the places in their order. Of TileLang only libraries are needed: its runtime.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from gdn.problem import CHUNK
 
 PACKAGE = "gdn_kernels_cu13"
 VARIABLE = "GDN_KERNELS"
-_RUNTIME = ("libstub_cuda.so", "libstub_cudart.so", "libtvm_runtime.so")
+_RUNTIME = ("libstub_cuda.so", "libstub_cudart.so", "libtvm_runtime.so", "libtilelang.so")
+"""In the order in which they are loaded. The last makes descriptors for TMA when kernels are
+launched."""
 
 
 class KernelFileError(RuntimeError):
