@@ -20,7 +20,7 @@ from gdn.backends.triton.combine_pieces import combine_pieces_kernel
 from gdn.backends.triton.decode import COUNTS, decode_kernel
 from gdn.backends.triton.forgetting import find_chunks_kernel
 from gdn.backends.triton.key_gradients import key_gradients_kernel
-from gdn.backends.triton.launch import Stage, choose_configuration
+from gdn.backends.triton.launch import Stage, choose_configuration, prepared_channels
 from gdn.backends.triton.matrix_gradients import matrix_gradients_kernel
 from gdn.backends.triton.pool import POOL_COUNTS
 from gdn.backends.triton.prepare import prepare_kernel
@@ -46,6 +46,7 @@ TABLES |= {"checkpoint_offsets", "checkpoint_indices", "first_chunks", "found"}
 COMMON: dict[str, Any] = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 64, "BK": 128, "VARLEN": True}
 COMMON |= {"L2_NORM": True, "FUSED_GATE": True, "LOWER_BOUND": None, "FUSED_SIGMOID": True}
 COMMON |= {"BETA_SCALE": 1.0, "SAVE": True, "POOL": False, "CHANNELS": False, "BD": 64}
+COMMON |= {"WEAK": False}
 COMMON |= {"Q_STRIDES": (0, 2048, 128), "K_STRIDES": (0, 2048, 128), "V_STRIDES": (0, 4096, 128)}
 COMMON |= {"G_STRIDES": (0, 32, 1), "BETA_STRIDES": (0, 32, 1)}
 NO_POOL = dict.fromkeys(
@@ -61,7 +62,11 @@ SCAN |= NO_POOL
 TRANSFER_SCAN = {name: x for name, x in SCAN.items() if name != "first_chunks"}
 TRANSFER_SCAN |= {"OUTPUT": False, "TRANSFER": True, "CUT": True, "HAS_INITIAL": False}
 SCAN_FOR_STATES = SCAN | {"OUTPUT": False, "STORE_STATES": True, "CUT": True, "STORE_FINAL": False}
-REVERSE_SCAN = {"V_FIRST": False, "HAS_GRAD_FINAL": True, "STORE_GRAD_INITIAL": True}
+REVERSE_SCAN: dict[str, Any] = {
+    "V_FIRST": False,
+    "HAS_GRAD_FINAL": True,
+    "STORE_GRAD_INITIAL": True,
+}
 REVERSE_SCAN |= {"STORE_STATES": True, "CUT": False, "chunks_that_matter": None}
 COMBINE: dict[str, Any] = {
     "V_FIRST": False,
@@ -95,8 +100,8 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (decode_kernel, DECODE | {"V_FIRST": True}),
     (decode_kernel, DECODE | {"UNIT": 1}),
     (decode_kernel, SPECULATIVE),
-    (prepare_channels_kernel, CHANNELS | {"BD": 32}),
-    (prepare_channels_kernel, CHANNELS | NO_A_LOG | {"BD": 32}),
+    (prepare_channels_kernel, CHANNELS),
+    (prepare_channels_kernel, CHANNELS | NO_A_LOG | {"WEAK": True}),
     (decay_rows_kernel, CHANNELS),
     (scan_kernel, SCAN | CHANNELS),
     (scan_kernel, SCAN_FOR_STATES | CHANNELS),
@@ -126,6 +131,8 @@ def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
     configuration = choose_configuration(
         name, COMMON["BK"], itemsize, 32, SHARED_MEMORY[sm], "CHANNELS" in flags
     )
+    if name == "prepare_channels_kernel":
+        flags = flags | {"BD": prepared_channels(COMMON["BK"], itemsize, SHARED_MEMORY[sm])}
     taken = {n: x for n, x in (COMMON | flags).items() if n in kernel.arg_names}
     stage = Stage(kernel, 1, configuration, **taken)
     constants = stage.kernel_constants

@@ -2,7 +2,7 @@
 
 Forward (`plan.py` launches the kernels in this order):
     prepare.py          per chunk: gates, norms, and the matrices that need no state;
-    channel_prepare.py  with a decay per channel, also rows of q and k with their decays
+    channel_prepare.py  in its place with a decay per channel: also rows of q and k with decays
     scan.py             per sequence or piece: the state, chunk by chunk, and o
     combine_pieces.py   per sequence: the state before each piece, where sequences are cut
 
@@ -26,8 +26,9 @@ The gated norm of layers, which is not part of the op: `gated_norm.py`.
 Shared: `launch.py` chooses configurations and launches, `piece_length.py` decides when to cut,
 `indexing.py` finds chunks and pieces, `strides.py` says where tokens lie, `chunk_buffers.py` is
 what stages hand to each other and `buffer_shapes.py` its shapes, `channel_decay.py` has the decays
-between tokens per channel, `tiles.py` loads, stores and products, `activation.py` the fused
-options, `inverse.py` the inverse of a triangular matrix.
+between tokens per channel, `channel_pairs.py` and `channel_pair_gradients.py` the products with
+them, `tiles.py` loads, stores and products, `activation.py` the fused options, `inverse.py` the
+inverse of a triangular matrix.
 """
 
 from __future__ import annotations

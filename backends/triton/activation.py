@@ -7,9 +7,63 @@ import triton.language as tl
 
 from gdn import definition
 
+from .tiles import INTERPRETED
+
 EPS = tl.constexpr(definition.L2_EPS)
 FLOOR = tl.constexpr(definition.GATE_FLOOR)
 LARGE = tl.constexpr(definition.LARGE)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp2_flushed(x):
+    """2^x in float32, 0 where it is below the smallest normal number. One instruction an element,
+    where `tl.exp2` takes four more to find those."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def exp_flushed(x):
+    """e^x by `exp2_flushed`."""
+    return exp2_flushed(x * LOG2_E)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x in float32, to its last bit or two: one instruction an element."""
+    if INTERPRETED:
+        return 1 / x
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x) by `exp_flushed` and `reciprocal`."""
+    return reciprocal(1 + exp_flushed(-x))
+
+
+@triton.jit
+def log1p_over(y):
+    """log(1 + y) / y for y from 0 to 1, to float32's precision, 1 at 0.
+
+    With s = y / (2 + y) it is 2 atanh(s) / y, and s <= 1/3, so that the series s + s^3/3 + ... ends
+    after eight terms.
+    """
+    r = reciprocal(2 + y)
+    z = (y * r) * (y * r)
+    series = 1 / 13 + z * (1 / 15)
+    series = 1 / 11 + z * series
+    series = 1 / 9 + z * series
+    series = 1 / 7 + z * series
+    series = 1 / 5 + z * series
+    series = 1 / 3 + z * series
+    return 2 * r * (1 + z * series)
 
 
 @triton.jit
@@ -25,8 +79,8 @@ def load_A_log(A_log, head):
 @triton.jit
 def _bounded_gate_input(x, A_log):
     """x without infinities, since 0 inf is NaN, and its factor exp(A_log)."""
-    x = tl.where(x > LARGE, LARGE, x)  # tl.minimum would drop NaN
-    x = tl.where(x < -LARGE, -LARGE, x)
+    x = tl.minimum(x, LARGE, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.maximum(x, -LARGE, propagate_nan=tl.PropagateNan.ALL)
     return x, tl.exp(tl.minimum(A_log, 80.0))
 
 
@@ -40,10 +94,11 @@ def compute_log_decay(x, A_log, LOWER_BOUND: tl.constexpr):
     """
     if LOWER_BOUND is not None:
         x, slope = _bounded_gate_input(x, A_log)
-        return LOWER_BOUND * tl.sigmoid(slope * x)
-    y = tl.exp(-tl.abs(x))
-    log_over_y = tl.where(y < 1e-4, 1 - y / 2, tl.log(1 + y) / y)
-    return -tl.exp(A_log + tl.minimum(x, 0.0)) * tl.where(x > 0, x + tl.log(1 + y), log_over_y)
+        return LOWER_BOUND * sigmoid(slope * x)
+    y = exp_flushed(-tl.abs(x))
+    log_over_y = log1p_over(y)
+    softplus = tl.where(x > 0, x + y * log_over_y, log_over_y)
+    return -exp_flushed(A_log + tl.minimum(x, 0.0)) * softplus
 
 
 @triton.jit
@@ -52,7 +107,7 @@ def backpropagate_gate(dg, x, A_log, log_decay, LOWER_BOUND: tl.constexpr):
     log_decay is at most FLOOR, since kernels clamp it there."""
     if LOWER_BOUND is not None:
         x, slope = _bounded_gate_input(x, A_log)
-        dx = dg * log_decay * tl.sigmoid(-slope * x) * slope
+        dx = dg * log_decay * sigmoid(-slope * x) * slope
         terms = x * dx
     else:  # the derivative is -exp(A_log) sigmoid(x)
         dx = dg * -tl.exp(A_log + tl.minimum(x, 0.0)) / (1 + tl.exp(-tl.abs(x)))

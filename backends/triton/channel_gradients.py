@@ -27,17 +27,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import FLOOR, backpropagate_gate, load_A_log
-from .channel_decay import (
-    LEVELS,
-    NUMBERS,
-    dot_decayed,
-    level_factors,
-    level_pairs,
-    load_channel_gates,
-    round_decayed,
-    sum_gates,
-)
+from .activation import FLOOR, backpropagate_gate, exp_flushed, load_A_log
+from .channel_decay import NUMBERS, load_channel_gates
+from .channel_pair_gradients import add_pairs
 from .chunk_buffers import (
     BETA,
     RK,
@@ -60,6 +52,12 @@ from .tiles import (
     store_rows,
     store_scalars,
 )
+
+
+@triton.jit
+def sum_gates(log_decay, dtype: tl.constexpr):
+    """G of log_decay [C, BD], precise enough for differences: in float64 for float32 calls."""
+    return tl.cumsum(log_decay.to(tl.float64 if dtype == tl.float32 else tl.float32), axis=0)
 
 
 @triton.jit
@@ -128,7 +126,7 @@ def channel_gradients_kernel(
     g = find_batch_row(g, first_token, T, G_STRIDES)
     dtype: tl.constexpr = q.dtype.element_ty
     BK: tl.constexpr = (K + BD - 1) // BD * BD
-    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    row = tl.arange(0, C)[:, None]
     rq = load_factor(factors, slot * HV + qk_head * (HV // H), RQ, C)
     rk = load_factor(factors, slot * HV + qk_head * (HV // H), RK, C)
     Q_dot_dQ, K_dot_dK = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
@@ -173,36 +171,26 @@ def channel_gradients_kernel(
                 k, first_token, tokens, qk_head, K_STRIDES, K, first_channel, C, BD
             )
             queries, keys = rq[:, None] * raw_q.to(tl.float32), rk[:, None] * raw_k.to(tl.float32)
-            dQ = scale * tl.exp(G.to(tl.float32)) * dO_S_T
-            dK_bracket = -tl.exp(G.to(tl.float32)) * R_S_T
-            dK_out = tl.exp((gamma[None, :] - G).to(tl.float32)) * U_dS_T
+            dQ = scale * exp_flushed(G.to(tl.float32)) * dO_S_T
+            dK_bracket = -exp_flushed(G.to(tl.float32)) * R_S_T
+            dK_out = exp_flushed((gamma[None, :] - G).to(tl.float32)) * U_dS_T
             dK = strength[:, None] * dK_bracket + dK_out
             K_dK_out = tl.where(row + 1 < tokens, keys * dK_out, 0.0)
             K_dK_out = tl.where(row == C - 1, 0.0, K_dK_out)
-            from_start = tl.exp(gamma.to(tl.float32)) * S_dot_dS + tl.sum(K_dK_out, axis=0)  # [BD]
+            from_start = exp_flushed(gamma.to(tl.float32)) * S_dot_dS + tl.sum(
+                K_dK_out, axis=0
+            )  # [BD]
             terms = queries * dQ - K_dK_out + strength[:, None] * keys * dK_bracket
             product = tl.sum(keys * dK_bracket, axis=1)
             K_bracket += product
             K_bracket_size += tl.abs(product)
 
             # === through pairs ===
-            for level in range(LEVELS):
-                f = level_factors(G, level, C, BD)
-                q_f = round_decayed(rq[:, None] * raw_q.to(tl.float32) * f, dtype)
-                k_f = round_decayed(rk[:, None] * raw_k.to(tl.float32) * f, dtype)
-                pairs = level_pairs(level, C)
-                right = (row >> (LEVELS - 1 - level)) & 1 == 1  # tokens in right halves
-                dQ_f = dot_decayed(tl.where(pairs & (row > column), dP, 0.0), k_f, dtype)
-                dK_f = dot_decayed(tl.where(pairs & (row < column), dP, 0.0), q_f, dtype)
-                dK_f += dot_decayed(tl.where(pairs, F, 0.0), k_f, dtype)
-                dQ += f * dQ_f
-                dK += tl.where(right, strength[:, None], 1.0) * f * dK_f
-                terms += q_f.to(tl.float32) * dQ_f
-                K_dK_f = k_f.to(tl.float32) * dK_f
-                terms += tl.where(right, strength[:, None], -1.0) * K_dK_f
-                product = tl.sum(tl.where(right, K_dK_f, 0.0), axis=1)
-                K_bracket += product
-                K_bracket_size += tl.abs(product)
+            dQ, dK, terms, product = add_pairs(
+                dQ, dK, terms, queries, keys, strength, dP, F, G, C, BD, dtype
+            )
+            K_bracket += product
+            K_bracket_size += tl.abs(product)
             queries, keys = rq[:, None] * raw_q.to(tl.float32), rk[:, None] * raw_k.to(tl.float32)
             dQ += dP_diagonal[:, None] * keys
             dK += dP_diagonal[:, None] * queries

@@ -1,5 +1,5 @@
-"""Forward, stages 1 and 2 with a decay per channel: everything in a chunk that does not depend on
-the state. Backward runs the second again, since its results take too much memory to be saved.
+"""Forward, stage 1 with a decay per channel: everything in a chunk that does not depend on the
+state. Backward runs its last part again, since those results take too much memory to be saved.
 
     M_ij = beta_i sum_c k_ic k_jc D_ijc for i > j,     A = (I + M)^-1
     P_ij = scale sum_c q_ic k_jc D_ijc for i >= j
@@ -12,9 +12,8 @@ for normalised q and k; `channel_decay.py` explains D, `prepare.py` the rest. Wi
 where e^gamma scales the rows of S. The products with S and U need one matrix fewer in a row than
 `scan.py` has for a decay per head.
 
-A program takes a chunk and value head. Both kernels read q, k and g [C, K]. The first one also
-reads beta [C], and writes `factors` and `matrices`. The second one reads those, and writes
-`decayed_rows`, their scales and `channel_decays` (see `chunk_buffers.py`).
+A program takes a chunk and value head. It reads q, k and g [C, K] and beta [C], and writes
+`factors`, `matrices`, `decayed_rows` and `channel_decays` (see `chunk_buffers.py`).
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import EPS
+from .activation import EPS, exp2_flushed, exp_flushed, sigmoid
 from .channel_decay import (
-    LEVELS,
     NUMBERS,
     dot_decayed,
-    level_factors,
-    level_pairs,
     load_channel_gates,
+    prefix_sums,
     round_decayed,
-    sum_gates,
+    split_gates,
+    suffix_sums,
 )
+from .channel_pairs import multiply_pairs
 from .chunk_buffers import (
     A_BETA,
     BETA,
@@ -59,11 +58,13 @@ from .chunk_buffers import (
 from .indexing import COUNTS, locate_chunk
 from .inverse import invert_unit_lower
 from .tiles import (
+    dot,
     find_batch_row,
     load_input_rows,
     load_input_scalars,
     mask_strictly_lower,
     round_rows,
+    round_to,
 )
 
 
@@ -80,29 +81,63 @@ def store_decayed_rows(
 
 
 @triton.jit
-def load_reciprocal_norms(
-    x, first_token, tokens, head, STRIDES: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr,
+def load_all_gates(
+    g, A_log, dt_bias, channel_decays, first_token, tokens, chunk_head,
+    G_STRIDES: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    FUSED_GATE: tl.constexpr, LOWER_BOUND: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """1 / sqrt(sum x^2 + eps) of the rows of a chunk, [C], from tiles of BD columns."""
-    squares = tl.zeros([C], tl.float32)
-    for first_channel in range(0, K, BD):
-        tile = load_input_rows(x, first_token, tokens, head, STRIDES, K, first_channel, C, BD)
-        squares += tl.sum(tile.to(tl.float32) * tile.to(tl.float32), axis=1)
-    return 1 / tl.sqrt(squares + EPS)
+    """The parts of g of all channels, [C, BK]. Write an entry of `channel_decays`."""
+    _, log_decay = load_channel_gates(
+        g, A_log, dt_bias, first_token, tokens, chunk_head % HV, 0, G_STRIDES, K, C, BK, FUSED_GATE,
+        LOWER_BOUND,
+    )  # fmt: skip
+    decay = exp_flushed(tl.sum(log_decay, axis=0))
+    tl.store(channel_decays + chunk_head * BK + tl.arange(0, BK), decay)
+    return split_gates(log_decay, dtype)
+
+
+@triton.jit
+def dot_rows(x, y, C: tl.constexpr):
+    """x_i.y_i of all rows, [C]: the diagonal of a product, since sums over channels take more
+    instructions."""
+    on_diagonal = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
+    return tl.sum(tl.where(on_diagonal, dot(x, tl.trans(y)), 0.0), axis=1)
+
+
+@triton.jit
+def write_decayed_rows(
+    q, k, high, low, rq, rk, A_beta, factors, decayed_rows, first_token, tokens, chunk_head, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
+):  # fmt: skip
+    """Write an entry of `decayed_rows` and its scales, from the parts of g, reciprocal norms and
+    A diag(beta)."""
+    dtype: tl.constexpr = k.dtype.element_ty
+    qk_head = chunk_head % HV // (HV // H)
+    keys = load_input_rows(k, first_token, tokens, qk_head, K_STRIDES, K, 0, C, BK)
+    keys = rk[:, None] * keys.to(tl.float32)
+    K_out = keys * exp2_flushed(suffix_sums(high, low, C, dtype))
+    store_decayed_rows(K_out, K_OUT, U_TO_STATE, decayed_rows, factors, chunk_head, C, BK)
+    prefix = exp2_flushed(prefix_sums(high, low, C, dtype))
+    W_rows = dot_decayed(round_decayed(A_beta, dtype), round_decayed(keys * prefix, dtype), dtype)
+    store_decayed_rows(W_rows, W, KS_TO_E, decayed_rows, factors, chunk_head, C, BK)
+    queries = load_input_rows(q, first_token, tokens, qk_head, Q_STRIDES, K, 0, C, BK)
+    Q_in = (scale * rq)[:, None] * queries.to(tl.float32) * prefix
+    store_decayed_rows(Q_in, Q_IN, QS_TO_O, decayed_rows, factors, chunk_head, C, BK)
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=NUMBERS)
 def prepare_channels_kernel(
-    q, k, g, beta, A_log, dt_bias, factors, matrices, cu_seqlens, scale, N, T, chunks_per_sequence,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
-    VARLEN: tl.constexpr, L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr,
-    LOWER_BOUND: tl.constexpr, FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
-    SAVE: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
-    G_STRIDES: tl.constexpr, BETA_STRIDES: tl.constexpr,
+    q, k, g, beta, A_log, dt_bias, factors, matrices, decayed_rows, channel_decays, cu_seqlens,
+    scale, N, T, chunks_per_sequence,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr, VARLEN: tl.constexpr, L2_NORM: tl.constexpr, FUSED_GATE: tl.constexpr,
+    LOWER_BOUND: tl.constexpr, WEAK: tl.constexpr, FUSED_SIGMOID: tl.constexpr,
+    BETA_SCALE: tl.constexpr, SAVE: tl.constexpr, Q_STRIDES: tl.constexpr,
+    K_STRIDES: tl.constexpr, G_STRIDES: tl.constexpr, BETA_STRIDES: tl.constexpr,
 ):  # fmt: skip
-    """A diag(beta), P and A. BD: channels that are in registers at a time. SAVE: backward follows,
-    so INVERSE is written too, and all of `factors` and `matrices` is defined."""
+    """BD: channels that are in registers at a time. SAVE: backward follows, so INVERSE
+    is written too, and all of `factors` and `matrices` is defined."""
     chunk_head = tl.program_id(0).to(tl.int64)
     slot, head = chunk_head // HV, chunk_head % HV
     first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
@@ -117,41 +152,49 @@ def prepare_channels_kernel(
     )  # fmt: skip
     g = find_batch_row(g, first_token, T, G_STRIDES)
     beta = find_batch_row(beta, first_token, T, BETA_STRIDES)
-    rq, rk = tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32)
-    if L2_NORM:
-        rq = load_reciprocal_norms(q, first_token, tokens, qk_head, Q_STRIDES, K, C, BD)
-        rk = load_reciprocal_norms(k, first_token, tokens, qk_head, K_STRIDES, K, C, BD)
     strength = load_input_scalars(beta, first_token, tokens, head, BETA_STRIDES, C)  # beta, [C]
     if FUSED_SIGMOID:
-        strength = BETA_SCALE * tl.sigmoid(strength)
+        strength = BETA_SCALE * sigmoid(strength)
     strength = tl.where(tl.arange(0, C) < tokens, strength, 0.0)
 
-    # === matrices ===
-    P, M = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)  # without scale and beta
-    P_diagonal = tl.zeros([C], tl.float32)
-    for first_channel in range(0, K, BD):
-        _, log_decay = load_channel_gates(
-            g, A_log, dt_bias, first_token, tokens, head, first_channel, G_STRIDES, K, C, BD,
-            FUSED_GATE, LOWER_BOUND,
+    # === matrices, of raw rows ===
+    P, M = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    QK = tl.zeros([C], tl.float32)  # products of a token's rows
+    QQ, KK = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    WHOLE: tl.constexpr = BD == BK
+    if WHOLE:
+        high, low = load_all_gates(
+            g, A_log, dt_bias, channel_decays, first_token, tokens, chunk_head, G_STRIDES, HV, K,
+            BK, C, FUSED_GATE, LOWER_BOUND, dtype,
         )  # fmt: skip
-        G = sum_gates(log_decay, dtype)  # [C, BD]
+    for first_channel in range(0, K, BD):
+        if not WHOLE:
+            _, log_decay = load_channel_gates(
+                g, A_log, dt_bias, first_token, tokens, head, first_channel, G_STRIDES, K, C, BD,
+                FUSED_GATE, LOWER_BOUND,
+            )  # fmt: skip
+            high, low = split_gates(log_decay, dtype)
         queries = load_input_rows(
             q, first_token, tokens, qk_head, Q_STRIDES, K, first_channel, C, BD
         )
         keys = load_input_rows(k, first_token, tokens, qk_head, K_STRIDES, K, first_channel, C, BD)
-        P_diagonal += rq * rk * tl.sum(queries.to(tl.float32) * keys.to(tl.float32), axis=1)
-        for level in range(LEVELS):
-            f = level_factors(G, level, C, BD)
-            decayed_q = round_decayed(rq[:, None] * queries.to(tl.float32) * f, dtype)
-            decayed_k = round_decayed(rk[:, None] * keys.to(tl.float32) * f, dtype)
-            decayed_k_T, pairs = tl.trans(decayed_k), level_pairs(level, C)
-            P += tl.where(pairs, dot_decayed(decayed_q, decayed_k_T, dtype), 0.0)
-            M += tl.where(pairs, dot_decayed(decayed_k, decayed_k_T, dtype), 0.0)
+        QK += dot_rows(queries, keys, C)
+        if L2_NORM:
+            QQ += dot_rows(queries, queries, C)
+            KK += dot_rows(keys, keys, C)
+        P_tile, M_tile = multiply_pairs(queries, keys, high, low, C, dtype, WEAK)
+        P, M = P + P_tile, M + M_tile
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    P = scale * (mask_strictly_lower(P, C) + tl.where(row == column, P_diagonal[:, None], 0.0))
+    rq, rk = tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32)
+    if L2_NORM:
+        rq, rk = 1 / tl.sqrt(QQ + EPS), 1 / tl.sqrt(KK + EPS)
+    P = tl.where(row > column, P, tl.where(row == column, QK[:, None], 0.0))
+    P = (scale * rq)[:, None] * P * rk[None, :]
     store_matrix(matrices, P, chunk_head * NUM_MATRICES + SCORES, 0, C, C, C)
-    A = invert_unit_lower(mask_strictly_lower(strength[:, None] * M, C), C, dtype)
-    store_matrix(matrices, A * strength[None, :], chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C)
+    M = (strength * rk)[:, None] * M * rk[None, :]
+    A = invert_unit_lower(mask_strictly_lower(M, C), C, dtype)
+    A_beta = round_to(A * strength[None, :], dtype)
+    store_matrix(matrices, A_beta, chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C)
     if SAVE:
         store_matrix(matrices, A, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
         store_factor(factors, tl.zeros([C], tl.float32), chunk_head, GATE_SUM, C)
@@ -159,6 +202,17 @@ def prepare_channels_kernel(
     store_factor(factors, strength, chunk_head, BETA, C)
     store_factor(factors, rq, chunk_head, RQ, C)
     store_factor(factors, rk, chunk_head, RK, C)
+
+    # === rows ===
+    if not WHOLE:
+        high, low = load_all_gates(
+            g, A_log, dt_bias, channel_decays, first_token, tokens, chunk_head, G_STRIDES, HV, K,
+            BK, C, FUSED_GATE, LOWER_BOUND, dtype,
+        )  # fmt: skip
+    write_decayed_rows(
+        q, k, high, low, rq, rk, A_beta.to(tl.float32), factors, decayed_rows, first_token, tokens,
+        chunk_head, scale, H, HV, K, BK, C, Q_STRIDES, K_STRIDES,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=NUMBERS)
@@ -169,39 +223,26 @@ def decay_rows_kernel(
     VARLEN: tl.constexpr, FUSED_GATE: tl.constexpr, LOWER_BOUND: tl.constexpr,
     Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, G_STRIDES: tl.constexpr,
 ):  # fmt: skip
-    """What `prepare_channels_kernel` leaves: `decayed_rows`, their scales and `channel_decays`."""
+    """`decayed_rows`, their scales and `channel_decays` alone, for backward."""
     chunk_head = tl.program_id(0).to(tl.int64)
-    slot, head = chunk_head // HV, chunk_head % HV
-    first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
+    first_token, tokens = locate_chunk(
+        chunk_head // HV, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C
+    )
     if tokens <= 0:
         return
     dtype: tl.constexpr = k.dtype.element_ty
-    qk_head = head // (HV // H)
     q, k = (
         find_batch_row(q, first_token, T, Q_STRIDES), find_batch_row(k, first_token, T, K_STRIDES)
     )  # fmt: skip
     g = find_batch_row(g, first_token, T, G_STRIDES)
-    _, log_decay = load_channel_gates(
-        g, A_log, dt_bias, first_token, tokens, head, 0, G_STRIDES, K, C, BK, FUSED_GATE,
-        LOWER_BOUND,
-    )  # fmt: skip
-    G = sum_gates(log_decay, dtype)  # [C, K]
-    is_last = tl.arange(0, C)[:, None] == C - 1
-    gamma = tl.sum(tl.where(is_last, G, 0.0), axis=0)  # [K]
-    decay = tl.exp(gamma.to(tl.float32))
-    tl.store(channel_decays + chunk_head * BK + tl.arange(0, BK), decay)
-
-    rk = load_factor(factors, chunk_head, RK, C)
-    keys = load_input_rows(k, first_token, tokens, qk_head, K_STRIDES, K, 0, C, BK)
-    keys = rk[:, None] * keys.to(tl.float32)
-    K_out = keys * tl.exp((gamma[None, :] - G).to(tl.float32))
-    store_decayed_rows(K_out, K_OUT, U_TO_STATE, decayed_rows, factors, chunk_head, C, BK)
-    prefix = tl.exp(G.to(tl.float32))
-    A_beta = load_matrix(matrices, chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C)
-    K_in, A_beta = round_decayed(keys * prefix, dtype), round_decayed(A_beta.to(tl.float32), dtype)
-    W_rows = dot_decayed(A_beta, K_in, dtype)
-    store_decayed_rows(W_rows, W, KS_TO_E, decayed_rows, factors, chunk_head, C, BK)
     rq = load_factor(factors, chunk_head, RQ, C)
-    queries = load_input_rows(q, first_token, tokens, qk_head, Q_STRIDES, K, 0, C, BK)
-    Q_in = (scale * rq)[:, None] * queries.to(tl.float32) * prefix
-    store_decayed_rows(Q_in, Q_IN, QS_TO_O, decayed_rows, factors, chunk_head, C, BK)
+    rk = load_factor(factors, chunk_head, RK, C)
+    A_beta = load_matrix(matrices, chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C)
+    high, low = load_all_gates(
+        g, A_log, dt_bias, channel_decays, first_token, tokens, chunk_head, G_STRIDES, HV, K, BK,
+        C, FUSED_GATE, LOWER_BOUND, dtype,
+    )  # fmt: skip
+    write_decayed_rows(
+        q, k, high, low, rq, rk, A_beta.to(tl.float32), factors, decayed_rows, first_token, tokens,
+        chunk_head, scale, H, HV, K, BK, C, Q_STRIDES, K_STRIDES,
+    )  # fmt: skip

@@ -41,7 +41,7 @@ class Configuration(NamedTuple):
 
 AUTOTUNE_CANDIDATES: dict[str, list[tuple[int, ...]]] = {
     "prepare_channels_kernel": [(0, 4, 1), (0, 4, 1, 168), (0, 8, 1), (0, 8, 1, 128)],
-    "decay_rows_kernel": [(0, 4, 1), (0, 8, 1), (0, 8, 1, 128)],
+    "decay_rows_kernel": [(0, 4, 1), (0, 4, 1, 168), (0, 8, 1)],
     "prepare_kernel": [(0, 4, 1, 128), (0, 4, 1, 168), (0, 4, 1), (0, 8, 1)],
     "combine_pieces_kernel": [(16, 4, 1), (16, 4, 2), (32, 4, 1)],
     "scan_kernel": [(BV, w, n) for BV, w in ((64, 4), (64, 8), (128, 8)) for n in (1, 2, 3)],
@@ -75,10 +75,8 @@ def choose_configuration(
     wide = itemsize > 2 or BK > 128
     if name == "prepare_kernel":
         return Configuration(0, 4, 1, None if wide else 168)
-    if name == "prepare_channels_kernel":
-        return Configuration(0, 8 if wide else 4, 1)
-    if name == "decay_rows_kernel":
-        return Configuration(0, 8, 1, None if wide else 128)
+    if name in ("prepare_channels_kernel", "decay_rows_kernel"):  # on sm_80 ptxas gives them fewer
+        return Configuration(0, 8 if wide else 4, 1, 255)
     if name == "find_chunks_kernel":
         return Configuration(0, 4, 1)
     if name == "decode_kernel":
@@ -99,6 +97,11 @@ def choose_configuration(
             Configuration(128, 8, 3) if scans >= 128 and not channels else Configuration(64, 4, 3)
         )
     return Configuration(64, 8, 3)
+
+
+def prepared_channels(BK: int, itemsize: int, shared_memory: int) -> int:
+    """Channels that `prepare_channels_kernel` has in registers at a time."""
+    return BK if BK <= 128 and itemsize == 2 and shared_memory > 230_000 else 64
 
 
 class Stage:

@@ -14,22 +14,19 @@ from gdn.problem import CHUNK, Call
 from ..common.allocation import allocator
 from ..common.chunking import piece_slots
 from .buffer_shapes import decayed_shapes, padded_keys, saved_shapes
+from .channel_decay import is_weak
 from .channel_prepare import decay_rows_kernel, prepare_channels_kernel
 from .combine_pieces import combine_pieces_kernel
 from .forgetting import find_chunks_kernel
-from .input_gradients import compute_channel_gradients, compute_gradients
-from .launch import Stage, choose_configuration, shared_memory_limit
+from .input_gradients import Tensors, compute_channel_gradients, compute_gradients
+from .launch import Stage, choose_configuration, prepared_channels, shared_memory_limit
 from .piece_length import piece_length
 from .prepare import prepare_kernel
 from .reverse_scan import reverse_scan_kernel
 from .scan import scan_kernel
 from .strides import Strides, contiguous_strides, read_in_place
 
-CHANNELS, PREPARED_CHANNELS = 64, 32
-"""Channels that kernels have in registers at a time; the second one is `prepare_channels_kernel`'s,
-with half the warps."""
-
-NO_POOL = (None,) * 6
+NO_POOL: Tensors = (None,) * 6
 """In place of the pool, its indices, fresh, and offsets, indices and buffer of checkpoints."""
 
 
@@ -53,7 +50,8 @@ class PrefillPlan(ExchangingPlan):
             "FUSED_GATE": call.use_gate_in_kernel, "LOWER_BOUND": call.gate_lower_bound,
             "FUSED_SIGMOID": call.use_beta_sigmoid_in_kernel,
             "BETA_SCALE": 2.0 if call.allow_neg_eigval else 1.0,
-            "CHANNELS": call.per_channel, "BD": CHANNELS,
+            "CHANNELS": call.per_channel, "WEAK": is_weak(call),
+            "BD": 64,  # channels that `channel_gradients_kernel` has in registers at a time
         }  # fmt: skip
         self.constants |= contiguous_strides(call) if strides is None else strides
         self.strided: dict[tuple[object, ...], PrefillPlan] = {}
@@ -92,16 +90,14 @@ class PrefillPlan(ExchangingPlan):
             stage.can_autotune &= not self.batch_invariant
         return self.stages[key]
 
-    def decay_rows(self, call: Call, factors: Tensor, matrices: Tensor) -> list[Tensor | None]:
-        """`decayed_rows` and `channel_decays` of a call; None twice with a decay per head."""
-        if not call.per_channel:
-            return [None, None]
+    def prepare(
+        self, stage: Stage, call: Call, gates: Tensors, factors: Tensor, matrices: Tensor
+    ) -> Tensors:
+        """Run forward's first stage, or `decay_rows_kernel`. Return `decayed_rows` and
+        `channel_decays`; None twice with a decay per head."""
         decayed = [new() for new in self.new_decayed]
-        gates = (call.g, call.A_log, call.dt_bias, factors, matrices)
-        self.bind(decay_rows_kernel, self.slots * self.constants["HV"], self.chunk_sizes)(
-            (call.q, call.k, *gates, *decayed, call.cu_seqlens), call.scale
-        )
-        return list(decayed)
+        stage((call.q, call.k, *gates, factors, matrices, *decayed, call.cu_seqlens), call.scale)
+        return tuple(decayed) or (None, None)
 
     def bind_scan(self, call: Call, o: bool, final: bool, states: bool, transfer: bool) -> Stage:
         """The scan; the flags say which of o, the final state and the states before chunks it
@@ -147,11 +143,13 @@ class PrefillPlan(ExchangingPlan):
         )  # fmt: skip
 
     def bind_forward(self, call: Call, save: bool) -> list[Stage]:
-        """Forward's stages, in their order, apart from `decay_rows`."""
+        """Forward's stages, in their order."""
         programs = self.slots * self.constants["HV"]
         kernel, flags = prepare_kernel, dict[str, int](SAVE=save)
         if call.per_channel:
-            kernel, flags = prepare_channels_kernel, flags | {"BD": PREPARED_CHANNELS}
+            BK, limit = self.constants["BK"], shared_memory_limit(self.device)
+            BD = prepared_channels(BK, self.itemsize, limit)
+            kernel, flags = prepare_channels_kernel, flags | {"BD": BD}
         prepare = self.bind(kernel, programs, self.chunk_sizes, **flags)
         initial, final = call.initial_state is not None, call.output_final_state
         if self.piece_length is None:
@@ -186,7 +184,7 @@ class PrefillPlan(ExchangingPlan):
 
     def run_forward(self, call: Call, save: bool, exchange: Exchange | None = None) -> Forward:
         """`forward` of a call that kernels can read, with the plan's strides."""
-        q, k, v, g, beta, initial, A_log, dt_bias, cu_seqlens, *_ = call
+        initial, cu_seqlens = call.initial_state, call.cu_seqlens
         saved = [new() for new in self.new_saved]
         factors, matrices, *piece_buffers = saved
         final = self.new_final() if call.output_final_state else None
@@ -194,8 +192,9 @@ class PrefillPlan(ExchangingPlan):
         if save not in self.forward_stages:
             self.forward_stages[save] = self.bind_forward(call, save)
         prepare, *scans = self.forward_stages[save]
-        prepare((q, k, g, beta, A_log, dt_bias, factors, matrices, cu_seqlens), call.scale)
-        inputs = (q, k, v, factors, matrices, *self.decay_rows(call, factors, matrices))
+        gates = (call.g, call.beta, call.A_log, call.dt_bias)
+        decayed = self.prepare(prepare, call, gates, factors, matrices)
+        inputs = (call.q, call.k, call.v, factors, matrices, *decayed)
         if piece_buffers:
             transfers, piece_states = piece_buffers
             if save and cu_seqlens is not None:
@@ -247,7 +246,11 @@ class PrefillPlan(ExchangingPlan):
             if call.per_channel:  # rounded it would be dbeta's largest error
                 R = torch.empty_like(R, dtype=torch.float32)
         dS = None if call.initial_state is None else torch.empty_like(call.initial_state)
-        decayed, cu_seqlens = self.decay_rows(call, factors, matrices), call.cu_seqlens
+        decayed, cu_seqlens = NO_POOL[:2], call.cu_seqlens
+        if call.per_channel:
+            stage = self.bind(decay_rows_kernel, slots * HV, self.chunk_sizes)
+            gates = (call.g, call.A_log, call.dt_bias)
+            decayed = self.prepare(stage, call, gates, factors, matrices)
         inputs = (call.q, call.k, call.v, factors, matrices, *decayed)
         reverse_inputs = (call.q, call.k, factors, matrices, *decayed, grad_o, row_scales)
 

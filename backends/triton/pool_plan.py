@@ -39,7 +39,6 @@ class PoolPlan(PrefillPlan):
     def prefill(self, prefill: Prefill) -> Tensor:
         """See `gdn.backend.Plan.prefill`."""
         call, _ = read_in_place(prefill.call)
-        q, k, v, g, beta, _, A_log, dt_bias, cu_seqlens, *_ = call
         fresh, offsets, indices = (
             None if x is None else x.contiguous()
             for x in (prefill.fresh, prefill.checkpoint_offsets, prefill.checkpoint_indices)
@@ -50,8 +49,9 @@ class PoolPlan(PrefillPlan):
         factors, matrices, *piece_buffers = (new() for new in self.new_saved)
         o = self.new_o() if prefill.out is None else prefill.out
         prepare, *scans = self.prefill_stages
-        prepare((q, k, g, beta, A_log, dt_bias, factors, matrices, cu_seqlens), call.scale)
-        inputs = (q, k, v, factors, matrices, *self.decay_rows(call, factors, matrices))
+        gates, cu_seqlens = (call.g, call.beta, call.A_log, call.dt_bias), call.cu_seqlens
+        decayed = self.prepare(prepare, call, gates, factors, matrices)
+        inputs = (call.q, call.k, call.v, factors, matrices, *decayed)
         if piece_buffers:
             transfers, starts = piece_buffers
             scans[0]((*inputs, None, None, transfers, *[None] * 4, cu_seqlens, *NO_POOL))
