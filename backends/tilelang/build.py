@@ -8,6 +8,7 @@ process is `python -m gdn.backends.tilelang.build FOLDER`: it reads a kernel a l
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import queue
@@ -15,12 +16,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from . import prebuilt
-from .kernels import KERNELS, Job, no_compiler
+from .kernels import KERNELS, Job, no_compiler, slowest_first
 from .tile.pool_kind import PoolKind
 from .tile.thread_shape import ThreadShape
 
@@ -71,7 +71,7 @@ def build(
     kernel that is there. BuildError, when all others are built, if one does not compile."""
     todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
     failed: list[str] = []
-    for job in {write_job(job): job for job in jobs}.values():
+    for job in slowest_first({write_job(job): job for job in jobs}.values()):
         if _is_built(job, folder):
             done(job[0].name)
         else:
@@ -89,17 +89,21 @@ def build(
                     job = todo.get_nowait()
                 except queue.Empty:
                     return
-                if error := ask(write_job(job)):
-                    failed.append(f"{write_job(job)}: {error}")
-                else:
+                error = ask(write_job(job))
+                if error == "":
                     done(job[0].name)
+                    continue
+                failed.append(f"{write_job(job)}: {error or 'its process ended'}")
+                if error is None:
+                    return
 
     wanted = min(todo.qsize(), workers or len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(wanted) as pool:
         for running in [pool.submit(work) for _ in range(wanted)]:
             running.result()
     if failed:
-        raise BuildError("\n".join(failed))
+        left = f"\n{todo.qsize()} more were not tried" if todo.qsize() else ""
+        raise BuildError("\n".join(failed) + left)
 
 
 def _is_built(job: Job, folder: Path) -> bool:
@@ -112,9 +116,10 @@ def _is_built(job: Job, folder: Path) -> bool:
         return False
 
 
-@contextmanager
-def _worker(folder: Path, fresh: bool) -> Iterator[Callable[[str], str]]:
-    """A function that has a process build a kernel, and returns the error or ""."""
+@contextlib.contextmanager
+def _worker(folder: Path, fresh: bool) -> Iterator[Callable[[str], str | None]]:
+    """A function that has a process build a kernel, and returns the error or ""; None if the
+    process has ended."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     if fresh:
         environment["TILELANG_DISABLE_CACHE"] = "1"
@@ -126,12 +131,13 @@ def _worker(folder: Path, fresh: bool) -> Iterator[Callable[[str], str]]:
     assert given is not None
     assert answers is not None
 
-    def ask(text: str) -> str:
-        print(text, file=given, flush=True)
+    def ask(text: str) -> str | None:
+        with contextlib.suppress(BrokenPipeError):
+            print(text, file=given, flush=True)
         answer = answers.readline()
-        return str(json.loads(answer)) if answer else "its process ended"
+        return str(json.loads(answer)) if answer else None
 
-    with process:
+    with process, contextlib.suppress(BrokenPipeError):
         yield ask
         given.close()
 
@@ -148,7 +154,10 @@ def _serve(folder: Path) -> None:
             build_here(parse_job(line), folder)
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
-        print(json.dumps(error), file=answers, flush=True)
+        try:
+            print(json.dumps(error), file=answers, flush=True)
+        except BrokenPipeError:  # nobody waits for it any more
+            return
 
 
 # === folders ===

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,21 +30,28 @@ class Kernel:
 Job = tuple[Kernel, dict[str, Any]]
 """A kernel and its static options."""
 
-prepare = Kernel("prepare", "forward.prepare")
-prepare_channels = Kernel("prepare_channels", "forward.prepare_channels")
-scan = Kernel("scan", "forward.scan")
-fused_forward = Kernel("fused_forward", "forward.fused")
-first_chunks = Kernel("first_chunks", "forward.first_chunks")
-combine_pieces = Kernel("combine_pieces", "combine_pieces")
-clear_tail = Kernel("clear_tail", "clear_tail")
-gate_sums = Kernel("gate_sums", "backward.gate_sums")
-recompute_states = Kernel("recompute_states", "backward.recompute_states")
-reverse_scan = Kernel("reverse_scan", "backward.reverse_scan")
-gradients = Kernel("gradients", "backward.gradients")
 channel_gradients = Kernel("channel_gradients", "backward.channel_gradients")
+gradients = Kernel("gradients", "backward.gradients")
+fused_forward = Kernel("fused_forward", "forward.fused")
+prepare_channels = Kernel("prepare_channels", "forward.prepare_channels")
+prepare = Kernel("prepare", "forward.prepare")
+reverse_scan = Kernel("reverse_scan", "backward.reverse_scan")
+scan = Kernel("scan", "forward.scan")
+recompute_states = Kernel("recompute_states", "backward.recompute_states")
 decode_kernel = Kernel("decode_kernel", "decode.kernel")
+combine_pieces = Kernel("combine_pieces", "combine_pieces")
+first_chunks = Kernel("first_chunks", "forward.first_chunks")
+gate_sums = Kernel("gate_sums", "backward.gate_sums")
+clear_tail = Kernel("clear_tail", "clear_tail")
 
 KERNELS = {kernel.name: kernel for kernel in globals().values() if isinstance(kernel, Kernel)}
+"""By name. Those that take long to compile come first."""
+
+
+def slowest_first(jobs: Iterable[Job]) -> list[Job]:
+    """Jobs in the order in which to start them side by side."""
+    order = list(KERNELS)
+    return sorted(jobs, key=lambda job: order.index(job[0].name))
 
 
 def compile_together(*jobs: Job) -> list[Any]:

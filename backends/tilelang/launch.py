@@ -7,10 +7,11 @@ import os
 import shlex
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import prebuilt
-from .kernels import Job, no_compiler
+from .kernels import Job, no_compiler, slowest_first
 
 _loaded: dict[str, Callable[..., None]] = {}
 
@@ -22,11 +23,13 @@ class MissingKernelError(RuntimeError):
 def launchers(jobs: Sequence[Job]) -> list[Callable[..., None]]:
     """The functions that launch the kernels of jobs. What no folder has is compiled, and goes to
     the cache. MissingKernelError if there is no compiler."""
-    if compiling := [job for job in jobs if not _load(job)]:
+    names = [prebuilt.key(kernel.name, statics) for kernel, statics in jobs]
+    wanted = dict(zip(names, jobs, strict=True))
+    if compiling := [job for job in wanted.values() if not _load(job)]:
         if reason := no_compiler():
             raise MissingKernelError(missing_reason(compiling, reason))
         _compile(compiling)
-    return [_loaded[prebuilt.key(kernel.name, statics)] for kernel, statics in jobs]
+    return [_loaded[name] for name in names]
 
 
 def _load(job: Job) -> bool:
@@ -39,20 +42,21 @@ def _load(job: Job) -> bool:
 
 
 def _compile(jobs: Sequence[Job]) -> None:
-    """Compile kernels into the cache: one here, several in processes, since TileLang's passes hold
-    Python's lock. Without a cache they go to a folder that is removed when they are loaded."""
+    """Compile kernels into the cache: the slowest one here, the others beside it in processes,
+    which first import torch and tilelang. Without a cache they go to a folder that is removed when
+    they are loaded."""
     from .build import build
+    from .compile import build_here
 
     folder = prebuilt.cache_folder()
     with tempfile.TemporaryDirectory() as temporary:
         if folder is None or not _can_write(folder):
             folder = Path(temporary)
-        if len(jobs) == 1:
-            from .compile import build_here
-
-            build_here(jobs[0], folder)
-        else:
-            build(jobs, folder, fresh=False)
+        slowest, *others = slowest_first(jobs)
+        with ThreadPoolExecutor(1) as pool:
+            beside = pool.submit(build, others, folder, fresh=False)
+            build_here(slowest, folder)
+            beside.result()
         for kernel, statics in jobs:
             name = prebuilt.key(kernel.name, statics)
             entry = prebuilt.read_entry(folder / f"{name}.json")
@@ -70,10 +74,10 @@ def _can_write(folder: Path) -> bool:
 
 def missing(jobs: Sequence[Job]) -> list[Job]:
     """Those that no folder has."""
+    wanted = {prebuilt.key(kernel.name, x): (kernel, x) for kernel, x in jobs}
     return [
-        job for job in jobs
-        if prebuilt.key(job[0].name, job[1]) not in _loaded
-        and prebuilt.find(job[0].name, job[1]) is None
+        (kernel, x) for name, (kernel, x) in wanted.items()
+        if name not in _loaded and prebuilt.find(kernel.name, x) is None
     ]  # fmt: skip
 
 

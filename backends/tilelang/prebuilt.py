@@ -31,6 +31,8 @@ VARIABLE = "GDN_KERNELS"
 _RUNTIME = ("libstub_cuda.so", "libstub_cudart.so", "libtvm_runtime.so", "libtilelang.so")
 """In the order in which they are loaded. The last makes descriptors for TMA when kernels are
 launched."""
+_APART = ("__init__.py", "build.py", "catalogue.py", "kernels.py", "launch.py", "prebuilt.py")
+"""Files of this backend that find and build kernels, and do not change them."""
 
 
 class KernelFileError(RuntimeError):
@@ -78,11 +80,13 @@ def key(kernel: str, statics: dict[str, Any]) -> str:
 @functools.cache
 def versions() -> dict[str, str]:
     """What kernels belong to: the versions of gdn and TileLang, and a checksum of the sources of
-    this backend, which tells two checkouts of one version apart."""
+    kernels and plans, which tells two checkouts of one version apart."""
     here = Path(__file__).parent
     sources = hashlib.sha256(repr((CHUNK, L2_EPS)).encode())
     for path in sorted(here.rglob("*.py")):
-        sources.update(str(path.relative_to(here)).encode() + b"\0" + path.read_bytes())
+        name = str(path.relative_to(here))
+        if name not in _APART:
+            sources.update(name.encode() + b"\0" + path.read_bytes())
     return {
         "gdn": gdn.__version__,
         "tilelang": importlib.metadata.version("tilelang"),

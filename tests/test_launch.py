@@ -1,0 +1,92 @@
+"""Where the functions that launch TileLang's kernels come from, and which process compiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tilelang")
+from gdn.backends.tilelang import build, compile, launch, prebuilt
+from gdn.backends.tilelang.kernels import KERNELS, Job
+
+JOBS: list[Job] = [(KERNELS[name], {"n": 1}) for name in ("scan", "prepare", "clear_tail")]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, list[str]]:
+    """What is compiled in this process, and in others; no compiler runs. The cache is empty."""
+    found: dict[str, list[str]] = {"here": [], "beside": []}
+
+    def add(where: str, job: Job, folder: Path) -> None:
+        found[where].append(job[0].name)
+        prebuilt.write_entry(folder, job[0].name, job[1], [], job[0].name.encode())
+
+    def build_beside(jobs: list[Job], folder: Path, fresh: bool) -> None:
+        assert not fresh
+        for job in jobs:
+            add("beside", job, folder)
+
+    monkeypatch.setattr(build, "build", build_beside)
+    monkeypatch.setattr(compile, "build_here", lambda job, folder: add("here", job, folder))
+    monkeypatch.setattr(prebuilt, "load", lambda library: library.read_bytes().decode())
+    monkeypatch.setattr(launch, "no_compiler", lambda: None)
+    monkeypatch.setattr(launch, "_loaded", {})
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TILELANG_DISABLE_CACHE", raising=False)
+    monkeypatch.delenv("GDN_KERNELS", raising=False)
+    return found
+
+
+def names() -> Any:
+    return launch.launchers([*JOBS, JOBS[0]])
+
+
+def test_the_slowest_kernel_compiles_here(compiled: dict[str, list[str]]) -> None:
+    assert names() == ["scan", "prepare", "clear_tail", "scan"]
+    assert compiled == {"here": ["prepare"], "beside": ["scan", "clear_tail"]}
+    assert names() == ["scan", "prepare", "clear_tail", "scan"]
+    assert sum(map(len, compiled.values())) == 3
+
+
+def test_the_next_process_finds_them_in_the_cache(
+    compiled: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launch.describe_sources(JOBS) == "kernels: 3 to compile"
+    names()
+    monkeypatch.setattr(launch, "_loaded", {})
+    monkeypatch.setattr(launch, "no_compiler", lambda: "no nvcc")
+    assert launch.missing(JOBS) == []
+    assert launch.describe_sources(JOBS) == "kernels: 3 in cache"
+    assert names() == ["scan", "prepare", "clear_tail", "scan"]
+    assert sum(map(len, compiled.values())) == 3
+
+
+def file_in_its_way(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "cache").touch()
+    return {}
+
+
+@pytest.mark.parametrize(
+    "prevent", [lambda path: {"TILELANG_DISABLE_CACHE": "1"}, file_in_its_way], ids=["off", "file"]
+)
+def test_without_a_cache_they_are_compiled_for_this_process(
+    compiled: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prevent: Any
+) -> None:
+    for name, value in prevent(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    assert names() == names() == ["scan", "prepare", "clear_tail", "scan"]
+    assert sum(map(len, compiled.values())) == 3
+    assert not (tmp_path / "cache").is_dir()
+
+
+def test_a_process_that_ends_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "no_compiler", lambda: None)
+    monkeypatch.setattr(build.sys, "executable", "/bin/true")
+    with pytest.raises(build.BuildError, match=r"its process ended\n1 more were not tried"):
+        build.build(JOBS[:2], tmp_path, workers=1)
+    monkeypatch.setattr(build.sys, "executable", "/bin/false")
+    with pytest.raises(build.BuildError) as error:
+        build.build(JOBS[:2], tmp_path, workers=2)
+    assert str(error.value).count("its process ended") == 2
