@@ -29,6 +29,7 @@ def timed(seconds: Seconds, name: str, run: Callable[[], Any]) -> Any:
     start = time.perf_counter()
     result = run()
     seconds[name] = time.perf_counter() - start
+    print(f"{name} {seconds[name]:.2f} s", file=sys.stderr)
     return result
 
 

@@ -62,7 +62,11 @@ SCAN |= NO_POOL
 TRANSFER_SCAN = {name: x for name, x in SCAN.items() if name != "first_chunks"}
 TRANSFER_SCAN |= {"OUTPUT": False, "TRANSFER": True, "CUT": True, "HAS_INITIAL": False}
 SCAN_FOR_STATES = SCAN | {"OUTPUT": False, "STORE_STATES": True, "CUT": True, "STORE_FINAL": False}
-REVERSE_SCAN = {"V_FIRST": False, "HAS_GRAD_FINAL": True, "STORE_GRAD_INITIAL": True}
+REVERSE_SCAN: dict[str, Any] = {
+    "V_FIRST": False,
+    "HAS_GRAD_FINAL": True,
+    "STORE_GRAD_INITIAL": True,
+}
 REVERSE_SCAN |= {"STORE_STATES": True, "CUT": False, "chunks_that_matter": None}
 COMBINE: dict[str, Any] = {
     "V_FIRST": False,

@@ -34,7 +34,13 @@ from gdn.testing.decode import StepCase, make_step
 HEADS: dict[str, Any] = {"H": 8, "HV": 16, "K": 128, "V": 128, "dtype": torch.bfloat16}
 LAYER = Case("layer", T=70, B=5, fused=True, gates="model", **HEADS)
 PACKED = Case("packed", lengths=(70, 1, 64, 0, 65), fused=True, gates="model", **HEADS)
-STEP = StepCase("step", B=4, fused=True, state_v_first=True, **HEADS)
+FIRST = Case(  # the kernels of bench/first_call.py, and of STEP's
+    "first", T=70, l2norm=True, gates="model", state_v_first=True, **HEADS | {"H": 16, "HV": 32}
+)
+STEP = StepCase(
+    "step", B=8, fused=True, gates="model", state_v_first=True, full=True,
+    **HEADS | {"H": 16, "HV": 32},
+)  # fmt: skip
 
 
 class Recorded(TileLangBackend):
@@ -48,8 +54,8 @@ def jobs() -> list[kernels.Job]:
     """The kernels of the calls below."""
     backend, found = TileLangBackend(), []
     for inputs, gradients in (
-        (make_inputs(LAYER), False), (make_inputs(LAYER), True), (make_inputs(PACKED), False),
-        (make_step(STEP), False),
+        (make_inputs(LAYER), False), (make_inputs(PACKED), False), (make_inputs(FIRST), False),
+        (make_inputs(FIRST), True), (make_step(STEP), False),
     ):  # fmt: skip
         tokens = [inputs.pop(name) for name in ("q", "k", "v", "g", "beta")]
         found += backend.jobs(calls.make(*tokens, inputs, False), gradients)
@@ -115,9 +121,9 @@ def run_on_cpu() -> None:
     fake.stream = lambda stream: contextlib.nullcontext()
     streams._aside = lambda device: stream  # type: ignore[attr-defined]
     gdn.register_backend(Recorded())
-    for case in (LAYER, PACKED):
+    for case in (LAYER, PACKED, FIRST):
         gdn.gated_delta_net(**make_inputs(case), backend="recorded")
-    out = gdn.gated_delta_net(**with_gradients(make_inputs(LAYER)), backend="recorded")
+    out = gdn.gated_delta_net(**with_gradients(make_inputs(FIRST)), backend="recorded")
     assert out.final_state is not None
     (out.o.sum() + out.final_state.sum()).backward()
     gdn.gated_delta_net_decode(**make_step(STEP), backend="recorded")
@@ -128,9 +134,9 @@ def run_on_cpu() -> None:
 
 def run_on_gpu() -> None:
     """Outputs, states and gradients agree with the float64 definition."""
-    for case in (LAYER, PACKED):
+    for case in (LAYER, PACKED, FIRST):
         check.assert_agrees("tilelang", case, make_inputs(case, "cuda"))
-    check.assert_agrees("tilelang", LAYER, with_gradients(make_inputs(LAYER, "cuda")))
+    check.assert_agrees("tilelang", FIRST, with_gradients(make_inputs(FIRST, "cuda")))
     check.assert_step_agrees("tilelang", STEP, make_step(STEP, "cuda"))
     print("forward, gradients and decode agree with the definition")
 

@@ -42,8 +42,8 @@ LONG: dict[str, Any] = {"HV": 4, "H": 2, "K": 128, "V": 128, "gates": "weak"}
 NORM = LONG | {"l2norm": True}
 ON_GPUS = {  # cases of a group share kernels, but for the last one
     "dense": [
-        Parallel("one sequence", (1100, 1000), options=NORM),
-        Parallel("forgetting", (1100, 1000), options=NORM | {"gates": "fast"}),
+        Parallel("one sequence", (1100, 1000), options=LONG),
+        Parallel("forgetting", (1100, 1000), options=LONG | {"gates": "fast"}),
     ],
     "packed": [
         Parallel("packed", (900, 1000), (100, 5, 1500, 0, 290, 5), options=NORM),
@@ -86,7 +86,7 @@ def test_triton_agrees_in_its_interpreter(tmp_path: Path) -> None:
         Parallel("triton", (4, 3), (7,), options=small),
         Parallel("pieces", (40, 140), None, "zigzag", options=cut),  # the inner parts have two
     ]
-    start(run_in_pieces, 2, tmp_path, 120, cases, (torch.float32,), "triton")
+    start(run_in_pieces, 2, tmp_path, 240, cases, (torch.float32,), "triton")
 
 
 def test_torch_compile_makes_one_graph(tmp_path: Path) -> None:
