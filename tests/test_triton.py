@@ -16,7 +16,14 @@ from support import assert_close, run, truth
 
 import gdn
 from gdn import calls, dispatch
-from gdn.testing import Case, make_inputs, run_definition, with_gradients
+from gdn.testing import (
+    Case,
+    gradients,
+    make_inputs,
+    make_output_gradients,
+    run_definition,
+    with_gradients,
+)
 from gdn.testing.decode import StepCase, make_step
 
 pytest.importorskip("triton")
@@ -38,6 +45,25 @@ def test_head_dims(per_channel: bool, K: int, dtype: torch.dtype, device: str) -
     got = run("triton", case, with_gradients(make_inputs(case, device)))
     for name, value in got.items():
         assert_close(name, value, expected[name], dtype)
+
+
+@pytest.mark.parametrize("g", [-4.9, -5.1])
+def test_decays_around_the_range_of_one_product(g: float, device: str) -> None:
+    """Pairs of 16 tokens take one product up to e^40 from their middle, else four levels."""
+    case = Case("range", T=64, H=1, HV=1, K=64, V=64, per_channel=True, dtype=torch.bfloat16)
+
+    def inputs(device: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        given = make_inputs(case, device)
+        given["g"][..., ::2] = g
+        given["g"][..., 1::2] *= 0.01
+        return with_gradients(given, dtype)
+
+    leaves, exact = inputs(device), inputs("cpu", torch.float64)
+    got, expected = gdn.gated_delta_net(**leaves, backend="triton"), run_definition(exact)
+    found = gradients(got, leaves, make_output_gradients(case, device))
+    true = gradients(expected, exact, make_output_gradients(case))
+    for name, value in {"o": got.o, **found}.items():
+        assert_close(name, value, {"o": expected[0], **true}[name], torch.bfloat16)
 
 
 PIECE_CASES = (
