@@ -137,6 +137,8 @@ def build_kernels(args: argparse.Namespace) -> int:
     names = list(args.kernel or ())
     if args.kernels_in is not None:
         names += args.kernels_in.read_text().splitlines()
+        if not names:
+            raise SystemExit(f"{args.kernels_in} names no kernel")
     jobs = [build.parse_job(name) for name in names] or catalogue.wanted_jobs(
         args.only, args.dtype, args.head_dim
     )

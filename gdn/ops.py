@@ -128,8 +128,11 @@ def _pin(request: str, call: Call) -> str:
     """The pinned request of the backend that runs this call and its gradients."""
     if not needs_dispatcher(Call, call):
         return dispatch.choose(request, call, True).pinned
-    validate(call)  # while tracing, sizes may be symbols, and a plan needs numbers
-    return registry.pin(dispatch.resolve(request, describe(call, True)))
+    validate(call)
+    tensors = [x for x in call[:CALL_TENSORS] if isinstance(x, Tensor)]
+    # while tracing, sizes may be symbols, and a plan needs numbers
+    numbers = all(isinstance(size, int) for x in tensors for size in x.shape)
+    return registry.pin(dispatch.resolve(request, describe(call, True), call if numbers else None))
 
 
 class _Differentiable(torch.autograd.Function):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import gdn
+from gdn.testing import Case, make_inputs
+
 pytest.importorskip("tilelang")
-from gdn.backends.tilelang import build, compile, launch, prebuilt
+from gdn.backends.tilelang import BACKEND, build, compile, launch, prebuilt
 from gdn.backends.tilelang.kernels import KERNELS, Job
 
 JOBS: list[Job] = [(KERNELS[name], {"n": 1}) for name in ("scan", "prepare", "clear_tail")]
@@ -90,3 +94,42 @@ def test_a_process_that_ends_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(build.BuildError) as error:
         build.build(JOBS[:2], tmp_path, workers=2)
     assert str(error.value).count("its process ended") == 2
+
+
+def test_what_other_processes_do_not_build_is_built_here(
+    compiled: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(jobs: list[Job], folder: Path, fresh: bool) -> None:
+        raise build.BuildError("its process ended")
+
+    monkeypatch.setattr(build, "build", fail)
+    assert names() == ["scan", "prepare", "clear_tail", "scan"]
+    assert sorted(compiled["here"]) == ["clear_tail", "prepare", "scan"]
+
+
+def test_a_library_that_cannot_be_loaded_is_compiled_again(
+    compiled: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names()
+    monkeypatch.setattr(launch, "_loaded", {})
+    load, tried = prebuilt.load, []
+
+    def load_later(library: Path) -> Any:
+        tried.append(library)
+        if len(tried) == 1:
+            raise OSError("wrong ELF class")
+        return load(library)
+
+    monkeypatch.setattr(prebuilt, "load", load_later)
+    with pytest.warns(RuntimeWarning, match="cannot be loaded: wrong ELF class"):
+        assert names() == ["scan", "prepare", "clear_tail", "scan"]
+    assert sum(map(len, compiled.values())) == 4
+
+
+def test_context_parallelism_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that have other prebuilt kernels would choose otherwise."""
+    problem = replace(gdn.explain(**make_inputs(Case("one"), "meta")).problem, K=128, V=128)
+    problem = replace(problem, context_parallel=True)
+    assert not BACKEND.unsupported(problem)
+    monkeypatch.setattr("gdn.backends.tilelang.no_compiler", lambda: "no nvcc")
+    assert "context parallelism" in "".join(BACKEND.unsupported(problem))

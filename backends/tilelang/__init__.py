@@ -100,6 +100,9 @@ class TileLangBackend(Backend):
         if problem.pool is not None and not problem.prefill:
             return []
         reasons = []
+        if problem.context_parallel and (why := no_compiler()):
+            # which kernels are prebuilt may differ between ranks, and they must choose alike
+            reasons.append(f"with context parallelism kernels are compiled, and here is {why}")
         if problem.gate_lower_bound is not None and not problem.per_channel:
             reasons.append("gate_lower_bound needs a decay per channel, except in decode")
         if problem.prefill and choose_blocks(problem.K, problem.V) is not None:

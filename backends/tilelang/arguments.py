@@ -30,7 +30,12 @@ def gate_options(call: Call) -> dict[str, Any]:
 
 def channel_options(call: Call) -> dict[str, Any]:
     """Those of a decay per channel."""
-    return {"A_log": call.A_log is not None, "lower_bound": call.gate_lower_bound}
+    return {"A_log": call.A_log is not None, "lower_bound": lower_bound(call)}
+
+
+def lower_bound(call: Call) -> float | None:
+    """The gate's: -5 and -5.0 are one option."""
+    return None if call.gate_lower_bound is None else float(call.gate_lower_bound)
 
 
 def clear_tail_options(call: Call, backward: bool) -> dict[str, Any]:

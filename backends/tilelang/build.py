@@ -72,7 +72,7 @@ def build(
     todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
     failed: list[str] = []
     for job in slowest_first({write_job(job): job for job in jobs}.values()):
-        if _is_built(job, folder):
+        if is_built(job, folder):
             done(job[0].name)
         else:
             todo.put(job)
@@ -99,14 +99,22 @@ def build(
 
     wanted = min(todo.qsize(), workers or len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(wanted) as pool:
-        for running in [pool.submit(work) for _ in range(wanted)]:
-            running.result()
+        running = [pool.submit(work) for _ in range(wanted)]
+        try:
+            for one in running:
+                one.result()
+        except BaseException:
+            with contextlib.suppress(queue.Empty):  # begin no other kernel
+                while True:
+                    todo.get_nowait()
+            raise
     if failed:
         left = f"\n{todo.qsize()} more were not tried" if todo.qsize() else ""
         raise BuildError("\n".join(failed) + left)
 
 
-def _is_built(job: Job, folder: Path) -> bool:
+def is_built(job: Job, folder: Path) -> bool:
+    """Whether a folder has a kernel, of these sources."""
     kernel, statics = job
     try:
         return (
@@ -120,7 +128,8 @@ def _is_built(job: Job, folder: Path) -> bool:
 def _worker(folder: Path, fresh: bool) -> Iterator[Callable[[str], str | None]]:
     """A function that has a process build a kernel, and returns the error or ""; None if the
     process has ended."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
     if fresh:
         environment["TILELANG_DISABLE_CACHE"] = "1"
     process = subprocess.Popen(
@@ -144,10 +153,10 @@ def _worker(folder: Path, fresh: bool) -> Iterator[Callable[[str], str | None]]:
 
 def _serve(folder: Path) -> None:
     """Answer the lines on stdin. What compilers print goes to stderr."""
-    from .compile import build_here
-
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    from .compile import build_here
+
     for line in sys.stdin:
         error = ""
         try:

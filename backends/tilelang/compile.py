@@ -26,6 +26,9 @@ TARGET = {"kind": "cuda", "arch": "sm_90a"}
 _BUILD_LOCK = Lock()
 """Builders run one after another, since all of them parse Python (see `_PARSED_TOGETHER`).
 Compiling takes most of the time and runs in parallel."""
+_PATCH_LOCK = Lock()
+_patched: list[Any] = []
+"""What `nvcc.compile_cuda` was for each thread that compiles: TileLang's for the first."""
 _PARSED_TOGETHER = "AST constructor recursion depth mismatch"
 """CPython counts the depth of `ast.parse` for all threads together and raises a SystemError with
 this text if one parses while another one does. TileLang also parses while it lowers."""
@@ -114,12 +117,16 @@ def _arguments_of(function: Any) -> list[str]:
 def _without_lines() -> Iterator[None]:
     """Compile without line numbers, which make a kernel's code four times as large. What other
     threads compile meanwhile has none either."""
-    before = nvcc.compile_cuda
-    nvcc.compile_cuda = _compile_cuda
+    with _PATCH_LOCK:
+        _patched.append(nvcc.compile_cuda)
+        nvcc.compile_cuda = _compile_cuda
     try:
         yield
     finally:
-        nvcc.compile_cuda = before
+        with _PATCH_LOCK:
+            if len(_patched) == 1:
+                nvcc.compile_cuda = _patched[0]
+            _patched.pop()
 
 
 def _compile_cuda(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -75,5 +76,10 @@ def _has_nvcc() -> bool:
         any(found)
         or shutil.which("nvcc") is not None
         or os.path.exists("/usr/local/cuda/bin/nvcc")
-        or any(d.name.lower() == "nvidia-cuda-nvcc" for d in importlib.metadata.distributions())
+        or _has_nvcc_wheel()
     )
+
+
+@functools.cache  # it reads what every installed distribution says of itself
+def _has_nvcc_wheel() -> bool:
+    return any(d.name.lower() == "nvidia-cuda-nvcc" for d in importlib.metadata.distributions())

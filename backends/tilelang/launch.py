@@ -3,9 +3,13 @@ compiled now and kept in the cache."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import shlex
+import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,31 +41,48 @@ def _load(job: Job) -> bool:
     kernel, statics = job
     name = prebuilt.key(kernel.name, statics)
     if name not in _loaded and (found := prebuilt.find(kernel.name, statics)):
-        _loaded[name] = prebuilt.load(found[1])
+        try:
+            _loaded[name] = prebuilt.load(found[1])
+        except OSError as error:
+            warnings.warn(f"{found[1]} cannot be loaded: {error}", RuntimeWarning, stacklevel=2)
     return name in _loaded
 
 
 def _compile(jobs: Sequence[Job]) -> None:
     """Compile kernels into the cache: the slowest one here, the others beside it in processes,
-    which first import torch and tilelang. Without a cache they go to a folder that is removed when
-    they are loaded."""
-    from .build import build
+    which first import torch and tilelang. What these fail to build is built here. Without a cache
+    they go to a folder that is removed when they are loaded."""
+    cache = _writable_cache()
+    from .build import BuildError, build, is_built
     from .compile import build_here
 
-    folder = prebuilt.cache_folder()
     with tempfile.TemporaryDirectory() as temporary:
-        if folder is None or not _can_write(folder):
-            folder = Path(temporary)
+        folder = cache or Path(temporary)
         slowest, *others = slowest_first(jobs)
         with ThreadPoolExecutor(1) as pool:
             beside = pool.submit(build, others, folder, fresh=False)
             build_here(slowest, folder)
-            beside.result()
+            with contextlib.suppress(BuildError, OSError):
+                beside.result()
+        for job in others:
+            if not is_built(job, folder):
+                build_here(job, folder)
         for kernel, statics in jobs:
             name = prebuilt.key(kernel.name, statics)
             entry = prebuilt.read_entry(folder / f"{name}.json")
             assert entry is not None
             _loaded[name] = prebuilt.load(folder / entry.file)
+
+
+def _writable_cache() -> Path | None:
+    """The folder of the cache. If it cannot be written, one that lives as long as this process
+    takes the place of TileLang's cache, which an import of tilelang makes."""
+    folder = prebuilt.cache_folder()
+    if folder is None or _can_write(folder):
+        return folder
+    os.environ["TILELANG_CACHE_DIR"] = temporary = tempfile.mkdtemp(prefix="gdn-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return prebuilt.cache_folder()
 
 
 def _can_write(folder: Path) -> bool:

@@ -16,6 +16,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,8 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gdn
-from gdn.definition import L2_EPS
-from gdn.problem import CHUNK
+from gdn import definition, problem
 
 PACKAGE = "gdn_kernels_cu13"
 VARIABLE = "GDN_KERNELS"
@@ -79,10 +79,12 @@ def key(kernel: str, statics: dict[str, Any]) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What kernels belong to: the versions of gdn and TileLang, and a checksum of the sources of
-    kernels and plans, which tells two checkouts of one version apart."""
+    """What kernels belong to: the versions of gdn and TileLang, a checksum of the sources of
+    kernels and plans, which tells two checkouts of one version apart, and the kind of processor."""
     here = Path(__file__).parent
-    sources = hashlib.sha256(repr((CHUNK, L2_EPS)).encode())
+    sources = hashlib.sha256()
+    for module in (definition, problem):  # kernels take constants from these
+        sources.update(Path(str(module.__file__)).read_bytes())
     for path in sorted(here.rglob("*.py")):
         name = str(path.relative_to(here))
         if name not in _APART:
@@ -91,6 +93,7 @@ def versions() -> dict[str, str]:
         "gdn": gdn.__version__,
         "tilelang": importlib.metadata.version("tilelang"),
         "sources": sources.hexdigest()[:16],
+        "machine": platform.machine(),
     }
 
 
@@ -110,8 +113,7 @@ def cache_folder() -> Path | None:
     if os.environ.get("TILELANG_DISABLE_CACHE", "0").lower() in ("1", "true", "yes", "on"):
         return None
     root = os.environ.get("TILELANG_CACHE_DIR") or Path.home() / ".tilelang" / "cache"
-    found = versions()
-    return Path(root) / "gdn" / f"{found['gdn']}-{found['tilelang']}-{found['sources']}"
+    return Path(root) / "gdn" / "-".join(versions().values())
 
 
 def folders() -> Iterator[tuple[str, Path]]:

@@ -10,7 +10,7 @@ from gdn.backend import Plan
 from gdn.problem import Call, PoolCall, Step
 
 from ...common.allocation import allocator
-from ..arguments import dtype_name
+from ..arguments import dtype_name, lower_bound
 from ..kernels import Job, decode_kernel
 from ..launch import launchers
 from ..tile.thread_shape import choose_shape
@@ -39,7 +39,7 @@ class DecodePlan(Plan):
             "table": step.state_indices is not None and step.state_indices.dim() == 2,
             "leading": step.leading_column,
             "clear": call.cu_seqlens is not None and step.out is None,
-            "channels": call.per_channel, "lower_bound": call.gate_lower_bound,
+            "channels": call.per_channel, "lower_bound": lower_bound(call),
         }  # fmt: skip
         self.statics |= {name: dtype_name(getattr(call, name)) for name in _CALL_TENSORS}
         self.statics |= {name: dtype_name(getattr(step, name)) for name in _STEP_TENSORS}
