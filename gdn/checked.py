@@ -27,7 +27,7 @@ class CheckedPlan(ExchangingPlan):
         return result
 
     def forward_part(self, call: Call, save: bool, exchange: Exchange) -> Forward:
-        run = self.plan.forward_part  # type: ignore[attr-defined]
+        run = self._exchanging().forward_part
         result = self._checked_forward(run(call, save, exchange), call, save)
         self.forward_part = run  # type: ignore[method-assign]
         return result
@@ -35,10 +35,15 @@ class CheckedPlan(ExchangingPlan):
     def backward_part(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, exchange: Exchange
     ) -> Gradients:
-        run = self.plan.backward_part  # type: ignore[attr-defined]
+        run = self._exchanging().backward_part
         result = self._checked_backward(run(call, saved, grad_o, exchange), call)
         self.backward_part = run  # type: ignore[method-assign]
         return result
+
+    def _exchanging(self) -> ExchangingPlan:
+        if not isinstance(self.plan, ExchangingPlan):
+            raise self._fault("an ExchangingPlan, since it exchanges", type(self.plan).__name__)
+        return self.plan
 
     def _checked_forward(self, result: Forward, call: Call, save: bool) -> Forward:
         self._count("Forward", result, 3)

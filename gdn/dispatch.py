@@ -24,6 +24,7 @@ from gdn.aligned import make_plan
 from gdn.backend import Backend, Plan, reasons_against
 from gdn.checked import CheckedPlan
 from gdn.environment import Variable
+from gdn.exchange import call_of_a_rank
 from gdn.problem import (
     CALL_TENSORS,
     POOL_TENSORS,
@@ -284,4 +285,6 @@ def precompile(request: str, call: Call | PoolCall, problem: Problem) -> tuple[s
     """Compile the kernels that a call like this one needs. Returns the backend's name, and whether
     it compiles anything before its first call."""
     backend = resolve(request, problem, call)
+    if problem.context_parallel and isinstance(call, Call):
+        call = call_of_a_rank(call, backend)
     return backend.name, make_plan(backend, call).precompile(call, problem.needs_grad)

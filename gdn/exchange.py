@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from gdn.backend import Forward, Gradients, Plan
+from gdn.backend import Backend, Forward, Gradients, Plan
 from gdn.problem import Call
 
 
@@ -46,3 +47,11 @@ class ExchangingPlan(Plan):
         """`backward` after `forward_part`, from the gradients of the exchange. call has the initial
         states of forward's exchange."""
         raise NotImplementedError(f"{type(self).__name__} has no backward_part")
+
+
+def call_of_a_rank(call: Call, backend: Backend) -> Call:
+    """The call that a rank makes of its tokens, where sequences go on before and after them."""
+    local = call._replace(output_final_state=True, state_v_first=False)
+    states = call.q.new_empty(local.state_shape, dtype=torch.float32)
+    local = local._replace(initial_state=states)
+    return local._replace(context_parallel=backend.exchanges(local))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gdn import registry
 from gdn.dispatch import find_reasons, parse_request
+from gdn.exchange import call_of_a_rank
 from gdn.problem import Call, PoolCall, Problem
 from gdn.registry import backend_names, find_backend
 
@@ -62,6 +63,8 @@ def verdict(name: str, problem: Problem, given: Call | PoolCall | None = None) -
     backend = find_backend(name)
     try:
         path = backend.path(problem)
+        if problem.context_parallel and isinstance(given, Call):
+            given = call_of_a_rank(given, backend)
         if given is not None and (source := backend.preparation(given, problem.needs_grad)):
             path += f"; {source}"
         return Verdict(name, (), path)

@@ -18,12 +18,14 @@ from test_exchange import (
     pieces_of_two_chunks,  # noqa: F401
 )
 
+from gdn.exchange import call_of_a_rank
 from gdn.problem import Call
 from gdn.testing import Case, make_inputs
 
 pytest.importorskip("tilelang")
 pytest.importorskip("test_tilelang_emulated")
 
+from gdn.backends.tilelang import BACKEND
 from gdn.backends.tilelang.forward.first_chunks import first_chunks
 from gdn.backends.tilelang.forward.plan import ForwardPass
 from gdn.backends.tilelang.kernels import compile_together
@@ -60,3 +62,15 @@ def test_serialises_no_product_and_spills_nothing(tmp_path: Path) -> None:
         compiled.assert_registers_suffice(kernel.get_kernel_source(), said)
         assert "0 bytes spill stores" in said
         assert "serialized" not in said, said
+
+
+def test_warmup_compiles_the_kernels_of_a_ranks_call() -> None:
+    """From given states and with a final one, whatever the call that is shown has."""
+    case = Case("rank", T=4096, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16)
+    inputs = make_inputs(case, "meta") | {"initial_state": None, "output_final_state": False}
+    call = call_of_a_rank(Call(**{"scale": 1.0} | inputs), BACKEND)
+    names = [kernel.name for kernel, _ in BACKEND.jobs(call, True)]
+    assert call.context_parallel
+    assert names.count("first_chunks") == names.count("combine_pieces") == 2
+    options = [x for kernel, x in BACKEND.jobs(call, True) if kernel.name == "scan"]
+    assert [x["transfer"] for x in options] == [True, False]
