@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import gdn
 from gdn.testing import Case, make_inputs
 
 pytest.importorskip("tilelang")
-from gdn.backends.tilelang import BACKEND, build, compile, launch, prebuilt
+from gdn.backends.tilelang import BACKEND, build, compile, kernels, launch, prebuilt
 from gdn.backends.tilelang.kernels import KERNELS, Job
 
 JOBS: list[Job] = [(KERNELS[name], {"n": 1}) for name in ("scan", "prepare", "clear_tail")]
@@ -133,3 +134,19 @@ def test_context_parallelism_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -
     assert not BACKEND.unsupported(problem)
     monkeypatch.setattr("gdn.backends.tilelang.no_compiler", lambda: "no nvcc")
     assert "context parallelism" in "".join(BACKEND.unsupported(problem))
+
+
+def test_an_import_beside_another_threads_parsing_is_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load, tried = importlib.import_module, []
+
+    def fail_once(name: str, package: str | None = None) -> Any:
+        tried.append(name)
+        if len(tried) == 1:
+            raise SystemError("AST constructor recursion depth mismatch (before=90, after=73)")
+        return load(name, package)
+
+    monkeypatch.setattr(kernels.importlib, "import_module", fail_once)
+    assert KERNELS["scan"].compiled.build
+    assert tried == [".forward.scan"] * 2

@@ -31,6 +31,7 @@ from gdn.backends.tilelang.backward.plan import BackwardPass  # noqa: E402
 from gdn.backends.tilelang.forward import pieces as forward_pieces  # noqa: E402
 from gdn.backends.tilelang.forward.plan import ForwardPass, choose_pieces, saved_shapes  # noqa: E402
 from gdn.backends.tilelang.kernels import compile_together  # noqa: E402
+from gdn.backends.tilelang.parsing import ATTEMPTS, PARSED_TOGETHER  # noqa: E402
 from gdn.backends.tilelang.tile.layout import BLOCKS_PER_SM  # noqa: E402
 from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH  # noqa: E402
 
@@ -149,8 +150,7 @@ def test_kernels_are_read_in_turn_but_compiled_together(monkeypatch: pytest.Monk
 def test_a_kernel_compiles_again_if_another_thread_parsed_meanwhile(
     monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
-    parsed_together = RuntimeError(f"SystemError: {compilation._PARSED_TOGETHER} (1, 2)")
-    outcomes = iter([parsed_together] * failures)
+    outcomes = iter([RuntimeError(f"SystemError: {PARSED_TOGETHER} (1, 2)")] * failures)
 
     def compile_(name: str, **options: Any) -> str:
         if error := next(outcomes, None):
@@ -159,7 +159,7 @@ def test_a_kernel_compiles_again_if_another_thread_parsed_meanwhile(
 
     monkeypatch.setattr(tilelang, "compile", compile_)
     job = compilation.kernel(lambda name: name)
-    if failures < compilation._ATTEMPTS:
+    if failures < ATTEMPTS:
         assert job(name="a") == "a"
         return
     with pytest.raises(RuntimeError, match="AST constructor"):

@@ -20,19 +20,16 @@ from tilelang.contrib import nvcc
 from tilelang.contrib.cc import get_cplus_compiler
 
 from . import prebuilt
+from .parsing import until_parsed_alone
 
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 """Always named, never guessed from the device: a cache filled without a GPU then serves one."""
 _BUILD_LOCK = Lock()
-"""Builders run one after another, since all of them parse Python (see `_PARSED_TOGETHER`).
+"""Builders run one after another, since all of them parse Python (see `parsing.py`).
 Compiling takes most of the time and runs in parallel."""
 _PATCH_LOCK = Lock()
 _patched: list[Any] = []
 """What `nvcc.compile_cuda` was for each thread that compiles: TileLang's for the first."""
-_PARSED_TOGETHER = "AST constructor recursion depth mismatch"
-"""CPython counts the depth of `ast.parse` for all threads together and raises a SystemError with
-this text if one parses while another one does. TileLang also parses while it lowers."""
-_ATTEMPTS = 8
 _FAST = {
     PassConfigKey.TL_ENABLE_FAST_MATH: True,
     PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,  # kernels check their bounds
@@ -42,17 +39,6 @@ _OWN_BARRIERS = _FAST | {
     PassConfigKey.TL_DISABLE_SHARED_MEMORY_REUSE: True,
     PassConfigKey.TL_DISABLE_BUFFER_INIT_CHECK: True,  # it warns of reads whose result is not used
 }
-
-
-def _until_parsed_alone(make: Callable[[], Any]) -> Any:
-    """The result of `make`, which runs again if another thread parses at the same time."""
-    for _ in range(_ATTEMPTS - 1):
-        try:
-            return make()
-        except Exception as error:  # TVM passes a SystemError on as an error of its own
-            if _PARSED_TOGETHER not in str(error):
-                raise
-    return make()
 
 
 def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = False) -> Any:
@@ -76,7 +62,7 @@ def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = Fals
                 pass_configs=_OWN_BARRIERS if own_barriers else _FAST,
             )  # fmt: skip
 
-        return _until_parsed_alone(make)
+        return until_parsed_alone(make)
 
     compiled.build = build  # type: ignore[attr-defined]
     return compiled

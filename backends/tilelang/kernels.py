@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from .parsing import until_parsed_alone
+
 
 class Kernel:
     """A kernel by name. A call with its static options returns it compiled by TileLang."""
@@ -21,8 +23,9 @@ class Kernel:
 
     @property
     def compiled(self) -> Any:
-        """The function that its module defines (`compile.kernel`)."""
-        return getattr(importlib.import_module(f".{self.module}", __package__), self.name)
+        """The function that its module defines (`compile.kernel`). An import parses macros."""
+        module = until_parsed_alone(lambda: importlib.import_module(f".{self.module}", __package__))
+        return getattr(module, self.name)
 
     def __call__(self, **statics: Any) -> Any:
         return self.compiled(**statics)
