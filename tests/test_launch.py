@@ -28,7 +28,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, list[
         found[where].append(job[0].name)
         prebuilt.write_entry(folder, job[0].name, job[1], [], job[0].name.encode())
 
-    def build_beside(jobs: list[Job], folder: Path, fresh: bool) -> None:
+    def build_beside(jobs: list[Job], folder: Path, workers: int, fresh: bool) -> None:
+        assert workers > 0
         assert not fresh
         for job in jobs:
             add("beside", job, folder)
@@ -100,7 +101,7 @@ def test_a_process_that_ends_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_what_other_processes_do_not_build_is_built_here(
     compiled: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(jobs: list[Job], folder: Path, fresh: bool) -> None:
+    def fail(jobs: list[Job], folder: Path, workers: int, fresh: bool) -> None:
         raise build.BuildError("its process ended")
 
     monkeypatch.setattr(build, "build", fail)

@@ -60,7 +60,7 @@ def _compile(jobs: Sequence[Job]) -> None:
         folder = cache or Path(temporary)
         slowest, *others = slowest_first(jobs)
         with ThreadPoolExecutor(1) as pool:
-            beside = pool.submit(build, others, folder, fresh=False)
+            beside = pool.submit(build, others, folder, workers=_idle_cores(), fresh=False)
             build_here(slowest, folder)
             with contextlib.suppress(BuildError, OSError):
                 beside.result()
@@ -72,6 +72,11 @@ def _compile(jobs: Sequence[Job]) -> None:
             entry = prebuilt.read_entry(folder / f"{name}.json")
             assert entry is not None
             _loaded[name] = prebuilt.load(folder / entry.file)
+
+
+def _idle_cores() -> int:
+    """Cores that had no work in the last minute, at least one: other ranks may compile too."""
+    return max(1, len(os.sched_getaffinity(0)) - round(os.getloadavg()[0]))
 
 
 def _writable_cache() -> Path | None:
