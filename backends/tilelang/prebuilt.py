@@ -208,26 +208,30 @@ def find(kernel: str, statics: dict[str, Any]) -> tuple[str, Path] | None:
 # === loading ===
 
 
+def _runtime() -> list[Path]:
+    """The libraries. PackageNotFoundError if tilelang is not installed."""
+    here = importlib.metadata.distribution("tilelang").locate_file("tilelang/lib")
+    return [Path(str(here), name) for name in _RUNTIME]
+
+
 def runtime_missing() -> str | None:
     """Why kernels cannot be loaded, or None."""
     try:
-        here = importlib.metadata.distribution("tilelang").locate_file("tilelang/lib")
+        missing = [path for path in _runtime() if not path.exists()]
     except importlib.metadata.PackageNotFoundError:
         return "not installed: tilelang"
-    missing = [name for name in _RUNTIME if not os.path.exists(os.path.join(str(here), name))]
     if missing:
-        return f"missing in {here}: {', '.join(missing)}"
+        return f"missing in {missing[0].parent}: {', '.join(path.name for path in missing)}"
     return None if importlib.util.find_spec("tvm_ffi") else "not installed: apache-tvm-ffi"
 
 
 @functools.cache
 def _load_runtime() -> Any:
     """TVM's module of functions to load libraries with, after what these need."""
-    here = importlib.metadata.distribution("tilelang").locate_file("tilelang/lib")
     import tvm_ffi
 
-    for name in _RUNTIME:
-        ctypes.CDLL(os.path.join(str(here), name), mode=ctypes.RTLD_GLOBAL)
+    for path in _runtime():
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     return tvm_ffi
 
 
