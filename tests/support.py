@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,9 @@ def documented_code() -> dict[str, str]:
         x.split("\n")[0]: "".join(re.findall(r"```python\n(.*?)```", x, re.S)) for x in sections
     }
     return {title: lines for title, lines in code.items() if lines}
+
+
+def compile_together(*jobs: tuple[Any, dict[str, Any]]) -> list[Any]:
+    """Kernels of TileLang, each with its static options, compiled in parallel."""
+    with ThreadPoolExecutor(max(len(jobs), 1)) as pool:
+        return list(pool.map(lambda job: job[0](**job[1]), jobs))

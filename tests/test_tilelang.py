@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import TOKENS, assert_close, run, truth
+from support import TOKENS, assert_close, compile_together, run, truth
 
 from gdn.problem import Call
 from gdn.testing import TOLERANCE, Case, make_inputs, relative_error, with_gradients
@@ -30,7 +30,6 @@ from gdn.backends.tilelang import memory_rounds as rounds  # noqa: E402
 from gdn.backends.tilelang.backward.plan import BackwardPass  # noqa: E402
 from gdn.backends.tilelang.forward import pieces as forward_pieces  # noqa: E402
 from gdn.backends.tilelang.forward.plan import ForwardPass, choose_pieces, saved_shapes  # noqa: E402
-from gdn.backends.tilelang.kernels import compile_together  # noqa: E402
 from gdn.backends.tilelang.parsing import ATTEMPTS, PARSED_TOGETHER  # noqa: E402
 from gdn.backends.tilelang.tile.layout import BLOCKS_PER_SM  # noqa: E402
 from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH  # noqa: E402

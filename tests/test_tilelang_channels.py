@@ -21,8 +21,7 @@ pytest.importorskip("test_tilelang_emulated")
 import test_decode
 import test_distributed
 from gdn.backends.tilelang import BACKEND
-from gdn.backends.tilelang.kernels import compile_together
-from support import assert_close, poisoned_memory, run, truth  # noqa: F401
+from support import assert_close, compile_together, poisoned_memory, run, truth  # noqa: F401
 from test_close_keys import check_against_rounding
 from test_float16_ranges import CASES as RANGES
 from test_float16_ranges import TIMES, check_ranges

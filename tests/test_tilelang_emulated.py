@@ -21,7 +21,7 @@ import test_padded_packs
 import test_strided_inputs
 import torch
 from hopper import emulate
-from support import assert_close, poisoned_memory, run, truth  # noqa: F401
+from support import assert_close, compile_together, poisoned_memory, run, truth  # noqa: F401
 from test_float16_ranges import LARGE_STATES, LARGE_VALUES, RAW_ROWS, check_ranges
 
 import gdn
@@ -39,7 +39,7 @@ from gdn.backends.tilelang.backward import plan as backward
 from gdn.backends.tilelang.decode import plan as decode
 from gdn.backends.tilelang.forward import pieces
 from gdn.backends.tilelang.forward import plan as forward
-from gdn.backends.tilelang.kernels import Job, compile_together
+from gdn.backends.tilelang.kernels import Job
 from test_agreement import same_dtype  # noqa: F401
 
 from gdn.problem import Call

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hopper import emulate
+from support import compile_together
 from test_exchange import (
     CASE,
     CASES,
@@ -28,7 +29,6 @@ pytest.importorskip("test_tilelang_emulated")
 from gdn.backends.tilelang import BACKEND
 from gdn.backends.tilelang.forward.first_chunks import first_chunks
 from gdn.backends.tilelang.forward.plan import ForwardPass
-from gdn.backends.tilelang.kernels import compile_together
 from test_tilelang_emulated import Emulated, folder, world  # noqa: F401
 
 

@@ -19,8 +19,7 @@ pytest.importorskip("test_tilelang_emulated")
 
 from gdn.backends.tilelang import TileLangBackend
 from gdn.backends.tilelang.forward import fused_plan
-from gdn.backends.tilelang.kernels import compile_together
-from support import TOKENS, assert_close, run, truth
+from support import TOKENS, assert_close, compile_together, run, truth
 from test_float16_ranges import LARGE_STATES, check_ranges
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: F401
 

@@ -22,8 +22,7 @@ compiled = pytest.importorskip("test_tilelang")
 
 from gdn.backends.tilelang.forward import fused_plan  # noqa: E402
 from gdn.backends.tilelang.forward import plan as forward  # noqa: E402
-from gdn.backends.tilelang.kernels import compile_together  # noqa: E402
-from support import assert_close, require, run, truth  # noqa: E402
+from support import assert_close, compile_together, require, run, truth  # noqa: E402
 from test_agreement import SHORT_NAMES  # noqa: E402
 from test_close_keys import check_against_rounding  # noqa: E402
 from test_float16_ranges import LARGE_STATES, LARGE_VALUES, RAW_ROWS, check_ranges  # noqa: E402

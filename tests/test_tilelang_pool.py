@@ -24,8 +24,7 @@ from gdn.backends.common import chunking
 from gdn.backends.tilelang.forward import fused_plan
 from gdn.backends.tilelang.forward import plan as forward
 from gdn.backends.tilelang.forward.pool_plan import PoolPlan
-from gdn.backends.tilelang.kernels import compile_together
-from support import poisoned_memory  # noqa: F401
+from support import compile_together, poisoned_memory  # noqa: F401
 from test_strided_inputs import measure
 from test_tilelang_emulated import WORLDS, folder, world  # noqa: F401
 

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .parsing import until_parsed_alone
@@ -56,12 +55,6 @@ def slowest_first(jobs: Iterable[Job]) -> list[Job]:
     """Jobs in the order in which to start them side by side."""
     order = list(KERNELS)
     return sorted(jobs, key=lambda job: order.index(job[0].name))
-
-
-def compile_together(*jobs: Job) -> list[Any]:
-    """The kernels of jobs, compiled by TileLang in parallel."""
-    with ThreadPoolExecutor(max(len(jobs), 1)) as pool:
-        return list(pool.map(lambda job: job[0](**job[1]), jobs))
 
 
 def no_compiler() -> str | None:
