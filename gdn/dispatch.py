@@ -40,7 +40,9 @@ from gdn.validation import validate, validate_pool_call
 _default: str | None = None
 _context: ContextVar[str | None] = ContextVar("gdn_backend", default=None)
 _chosen: dict[tuple[object, ...], Chosen] = {}
-_CHOSEN_LIMIT = 4096
+_pinned_for_ranks: dict[tuple[object, ...], str] = {}
+_LIMIT = 4096
+"""Entries of each."""
 _variable = Variable("GDN_BACKEND")
 OWN_KERNELS = "auto-kernels"
 """The request for gdn's own kernels (`framework_request`). No backend can have this name."""
@@ -209,9 +211,16 @@ def resolve(request: str, problem: Problem, given: Call | PoolCall | None = None
 
 def resolve_context_parallel(request: str, call: Call, needs_grad: bool) -> str:
     """The pinned request of the backend that runs one rank's part of a call, and its summaries."""
-    validate(call)
-    problem = replace(describe(call, needs_grad), initial_state=True, context_parallel=True)
-    return registry.pin(resolve(request, problem))
+    if registry.is_pinned(request):
+        return request
+    key = _key(request, call, needs_grad)
+    pinned = _pinned_for_ranks.get(key)
+    if pinned is None:
+        validate(call)
+        problem = replace(describe(call, needs_grad), initial_state=True, context_parallel=True)
+        _make_room(_pinned_for_ranks)
+        _pinned_for_ranks[key] = pinned = registry.pin(resolve(request, problem))
+    return pinned
 
 
 @functools.cache
@@ -232,8 +241,18 @@ def _warn_slow(reasons: dict[str, list[str]]) -> None:
 def choose(request: str, call: Call, needs_grad: bool) -> Chosen:
     """Validate a call, resolve the request for it, and make the backend's plan. The result is
     remembered: a repeated call costs one look-up."""
+    key = _key(request, call, needs_grad)
+    chosen = _chosen.get(key)
+    if chosen is None:
+        validate(call)
+        chosen = _remember(key, resolve(request, describe(call, needs_grad), call), call)
+    return chosen
+
+
+def _key(request: str, call: Call, needs_grad: bool) -> tuple[object, ...]:
+    """What the choice for a call depends on."""
     tensors: tuple[Tensor | None, ...] = call[:CALL_TENSORS]  # type: ignore[assignment]
-    key = (
+    return (
         registry.generation,
         request,
         needs_grad,
@@ -242,11 +261,6 @@ def choose(request: str, call: Call, needs_grad: bool) -> Chosen:
         math.isfinite(call.scale),
         call[CALL_TENSORS + 1 :],
     )
-    chosen = _chosen.get(key)
-    if chosen is None:
-        validate(call)
-        chosen = _remember(key, resolve(request, describe(call, needs_grad), call), call)
-    return chosen
 
 
 def choose_for_pool(request: str, given: PoolCall) -> Chosen:
@@ -274,11 +288,15 @@ def choose_for_pool(request: str, given: PoolCall) -> Chosen:
 
 
 def _remember(key: tuple[object, ...], backend: Backend, call: Call | PoolCall) -> Chosen:
-    if len(_chosen) >= _CHOSEN_LIMIT:
-        _chosen.clear()
+    _make_room(_chosen)
     plan = CheckedPlan(backend, make_plan(backend, call))
     _chosen[key] = chosen = Chosen(plan, registry.pin(backend))
     return chosen
+
+
+def _make_room(remembered: dict[Any, Any]) -> None:
+    if len(remembered) >= _LIMIT:
+        remembered.clear()
 
 
 def precompile(request: str, call: Call | PoolCall, problem: Problem) -> tuple[str, bool]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -16,11 +14,15 @@ from .summary import compose
 def right_edge(maps: PieceMaps, split: Split, number: int, states: Tensor) -> Tensor:
     """(N | M) of a segment, [HV, K, V + K]; (N | 0), from its state in `states`, if its sequence
     begins with it."""
-    found = list(maps.transfers[_places(maps, split, number)].mT.double())
+    found = maps.transfers[_places(maps, split, number)].mT.double()
+    while len(found) > 1:  # neighbours in pairs: few launches for many pieces
+        even = len(found) // 2 * 2
+        found = torch.cat([compose(found[0:even:2], found[1:even:2]), found[even:]])
+    merged = found[0]
     if split.segments[number].begins:
-        K = found[0].shape[1]
-        found.insert(0, torch.nn.functional.pad(states[number], (0, K)).double())
-    merged: Tensor = functools.reduce(compose, found)
+        V = states.shape[-1]
+        N = torch.baddbmm(merged[..., :V], merged[..., V:], states[number].double())
+        merged = torch.nn.functional.pad(N, (0, merged.shape[-1] - V))
     return merged.to(states.dtype)
 
 
