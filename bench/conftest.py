@@ -75,6 +75,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_TIMED] = []
+    # an interrupted row did not use its fixture; as an error that would lose the rows before it
+    line = "default::pytest_benchmark.logger.PytestBenchmarkWarning"
+    config.addinivalue_line("filterwarnings", line)
     target = config.getoption("benchmark_json", None)  # pytest-benchmark opens it after measuring,
     if isinstance(target, (str, os.PathLike)):  # or, before its version 5.3, at once
         try:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import gdn
+from gdn.compare.timing import capture
 from gdn.testing import Case, Gates, make_inputs, with_gradients
 
 Run = Callable[[], object]
@@ -42,7 +43,7 @@ class Setting(NamedTuple):
 
 
 def measure(settings: list[Setting], ranks: int, folder: Path, rounds: int) -> dict[Setting, Any]:
-    """Milliseconds of each setting, or the error that it raised, on so many processes."""
+    """What `_time` finds of each setting, on so many processes."""
     here = [setting for setting in settings if setting.ranks == ranks]
     (folder / "results.json").unlink(missing_ok=True)
     arguments = (here, ranks, folder, rounds)
@@ -68,15 +69,26 @@ def _rank(rank: int, settings: list[Setting], ranks: int, folder: Path, rounds: 
 
 
 def _time(setting: Setting, device: torch.device, rounds: int) -> Any:
-    """The median over rounds of the slowest rank's milliseconds; the error if one was raised."""
+    """Medians over rounds of the slowest rank's milliseconds, of eager calls and, on a GPU, of
+    replays of a CUDA graph (None: it cannot be captured); the error if one was raised."""
     try:
         run = make_run(setting, device)
         run()
-        samples = torch.tensor([_once(run, device) for _ in range(rounds)], device=device)
+        eager = _median(run, device, rounds)
     except Exception as error:  # all ranks raise alike, or the group times out
         return f"{type(error).__name__}: {error}"[:500]
+    try:
+        graph = capture(run) if device.type == "cuda" else None
+    except Exception:  # on every rank, since no rank waits for another one in a capture
+        torch.cuda.synchronize()
+        graph = None
+    return eager, graph and _median(graph.replay, device, rounds)
+
+
+def _median(run: Run, device: torch.device, rounds: int) -> float:
+    samples = torch.tensor([_once(run, device) for _ in range(rounds)], device=device)
     dist.all_reduce(samples, dist.ReduceOp.MAX)
-    return statistics.median(samples.tolist())
+    return float(statistics.median(samples.tolist()))
 
 
 def _once(run: Run, device: torch.device) -> float:

@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def times(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Milliseconds by setting, from one group of processes for each number of ranks."""
+    """`context_ranks.measure` of each setting: one group of processes for each number of ranks."""
     every, folder = settings_of(request.config), tmp_path_factory.mktemp("ranks")
     found: dict[Setting, Any] = {}
     for ranks in sorted({setting.ranks for setting in every}):
@@ -56,16 +56,17 @@ def times(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_context_parallel(benchmark: Any, times: Any, setting: Setting) -> None:
-    ms, alone = times[setting], times[setting._replace(ranks=1)]
+    found, alone = times[setting], times[setting._replace(ranks=1)]
     benchmark.pedantic(lambda: None)  # the ranks have measured it
-    if isinstance(ms, str):
-        pytest.skip(ms)
+    if isinstance(found, str):
+        pytest.skip(found)
+    eager, graph = found
     row = {
         "kind": "ranks", "shape": f"{setting.heads}:1x{setting.T}", "gates": setting.gates,
         "norm": "no", "pass": setting.which, "backend": setting.backend,
-        "ranks": str(setting.ranks), "latency_ms": ms, "clock": "events" if ON_GPU else "wall",
-        "environment": about(),
+        "ranks": str(setting.ranks), "latency_ms": graph or eager, "eager_ms": eager,
+        "clock": "graph" if graph else "events" if ON_GPU else "wall", "environment": about(),
     }  # fmt: skip
-    if not isinstance(alone, str):
-        row["efficiency"] = alone / (setting.ranks * ms)
+    if not isinstance(alone, str) and bool(graph) == bool(alone[1]):
+        row["efficiency"] = (alone[1] or alone[0]) / (setting.ranks * (graph or eager))
     benchmark.extra_info |= row

@@ -106,6 +106,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "backend": _word("backend"),
         "GPUs": _word("ranks"),
         "ms": latency,
+        "eager ms": _number("eager_ms", ".3f"),
         "efficiency": _number("efficiency", ".0%"),
     },
     "pool": {

@@ -99,7 +99,8 @@ def capture(run: Run) -> torch.cuda.CUDAGraph:
             run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # NCCL's own threads may ask for the state of events meanwhile
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         run()
     return graph
 
