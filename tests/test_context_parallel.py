@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from captured_ranks import replay_agrees
 from compiled_ranks import compile_agrees
 from context_parallel_ranks import Parallel, run_cases, run_in_pieces
 from processes import LIMIT, fail_alone, start
 from sharded_heads_ranks import run_all
+
+from gdn.testing import Case
 
 FUSED = {"fused": True, "allow_neg_eigval": True}
 CASES = [
@@ -67,6 +70,15 @@ def test_gpus_agree_with_the_whole_sequences(tmp_path: Path, group: str, backend
         pytest.skip("needs two GPUs")
     arguments = (ON_GPUS[group], (torch.bfloat16,), backend, "cuda")
     start(run_cases, 2, tmp_path, 300, *arguments, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["tilelang", "triton"])
+def test_a_captured_call_replays_with_other_inputs(tmp_path: Path, backend: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = Case("captured", HV=4, H=2, K=128, V=128, dtype=torch.bfloat16, gates="weak")
+    start(replay_agrees, 2, tmp_path, 300, case, (1100, 1000), backend, device="cuda")
 
 
 def test_every_rank_agrees_with_the_whole_sequences(tmp_path: Path) -> None:
