@@ -124,6 +124,7 @@ def test_a_patched_stack_compiles_where_fla_breaks_the_graph() -> None:
     pytest.importorskip("fla", reason="fla is not installed")
     engines = layers.make_engines(1, torch.device("cuda"), torch.bfloat16)
     x = torch.randn(1, 128, layers.WIDTH, device="cuda", dtype=torch.bfloat16)
+    torch._dynamo.reset()  # it skips a function that another test failed to compile
     with torch.no_grad():
         with pytest.raises(torch._dynamo.exc.Unsupported):
             torch.compile(engines["transformers"].stack, fullgraph=True)(x)
