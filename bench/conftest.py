@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ from gdn.compare.timing import Timing, rounds
 from gdn.testing import Case
 
 NOT_TIMED = pytest.StashKey[list[dict[str, Any]]]()
+MEASURED = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,7 +76,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[NOT_TIMED] = []
+    config.stash[NOT_TIMED], config.stash[MEASURED] = [], []
     # an interrupted row did not use its fixture; as an error that would lose the rows before it
     line = "default::pytest_benchmark.logger.PytestBenchmarkWarning"
     config.addinivalue_line("filterwarnings", line)
@@ -213,14 +215,41 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """Keep only medians and spreads, with null for NaN, and add the rows that were not timed, with
-    the reasons."""
-    for row in output_json["benchmarks"]:
-        kept = {name: row["stats"][name] for name in ("median", "iqr", "rounds")}
-        extra, name = files.without_nan(row["extra_info"]), row["name"]
-        row.clear()
-        row |= {"name": name, "extra_info": extra, "stats": kept}
+    """Keep only medians and spreads, and add the rows that were not timed, with the reasons."""
+    output_json["benchmarks"] = [_shrink(row) for row in output_json["benchmarks"]]
     output_json["not_timed"] = config.stash[NOT_TIMED]
+
+
+def _shrink(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of pytest-benchmark as this suite keeps it, with null for NaN."""
+    stats = {name: row["stats"][name] for name in ("median", "iqr", "rounds")}
+    extra = files.without_nan(row["extra_info"])
+    return {"name": row["name"], "extra_info": extra, "stats": stats}
+
+
+def _unfinished(config: pytest.Config) -> Path | None:
+    """The file of the rows so far, beside that of --benchmark-json."""
+    target: Any = config.getoption("benchmark_json", None)
+    if target is None:
+        return None
+    path = target if isinstance(target, (str, os.PathLike)) else target.name  # or an open file
+    return Path(f"{os.fspath(path)}.unfinished")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Write the rows so far, for a run that is killed."""
+    benchmark = getattr(item, "funcargs", {}).get("benchmark")
+    path, config = _unfinished(item.config), item.config
+    if path and benchmark is not None and benchmark.stats:
+        config.stash[MEASURED].append(_shrink(benchmark.stats.as_dict(False)))
+        rows = {"benchmarks": config.stash[MEASURED], "not_timed": config.stash[NOT_TIMED]}
+        path.write_text(json.dumps(rows))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if path := _unfinished(session.config):
+        path.unlink(missing_ok=True)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

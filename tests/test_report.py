@@ -220,6 +220,14 @@ def test_the_numbers_of_documents_are_those_of_the_committed_results(name: str) 
         assert picture.path.exists()
 
 
+def bench(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", *options]
+    # pytest-benchmark times nothing below a worker of xdist, which it knows by this variable
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTEST_XDIST_WORKER"}
+    environment = inherited | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 def test_the_suite_writes_what_the_report_reads(tmp_path: Path) -> None:
     """A small real run: two shapes, one backend that agrees and one that cannot run."""
     pytest.importorskip("pytest_benchmark")
@@ -228,11 +236,9 @@ def test_the_suite_writes_what_the_report_reads(tmp_path: Path) -> None:
     tests = [str(ROOT / "bench" / f"test_{name}.py") for name in ("prefill", "decode")]
     options = ["--quick", "--shapes", "1/2/16:1x70|40+3", "--backends", "torch,flashqla"]
     options += ["--heads", "1/2", "--batches", "1,3", "--ahead"]
-    command = [sys.executable, "-m", "pytest", *tests, *options, f"--benchmark-json={target}"]
-    # pytest-benchmark times nothing below a worker of xdist, which it knows by this variable
-    environment = {key: value for key, value in os.environ.items() if key != "PYTEST_XDIST_WORKER"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = bench(*tests, *options, f"--benchmark-json={target}")
     assert done.returncode == 0, done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
     assert "flashqla 1/2/16:1x70: BackendUnsupportedError" in done.stdout  # from --ahead
     found = reading.load(target)
     assert {row["pass"] for row in found.rows} == {"fwd", "bwd", "fwd+bwd", "decode"}
@@ -241,3 +247,22 @@ def test_the_suite_writes_what_the_report_reads(tmp_path: Path) -> None:
     assert all(0 < row["errors"]["o"] < 1e-5 for row in found.rows)
     assert all("K must be one of 128" in row["refused"] for row in found.not_timed[:3])
     assert "torch" in report.page(found, [])
+
+
+def test_a_run_that_is_killed_keeps_its_rows(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "kill_third.py").write_text(
+        "import os\n"
+        "calls = []\n"
+        "def pytest_pyfunc_call(pyfuncitem):\n"
+        "    calls.append(pyfuncitem)\n"
+        "    if len(calls) == 3:\n"
+        "        os.kill(os.getpid(), 9)\n"
+    )
+    options = ["--quick", "--shapes", "1/2/16:1x70", "--backends", "torch", "-p", "kill_third"]
+    target = tmp_path / "rows.json"
+    tests = str(ROOT / "bench" / "test_prefill.py")
+    done = bench(tests, *options, f"--benchmark-json={target}", PYTHONPATH=str(tmp_path))
+    assert done.returncode == -9
+    found = reading.load(tmp_path / "rows.json.unfinished")
+    assert [row["pass"] for row in found.rows] == ["fwd", "bwd"]
