@@ -14,6 +14,17 @@ from slow import SLOW
 import gdn
 from gdn import dispatch, registry
 
+
+def take_turns(worker: str, gpus: int) -> str:
+    """CUDA_VISIBLE_DEVICES of a worker of xdist: all GPUs, each worker begins with the next one."""
+    number = int(worker.removeprefix("gw"))
+    return ",".join(str((number + n) % gpus) for n in range(gpus))
+
+
+if "PYTEST_XDIST_WORKER" in os.environ and (gpus := torch.cuda.device_count()) > 1:
+    # before the driver reads the variable; counting does not start it
+    turn = take_turns(os.environ["PYTEST_XDIST_WORKER"], gpus)
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", turn)
 if not torch.cuda.is_available():
     # before Triton is imported and the triton backend reads the variable
     os.environ.setdefault("TRITON_INTERPRET", "1")
