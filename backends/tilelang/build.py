@@ -23,6 +23,7 @@ from . import prebuilt
 from .kernels import KERNELS, Job, no_compiler, slowest_first
 from .tile.pool_kind import PoolKind
 from .tile.thread_shape import ThreadShape
+from .turn import take_turn
 
 _TUPLES: dict[str, Any] = {"PoolKind": PoolKind, "ThreadShape": ThreadShape}
 
@@ -83,13 +84,17 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
 
     def work() -> None:
-        with _worker(folder, fresh) as ask:
+        with contextlib.ExitStack() as stack:
+            ask = None
             while True:
                 try:
                     job = todo.get_nowait()
                 except queue.Empty:
                     return
-                error = ask(write_job(job))
+                with turn_to_build(job, folder) as missing:
+                    if missing:
+                        ask = ask or stack.enter_context(_worker(folder, fresh))
+                    error = ask(write_job(job)) if ask and missing else ""
                 if error == "":
                     done(job[0].name)
                     continue
@@ -122,6 +127,15 @@ def is_built(job: Job, folder: Path) -> bool:
         )
     except prebuilt.KernelFileError:
         return False
+
+
+@contextlib.contextmanager
+def turn_to_build(job: Job, folder: Path) -> Iterator[bool]:
+    """Let no other process build this kernel into this folder meanwhile. Gives whether it is still
+    missing, after a process that was building it is done."""
+    kernel, statics = job
+    with take_turn(folder, prebuilt.key(kernel.name, statics)):
+        yield not is_built(job, folder)
 
 
 @contextlib.contextmanager

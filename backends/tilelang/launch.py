@@ -53,25 +53,35 @@ def _compile(jobs: Sequence[Job]) -> None:
     which first import torch and tilelang. What these fail to build is built here. Without a cache
     they go to a folder that is removed when they are loaded."""
     cache = _writable_cache()
-    from .build import BuildError, build, is_built
-    from .compile import build_here
+    from .build import BuildError, build
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = cache or Path(temporary)
         slowest, *others = slowest_first(jobs)
         with ThreadPoolExecutor(1) as pool:
             beside = pool.submit(build, others, folder, workers=_idle_cores(), fresh=False)
-            build_here(slowest, folder)
+            _build_here(slowest, folder)
             with contextlib.suppress(BuildError, OSError):
                 beside.result()
         for job in others:
-            if not is_built(job, folder):
-                build_here(job, folder)
+            _build_here(job, folder)
         for kernel, statics in jobs:
             name = prebuilt.key(kernel.name, statics)
             entry = prebuilt.read_entry(folder / f"{name}.json")
             assert entry is not None
             _loaded[name] = prebuilt.load(folder / entry.file)
+
+
+def _build_here(job: Job, folder: Path) -> None:
+    """Compile a kernel in this process, unless another one has just done so. An import of tilelang
+    takes a second, so it waits until it is needed."""
+    from .build import turn_to_build
+
+    with turn_to_build(job, folder) as missing:
+        if missing:
+            from .compile import build_here
+
+            build_here(job, folder)
 
 
 def _idle_cores() -> int:

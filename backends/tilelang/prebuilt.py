@@ -31,7 +31,8 @@ VARIABLE = "GDN_KERNELS"
 _RUNTIME = ("libstub_cuda.so", "libstub_cudart.so", "libtvm_runtime.so", "libtilelang.so")
 """In the order in which they are loaded. The last makes descriptors for TMA when kernels are
 launched."""
-_APART = ("__init__.py", "build.py", "catalogue.py", "kernels.py", "launch.py", "prebuilt.py")
+_APART = ("__init__.py", "build.py", "catalogue.py", "kernels.py", "launch.py", "prebuilt.py",
+          "turn.py")  # fmt: skip
 """Files of this backend that find and build kernels, and do not change them."""
 
 
