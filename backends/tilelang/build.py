@@ -1,4 +1,4 @@
-"""Builds kernels into a folder, side by side in processes of their own, and checks such a folder.
+"""Builds kernels into a folder, side by side in processes of their own.
 
 Threads would compile one kernel after another, since TileLang's passes hold Python's lock. A
 process is `python -m gdn.backends.tilelang.build FOLDER`: it reads a kernel a line, as
@@ -58,9 +58,6 @@ def _value(node: ast.expr) -> Any:
             **{str(x.arg): ast.literal_eval(x.value) for x in node.keywords}
         )
     return ast.literal_eval(node)
-
-
-# === building ===
 
 
 def build(
@@ -181,26 +178,6 @@ def _serve(folder: Path) -> None:
             print(json.dumps(error), file=answers, flush=True)
         except BrokenPipeError:  # nobody waits for it any more
             return
-
-
-# === folders ===
-
-
-def check(folder: Path) -> tuple[int, list[str]]:
-    """Load every entry of a folder, without a GPU, a compiler or an import of tilelang. Returns how
-    many there are, and what is wrong with each bad one."""
-    wrong = []
-    paths = sorted(folder.glob("*.json"))
-    for path in paths:
-        try:
-            entry = prebuilt.read_entry(path)
-            assert entry is not None
-            if path.stem != prebuilt.key_of(entry.name):
-                raise prebuilt.KernelFileError(f"{path} is of another kernel, {entry.name}")
-            prebuilt.load(folder / entry.file)
-        except Exception as error:
-            wrong.append(str(error) if str(path.parent) in str(error) else f"{path}: {error}")
-    return len(paths), wrong
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from gdn.backend import MissingKernelError
+
 from . import prebuilt
 from .kernels import Job, no_compiler, slowest_first
 
 _loaded: dict[str, Callable[..., None]] = {}
-
-
-class MissingKernelError(RuntimeError):
-    """A kernel is in no folder, and there is no compiler."""
 
 
 def launchers(jobs: Sequence[Job]) -> list[Callable[..., None]]:

@@ -32,7 +32,7 @@ _RUNTIME = ("libstub_cuda.so", "libstub_cudart.so", "libtvm_runtime.so", "libtil
 """In the order in which they are loaded. The last makes descriptors for TMA when kernels are
 launched."""
 _APART = ("__init__.py", "build.py", "catalogue.py", "kernels.py", "launch.py", "prebuilt.py",
-          "turn.py")  # fmt: skip
+          "turn.py", "upkeep.py")  # fmt: skip
 """Files of this backend that find and build kernels, and do not change them."""
 
 
@@ -132,6 +132,11 @@ def folders() -> Iterator[tuple[str, Path]]:
 # === entries ===
 
 
+def parse_entry(text: bytes) -> Entry:
+    """The entry in a text. ValueError or TypeError if it is none."""
+    return Entry(**json.loads(text))
+
+
 def read_entry(path: Path) -> Entry | None:
     """The entry in `KEY.json`, or None if there is no such file. KernelFileError if it is of
     another version, or its library is missing or is not what was built."""
@@ -140,7 +145,7 @@ def read_entry(path: Path) -> Entry | None:
     except FileNotFoundError:
         return None
     try:
-        entry = Entry(**json.loads(text))
+        entry = parse_entry(text)
         file = path.parent / Path(entry.file).name
     except (ValueError, TypeError) as error:
         raise KernelFileError(f"{path} is not an entry of kernels: {error}") from None
