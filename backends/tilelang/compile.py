@@ -7,7 +7,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,6 +21,7 @@ from tilelang.contrib.cc import get_cplus_compiler
 
 from . import prebuilt
 from .parsing import until_parsed_alone
+from .prover import without_integers
 
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 """Always named, never guessed from the device: a cache filled without a GPU then serves one."""
@@ -57,10 +58,12 @@ def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = Fals
         def make() -> Any:
             with _BUILD_LOCK:
                 function = build(**statics)
-            return tilelang.compile(
-                function, target=TARGET, execution_backend="tvm_ffi",
-                pass_configs=_OWN_BARRIERS if own_barriers else _FAST,
-            )  # fmt: skip
+            # where TileLang places barriers, it counts threads by Z3
+            with without_integers() if own_barriers else nullcontext():
+                return tilelang.compile(
+                    function, target=TARGET, execution_backend="tvm_ffi",
+                    pass_configs=_OWN_BARRIERS if own_barriers else _FAST,
+                )  # fmt: skip
 
         return until_parsed_alone(make)
 
