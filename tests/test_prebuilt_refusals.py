@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gdn.backends.tilelang import build, launch, prebuilt
+from gdn.backends.tilelang import BACKEND, build, launch, prebuilt
 from gdn.backends.tilelang.decode.plan import DecodePlan
 from gdn.backends.tilelang.kernels import Job
+from prebuilt_entries import JOB, write
 
 import gdn
 from gdn import calls
@@ -114,3 +116,51 @@ def test_without_kernels_and_compiler_the_backend_is_not_available(
     assert reason() == (
         "no nvcc, of CUDA 12 or newer, and no prebuilt kernels (the distribution gdn-kernels-cu13)"
     )
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("other", ["driver", "machine"])
+def test_kernels_for_another_machine_are_refused_with_the_reason(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """A driver of CUDA 12 and an ARM processor can run none of the kernels of x86 and CUDA 13."""
+    inputs = make_inputs(CASE, "meta")
+    options = dict(inputs)
+    tokens = [options.pop(name) for name in ("q", "k", "v", "g", "beta")]
+    for kernel, statics in BACKEND.jobs(calls.make(*tokens, options, False), False):
+        prebuilt.write_entry(folder, kernel.name, statics, [], b"code", cuda=13)
+    monkeypatch.setattr(prebuilt, "load", lambda library: print)
+    monkeypatch.setattr(prebuilt, "driver", lambda: 13)
+    assert gdn.warmup(**inputs, backend="tilelang", sm=90) == "tilelang"
+    monkeypatch.setattr(launch, "_loaded", {})
+    if other == "driver":
+        monkeypatch.setattr(prebuilt, "driver", lambda: 12)
+        reason = r"\(prepare\) was built by nvcc of CUDA 13, and the driver is of CUDA 12: update"
+    else:
+        versions = prebuilt.versions() | {"machine": "aarch64"}
+        monkeypatch.setattr(prebuilt, "versions", lambda: versions)
+        reason = r"\(prepare\) was built for machine x86_64, not aarch64"
+    with (
+        pytest.warns(RuntimeWarning, match="was built (by|for)"),  # of each kernel
+        pytest.raises(gdn.BackendUnsupportedError, match=reason),
+    ):
+        gdn.warmup(**inputs, backend="tilelang", sm=90)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_library_of_another_system_is_passed_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the right checksum, and the loader refuses it: the next folder is asked."""
+    second = folder.parent / "second"
+    monkeypatch.setenv("GDN_KERNELS", f"{folder}{os.pathsep}{second}")
+    with (
+        pytest.warns(RuntimeWarning, match="cannot be loaded"),
+        pytest.raises(MissingKernelError, match="1 of its kernels"),
+    ):
+        launch.launchers([JOB])
+    load = prebuilt.load
+    good = write(second, b"other code")
+    monkeypatch.setattr(prebuilt, "load", lambda x: print if x == good else load(x))
+    with pytest.warns(RuntimeWarning, match="cannot be loaded"):
+        assert launch.launchers([JOB]) == [print]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -77,7 +78,16 @@ def build_here(job: Any, folder: Path) -> None:
     with _without_lines():
         compiled = build(**statics)
     arguments = _arguments_of(compiled.prim_func)
-    prebuilt.write_entry(folder, build.name, statics, arguments, _library_of(compiled))
+    library = _library_of(compiled)
+    prebuilt.write_entry(folder, build.name, statics, arguments, library, _nvcc_version())
+
+
+@functools.cache
+def _nvcc_version() -> int:
+    """The major version of nvcc. An older driver cannot load what it compiles."""
+    done = subprocess.run([nvcc.get_nvcc_compiler(), "--version"], capture_output=True, text=True)
+    found = re.search(r"release (\d+)\.", done.stdout)
+    return int(found.group(1)) if found else 0
 
 
 def _library_of(compiled: Any) -> bytes:

@@ -20,6 +20,8 @@ from . import prebuilt
 from .kernels import Job, no_compiler, slowest_first
 
 _loaded: dict[str, Callable[..., None]] = {}
+_unloadable: set[str] = set()
+"""Kernels in the cache that this machine cannot load, such as those of a newer system."""
 
 
 def launchers(jobs: Sequence[Job]) -> list[Callable[..., None]]:
@@ -38,12 +40,17 @@ def _load(job: Job) -> bool:
     """Load a kernel, if a folder has it."""
     kernel, statics = job
     name = prebuilt.key(kernel.name, statics)
-    if name not in _loaded and (found := prebuilt.find(kernel.name, statics)):
+    if name in _loaded:
+        return True
+    for what, library in prebuilt.find_all(kernel.name, statics):
         try:
-            _loaded[name] = prebuilt.load(found[1])
-        except OSError as error:
-            warnings.warn(f"{found[1]} cannot be loaded: {error}", RuntimeWarning, stacklevel=2)
-    return name in _loaded
+            _loaded[name] = prebuilt.load(library)
+            return True
+        except (OSError, RuntimeError) as error:  # the latter is TVM's
+            warnings.warn(f"{library} cannot be loaded: {error}", RuntimeWarning, stacklevel=2)
+            if what == "cache":
+                _unloadable.add(name)
+    return False
 
 
 def _compile(jobs: Sequence[Job]) -> None:
@@ -76,7 +83,7 @@ def _build_here(job: Job, folder: Path) -> None:
     from .build import turn_to_build
 
     with turn_to_build(job, folder) as missing:
-        if missing:
+        if missing or prebuilt.key(job[0].name, job[1]) in _unloadable:
             from .compile import build_here
 
             build_here(job, folder)
@@ -117,12 +124,14 @@ def missing(jobs: Sequence[Job]) -> list[Job]:
 
 def missing_reason(jobs: Sequence[Job], reason: str) -> str:
     """Why a call with these missing kernels cannot run, and the command that builds them."""
-    names = (prebuilt.full_name(kernel.name, statics) for kernel, statics in jobs)
+    names = [prebuilt.full_name(kernel.name, statics) for kernel, statics in jobs]
+    refused = (prebuilt.why_refused(kernel.name, statics) for kernel, statics in jobs)
+    why = next((f" ({text})" for text in refused if text), "")
     options = " ".join(f"--kernel {shlex.quote(name)}" for name in names)
     return (
-        f"{len(jobs)} of its kernels are not prebuilt, and cannot be compiled here ({reason}); on "
-        f"a machine with a compiler run `gdn build-kernels --out DIR {options}`, and here set "
-        f"{prebuilt.VARIABLE}=DIR"
+        f"{len(jobs)} of its kernels are not prebuilt{why}, and cannot be compiled here "
+        f"({reason}); on a machine with a compiler run `gdn build-kernels --out DIR {options}`, "
+        f"and here set {prebuilt.VARIABLE}=DIR"
     )
 
 
