@@ -36,6 +36,13 @@ def launchers(jobs: Sequence[Job]) -> list[Callable[..., None]]:
     return [_loaded[name] for name in names]
 
 
+def compile_all(needed: Sequence[Job], every: Sequence[Job]) -> None:
+    """Compile every kernel of a training step that no folder has, if one is missing that is needed
+    now: together they take about as long as the slowest one."""
+    if missing(needed) and no_compiler() is None:
+        _compile(missing(every))
+
+
 def _load(job: Job) -> bool:
     """Load a kernel, if a folder has it."""
     kernel, statics = job
