@@ -21,6 +21,7 @@ from tilelang.contrib import nvcc
 from tilelang.contrib.cc import get_cplus_compiler
 
 from . import prebuilt
+from .headers import write_short_headers
 from .parsing import until_parsed_alone
 from .prover import without_integers
 
@@ -136,10 +137,13 @@ def _compile_cuda(
         source, result = Path(folder, "kernel.cu"), Path(folder, "kernel.out")
         source.write_text(code)
         command = [nvcc.get_nvcc_compiler(), f"-ccbin={get_cplus_compiler()}", "-O3", "-w"]
-        command += [f"--{target_format}", *(arch or []), *(options or [])]
-        command += ["-o", str(result), str(source)]
+        short = write_short_headers(code, Path(folder, "headers"))
+        others = [f"--{target_format}", *(arch or []), *(options or [])]
+        others += ["-o", str(result), str(source)]
         environment = nvcc.get_nvcc_subprocess_env()
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        return bytearray(result.read_bytes())
+        for headers in [short, []] if short else [[]]:  # again with all, if some are missing
+            whole = command + headers + others
+            done = subprocess.run(whole, env=environment, capture_output=True, text=True)
+            if not done.returncode:
+                return bytearray(result.read_bytes())
+        raise RuntimeError(f"{' '.join(whole)}\n{done.stderr}")
