@@ -87,13 +87,11 @@ def _compile(jobs: Sequence[Job]) -> None:
 def _build_here(job: Job, folder: Path) -> None:
     """Compile a kernel in this process, unless another one has just done so. An import of tilelang
     takes a second, so it waits until it is needed."""
-    from .build import turn_to_build
+    from .build import import_compiler, turn_to_build
 
     with turn_to_build(job, folder) as missing:
         if missing or prebuilt.key(job[0].name, job[1]) in _unloadable:
-            from .compile import build_here
-
-            build_here(job, folder)
+            import_compiler().build_here(job, folder)
 
 
 def _idle_cores() -> int:
