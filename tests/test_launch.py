@@ -133,6 +133,18 @@ def test_a_library_that_cannot_be_loaded_is_compiled_again(
     assert sum(map(len, compiled.values())) == 4
 
 
+def test_prepare_is_one_kernel_for_every_v() -> None:
+    """It does not read v."""
+
+    def first_job(V: int) -> Job:
+        inputs = make_inputs(Case("one", K=64, V=V, dtype=torch.bfloat16), "meta")
+        tokens = [inputs.pop(name) for name in ("q", "k", "v", "g", "beta")]
+        return BACKEND.jobs(calls.make(*tokens, inputs, False), True)[0]
+
+    assert first_job(64) == first_job(128)
+    assert first_job(64)[0].name == "prepare"
+
+
 def test_a_first_training_step_compiles_all_of_its_kernels_at_once(
     compiled: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
