@@ -54,10 +54,15 @@ def test_the_source_is_the_same_without_integers(name: str) -> None:
     jobs = BACKEND.jobs(calls.make(*tokens, inputs, False), True)
     kernel, statics = next(job for job in jobs if job[0].name == name)
     function = kernel.compiled.build(**statics)
-    usual = source(function)
-    with prover.without_integers():
-        assert z3.get_param(prover.SETTING) == prover.WITHOUT
-        assert source(function) == usual
+    usual, quick = set(), set()
+    for _ in range(3):  # once in fifty compiles TileLang writes another order
+        usual.add(source(function))
+        with prover.without_integers():
+            assert z3.get_param(prover.SETTING) == prover.WITHOUT
+            quick.add(source(function))
+        if usual & quick:
+            break
+    assert usual & quick
     assert z3.get_param(prover.SETTING) != prover.WITHOUT
 
 
