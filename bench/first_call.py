@@ -2,7 +2,8 @@
 
 Seconds of each by itself, one after another: import of torch, start of CUDA (a tensor there),
 import of gdn, then the first forward, training step and decode step that the backend can run. With
-`--no-compiler` nvcc is hidden, and `import tilelang` fails.
+`--no-compiler` nvcc is hidden, and `import tilelang` fails. With `--warm-up` it ends with
+`gdn.warmup`, which compiles what such calls may need later.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def timed(seconds: Seconds, name: str, run: Callable[[], Any]) -> Any:
     return result
 
 
-def measure(backend: str, device: str) -> Seconds:
+def measure(backend: str, device: str, warm_up: bool) -> Seconds:
     seconds: Seconds = {}
     torch = timed(seconds, "torch", lambda: __import__("torch"))
 
@@ -76,10 +77,14 @@ def measure(backend: str, device: str) -> Seconds:
     for name, run in (("forward", forward), ("training", training), ("decode", decode)):
         with contextlib.suppress(gdn.BackendUnsupportedError):  # asked by the call, in its time
             timed(seconds, name, run)
+    if warm_up:
+        for call in (inputs, leaves, step):
+            with contextlib.suppress(gdn.BackendUnsupportedError):
+                gdn.warmup(**call, backend=backend)
     return seconds
 
 
 if __name__ == "__main__":
     if "--no-compiler" in sys.argv:
         hide_compiler()
-    print(json.dumps(measure(*sys.argv[1:3])))
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], "--warm-up" in sys.argv)))

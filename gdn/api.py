@@ -206,6 +206,8 @@ def warmup(
 
     Raises:
         ValueError, BackendUnsupportedError, UnknownBackendError: as the call would.
+        gdn.backend.MissingKernelError: the call can run, but a decode step of another size lacks
+            kernels, and they cannot be compiled here. The message has the command that builds them.
     """
     cp = options.pop("cp", None)
     call = calls.make(q, k, v, g, beta, dict(options), prefill)

@@ -220,8 +220,13 @@ class Plan:
 
     def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
         """Compile the kernels of such calls; with backward also those of the gradients. Return
-        False if kernels compile at the first call only. Tensors may be on the meta device."""
+        False if kernels compile at the first call only. Tensors may be on the meta device.
+        MissingKernelError if not all kernels are there and none can be compiled here."""
         return False
+
+
+class MissingKernelError(RuntimeError):
+    """Kernels are not there, and cannot be compiled here."""
 
 
 class Backend(ABC):

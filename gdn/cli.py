@@ -123,13 +123,18 @@ def run_warmup(args: argparse.Namespace) -> int:
 
 
 def build_kernels(args: argparse.Namespace) -> int:
-    """Compile TileLang's kernels into a folder for machines without a compiler, or check one. Needs
-    no GPU; what is there is kept."""
-    build, catalogue = (
-        importlib.import_module(f"gdn.backends.tilelang.{name}") for name in ("build", "catalogue")
+    """Compile TileLang's kernels into a folder for machines without a compiler, or check or prune
+    one. Needs no GPU; what is there is kept."""
+    build, catalogue, upkeep = (
+        importlib.import_module(f"gdn.backends.tilelang.{name}")
+        for name in ("build", "catalogue", "upkeep")
     )
+    if args.prune is not None:
+        count, freed = upkeep.prune(args.prune or None)
+        print(f"{count} leftovers of other versions are removed, {freed / 1e6:.1f} MB")
+        return 0
     if args.check is not None:
-        count, wrong = build.check(args.check)
+        count, wrong = upkeep.check(args.check)
         for text in wrong:
             print(text, file=sys.stderr)
         print(f"{args.check}: {count} kernels, {len(wrong)} cannot be used")
@@ -151,8 +156,13 @@ def build_kernels(args: argparse.Namespace) -> int:
     except build.BuildError as error:
         print(f"gdn: {error}", file=sys.stderr)
         return 1
-    size = sum(path.stat().st_size for path in args.out.iterdir())
-    print(f"{args.out}: {len(jobs)} kernels are built, {size / 1e6:.1f} MB in all")
+    size = upkeep.size([args.out]) / 1e6
+    print(f"{args.out}: {len(jobs)} kernels are built, {size:.1f} MB in all")
+    if old := upkeep.leftovers(args.out):
+        print(
+            f"{len(old)} files of it, {upkeep.size(old) / 1e6:.1f} MB, are of other versions: "
+            f"`gdn build-kernels --prune {args.out}` removes them"
+        )
     return 0
 
 
@@ -245,6 +255,10 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("build-kernels", help=build_kernels.__doc__)
     command.add_argument("--out", type=Path, metavar="DIR", help="the folder to build into")
     command.add_argument("--check", type=Path, metavar="DIR", help="load every kernel of a folder")
+    command.add_argument(
+        "--prune", type=Path, nargs="?", const=False, metavar="DIR",
+        help="remove what other versions of gdn and TileLang left in a folder, or in the cache",
+    )  # fmt: skip
     command.add_argument("--list", action="store_true", help="print the kernels, build nothing")
     uses = ("forward", "training", "decode", "prefill")
     command.add_argument("--only", nargs="+", choices=uses, default=uses, help="default: all")
@@ -257,10 +271,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="build this one alone, as an error names it; may be given several times",
     )  # fmt: skip
     command.add_argument(
-        "--kernels-in",
-        type=Path,
-        metavar="FILE",
-        help="the same, one a line, as --list prints them",
+        "--kernels-in", type=Path, metavar="FILE", help="the same, one a line, as --list prints"
     )
     command.add_argument("--jobs", type=int, default=0, help="processes; default: one a core")
     command.set_defaults(run=build_kernels)
@@ -280,6 +291,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, 130 after Ctrl-C."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.run is build_kernels and (args.check is None) == (args.out is None) and not args.list:
-        parser.error("build-kernels takes --out DIR or --check DIR")
+    if (
+        args.run is build_kernels
+        and not args.list
+        and ([args.out, args.check, args.prune].count(None) != 2)
+    ):
+        parser.error("build-kernels takes one of --out DIR, --check DIR and --prune [DIR]")
     return console.run_command("gdn", lambda: int(args.run(args)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,3 +118,24 @@ def clean_registry() -> Iterator[None]:
     registry._backends.update(before)
     registry.generation += 1
     dispatch._default = default
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that GDN_KERNELS names, with one entry of `prebuilt_entries`; the cache is empty."""
+    from gdn.backends.tilelang import launch, prebuilt
+    from prebuilt_entries import write
+
+    monkeypatch.setenv("GDN_KERNELS", str(tmp_path / "kernels"))
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(launch, "_loaded", {})
+    prebuilt._warn_once.cache_clear()
+    write(tmp_path / "kernels")
+    return tmp_path / "kernels"
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gdn.backends.tilelang import kernels
+
+    monkeypatch.setattr(kernels, "_has_nvcc", lambda: False)

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import gdn
+from gdn import calls
+from gdn.problem import Call
 from gdn.testing import Case, make_inputs
 
 pytest.importorskip("tilelang")
 from gdn.backends.tilelang import BACKEND, build, compile, kernels, launch, prebuilt
+from gdn.backends.tilelang.forward.plan import ForwardPass
 from gdn.backends.tilelang.kernels import KERNELS, Job
+from gdn.backends.tilelang.plan import PrefillPlan
 
 JOBS: list[Job] = [(KERNELS[name], {"n": 1}) for name in ("scan", "prepare", "clear_tail")]
 
@@ -126,6 +131,42 @@ def test_a_library_that_cannot_be_loaded_is_compiled_again(
     with pytest.warns(RuntimeWarning, match="cannot be loaded: wrong ELF class"):
         assert names() == ["scan", "prepare", "clear_tail", "scan"]
     assert sum(map(len, compiled.values())) == 4
+
+
+def test_prepare_is_one_kernel_for_every_v() -> None:
+    """It does not read v."""
+
+    def first_job(V: int) -> Job:
+        inputs = make_inputs(Case("one", K=64, V=V, dtype=torch.bfloat16), "meta")
+        tokens = [inputs.pop(name) for name in ("q", "k", "v", "g", "beta")]
+        return BACKEND.jobs(calls.make(*tokens, inputs, False), True)[0]
+
+    assert first_job(64) == first_job(128)
+    assert first_job(64)[0].name == "prepare"
+
+
+def test_a_first_training_step_compiles_all_of_its_kernels_at_once(
+    compiled: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward's kernels are compiled beside forward's, and not again; a call that saves nothing,
+    or has its kernels, compiles none of them."""
+    case = Case("training", K=64, V=64, dtype=torch.bfloat16)
+    inputs = make_inputs(case, "meta")
+    tokens = [inputs.pop(name) for name in ("q", "k", "v", "g", "beta")]
+    call = calls.make(*tokens, inputs, False)
+    assert isinstance(call, Call)
+    ran: list[bool] = []
+    monkeypatch.setattr(ForwardPass, "forward", lambda self, call, save: ran.append(save))
+    PrefillPlan(call).forward(call, save=False)
+    assert compiled == {"here": [], "beside": []}
+    PrefillPlan(call).forward(call, save=True)
+    assert compiled["here"] == ["gradients"]
+    assert {"prepare", "scan", "gate_sums", "recompute_states", "reverse_scan"} == set(
+        compiled["beside"]
+    )
+    PrefillPlan(call).forward(call, save=True)
+    assert len(compiled["here"]) == 1
+    assert ran == [False, True, True]
 
 
 def test_context_parallelism_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -12,47 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from gdn.backends.tilelang import build, catalogue, kernels, launch, prebuilt
-from gdn.backends.tilelang.kernels import KERNELS, Job
+from gdn.backends.tilelang.kernels import KERNELS
+from prebuilt_entries import JOB, entry_of, find, write
 
 import gdn
 from gdn.cli import main
-from gdn.testing import Case, make_inputs
 
 pytest.importorskip("tilelang")
-CASE = Case("prebuilt", T=64, K=64, V=64, dtype=torch.bfloat16)
-JOB: Job = (KERNELS["scan"], {"K": 64, "dtype": "bfloat16", "pool": None})
 HERE = Path(__file__).parent
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that GDN_KERNELS names, with one entry whose library is no library; the cache is
-    empty."""
-    monkeypatch.setenv("GDN_KERNELS", str(tmp_path / "kernels"))
-    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(launch, "_loaded", {})
-    prebuilt._warn_once.cache_clear()
-    write(tmp_path / "kernels")
-    return tmp_path / "kernels"
-
-
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_has_nvcc", lambda: False)
-
-
-def write(folder: Path, library: bytes = b"code") -> Path:
-    return prebuilt.write_entry(folder, JOB[0].name, JOB[1], ["float32[4]"], library)
-
-
-def find() -> tuple[str, Path] | None:
-    return prebuilt.find(JOB[0].name, JOB[1])
-
-
-def entry_of(folder: Path) -> Path:
-    return folder / f"{prebuilt.key(JOB[0].name, JOB[1])}.json"
 
 
 def test_names_of_kernels_are_read_back() -> None:
@@ -171,45 +138,6 @@ def test_processes_write_and_read_at_once(folder: Path) -> None:
     assert seen > 0
     assert not list(folder.glob(".*"))
     assert len(list(folder.glob("scan-*.json"))) == 1 + 3
-
-
-def asked(error: str) -> list[Job]:
-    """The kernels that a refusal says how to build."""
-    command = error.partition("run `gdn ")[2].partition("`")[0]
-    words = shlex.split(command)
-    assert words[:3] == ["build-kernels", "--out", "DIR"]
-    return [build.parse_job(words[n + 1]) for n, x in enumerate(words) if x == "--kernel"]
-
-
-@pytest.mark.usefixtures("no_compiler")
-def test_without_a_compiler_a_call_says_what_it_lacks(folder: Path) -> None:
-    inputs = make_inputs(CASE, "meta")
-    with pytest.raises(gdn.BackendUnsupportedError, match="no nvcc") as refused:
-        gdn.warmup(**inputs, backend="tilelang", sm=90)
-    jobs = asked(str(refused.value))
-    assert [kernel.name for kernel, _ in jobs] == ["prepare", "scan"]
-    prebuilt.write_entry(folder, jobs[0][0].name, jobs[0][1], [], b"code")
-    with pytest.raises(gdn.BackendUnsupportedError, match="1 of its kernels") as refused:
-        gdn.warmup(**inputs, backend="tilelang", sm=90)
-    assert asked(str(refused.value)) == jobs[1:]
-    with pytest.raises(launch.MissingKernelError, match="1 of its kernels"):
-        launch.launchers(jobs[1:])
-
-
-@pytest.mark.usefixtures("no_compiler")
-def test_without_kernels_and_compiler_the_backend_is_not_available(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def reason() -> str | None:
-        (row,) = (row for row in gdn.list_backends() if row.name == "tilelang")
-        return row.reason
-
-    monkeypatch.setattr(prebuilt, "package_folder", lambda: None)
-    assert reason() is None
-    monkeypatch.setenv("GDN_KERNELS", "")
-    assert reason() == (
-        "no nvcc, of CUDA 12 or newer, and no prebuilt kernels (the distribution gdn-kernels-cu13)"
-    )
 
 
 def test_explain_says_where_kernels_come_from(

@@ -78,12 +78,12 @@ class TileLangBackend(Backend):
         return f"{reason}, and no prebuilt kernels (the distribution gdn-kernels-cu13)"
 
     def unprepared(self, call: Call | PoolCall, backward: bool) -> list[str]:
-        """Without a compiler every kernel of the call must be in a folder."""
+        """Without a compiler every kernel of the call must be in a folder. The reason names what
+        `gdn.warmup` wants, which may be more: a server's next step has another size."""
         reason = no_compiler()
-        if reason is None:
+        if reason is None or not missing(self.jobs(call, backward)):
             return []
-        wanted = missing(self.jobs(call, backward))
-        return [missing_reason(wanted, reason)] if wanted else []
+        return [missing_reason(missing(self.warmup_jobs(call, backward)), reason)]
 
     def preparation(self, call: Call | PoolCall, backward: bool) -> str:
         return describe_sources(self.jobs(call, backward))
@@ -92,6 +92,13 @@ class TileLangBackend(Backend):
         """The kernels that a call needs."""
         plan: Any = self.plan(call)
         jobs: list[Job] = plan.jobs(call, backward)
+        return jobs
+
+    def warmup_jobs(self, call: Call | PoolCall, backward: bool) -> list[Job]:
+        """The kernels that `gdn.warmup` compiles: `jobs`, of decode for any number of states."""
+        plan: Any = self.plan(call)
+        jobs: list[Job]
+        jobs = plan.all_jobs() if isinstance(call, Step) else plan.jobs(call, backward)
         return jobs
 
     def unsupported(self, problem: Problem) -> list[str]:

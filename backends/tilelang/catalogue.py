@@ -50,8 +50,7 @@ def wanted_jobs(uses: Iterable[str], dtypes: Iterable[str], dims: Iterable[int])
     kinds = tuple(getattr(torch, name) for name in dtypes)
     jobs: dict[str, Job] = {}
     for call, backward in calls(tuple(uses), kinds, tuple(dims)):
-        plan: Any = BACKEND.plan(call)
-        needed = plan.all_jobs() if isinstance(call, Step) else BACKEND.jobs(call, backward)
+        needed = BACKEND.warmup_jobs(call, backward)
         jobs |= {prebuilt.full_name(kernel.name, x): (kernel, x) for kernel, x in needed}
     return list(jobs.values())
 

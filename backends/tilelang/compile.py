@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,7 +21,9 @@ from tilelang.contrib import nvcc
 from tilelang.contrib.cc import get_cplus_compiler
 
 from . import prebuilt
+from .headers import write_short_headers
 from .parsing import until_parsed_alone
+from .prover import without_integers
 
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 """Always named, never guessed from the device: a cache filled without a GPU then serves one."""
@@ -57,10 +60,12 @@ def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = Fals
         def make() -> Any:
             with _BUILD_LOCK:
                 function = build(**statics)
-            return tilelang.compile(
-                function, target=TARGET, execution_backend="tvm_ffi",
-                pass_configs=_OWN_BARRIERS if own_barriers else _FAST,
-            )  # fmt: skip
+            # where TileLang places barriers, it counts threads by Z3
+            with without_integers() if own_barriers else nullcontext():
+                return tilelang.compile(
+                    function, target=TARGET, execution_backend="tvm_ffi",
+                    pass_configs=_OWN_BARRIERS if own_barriers else _FAST,
+                )  # fmt: skip
 
         return until_parsed_alone(make)
 
@@ -74,7 +79,16 @@ def build_here(job: Any, folder: Path) -> None:
     with _without_lines():
         compiled = build(**statics)
     arguments = _arguments_of(compiled.prim_func)
-    prebuilt.write_entry(folder, build.name, statics, arguments, _library_of(compiled))
+    library = _library_of(compiled)
+    prebuilt.write_entry(folder, build.name, statics, arguments, library, _nvcc_version())
+
+
+@functools.cache
+def _nvcc_version() -> int:
+    """The major version of nvcc. An older driver cannot load what it compiles."""
+    done = subprocess.run([nvcc.get_nvcc_compiler(), "--version"], capture_output=True, text=True)
+    found = re.search(r"release (\d+)\.", done.stdout)
+    return int(found.group(1)) if found else 0
 
 
 def _library_of(compiled: Any) -> bytes:
@@ -123,10 +137,13 @@ def _compile_cuda(
         source, result = Path(folder, "kernel.cu"), Path(folder, "kernel.out")
         source.write_text(code)
         command = [nvcc.get_nvcc_compiler(), f"-ccbin={get_cplus_compiler()}", "-O3", "-w"]
-        command += [f"--{target_format}", *(arch or []), *(options or [])]
-        command += ["-o", str(result), str(source)]
+        short = write_short_headers(code, Path(folder, "headers"))
+        others = [f"--{target_format}", *(arch or []), *(options or [])]
+        others += ["-o", str(result), str(source)]
         environment = nvcc.get_nvcc_subprocess_env()
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        return bytearray(result.read_bytes())
+        for headers in [short, []] if short else [[]]:  # again with all, if some are missing
+            whole = command + headers + others
+            done = subprocess.run(whole, env=environment, capture_output=True, text=True)
+            if not done.returncode:
+                return bytearray(result.read_bytes())
+        raise RuntimeError(f"{' '.join(whole)}\n{done.stderr}")

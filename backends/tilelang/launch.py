@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from gdn.backend import MissingKernelError
+
 from . import prebuilt
 from .kernels import Job, no_compiler, slowest_first
 
 _loaded: dict[str, Callable[..., None]] = {}
-
-
-class MissingKernelError(RuntimeError):
-    """A kernel is in no folder, and there is no compiler."""
+_unloadable: set[str] = set()
+"""Kernels in the cache that this machine cannot load, such as those of a newer system."""
 
 
 def launchers(jobs: Sequence[Job]) -> list[Callable[..., None]]:
@@ -36,16 +36,28 @@ def launchers(jobs: Sequence[Job]) -> list[Callable[..., None]]:
     return [_loaded[name] for name in names]
 
 
+def compile_all(needed: Sequence[Job], every: Sequence[Job]) -> None:
+    """Compile every kernel of a training step that no folder has, if one is missing that is needed
+    now: together they take about as long as the slowest one."""
+    if missing(needed) and no_compiler() is None:
+        _compile(missing(every))
+
+
 def _load(job: Job) -> bool:
     """Load a kernel, if a folder has it."""
     kernel, statics = job
     name = prebuilt.key(kernel.name, statics)
-    if name not in _loaded and (found := prebuilt.find(kernel.name, statics)):
+    if name in _loaded:
+        return True
+    for what, library in prebuilt.find_all(kernel.name, statics):
         try:
-            _loaded[name] = prebuilt.load(found[1])
-        except OSError as error:
-            warnings.warn(f"{found[1]} cannot be loaded: {error}", RuntimeWarning, stacklevel=2)
-    return name in _loaded
+            _loaded[name] = prebuilt.load(library)
+            return True
+        except (OSError, RuntimeError) as error:  # the latter is TVM's
+            warnings.warn(f"{library} cannot be loaded: {error}", RuntimeWarning, stacklevel=2)
+            if what == "cache":
+                _unloadable.add(name)
+    return False
 
 
 def _compile(jobs: Sequence[Job]) -> None:
@@ -53,25 +65,33 @@ def _compile(jobs: Sequence[Job]) -> None:
     which first import torch and tilelang. What these fail to build is built here. Without a cache
     they go to a folder that is removed when they are loaded."""
     cache = _writable_cache()
-    from .build import BuildError, build, is_built
-    from .compile import build_here
+    from .build import BuildError, build
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = cache or Path(temporary)
         slowest, *others = slowest_first(jobs)
         with ThreadPoolExecutor(1) as pool:
             beside = pool.submit(build, others, folder, workers=_idle_cores(), fresh=False)
-            build_here(slowest, folder)
+            _build_here(slowest, folder)
             with contextlib.suppress(BuildError, OSError):
                 beside.result()
         for job in others:
-            if not is_built(job, folder):
-                build_here(job, folder)
+            _build_here(job, folder)
         for kernel, statics in jobs:
             name = prebuilt.key(kernel.name, statics)
             entry = prebuilt.read_entry(folder / f"{name}.json")
             assert entry is not None
             _loaded[name] = prebuilt.load(folder / entry.file)
+
+
+def _build_here(job: Job, folder: Path) -> None:
+    """Compile a kernel in this process, unless another one has just done so. An import of tilelang
+    takes a second, so it waits until it is needed."""
+    from .build import import_compiler, turn_to_build
+
+    with turn_to_build(job, folder) as missing:
+        if missing or prebuilt.key(job[0].name, job[1]) in _unloadable:
+            import_compiler().build_here(job, folder)
 
 
 def _idle_cores() -> int:
@@ -109,12 +129,14 @@ def missing(jobs: Sequence[Job]) -> list[Job]:
 
 def missing_reason(jobs: Sequence[Job], reason: str) -> str:
     """Why a call with these missing kernels cannot run, and the command that builds them."""
-    names = (prebuilt.full_name(kernel.name, statics) for kernel, statics in jobs)
+    names = [prebuilt.full_name(kernel.name, statics) for kernel, statics in jobs]
+    refused = (prebuilt.why_refused(kernel.name, statics) for kernel, statics in jobs)
+    why = next((f" ({text})" for text in refused if text), "")
     options = " ".join(f"--kernel {shlex.quote(name)}" for name in names)
     return (
-        f"{len(jobs)} of its kernels are not prebuilt, and cannot be compiled here ({reason}); on "
-        f"a machine with a compiler run `gdn build-kernels --out DIR {options}`, and here set "
-        f"{prebuilt.VARIABLE}=DIR"
+        f"{len(jobs)} of its kernels are not prebuilt{why}, and cannot be compiled here "
+        f"({reason}); on a machine with a compiler run `gdn build-kernels --out DIR {options}`, "
+        f"and here set {prebuilt.VARIABLE}=DIR"
     )
 
 

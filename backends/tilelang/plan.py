@@ -12,7 +12,7 @@ from gdn.problem import Call, PoolCall
 
 from .forward.plan import ForwardPass
 from .kernels import Job
-from .launch import launchers
+from .launch import compile_all, launchers
 
 
 class PrefillPlan(ExchangingPlan):
@@ -21,9 +21,14 @@ class PrefillPlan(ExchangingPlan):
     def __init__(self, call: Call) -> None:
         self.forward_pass = ForwardPass(call)
         self.backward_pass: Any = None
+        self.gathered = False
 
     def forward(self, call: Call, save: bool) -> Forward:
-        """See `gdn.backend.Plan.forward`."""
+        """See `gdn.backend.Plan.forward`. A first training step compiles all of its kernels here:
+        those of backward need not wait for those of forward."""
+        if save and not self.gathered:
+            self.gathered = True
+            compile_all(self.forward_pass.all_jobs(save=True), self.jobs(call, backward=True))
         return self.forward_pass.forward(call, save)
 
     def backward(

@@ -31,7 +31,8 @@ VARIABLE = "GDN_KERNELS"
 _RUNTIME = ("libstub_cuda.so", "libstub_cudart.so", "libtvm_runtime.so", "libtilelang.so")
 """In the order in which they are loaded. The last makes descriptors for TMA when kernels are
 launched."""
-_APART = ("__init__.py", "build.py", "catalogue.py", "kernels.py", "launch.py", "prebuilt.py")
+_APART = ("__init__.py", "build.py", "catalogue.py", "kernels.py", "launch.py", "prebuilt.py",
+          "turn.py", "upkeep.py")  # fmt: skip
 """Files of this backend that find and build kernels, and do not change them."""
 
 
@@ -41,7 +42,8 @@ class KernelFileError(RuntimeError):
 
 class Entry(NamedTuple):
     """What `KEY.json` says. arguments: dtype and, of tensors, number of dimensions, of what is
-    launched; file, sha256: the library; versions: see `versions`."""
+    launched; file, sha256: the library; versions: see `versions`; cuda: of the nvcc that built it,
+    its major version, or 0."""
 
     kernel: str
     options: str
@@ -49,6 +51,7 @@ class Entry(NamedTuple):
     file: str
     sha256: str
     versions: dict[str, str]
+    cuda: int = 0
 
     @property
     def name(self) -> str:
@@ -128,7 +131,32 @@ def folders() -> Iterator[tuple[str, Path]]:
             yield what, place
 
 
+@functools.cache
+def driver() -> int | None:
+    """The major version of CUDA that the driver is of; None without a driver."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value // 1000
+
+
 # === entries ===
+
+
+def _require_driver(entry: Entry, path: Path) -> None:
+    now = driver()
+    if now is not None and now < entry.cuda:
+        raise KernelFileError(
+            f"{path} ({entry.kernel}) was built by nvcc of CUDA {entry.cuda}, and the driver is of "
+            f"CUDA {now}: update the driver, or build the kernel by nvcc of CUDA {now}"
+        )
+
+
+def parse_entry(text: bytes) -> Entry:
+    """The entry in a text. ValueError or TypeError if it is none."""
+    return Entry(**json.loads(text))
 
 
 def read_entry(path: Path) -> Entry | None:
@@ -139,7 +167,7 @@ def read_entry(path: Path) -> Entry | None:
     except FileNotFoundError:
         return None
     try:
-        entry = Entry(**json.loads(text))
+        entry = parse_entry(text)
         file = path.parent / Path(entry.file).name
     except (ValueError, TypeError) as error:
         raise KernelFileError(f"{path} is not an entry of kernels: {error}") from None
@@ -157,13 +185,15 @@ def read_entry(path: Path) -> Entry | None:
 
 
 def write_entry(
-    folder: Path, kernel: str, statics: dict[str, Any], arguments: list[str], library: bytes
-) -> Path:
+    folder: Path, kernel: str, statics: dict[str, Any], arguments: list[str], library: bytes,
+    cuda: int = 0,
+) -> Path:  # fmt: skip
     """Add a kernel to a folder, or replace it. Returns the path of its library."""
     folder.mkdir(parents=True, exist_ok=True)
     checksum = hashlib.sha256(library).hexdigest()
     file = folder / f"{kernel}-{checksum[:24]}.so"
-    entry = Entry(kernel, write_options(statics), arguments, file.name, checksum, versions())
+    options = write_options(statics)
+    entry = Entry(kernel, options, arguments, file.name, checksum, versions(), cuda)
     _replace(file, library)
     text = json.dumps(entry._asdict(), indent=1)
     _replace(folder / f"{key(kernel, statics)}.json", text.encode())
@@ -190,19 +220,39 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def find(kernel: str, statics: dict[str, Any]) -> tuple[str, Path] | None:
-    """Where a kernel is, and the path of its library. An entry that must not be used is passed
-    over, with a warning."""
+def _look_up(kernel: str, statics: dict[str, Any]) -> Iterator[tuple[str, Path | KernelFileError]]:
+    """Every place that has an entry of a kernel: what it is, and the path of its library or why it
+    must not be used."""
     name = f"{key(kernel, statics)}.json"
     for what, folder in folders():
         try:
             entry = read_entry(folder / name)
+            if entry is not None:
+                _require_driver(entry, folder / name)
+                yield what, folder / entry.file
         except KernelFileError as error:
-            _warn_once(str(error))
-            continue
-        if entry is not None:
-            return what, folder / entry.file
-    return None
+            yield what, error
+
+
+def find_all(kernel: str, statics: dict[str, Any]) -> Iterator[tuple[str, Path]]:
+    """Where a kernel is, and the path of its library, in order. An entry that must not be used is
+    passed over, with a warning."""
+    for what, found in _look_up(kernel, statics):
+        if isinstance(found, Path):
+            yield what, found
+        else:
+            _warn_once(str(found))
+
+
+def find(kernel: str, statics: dict[str, Any]) -> tuple[str, Path] | None:
+    """The first of `find_all`."""
+    return next(find_all(kernel, statics), None)
+
+
+def why_refused(kernel: str, statics: dict[str, Any]) -> str | None:
+    """Why a folder's entry of this kernel must not be used, if there is such a folder."""
+    errors = (str(found) for _, found in _look_up(kernel, statics) if not isinstance(found, Path))
+    return next(errors, None)
 
 
 # === loading ===

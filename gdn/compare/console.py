@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 import gdn
+from gdn.backend import MissingKernelError
 
 WIDTH = 132
 """The width to which cells are folded when the output is not a terminal."""
@@ -121,7 +122,7 @@ def run_command(name: str, run: Callable[[], int]) -> int:
         message, status = "interrupted", 130
     except (ValueError, OSError) as error:
         message, status = str(error), 2
-    except gdn.BackendUnsupportedError as error:
+    except (gdn.BackendUnsupportedError, MissingKernelError) as error:
         message, status = str(error), 1
     except (MemoryError, OverflowError, RuntimeError) as error:
         if not _too_large(error):

@@ -173,8 +173,11 @@ class ForwardPass:
         """The kernels in the order of their launches, without `clear_tail`."""
         if self.fused and not save:
             return self.fused.jobs
-        first = prepare_channels if self.channels else prepare
-        return [(first, self.prepare_options | {"save": save}), *self.scan_jobs[save]]
+        options = self.prepare_options | {"save": save}
+        if self.channels:
+            return [(prepare_channels, options), *self.scan_jobs[save]]
+        del options["V"]  # one kernel for all
+        return [(prepare, options), *self.scan_jobs[save]]
 
     def all_jobs(self, save: bool) -> list[Job]:
         """`jobs`, and `clear_tail` at the end if it is needed."""

@@ -60,7 +60,7 @@ def clear_before_products(x: Any, live: Any) -> None:
 
 @kernel(own_barriers=True)
 def prepare(
-    *, dtype: str, gates: str, strengths: str, offsets: str, K: int, V: int, varlen: bool, l2: bool,
+    *, dtype: str, gates: str, strengths: str, offsets: str, K: int, varlen: bool, l2: bool,
     gate: bool, bias: bool, sigmoid: bool, double: bool, save: bool, unchecked: bool = False,
 ) -> Any:  # fmt: skip
     """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens; unchecked:
