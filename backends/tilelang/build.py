@@ -1,8 +1,8 @@
 """Builds kernels into a folder, side by side in processes of their own.
 
 Threads would compile one kernel after another, since TileLang's passes hold Python's lock. A
-process is `python -m gdn.backends.tilelang.build FOLDER`: it reads a kernel a line, as
-`NAME(OPTIONS)`, and answers each with a line of JSON: the error, or an empty text.
+process runs `serve`: it reads a kernel a line, as `NAME(OPTIONS)`, and answers each with a line of
+JSON: the error, or an empty text.
 """
 
 from __future__ import annotations
@@ -27,6 +27,14 @@ from .tile.thread_shape import ThreadShape
 from .turn import take_turn
 
 _TUPLES: dict[str, Any] = {"PoolKind": PoolKind, "ThreadShape": ThreadShape}
+
+
+_PROCESS = f"""
+import gc, sys
+gc.disable()  # imports of torch and tilelang take a sixth less
+from {__name__} import serve
+serve(sys.argv[1])
+"""
 
 
 class BuildError(RuntimeError):
@@ -158,7 +166,7 @@ def _worker(folder: Path, fresh: bool) -> Iterator[Callable[[str], str | None]]:
     if fresh:
         environment["TILELANG_DISABLE_CACHE"] = "1"
     process = subprocess.Popen(
-        [sys.executable, "-m", __spec__.name, str(folder)],
+        [sys.executable, "-c", _PROCESS, str(folder)],
         env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     given, answers = process.stdin, process.stdout
@@ -176,22 +184,20 @@ def _worker(folder: Path, fresh: bool) -> Iterator[Callable[[str], str | None]]:
         given.close()
 
 
-def _serve(folder: Path) -> None:
+def serve(folder: str) -> None:
     """Answer the lines on stdin. What compilers print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     build_here = import_compiler().build_here
+    gc.freeze()
+    gc.enable()
     for line in sys.stdin:
         error = ""
         try:
-            build_here(parse_job(line), folder)
+            build_here(parse_job(line), Path(folder))
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
         try:
             print(json.dumps(error), file=answers, flush=True)
         except BrokenPipeError:  # nobody waits for it any more
             return
-
-
-if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
