@@ -73,7 +73,11 @@ class FusedPass:
                 (fused_forward, options | {"final": True, "cut": True, "transfer": True}),
                 (combine_pieces, combine),
             ]
-        last = {"cut": length is not None, "transfer": False}
+        scans, sms = call.sequences * call.v.shape[2], sm_count(call.q.device)
+        self.launched = min(scans, sms)
+        ring = length is None and scans > sms and options["varlen"]
+        self.new_counter = allocator((1,), torch.int32, call.q.device) if ring else None
+        last = {"cut": length is not None, "transfer": False, "ring": ring}
         last |= {"initial": True} if length is not None else {}
         self.jobs.append((fused_forward, options | last))
 
@@ -95,7 +99,10 @@ class FusedPass:
     ) -> None:  # fmt: skip
         """Launch the kernels of `jobs`. gates: g, beta, A_log, dt_bias; tables: of a pool."""
         N, inputs = self.sequences, (q, k, v)
-        sizes = (*tables, N, self.pieces, self.length or 0, scale)
+        counter = None if self.new_counter is None else self.new_counter().zero_()
+        sizes = (
+            *tables[:-1], counter, tables[-1], N, self.pieces, self.launched, self.length or 0, scale
+        )  # fmt: skip
         if self.length is not None:
             transfer, forgets = self.new_transfer(), self.new_forgets()
             begins = self.new_begins()
