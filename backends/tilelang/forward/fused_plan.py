@@ -35,6 +35,13 @@ def fills_gpu(call: Call) -> bool:
     return scans > 0 and scans >= MIN_SHARE * sms * -(-scans // sms)
 
 
+def takes_tasks(call: Call) -> bool:
+    """Whether a thread block an SM takes sequence after sequence of a packed call (`fused_tasks.py`),
+    rather than one each: where there are more than SMs."""
+    scans = call.sequences * call.v.shape[2]
+    return call.cu_seqlens is not None and scans > sm_count(call.q.device)
+
+
 def choose_piece_length(call: Call) -> int | None:
     """Tokens of a piece; None if sequences are not cut.
 
@@ -51,7 +58,7 @@ def choose_piece_length(call: Call) -> int | None:
 
 class FusedPass:
     """What all forward calls of one kind have in common. length: tokens of a piece, None if
-    sequences are not cut."""
+    sequences are not cut; draws: whether thread blocks draw sequences from a counter."""
 
     def __init__(self, call: Call, options: dict[str, Any], length: int | None) -> None:
         """options: those of `fused_forward`, without cut and transfer."""
@@ -73,11 +80,12 @@ class FusedPass:
                 (fused_forward, options | {"final": True, "cut": True, "transfer": True}),
                 (combine_pieces, combine),
             ]
-        scans, sms = call.sequences * call.v.shape[2], sm_count(call.q.device)
-        self.launched = min(scans, sms)
-        ring = length is None and scans > sms and options["varlen"]
-        self.new_counter = allocator((1,), torch.int32, call.q.device) if ring else None
-        last = {"cut": length is not None, "transfer": False, "ring": ring}
+        self.draws = length is None and takes_tasks(call)
+        self.blocks = sm_count(call.q.device) if self.draws else 0
+        self.new_counter: Any = lambda: None
+        if self.draws:
+            self.new_counter = allocator((1,), torch.int32, call.q.device)
+        last = {"cut": length is not None, "transfer": False, "ring": self.draws}
         last |= {"initial": True} if length is not None else {}
         self.jobs.append((fused_forward, options | last))
 
@@ -95,13 +103,13 @@ class FusedPass:
     def run(
         self, launchers: list[Any], q: Tensor, k: Tensor, v: Tensor, gates: tuple[Any, ...],
         initial: Tensor | None, cu_seqlens: Tensor | None, o: Tensor, final: Tensor | None,
-        tables: tuple[Any, ...], scale: float,
+        tables: tuple[Any, ...], counter: Tensor | None, scale: float,
     ) -> None:  # fmt: skip
-        """Launch the kernels of `jobs`. gates: g, beta, A_log, dt_bias; tables: of a pool."""
+        """Launch the kernels of `jobs`. gates: g, beta, A_log, dt_bias; tables: of a pool; counter:
+        from `new_counter`, zero."""
         N, inputs = self.sequences, (q, k, v)
-        counter = None if self.new_counter is None else self.new_counter().zero_()
         sizes = (
-            *tables[:-1], counter, tables[-1], N, self.pieces, self.launched, self.length or 0, scale
+            *tables[:-1], counter, tables[-1], N, self.pieces, self.blocks, self.length or 0, scale
         )  # fmt: skip
         if self.length is not None:
             transfer, forgets = self.new_transfer(), self.new_forgets()
