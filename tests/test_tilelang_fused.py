@@ -72,30 +72,6 @@ def test_agrees_with_the_definition(
     check(CASES[name], make_inputs(CASES[name]))
 
 
-RING = Case(
-    "ring", lengths=(70, 0, 0, 0, 0, 0, 1, 64, 200, 3, 0, 128, 65, 17), H=1, HV=2, K=128, V=128,
-    dtype=torch.bfloat16, fused=True, state_v_first=True,
-)  # fmt: skip
-"""Sequences without tokens, more of them in a row than the ring has slots, and short ones."""
-
-
-@WORLDS
-@pytest.mark.parametrize("sms", [1, 3])
-def test_a_thread_block_takes_task_after_task(
-    world: Callable[..., None],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    late: bool,
-    sms: int,
-) -> None:
-    world(late)
-    monkeypatch.setattr(fused_plan, "sm_count", lambda device: sms)
-    inputs = make_inputs(RING)
-    plan = forward.ForwardPass(Call(**{"scale": 1.0} | inputs))
-    ((_, options),) = plan.jobs(save=False)
-    assert options["ring"]
-    check(RING, inputs)
-
-
 @pytest.mark.parametrize("name", ["cosine-1-beta-1", "cosine-1-beta-2", "long-equal-keys"])
 def test_close_keys_cost_no_more_than_rounding(
     world: Callable[..., None],  # noqa: F811
@@ -170,13 +146,14 @@ def test_a_missing_wait_shows(
 
 @pytest.mark.parametrize("name", ["dense", "packed"])
 def test_serialises_no_product_and_spills_outside_of_loops(name: str, tmp_path: Path) -> None:
-    """Spilled are addresses: of the state, before and after the scan (those of [K, V] are many),
-    and of the storing warp's last chunk."""
+    """Spilled are addresses: of the state, before and after the scan, and of the storing warp's
+    last chunk. Packed calls also keep a task's first chunk beyond its scan, and the loading warp
+    and the gate warp have few registers to find a task and a chunk."""
     plan, _ = compiled.plan_of(CASES[name])
     (kernel,) = compile_together(*plan.jobs(save=False))
     said = compiled.verdict(kernel, tmp_path)
     compiled.assert_registers_suffice(kernel.get_kernel_source(), said)
-    assert max(map(int, re.findall(r"(\d+) bytes spill", said))) <= (64 if name == "dense" else 720)
+    assert max(map(int, re.findall(r"(\d+) bytes spill", said))) <= (64 if name == "dense" else 100)
     assert "serialized" not in said, said
 
 

@@ -6,7 +6,9 @@ states goes through memory.
     reads   q, k [B, L, H, K]; v [B, L, HV, V]; g, beta [B, L, HV]; S_in, the states to start from
     writes  o [B, L, HV, V]; S_out, the final states
 
-Thread block (sequence or piece, and value head; V = 128), alone on an SM; its threads:
+Thread block (sequence or piece, and value head; V = 128), alone on an SM. In packed calls whose
+sequences are not cut there are as many thread blocks as SMs, and each takes one sequence and head
+after another (`fused_tasks.py`). The threads:
 
     128  the intra-chunk warpgroup: P and A_v of a chunk ahead
     256  two consumer warpgroups: each holds 64 rows of S^T and computes U, O and S
@@ -66,7 +68,7 @@ from .fused_memory import (
 from .fused_scan import PRELUDE as SCAN_PRELUDE
 from .fused_scan import ScanEnds, consume_chunks
 from .fused_tasks import PRELUDE as TASKS_PRELUDE
-from .fused_tasks import Tasks, draw_tasks, for_each_task, prefetch_state
+from .fused_tasks import Tasks, draw_tasks, for_each_task, task_barriers
 from .query_norms import PRELUDE as NORMS_PRELUDE
 from .row_norms import PRELUDE as ROW_NORMS_PRELUDE
 from .scan_step import ScanFragments
@@ -88,10 +90,11 @@ def fused_forward(
     """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens; initial,
     final: whether S_in is read and S_out written; cut: into pieces; transfer: the transfer scan,
     which must have cut and final; pool: S_in and S_out are a pool, but for the states between
-    pieces."""
+    pieces; ring: whether a thread block takes one whole sequence after another."""
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
     bounds, output, blocks = T.dynamic("bounds"), not transfer, 1 + transfer
-    assert V == 2 * ROWS and not (ring and (cut or transfer))
+    assert V == 2 * ROWS
+    assert not (ring and (cut or transfer))
     min_parts, max_parts = choose_parts(dtype, l2, sigmoid, double)
     stages, rows = FusedSmem.STAGES[output], V + K if transfer else V
     ends = ScanEnds(
@@ -104,11 +107,11 @@ def fused_forward(
     declared_checkpoints = declare_checkpoints((HV, *((V, K) if v_first else (K, V))), pool)
 
     @T.macro
-    def start_k_kT(M, smem, ready, ragged, left, first, chunk):
-        """Start k k^T of a chunk; `ragged` is the one that has only `left` tokens."""
-        s = stage_of(first + chunk, stages)
-        T.barrier_wait(ready[s], parity_of(first + chunk, stages))
-        if chunk == ragged:
+    def start_k_kT(M, smem, ready, ragged, left, chunk):
+        """Start k k^T of a chunk; it is ragged if it has only `left` tokens."""
+        s = stage_of(chunk, stages)
+        T.barrier_wait(ready[s], parity_of(chunk, stages))
+        if ragged:
             clear_rows_past_end((smem.q, smem.k) if output else (smem.k,), s, left)
             fence()
             T.sync_threads(4, 128)
@@ -136,7 +139,7 @@ def fused_forward(
         ragged = T.alloc_var("int32")
         ragged = T.if_then_else(task[LAST] < C, chunks - 1, -1)
         if chunks > 0:
-            start_k_kT(M, smem, ready, ragged, task[LAST], first, 0)
+            start_k_kT(M, smem, ready, ragged == 0, task[LAST], first)
             T.wait_wgmma(0)
         for chunk in T.serial(chunks):
             s, buffer = stage_of(first + chunk, stages), stage_of(first + chunk, 2)
@@ -165,7 +168,8 @@ def fused_forward(
                 T.wait_wgmma(0)
                 store_P(P, smem.P, tokens, s, warp)
             T.sync_threads(4, 128)
-            start_k_kT(M, smem, ready, ragged, task[LAST], first, T.min(chunk + 1, chunks - 1))
+            following = first + T.min(chunk + 1, chunks - 1)  # after the last one, for nothing
+            start_k_kT(M, smem, ready, chunk + 1 == ragged, task[LAST], following)
             beta, A_v = (
                 T.address_of(tokens[s, STRENGTH, 0]), T.address_of(smem.A_v[s, 0, 0])
             )  # fmt: skip
@@ -195,7 +199,7 @@ def fused_forward(
         launched: T.int32, length: T.int32, scale: T.float32,
     ):  # fmt: skip
         """length: tokens of a piece, if sequences are cut; forgets: written by the transfer scan,
-        whether a piece does."""
+        whether a piece does; counter: of tasks, at first 0; launched: thread blocks (ring)."""
         grid = launched if ring else pieces * HV * blocks
         with T.Kernel(grid, threads=(128, 4), prelude=PRELUDES) as cta:
             T.annotate_min_blocks_per_sm(1)
@@ -208,7 +212,8 @@ def fused_forward(
                 T.alloc_barrier([256] * stages),
             )
             smem = FusedSmem(K, dtype, max_parts, output)
-            tasks = Tasks(ring, FIELDS + 3 * pooled, 480 if l2 and output else 448)
+            task_ready, task_free = task_barriers(ring, 480 if l2 else 448)
+            tasks = Tasks(FIELDS + 3 * pooled, task_ready, task_free)
             tx, wg = T.get_thread_binding(0), T.get_thread_binding(1)
 
             # === what the thread block scans ===

@@ -35,11 +35,10 @@ def fills_gpu(call: Call) -> bool:
     return scans > 0 and scans >= MIN_SHARE * sms * -(-scans // sms)
 
 
-def takes_tasks(call: Call) -> bool:
-    """Whether a thread block an SM takes sequence after sequence of a packed call (`fused_tasks.py`),
-    rather than one each: where there are more than SMs."""
-    scans = call.sequences * call.v.shape[2]
-    return call.cu_seqlens is not None and scans > sm_count(call.q.device)
+def draws_sequences(call: Call) -> bool:
+    """Whether thread blocks draw whole sequences from a counter (`fused_tasks.py`), instead of one
+    for each: in packed calls, whose lengths differ."""
+    return call.cu_seqlens is not None
 
 
 def choose_piece_length(call: Call) -> int | None:
@@ -80,8 +79,8 @@ class FusedPass:
                 (fused_forward, options | {"final": True, "cut": True, "transfer": True}),
                 (combine_pieces, combine),
             ]
-        self.draws = length is None and takes_tasks(call)
-        self.blocks = sm_count(call.q.device) if self.draws else 0
+        self.draws = length is None and draws_sequences(call)
+        self.blocks = min(call.sequences * call.v.shape[2], sm_count(call.q.device))
         self.new_counter: Any = lambda: None
         if self.draws:
             self.new_counter = allocator((1,), torch.int32, call.q.device)

@@ -1,22 +1,22 @@
-"""The tasks of a thread block of `fused.py`: whole sequences, a value head of each.
+"""The tasks of a thread block of `fused.py`. A task is one value head of a sequence or piece.
 
-Without a ring a thread block has one task. With it, it takes task after task until none is left:
-the first by its own number, the others from a counter in memory, since lengths differ. The loading
-warp fills a ring of tasks in shared memory, and starts to load a task's chunks while the other
-warps are still busy with the one before. Chunks are numbered through, so stages and the parities of
-their barriers go on from one task to the next.
+Without a ring a thread block has one task. With a ring it takes task after task: the first by its
+own number, the others from a counter in memory, since sequences differ in length. The loading warp
+draws a task, writes it to a ring in shared memory and loads its chunks while the other warps still
+compute the task before. All chunks of a thread block are numbered in one row, so stages and
+parities continue from one task to the next.
 
-A wait of a task depends on this task and earlier ones alone, whatever follows; so sequences without
-chunks cannot make two roles wait for each other.
+Each task is computed by one thread block, so results do not depend on the order. No role waits for
+a later task than its own: two roles would wait for each other where more sequences without chunks
+follow each other than there are slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import tilelang.language as T
-from tvm import DataType
 
 from ..tile.indexing import SEQUENCE
 from ..tile.pool import READS
@@ -55,21 +55,27 @@ class Task:
         T.buffer_store(self.fields, value, [self.slot, field])
 
 
+SLOTS = 4
+"""Tasks in the ring."""
+
+
+def task_barriers(ring: bool, users: int) -> tuple[Any, Any]:
+    """The barriers of the ring's slots: for "the task is there", and for "it may be overwritten",
+    at which `users` threads arrive."""
+    if not ring:
+        return None, None
+    return T.alloc_barrier([32] * SLOTS), T.alloc_barrier([users] * SLOTS)
+
+
 class Tasks:
-    """Shared memory: the tasks, and with a ring the barriers for "it is there" and for "it may be
-    written again", at which `users` threads arrive."""
+    """Shared memory: the tasks. ready, free: from `task_barriers`."""
 
-    SLOTS: ClassVar = {True: 4, False: 1}
-
-    def __init__(self, ring: bool, fields: int, users: int) -> None:
-        self.ring, self.slots = ring, self.SLOTS[ring]
-        self.fields = T.alloc_shared((self.slots, fields), "int32")
-        if ring:
-            self.ready = T.alloc_barrier([32] * self.slots)
-            self.free = T.alloc_barrier([users] * self.slots)
+    def __init__(self, fields: int, ready: Any, free: Any) -> None:
+        self.ring, self.ready, self.free = ready is not None, ready, free
+        self.fields = T.alloc_shared((SLOTS if self.ring else 1, fields), "int32")
 
     def __getitem__(self, number: Any) -> Task:
-        return Task(self.fields, number % self.slots)
+        return Task(self.fields, number % SLOTS if self.ring else 0)
 
 
 @T.macro
@@ -84,9 +90,9 @@ def for_each_task(tasks: Any, do: Callable[..., None], *args: Any) -> None:
         while tasks[number][CHUNKS] >= 0:
             do(tasks[number], first, *args)
             first += tasks[number][CHUNKS]
-            T.barrier_arrive(tasks.free[number % tasks.slots])
+            T.barrier_arrive(tasks.free[number % SLOTS])
             number += 1
-            T.barrier_wait(tasks.ready[number % tasks.slots], number // tasks.slots % 2)
+            T.barrier_wait(tasks.ready[number % SLOTS], number // SLOTS % 2)
     else:
         do(tasks[0], 0, *args)
 
@@ -104,21 +110,21 @@ def draw_tasks(
         first = 0
         index = cta
         while index < number_of_tasks:
-            T.barrier_wait(tasks.free[number % tasks.slots], number // tasks.slots % 2 ^ 1)
+            T.barrier_wait(tasks.free[number % SLOTS], number // SLOTS % 2 ^ 1)
             if lane == 0:
                 find_task(tasks[number], index // HV, index % HV, *found)
                 prefetch_state(tasks[number], S_in, ends)
             T.sync_warp()
-            T.barrier_arrive(tasks.ready[number % tasks.slots])
+            T.barrier_arrive(tasks.ready[number % SLOTS])
             do(tasks[number], first, *args)
             first += tasks[number][CHUNKS]
             number += 1
             index = blocks + T.call_extern("int32", "gdn_draw", T.address_of(counter[0]))
-        T.barrier_wait(tasks.free[number % tasks.slots], number // tasks.slots % 2 ^ 1)
+        T.barrier_wait(tasks.free[number % SLOTS], number // SLOTS % 2 ^ 1)
         if lane == 0:
-            T.buffer_store(tasks.fields, NO_TASK, [number % tasks.slots, CHUNKS])
+            T.buffer_store(tasks.fields, NO_TASK, [number % SLOTS, CHUNKS])
         T.sync_warp()
-        T.barrier_arrive(tasks.ready[number % tasks.slots])
+        T.barrier_arrive(tasks.ready[number % SLOTS])
     else:
         do(tasks[0], 0, *args)
 
@@ -127,7 +133,7 @@ def draw_tasks(
 def prefetch_state(task: Any, S_in: Any, ends: Any) -> None:
     """Bring the state that a task starts from to the L2 cache, by one thread."""
     rows, columns = S_in.shape[2:]
-    size = rows * columns * DataType(S_in.dtype).bits // 8
+    size = rows * columns * S_in.dtype.bits // 8
     if ends.pool_in is not None:
         if task[POOL_SLOT + READS] != 0:
             T.call_extern(
