@@ -168,8 +168,10 @@ def fused_forward(
                 T.wait_wgmma(0)
                 store_P(P, smem.P, tokens, s, warp)
             T.sync_threads(4, 128)
-            following = first + T.min(chunk + 1, chunks - 1)  # after the last one, for nothing
-            start_k_kT(M, smem, ready, chunk + 1 == ragged, task[LAST], following)
+            following = T.min(chunk + 1, chunks - 1)  # after the last one, for nothing
+            # without a ring that is cleared twice: not to do so takes a register, which is spilled
+            clears = (chunk + 1 if ring else following) == ragged
+            start_k_kT(M, smem, ready, clears, task[LAST], first + following)
             beta, A_v = (
                 T.address_of(tokens[s, STRENGTH, 0]), T.address_of(smem.A_v[s, 0, 0])
             )  # fmt: skip

@@ -27,13 +27,14 @@ FIELDS = POOL_SLOT = 12
 
 
 def stage_of(chunk: Any, stages: int) -> Any:
-    """The stage of a chunk, whose number is not negative."""
-    return T.truncmod(chunk, stages)
+    """The stage of a chunk. Its number is not negative, which TileLang cannot know: rounding down
+    would cost instructions where `stages` is no power of two."""
+    return T.truncmod(chunk, stages) if stages & stages - 1 else chunk % stages
 
 
 def parity_of(chunk: Any, stages: int) -> Any:
     """The parity of the barriers of a chunk's stage."""
-    return T.bitwise_and(T.truncdiv(chunk, stages), 1)
+    return (T.truncdiv(chunk, stages) if stages & stages - 1 else chunk // stages) % 2
 
 
 class FusedSmem:
