@@ -107,10 +107,10 @@ def fused_forward(
     declared_checkpoints = declare_checkpoints((HV, *((V, K) if v_first else (K, V))), pool)
 
     @T.macro
-    def start_k_kT(M, smem, ready, ragged, left, chunk):
+    def start_k_kT(M, smem, ready, ragged, left, first, chunk):
         """Start k k^T of a chunk; it is ragged if it has only `left` tokens."""
-        s = stage_of(chunk, stages)
-        T.barrier_wait(ready[s], parity_of(chunk, stages))
+        s = stage_of(first, chunk, stages)
+        T.barrier_wait(ready[s], parity_of(first, chunk, stages))
         if ragged:
             clear_rows_past_end((smem.q, smem.k) if output else (smem.k,), s, left)
             fence()
@@ -139,11 +139,11 @@ def fused_forward(
         ragged = T.alloc_var("int32")
         ragged = T.if_then_else(task[LAST] < C, chunks - 1, -1)
         if chunks > 0:
-            start_k_kT(M, smem, ready, ragged == 0, task[LAST], first)
+            start_k_kT(M, smem, ready, ragged == 0, task[LAST], first, 0)
             T.wait_wgmma(0)
         for chunk in T.serial(chunks):
-            s, buffer = stage_of(first + chunk, stages), stage_of(first + chunk, 2)
-            T.barrier_wait(tokens_ready[s], parity_of(first + chunk, stages))
+            s, buffer = stage_of(first, chunk, stages), stage_of(first, chunk, 2)
+            T.barrier_wait(tokens_ready[s], parity_of(first, chunk, stages))
             if l2:
                 apply_key_norms(M, smem, s, warp)
                 T.sync_threads(4, 128)
@@ -171,7 +171,7 @@ def fused_forward(
             following = T.min(chunk + 1, chunks - 1)  # after the last one, for nothing
             # without a ring that is cleared twice: not to do so takes a register, which is spilled
             clears = (chunk + 1 if ring else following) == ragged
-            start_k_kT(M, smem, ready, clears, task[LAST], first + following)
+            start_k_kT(M, smem, ready, clears, task[LAST], first, following)
             beta, A_v = (
                 T.address_of(tokens[s, STRENGTH, 0]), T.address_of(smem.A_v[s, 0, 0])
             )  # fmt: skip

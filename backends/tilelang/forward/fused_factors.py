@@ -81,7 +81,7 @@ def compute_factors(
     raw = T.alloc_local((6,), "float32")
     batch = 0 if varlen else task[SEQUENCE]
     for chunk in T.serial(task[CHUNKS]):
-        s, parity = stage_of(first + chunk, smem.stages), parity_of(first + chunk, smem.stages)
+        s, parity = stage_of(first, chunk, smem.stages), parity_of(first, chunk, smem.stages)
         token, left = task[START] + chunk * C, task[STOP] - task[START] - chunk * C
         load_gates(g, beta, A_log, dt_bias, batch, task[HEAD], token, left, raw, lane, gate, bias)
         sum_gates(raw, left, smem.gates, 0, lane, gate, bias, sigmoid, double)
@@ -100,7 +100,7 @@ def compute_factors(
 def compute_norms(task: Any, first: Any, smem: Any, ready: Any, norms_ready: Any) -> None:
     """The norm warp; for `for_each_task`."""
     for chunk in T.serial(task[CHUNKS]):
-        s = stage_of(first + chunk, smem.stages)
-        T.barrier_wait(ready[s], parity_of(first + chunk, smem.stages))
+        s = stage_of(first, chunk, smem.stages)
+        T.barrier_wait(ready[s], parity_of(first, chunk, smem.stages))
         sum_squares(smem.q, s, T.address_of(smem.tokens[s, SQUARES, 0]))
         T.barrier_arrive(norms_ready[s])

@@ -26,15 +26,20 @@ FIELDS = POOL_SLOT = 12
 """How many these are. With a pool there are three more, which `find_slot` writes."""
 
 
-def stage_of(chunk: Any, stages: int) -> Any:
-    """The stage of a chunk. Its number is not negative, which TileLang cannot know: rounding down
-    would cost instructions where `stages` is no power of two."""
-    return T.truncmod(chunk, stages) if stages & stages - 1 else chunk % stages
+def stage_of(first: Any, chunk: Any, stages: int) -> Any:
+    """The stage of a task's chunk. first: the number of the task's first chunk, unsigned or 0.
+    Where TileLang does not see that a stage is not negative, every address costs more."""
+    if isinstance(first, int):
+        return chunk % stages
+    return T.cast((first + T.cast(chunk, "uint32")) % T.uint32(stages), "int32")
 
 
-def parity_of(chunk: Any, stages: int) -> Any:
+def parity_of(first: Any, chunk: Any, stages: int) -> Any:
     """The parity of the barriers of a chunk's stage."""
-    return (T.truncdiv(chunk, stages) if stages & stages - 1 else chunk // stages) % 2
+    if isinstance(first, int):
+        return chunk // stages % 2
+    number = (first + T.cast(chunk, "uint32")) // T.uint32(stages)
+    return T.cast(number % T.uint32(2), "int32")
 
 
 class FusedSmem:
@@ -105,7 +110,7 @@ def load_chunks(
     """The loading warp; for `draw_tasks`. It loads v only if has_values."""
     batch = 0 if varlen else task[SEQUENCE]
     for chunk in T.serial(task[CHUNKS]):
-        s, parity = stage_of(first + chunk, smem.stages), parity_of(first + chunk, smem.stages)
+        s, parity = stage_of(first, chunk, smem.stages), parity_of(first, chunk, smem.stages)
         token = task[START] + chunk * C
         T.barrier_wait(o_ready[s], parity ^ 1)
         T.tma_copy(
@@ -137,8 +142,8 @@ def store_outputs(
     """The storing warp; for `for_each_task`."""
     batch = 0 if varlen else task[SEQUENCE]
     for chunk in T.serial(task[CHUNKS]):
-        s, token = stage_of(first + chunk, smem.stages), task[START] + chunk * C
-        T.barrier_wait(o_ready[s], parity_of(first + chunk, smem.stages))
+        s, token = stage_of(first, chunk, smem.stages), task[START] + chunk * C
+        T.barrier_wait(o_ready[s], parity_of(first, chunk, smem.stages))
         if output:
             store_chunk(o, smem.v, batch, token, task[STOP], task[HEAD], 0, s, 2, lane)
         T.barrier_arrive(v_free[s])

@@ -159,7 +159,7 @@ def consume_chunk(
 ) -> None:  # fmt: skip
     """One chunk: O, in v's place, and S."""
     stages = smem.stages
-    s, parity = stage_of(first + chunk, stages), parity_of(first + chunk, stages)
+    s, parity = stage_of(first, chunk, stages), parity_of(first, chunk, stages)
     v_tile = s * 2 + wg
     T.barrier_wait(ready[s], parity)
     T.barrier_wait(intra_chunk_ready[s], parity)

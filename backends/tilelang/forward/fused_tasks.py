@@ -59,6 +59,16 @@ SLOTS = 4
 """Tasks in the ring."""
 
 
+def slot_of(number: Any) -> Any:
+    """The slot of a task of the ring."""
+    return T.cast(number % T.uint32(SLOTS), "int32")
+
+
+def phase_of(number: Any) -> Any:
+    """The parity of the barriers of its slot."""
+    return T.cast(number // T.uint32(SLOTS) % T.uint32(2), "int32")
+
+
 def task_barriers(ring: bool, users: int) -> tuple[Any, Any]:
     """The barriers of the ring's slots: for "the task is there", and for "it may be overwritten",
     at which `users` threads arrive."""
@@ -75,7 +85,7 @@ class Tasks:
         self.fields = T.alloc_shared((SLOTS if self.ring else 1, fields), "int32")
 
     def __getitem__(self, number: Any) -> Task:
-        return Task(self.fields, number % SLOTS if self.ring else 0)
+        return Task(self.fields, slot_of(number) if self.ring else 0)
 
 
 @T.macro
@@ -83,16 +93,16 @@ def for_each_task(tasks: Any, do: Callable[..., None], *args: Any) -> None:
     """Call do(task, first, *args) for each task; first: the number of its first chunk. By every
     role but the loading warp."""
     if tasks.ring:
-        number, first = T.alloc_var("int32"), T.alloc_var("int32")
-        number = 0
-        first = 0
+        number, first = T.alloc_var("uint32"), T.alloc_var("uint32")
+        number = T.uint32(0)
+        first = T.uint32(0)
         T.barrier_wait(tasks.ready[0], 0)
         while tasks[number][CHUNKS] >= 0:
             do(tasks[number], first, *args)
-            first += tasks[number][CHUNKS]
-            T.barrier_arrive(tasks.free[number % SLOTS])
-            number += 1
-            T.barrier_wait(tasks.ready[number % SLOTS], number // SLOTS % 2)
+            first += T.cast(tasks[number][CHUNKS], "uint32")
+            T.barrier_arrive(tasks.free[slot_of(number)])
+            number += T.uint32(1)
+            T.barrier_wait(tasks.ready[slot_of(number)], phase_of(number))
     else:
         do(tasks[0], 0, *args)
 
@@ -105,26 +115,27 @@ def draw_tasks(
     """The loading warp: find each task, then call do as `for_each_task` does. blocks: thread blocks
     of the launch; cta: the number of this one; found: what `find_task` takes after the head."""
     if tasks.ring:
-        number, first, index = (T.alloc_var("int32") for _ in range(3))
-        number = 0
-        first = 0
+        number, first = T.alloc_var("uint32"), T.alloc_var("uint32")
+        index = T.alloc_var("int32")
+        number = T.uint32(0)
+        first = T.uint32(0)
         index = cta
         while index < number_of_tasks:
-            T.barrier_wait(tasks.free[number % SLOTS], number // SLOTS % 2 ^ 1)
+            T.barrier_wait(tasks.free[slot_of(number)], phase_of(number) ^ 1)
             if lane == 0:
                 find_task(tasks[number], index // HV, index % HV, *found)
                 prefetch_state(tasks[number], S_in, ends)
             T.sync_warp()
-            T.barrier_arrive(tasks.ready[number % SLOTS])
+            T.barrier_arrive(tasks.ready[slot_of(number)])
             do(tasks[number], first, *args)
-            first += tasks[number][CHUNKS]
-            number += 1
+            first += T.cast(tasks[number][CHUNKS], "uint32")
+            number += T.uint32(1)
             index = blocks + T.call_extern("int32", "gdn_draw", T.address_of(counter[0]))
-        T.barrier_wait(tasks.free[number % SLOTS], number // SLOTS % 2 ^ 1)
+        T.barrier_wait(tasks.free[slot_of(number)], phase_of(number) ^ 1)
         if lane == 0:
-            T.buffer_store(tasks.fields, NO_TASK, [number % SLOTS, CHUNKS])
+            T.buffer_store(tasks.fields, NO_TASK, [slot_of(number), CHUNKS])
         T.sync_warp()
-        T.barrier_arrive(tasks.ready[number % SLOTS])
+        T.barrier_arrive(tasks.ready[slot_of(number)])
     else:
         do(tasks[0], 0, *args)
 
