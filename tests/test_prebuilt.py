@@ -172,7 +172,7 @@ def test_a_kernel_is_built_kept_checked_and_loaded(
     assert main(["build-kernels", "--check", str(folder)]) == 0
     assert library.stat().st_mtime_ns == written
     (run,) = launch.launchers([job])
-    with pytest.raises(RuntimeError, match="num_args should be 6"):
+    with pytest.raises(RuntimeError, match="num_args should be 7"):
         run()
     capsys.readouterr()
     assert main([*command[:-1], build.write_job(JOB)]) == 1
@@ -180,7 +180,7 @@ def test_a_kernel_is_built_kept_checked_and_loaded(
     entry = prebuilt.read_entry(next(folder.glob("*.json")))
     assert entry is not None
     assert entry.arguments == [f"bfloat16[{n}]" for n in (4, 4, 4)] + [
-        "float32[3]", "float32[3]", "int32[1]",
+        "float32[3]", "float32[3]", "int32[1]", "int32[1]",
     ]  # fmt: skip
 
 

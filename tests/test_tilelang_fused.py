@@ -146,13 +146,14 @@ def test_a_missing_wait_shows(
 
 @pytest.mark.parametrize("name", ["dense", "packed"])
 def test_serialises_no_product_and_spills_outside_of_loops(name: str, tmp_path: Path) -> None:
-    """Spilled are addresses: of the state, before and after the scan (those of [K, V] are many),
-    and of the storing warp's last chunk."""
+    """Spilled are addresses: of the state, before and after the scan, and of the storing warp's
+    last chunk. In packed calls also what finds a task and a chunk, in the loading and the gate
+    warp."""
     plan, _ = compiled.plan_of(CASES[name])
     (kernel,) = compile_together(*plan.jobs(save=False))
     said = compiled.verdict(kernel, tmp_path)
     compiled.assert_registers_suffice(kernel.get_kernel_source(), said)
-    assert max(map(int, re.findall(r"(\d+) bytes spill", said))) <= (64 if name == "dense" else 720)
+    assert max(map(int, re.findall(r"(\d+) bytes spill", said))) <= (16 if name == "dense" else 48)
     assert "serialized" not in said, said
 
 

@@ -44,6 +44,7 @@ def clear_tail_options(call: Call, backward: bool) -> dict[str, Any]:
         "dtype": dtype_name(call.q), "K": call.q.shape[3], "V": call.v.shape[3],
         "gates": dtype_name(call.g), "strengths": dtype_name(call.beta),
         "offsets": dtype_name(call.cu_seqlens), "backward": backward,
+        "counter": False,
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
     writes  dq, dk [B, L, H, K]; dv [B, L, HV, V]; dg [B, L, HV or HV K]; dbeta [B, L, HV] from
             token cu_seqlens[N] on; in forward only o, in dv's place
+            tasks [1], a counter for the kernel after this one (`forward/fused_tasks.py`)
 
 All thread blocks take tokens in turn. Where sequences end at L there are none.
 """
@@ -19,9 +20,10 @@ BLOCKS, THREADS, RUN = 264, 128, 8
 
 @kernel
 def clear_tail(
-    *, dtype: str, K: int, V: int, gates: str, strengths: str, offsets: str, backward: bool
-) -> Any:
-    """Build the kernel. gates, strengths: dtypes of dg and dbeta."""
+    *, dtype: str, K: int, V: int, gates: str, strengths: str, offsets: str, backward: bool,
+    counter: bool = False,
+) -> Any:  # fmt: skip
+    """Build the kernel. gates, strengths: dtypes of dg and dbeta; counter: whether there is one."""
     B, L, H, HV, G, bounds = (T.dynamic(name) for name in ("B", "L", "H", "HV", "G", "bounds"))
 
     @T.macro
@@ -43,9 +45,13 @@ def clear_tail(
         dq: T.Tensor((B, L, H, K), dtype), dk: T.Tensor((B, L, H, K), dtype),
         dv: T.Tensor((B, L, HV, V), dtype), dg: T.Tensor((B, L, G), gates),
         dbeta: T.Tensor((B, L, HV), strengths), cu_seqlens: T.Tensor((bounds,), offsets),
+        tasks: T.Tensor((1,), "int32"),
     ):  # fmt: skip
         with T.Kernel(BLOCKS, threads=THREADS) as cta:
             thread = T.get_thread_binding()
+            if counter:  # noqa: SIM102, known before the kernel is; the next is not
+                if T.And(cta == 0, thread == 0):
+                    tasks[0] = 0
             first = T.alloc_var("int32")
             first = token_bound(cu_seqlens, bounds - 1, L) + cta
             for step in T.serial(T.ceildiv(T.max(L - first, 0), BLOCKS)):

@@ -125,5 +125,6 @@ inline uint __reduce_max_sync(uint, uint x) {
   for (int by = 16; by; by /= 2) x = std::max(x, __shfl_xor_sync(~0u, x, by));
   return x;
 }
+inline int atomicAdd(int *at, int by) { return (*at += by) - by; }
 inline float __uint_as_float(uint x) { return bits<float>(x); }
 inline uint __float_as_uint(float x) { return bits<uint>(x); }

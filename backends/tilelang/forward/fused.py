@@ -6,7 +6,9 @@ states goes through memory.
     reads   q, k [B, L, H, K]; v [B, L, HV, V]; g, beta [B, L, HV]; S_in, the states to start from
     writes  o [B, L, HV, V]; S_out, the final states
 
-Thread block (sequence or piece, and value head; V = 128), alone on an SM; its threads:
+Thread block (sequence or piece, and value head; V = 128), alone on an SM. In packed calls whose
+sequences are not cut there are as many thread blocks as SMs, and each takes one sequence and head
+after another (`fused_tasks.py`). The threads:
 
     128  the intra-chunk warpgroup: P and A_v of a chunk ahead
     256  two consumer warpgroups: each holds 64 rows of S^T and computes U, O and S
@@ -59,16 +61,21 @@ from .fused_memory import (
     FusedSmem,
     find_task,
     load_chunks,
+    parity_of,
+    stage_of,
     store_outputs,
 )
 from .fused_scan import PRELUDE as SCAN_PRELUDE
 from .fused_scan import ScanEnds, consume_chunks
+from .fused_tasks import PRELUDE as TASKS_PRELUDE
+from .fused_tasks import Tasks, draw_tasks, for_each_task, task_barriers
 from .query_norms import PRELUDE as NORMS_PRELUDE
 from .row_norms import PRELUDE as ROW_NORMS_PRELUDE
+from .scan_step import ScanFragments
 
 PRELUDES = "".join((
     FENCES, PRELUDE, NORMS_PRELUDE, ROW_NORMS_PRELUDE, INVERSE_PRELUDE, INTRA_CHUNK_PRELUDE,
-    SCAN_PRELUDE, ROW_SCALES,
+    SCAN_PRELUDE, ROW_SCALES, TASKS_PRELUDE,
 ))  # fmt: skip
 REGISTERS = 96, 192, 32
 """Registers a thread: the intra-chunk warpgroup, consumer warpgroups, the other warps."""
@@ -78,15 +85,16 @@ REGISTERS = 96, 192, 32
 def fused_forward(
     *, dtype: str, gates: str, strengths: str, offsets: str, K: int, V: int, varlen: bool, l2: bool,
     gate: bool, bias: bool, sigmoid: bool, double: bool, initial: bool, final: bool, v_first: bool,
-    cut: bool, transfer: bool, pool: PoolKind | None = None,
+    cut: bool, transfer: bool, pool: PoolKind | None = None, ring: bool = False,
 ) -> Any:  # fmt: skip
     """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens; initial,
     final: whether S_in is read and S_out written; cut: into pieces; transfer: the transfer scan,
     which must have cut and final; pool: S_in and S_out are a pool, but for the states between
-    pieces."""
+    pieces; ring: whether a thread block takes one whole sequence after another."""
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
     bounds, output, blocks = T.dynamic("bounds"), not transfer, 1 + transfer
     assert V == 2 * ROWS
+    assert not (ring and (cut or transfer))
     min_parts, max_parts = choose_parts(dtype, l2, sigmoid, double)
     stages, rows = FusedSmem.STAGES[output], V + K if transfer else V
     ends = ScanEnds(
@@ -99,38 +107,43 @@ def fused_forward(
     declared_checkpoints = declare_checkpoints((HV, *((V, K) if v_first else (K, V))), pool)
 
     @T.macro
-    def start_k_kT(M, smem, ready, ragged, left, chunk):
-        """Start k k^T of a chunk; `ragged` is the one that has only `left` tokens."""
-        s = chunk % stages
-        T.barrier_wait(ready[s], chunk // stages % 2)
-        if chunk == ragged:
+    def start_k_kT(M, smem, ready, ragged, left, first, chunk):
+        """Start k k^T of a chunk; it is ragged if it has only `left` tokens."""
+        s = stage_of(first, chunk, stages)
+        T.barrier_wait(ready[s], parity_of(first, chunk, stages))
+        if ragged:
             clear_rows_past_end((smem.q, smem.k) if output else (smem.k,), s, left)
             fence()
             T.sync_threads(4, 128)
         T.wgmma_gemm(smem.k[s, :, :], smem.k[s, :, :], M, transpose_B=True, clear_accum=True)
 
     @T.macro
-    def compute_intra_chunk(smem, ready, tokens_ready, intra_chunk_ready, task, thread):
-        """The intra-chunk warpgroup."""
-        M, P = (T.alloc_fragment((C, C), "float32") for _ in range(2))
-        inv, tokens = smem.inverse, smem.tokens
-        warp = thread // 32
+    def begin_intra_chunk(smem):
+        """The blocks above the diagonal, which nobody writes again, are zero."""
         for s, i, j in T.Parallel(stages, C, C):
             smem.A_v[s, i, j] = 0
             if output:
                 smem.P[s, i, j] = 0
         T.sync_threads(4, 128)
+
+    @T.macro
+    def compute_intra_chunk(
+        task, first, smem, ready, tokens_ready, intra_chunk_ready, thread, M, P
+    ):
+        """The intra-chunk warpgroup; for `for_each_task`."""
+        inv, tokens = smem.inverse, smem.tokens
+        warp = thread // 32
         chunks = T.alloc_var("int32")
         chunks = task[CHUNKS]
         bound, two_parts = T.alloc_var("float32"), T.alloc_var("bool")
         ragged = T.alloc_var("int32")
         ragged = T.if_then_else(task[LAST] < C, chunks - 1, -1)
         if chunks > 0:
-            start_k_kT(M, smem, ready, ragged, task[LAST], 0)
+            start_k_kT(M, smem, ready, ragged == 0, task[LAST], first, 0)
             T.wait_wgmma(0)
         for chunk in T.serial(chunks):
-            s, buffer = chunk % stages, chunk % 2
-            T.barrier_wait(tokens_ready[s], chunk // stages % 2)
+            s, buffer = stage_of(first, chunk, stages), stage_of(first, chunk, 2)
+            T.barrier_wait(tokens_ready[s], parity_of(first, chunk, stages))
             if l2:
                 apply_key_norms(M, smem, s, warp)
                 T.sync_threads(4, 128)
@@ -155,7 +168,10 @@ def fused_forward(
                 T.wait_wgmma(0)
                 store_P(P, smem.P, tokens, s, warp)
             T.sync_threads(4, 128)
-            start_k_kT(M, smem, ready, ragged, task[LAST], T.min(chunk + 1, chunks - 1))
+            following = T.min(chunk + 1, chunks - 1)  # after the last one, for nothing
+            # without a ring that is cleared twice: not to do so takes a register, which is spilled
+            clears = (chunk + 1 if ring else following) == ragged
+            start_k_kT(M, smem, ready, clears, task[LAST], first, following)
             beta, A_v = (
                 T.address_of(tokens[s, STRENGTH, 0]), T.address_of(smem.A_v[s, 0, 0])
             )  # fmt: skip
@@ -181,11 +197,13 @@ def fused_forward(
         forgets: T.Tensor((M, HV), "int32"), state_indices: declared_slots[0],
         fresh: declared_slots[1], checkpoint_offsets: declared_checkpoints[0],
         checkpoint_indices: declared_checkpoints[1], checkpoints: declared_checkpoints[2],
-        null_index: T.int64, sequences: T.int32, pieces: T.int32, length: T.int32, scale: T.float32,
+        counter: T.Tensor((1,), "int32"), null_index: T.int64, sequences: T.int32, pieces: T.int32,
+        launched: T.int32, length: T.int32, scale: T.float32,
     ):  # fmt: skip
         """length: tokens of a piece, if sequences are cut; forgets: written by the transfer scan,
-        whether a piece does."""
-        with T.Kernel(pieces * HV * blocks, threads=(128, 4), prelude=PRELUDES) as cta:
+        whether a piece does; counter: of tasks, at first 0; launched: thread blocks (ring)."""
+        grid = launched if ring else pieces * HV * blocks
+        with T.Kernel(grid, threads=(128, 4), prelude=PRELUDES) as cta:
             T.annotate_min_blocks_per_sm(1)
             # === shared memory and barriers ===
             ready, v_ready, tokens_ready = (T.alloc_barrier([32] * stages) for _ in range(3))
@@ -196,51 +214,63 @@ def fused_forward(
                 T.alloc_barrier([256] * stages),
             )
             smem = FusedSmem(K, dtype, max_parts, output)
-            task = T.alloc_shared((FIELDS + 3 * pooled,), "int32")
+            task_ready, task_free = task_barriers(ring, 480 if l2 else 448)
+            tasks = Tasks(FIELDS + 3 * pooled, task_ready, task_free)
             tx, wg = T.get_thread_binding(0), T.get_thread_binding(1)
 
             # === what the thread block scans ===
             block = cta % blocks  # of a transfer scan: 0 for N, 1 for M
-            if T.And(tx == 0, wg == 0):
-                find_task(
-                    task, cta // (HV * blocks), cta // blocks % HV, block, cu_seqlens, sequences, L,
-                    H, HV, length, varlen, cut, transfer, state_indices, fresh, null_index,
-                    (S_in if transfer else S_out).shape[0], pool,
-                )  # fmt: skip
+            found = (
+                block, cu_seqlens, sequences, L, H, HV, length, varlen, cut, transfer,
+                state_indices, fresh, null_index, (S_in if transfer else S_out).shape[0], pool,
+            )  # fmt: skip
+            if not ring:  # noqa: SIM102, known before the kernel is; the next is not
+                if T.And(tx == 0, wg == 0):
+                    find_task(tasks[0], cta // (HV * blocks), cta // blocks % HV, *found)
             T.sync_threads()
             if transfer:
                 skip_forgotten(
-                    k, g, beta, A_log, dt_bias, forgets, ForgettingSmem(16), task, block,
+                    k, g, beta, A_log, dt_bias, forgets, ForgettingSmem(16), tasks[0], block,
                     wg * 4 + tx // 32, tx % 32, varlen, l2, gate, bias, sigmoid, double,
                 )  # fmt: skip
 
             # === warps ===
             if wg == 0:
                 T.set_max_nreg(REGISTERS[0], 0)
-                compute_intra_chunk(smem, ready, tokens_ready, intra_chunk_ready, task, tx)
+                M_frag, P_frag = (T.alloc_fragment((C, C), "float32") for _ in range(2))
+                begin_intra_chunk(smem)
+                for_each_task(
+                    tasks, compute_intra_chunk, smem, ready, tokens_ready, intra_chunk_ready, tx,
+                    M_frag, P_frag,
+                )  # fmt: skip
             elif wg < 3:
                 T.set_max_nreg(REGISTERS[1], 1)
-                before = task[NUMBER] * length if cut else 0
-                consume_chunks(
-                    S_in, S_out, smem, ready, intra_chunk_ready, v_ready, o_ready, task, block,
-                    wg - 1, tx, K, V, dtype, ends,
+                before = tasks[0][NUMBER] * length if cut else 0
+                for_each_task(
+                    tasks, consume_chunks, S_in, S_out, smem, ready, intra_chunk_ready, v_ready,
+                    o_ready, block, wg - 1, tx, ScanFragments(K, dtype), V, ends,
                     (checkpoint_offsets, checkpoint_indices, checkpoints, null_index, before),
                 )  # fmt: skip
             else:
                 T.set_max_nreg(REGISTERS[2], 0)
                 if tx < 32:
-                    load_chunks(
-                        q, k, v, smem, ready, v_ready, o_ready, v_free, task, block == 0, varlen,
-                        output,
+                    draw_tasks(
+                        tasks, counter, launched, HV, sequences * HV, cta, tx, S_in, ends,
+                        found, load_chunks, q, k, v, smem, ready, v_ready,
+                        o_ready, v_free, block == 0, varlen, output,
                     )  # fmt: skip
                 elif tx < 64:
-                    store_outputs(o, smem, o_ready, v_free, task, tx - 32, varlen, output, pooled)
+                    for_each_task(
+                        tasks, store_outputs, o, smem, o_ready, v_free, tx - 32, varlen, output,
+                        pooled,
+                    )  # fmt: skip
                 elif tx < 96:
-                    compute_factors(
-                        g, beta, A_log, dt_bias, smem, norms_ready, tokens_ready, o_ready, task,
-                        scale, tx - 64, varlen, l2, gate, bias, sigmoid, double, output,
+                    for_each_task(
+                        tasks, compute_factors, g, beta, A_log, dt_bias, smem, norms_ready,
+                        tokens_ready, o_ready, scale, tx - 64, varlen, l2, gate, bias, sigmoid,
+                        double, output,
                     )  # fmt: skip
                 elif l2 and output:
-                    compute_norms(smem, ready, norms_ready, task)
+                    for_each_task(tasks, compute_norms, smem, ready, norms_ready)
 
     return fused_kernel

@@ -24,7 +24,7 @@ from .fused_intra_chunk import (
     TO_M,
     TO_P,
 )
-from .fused_memory import CHUNKS, HEAD
+from .fused_memory import CHUNKS, HEAD, parity_of, stage_of
 from .query_norms import sum_squares
 from .warp_blocks import BLOCK
 
@@ -73,15 +73,15 @@ def compute_query_factors(smem: Any, s: Any, scale: Any, lane: Any, l2: bool) ->
 
 @T.macro
 def compute_factors(
-    g: Any, beta: Any, A_log: Any, dt_bias: Any, smem: Any, norms_ready: Any, tokens_ready: Any,
-    o_ready: Any, task: Any, scale: Any, lane: Any, varlen: bool, l2: bool, gate: bool, bias: bool,
-    sigmoid: bool, double: bool, output: bool,
+    task: Any, first: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, smem: Any,
+    norms_ready: Any, tokens_ready: Any, o_ready: Any, scale: Any, lane: Any, varlen: bool,
+    l2: bool, gate: bool, bias: bool, sigmoid: bool, double: bool, output: bool,
 ) -> None:  # fmt: skip
-    """The gate warp."""
+    """The gate warp; for `for_each_task`."""
     raw = T.alloc_local((6,), "float32")
     batch = 0 if varlen else task[SEQUENCE]
     for chunk in T.serial(task[CHUNKS]):
-        s, parity = chunk % smem.stages, chunk // smem.stages % 2
+        s, parity = stage_of(first, chunk, smem.stages), parity_of(first, chunk, smem.stages)
         token, left = task[START] + chunk * C, task[STOP] - task[START] - chunk * C
         load_gates(g, beta, A_log, dt_bias, batch, task[HEAD], token, left, raw, lane, gate, bias)
         sum_gates(raw, left, smem.gates, 0, lane, gate, bias, sigmoid, double)
@@ -97,10 +97,10 @@ def compute_factors(
 
 
 @T.macro
-def compute_norms(smem: Any, ready: Any, norms_ready: Any, task: Any) -> None:
-    """The norm warp."""
+def compute_norms(task: Any, first: Any, smem: Any, ready: Any, norms_ready: Any) -> None:
+    """The norm warp; for `for_each_task`."""
     for chunk in T.serial(task[CHUNKS]):
-        s = chunk % smem.stages
-        T.barrier_wait(ready[s], chunk // smem.stages % 2)
+        s = stage_of(first, chunk, smem.stages)
+        T.barrier_wait(ready[s], parity_of(first, chunk, smem.stages))
         sum_squares(smem.q, s, T.address_of(smem.tokens[s, SQUARES, 0]))
         T.barrier_arrive(norms_ready[s])

@@ -26,6 +26,22 @@ FIELDS = POOL_SLOT = 12
 """How many these are. With a pool there are three more, which `find_slot` writes."""
 
 
+def stage_of(first: Any, chunk: Any, stages: int) -> Any:
+    """The stage of a task's chunk. first: the number of the task's first chunk, unsigned or 0.
+    Where TileLang does not see that a stage is not negative, every address costs more."""
+    if isinstance(first, int):
+        return chunk % stages
+    return T.cast((first + T.cast(chunk, "uint32")) % T.uint32(stages), "int32")
+
+
+def parity_of(first: Any, chunk: Any, stages: int) -> Any:
+    """The parity of the barriers of a chunk's stage."""
+    if isinstance(first, int):
+        return chunk // stages % 2
+    number = (first + T.cast(chunk, "uint32")) // T.uint32(stages)
+    return T.cast(number % T.uint32(2), "int32")
+
+
 class FusedSmem:
     """Shared memory: a ring of stages, a chunk each. o takes the place of v. Without output there
     is neither q nor P nor o, and there is space for more stages. parts: of the inverse's
@@ -88,13 +104,14 @@ def find_task(
 
 @T.macro
 def load_chunks(
-    q: Any, k: Any, v: Any, smem: Any, ready: Any, v_ready: Any, o_ready: Any, v_free: Any,
-    task: Any, has_values: Any, varlen: bool, output: bool,
+    task: Any, first: Any, q: Any, k: Any, v: Any, smem: Any, ready: Any, v_ready: Any,
+    o_ready: Any, v_free: Any, has_values: Any, varlen: bool, output: bool,
 ) -> None:  # fmt: skip
-    """The loading warp; it loads v only if has_values."""
+    """The loading warp; for `draw_tasks`. It loads v only if has_values."""
     batch = 0 if varlen else task[SEQUENCE]
     for chunk in T.serial(task[CHUNKS]):
-        s, parity, token = chunk % smem.stages, chunk // smem.stages % 2, task[START] + chunk * C
+        s, parity = stage_of(first, chunk, smem.stages), parity_of(first, chunk, smem.stages)
+        token = task[START] + chunk * C
         T.barrier_wait(o_ready[s], parity ^ 1)
         T.tma_copy(
             k[batch, token : token + C, task[KEY_HEAD], :], smem.k[s, :, :], barrier=ready[s],
@@ -119,14 +136,14 @@ def load_chunks(
 
 @T.macro
 def store_outputs(
-    o: Any, smem: Any, o_ready: Any, v_free: Any, task: Any, lane: Any, varlen: bool, output: bool,
-    pooled: bool,
+    task: Any, first: Any, o: Any, smem: Any, o_ready: Any, v_free: Any, lane: Any, varlen: bool,
+    output: bool, pooled: bool,
 ) -> None:  # fmt: skip
-    """The storing warp."""
+    """The storing warp; for `for_each_task`."""
     batch = 0 if varlen else task[SEQUENCE]
     for chunk in T.serial(task[CHUNKS]):
-        s, token = chunk % smem.stages, task[START] + chunk * C
-        T.barrier_wait(o_ready[s], chunk // smem.stages % 2)
+        s, token = stage_of(first, chunk, smem.stages), task[START] + chunk * C
+        T.barrier_wait(o_ready[s], parity_of(first, chunk, smem.stages))
         if output:
             store_chunk(o, smem.v, batch, token, task[STOP], task[HEAD], 0, s, 2, lane)
         T.barrier_arrive(v_free[s])

@@ -35,6 +35,12 @@ def fills_gpu(call: Call) -> bool:
     return scans > 0 and scans >= MIN_SHARE * sms * -(-scans // sms)
 
 
+def draws_sequences(call: Call) -> bool:
+    """Whether thread blocks draw whole sequences from a counter (`fused_tasks.py`), instead of one
+    for each: in packed calls, whose lengths differ."""
+    return call.cu_seqlens is not None
+
+
 def choose_piece_length(call: Call) -> int | None:
     """Tokens of a piece; None if sequences are not cut.
 
@@ -51,7 +57,7 @@ def choose_piece_length(call: Call) -> int | None:
 
 class FusedPass:
     """What all forward calls of one kind have in common. length: tokens of a piece, None if
-    sequences are not cut."""
+    sequences are not cut; draws: whether thread blocks draw sequences from a counter."""
 
     def __init__(self, call: Call, options: dict[str, Any], length: int | None) -> None:
         """options: those of `fused_forward`, without cut and transfer."""
@@ -73,7 +79,12 @@ class FusedPass:
                 (fused_forward, options | {"final": True, "cut": True, "transfer": True}),
                 (combine_pieces, combine),
             ]
-        last = {"cut": length is not None, "transfer": False}
+        self.draws = length is None and draws_sequences(call)
+        self.blocks = min(call.sequences * call.v.shape[2], sm_count(call.q.device))
+        self.new_counter: Any = lambda: None
+        if self.draws:
+            self.new_counter = allocator((1,), torch.int32, call.q.device)
+        last = {"cut": length is not None, "transfer": False, "ring": self.draws}
         last |= {"initial": True} if length is not None else {}
         self.jobs.append((fused_forward, options | last))
 
@@ -91,11 +102,14 @@ class FusedPass:
     def run(
         self, launchers: list[Any], q: Tensor, k: Tensor, v: Tensor, gates: tuple[Any, ...],
         initial: Tensor | None, cu_seqlens: Tensor | None, o: Tensor, final: Tensor | None,
-        tables: tuple[Any, ...], scale: float,
+        tables: tuple[Any, ...], counter: Tensor | None, scale: float,
     ) -> None:  # fmt: skip
-        """Launch the kernels of `jobs`. gates: g, beta, A_log, dt_bias; tables: of a pool."""
+        """Launch the kernels of `jobs`. gates: g, beta, A_log, dt_bias; tables: of a pool; counter:
+        from `new_counter`, zero."""
         N, inputs = self.sequences, (q, k, v)
-        sizes = (*tables, N, self.pieces, self.length or 0, scale)
+        sizes = (
+            *tables[:-1], counter, tables[-1], N, self.pieces, self.blocks, self.length or 0, scale
+        )  # fmt: skip
         if self.length is not None:
             transfer, forgets = self.new_transfer(), self.new_forgets()
             begins = self.new_begins()

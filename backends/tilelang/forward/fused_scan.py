@@ -31,6 +31,8 @@ from .fused_memory import (
     PIECE,
     POOL_SLOT,
     FusedSmem,
+    parity_of,
+    stage_of,
 )
 from .scan_step import (
     ScanFragments,
@@ -153,11 +155,11 @@ class ScanEnds(NamedTuple):
 @T.macro
 def consume_chunk(
     chunk: Any, frag: Any, smem: Any, ready: Any, intra_chunk_ready: Any, v_ready: Any,
-    o_ready: Any, task: Any, chunks: Any, wg: Any, thread: Any, output: bool,
+    o_ready: Any, task: Any, first: Any, chunks: Any, wg: Any, thread: Any, output: bool,
 ) -> None:  # fmt: skip
     """One chunk: O, in v's place, and S."""
     stages = smem.stages
-    s, parity = chunk % stages, chunk // stages % 2
+    s, parity = stage_of(first, chunk, stages), parity_of(first, chunk, stages)
     v_tile = s * 2 + wg
     T.barrier_wait(ready[s], parity)
     T.barrier_wait(intra_chunk_ready[s], parity)
@@ -175,15 +177,16 @@ def consume_chunk(
 
 @T.macro
 def consume_chunks(
-    S_in: Any, S_out: Any, smem: Any, ready: Any, intra_chunk_ready: Any, v_ready: Any,
-    o_ready: Any, task: Any, block: Any, wg: Any, thread: Any, K: int, V: int, dtype: str,
+    task: Any, first: Any, S_in: Any, S_out: Any, smem: Any, ready: Any, intra_chunk_ready: Any,
+    v_ready: Any, o_ready: Any, block: Any, wg: Any, thread: Any, frag: Any, V: int,
     ends: ScanEnds, checkpoints: tuple[Any, ...],
 ) -> None:  # fmt: skip
-    """A consumer warpgroup: 64 rows of S^T. checkpoints: as for `scan_to_checkpoints`."""
+    """A consumer warpgroup: 64 rows of S^T; for `for_each_task`. checkpoints: as for
+    `scan_to_checkpoints`."""
     # === the state to start from ===
     row, stages, output = wg * ROWS, FusedSmem.STAGES[not ends.transfer], not ends.transfer
-    rows, from_pool, to_pool = V + K, ends.pool_in is not None, ends.pool_out is not None
-    frag = ScanFragments(K, dtype)
+    rows = V + frag.S.shape[1]
+    from_pool, to_pool = ends.pool_in is not None, ends.pool_out is not None
     if ends.transfer:
         set_unit_state(frag, row if block > 0 else -V)
         if block > 0:
@@ -211,7 +214,8 @@ def consume_chunks(
     chunks = T.alloc_var("int32")
     chunks = task[CHUNKS]
     scanned = (
-        frag, smem, ready, intra_chunk_ready, v_ready, o_ready, task, chunks, wg, thread, output
+        frag, smem, ready, intra_chunk_ready, v_ready, o_ready, task, first, chunks, wg, thread,
+        output,
     )  # fmt: skip
     if ends.has_checkpoints:
         scan_to_checkpoints(

@@ -164,9 +164,12 @@ class ForwardPass:
             for save, (_, warpgroups) in self.pieces.items():
                 gates = self.prepare_options
                 self.scan_jobs[save] = piece_jobs(call, options, gates, warpgroups)
-        self.clear_jobs: list[Job] = []
+        self.clear_jobs: dict[bool, list[Job]] = {False: [], True: []}
         if call.cu_seqlens is not None and clears_tail:
-            self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=False))]
+            clear = clear_tail_options(call, backward=False)
+            self.clear_jobs[True] = [(clear_tail, clear)]
+            draws = self.fused is not None and self.fused.draws
+            self.clear_jobs[False] = [(clear_tail, clear | {"counter": draws})]
         self.launchers: dict[bool, tuple[list[Any], Any]] = {}
 
     def jobs(self, save: bool) -> list[Job]:
@@ -181,12 +184,12 @@ class ForwardPass:
 
     def all_jobs(self, save: bool) -> list[Job]:
         """`jobs`, and `clear_tail` at the end if it is needed."""
-        return [*self.jobs(save), *self.clear_jobs]
+        return [*self.jobs(save), *self.clear_jobs[save]]
 
     def _launchers(self, save: bool) -> tuple[list[Any], Any]:
         """The functions that launch `jobs`, and the one of `clear_tail` or None."""
         found = launchers(self.all_jobs(save))
-        self.launchers[save] = (found[:-1], found[-1]) if self.clear_jobs else (found, None)
+        self.launchers[save] = (found[:-1], found[-1]) if self.clear_jobs[save] else (found, None)
         return self.launchers[save]
 
     def forward(self, call: Call, save: bool, exchange: Exchange | None = None) -> Forward:
@@ -212,12 +215,15 @@ class ForwardPass:
         if call.initial_state is not None:  # else it may be a pool, in a dtype of its own
             initial = tma_ready(call.initial_state.float())
         launch, run_clear = self.launchers.get(save) or self._launchers(save)
+        counter = self.fused.new_counter() if self.fused and not save else None
         if run_clear is not None:
-            run_clear(None, None, o, None, None, cu_seqlens)
+            run_clear(None, None, o, None, None, cu_seqlens, counter)
+        elif counter is not None:
+            counter.zero_()
         if self.fused and not save:
             gates = (g, beta, A_log, dt_bias)
             self.fused.run(
-                launch, q, k, v, gates, initial, cu_seqlens, o, final, tables, call.scale
+                launch, q, k, v, gates, initial, cu_seqlens, o, final, tables, counter, call.scale
             )
             return []
         run_prepare, *run_scans = launch

@@ -10,6 +10,8 @@ from typing import Any
 
 import tilelang.language as T
 
+from .indexing import rolled_loop
+
 
 @T.macro
 def clear_past_end(x: Any, live: Any) -> None:
@@ -45,8 +47,11 @@ def store_live_rows(
 ) -> None:
     """Store the live rows of x[s], [C, 64] in shared memory, to the tokens from `token` on of
     to [B, L, HV, V]; by one warp. A copy of the whole chunk would overwrite the next sequence."""
-    for i in T.serial(live):
-        store_row(x, s, i, 0, to, batch, token + i, head, first, lane)
+    for i in rolled_loop(T.ceildiv(live, 4)):  # 16 bytes a lane
+        row, column = i * 4 + lane // 8, lane % 8 * 8
+        if row < live:
+            for j in T.vectorized(8):
+                to[batch, token + row, head, first + column + j] = x[s, row, column + j]
 
 
 @T.macro
