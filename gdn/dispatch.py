@@ -214,13 +214,12 @@ def resolve_context_parallel(request: str, call: Call, needs_grad: bool) -> str:
     if registry.is_pinned(request):
         return request
     key = _key(request, call, needs_grad)
-    pinned = _pinned_for_ranks.get(key)
-    if pinned is None:
+    if key not in _pinned_for_ranks:
         validate(call)
         problem = replace(describe(call, needs_grad), initial_state=True, context_parallel=True)
         _make_room(_pinned_for_ranks)
-        _pinned_for_ranks[key] = pinned = registry.pin(resolve(request, problem))
-    return pinned
+        _pinned_for_ranks[key] = registry.pin(resolve(request, problem))
+    return _pinned_for_ranks[key]
 
 
 @functools.cache
@@ -242,8 +241,7 @@ def choose(request: str, call: Call, needs_grad: bool) -> Chosen:
     """Validate a call, resolve the request for it, and make the backend's plan. The result is
     remembered: a repeated call costs one look-up."""
     key = _key(request, call, needs_grad)
-    chosen = _chosen.get(key)
-    if chosen is None:
+    if (chosen := _chosen.get(key)) is None:
         validate(call)
         chosen = _remember(key, resolve(request, describe(call, needs_grad), call), call)
     return chosen
@@ -280,8 +278,7 @@ def choose_for_pool(request: str, given: PoolCall) -> Chosen:
         call[CALL_TENSORS + 1 :],
         given[end:],
     )
-    chosen = _chosen.get(key)
-    if chosen is None:
+    if (chosen := _chosen.get(key)) is None:
         validate_pool_call(given)
         chosen = _remember(key, resolve(request, describe_pool_call(given), given), given)
     return chosen
