@@ -181,7 +181,7 @@ def test_neither_spills_in_loops_nor_serialises(
         *PoolPlan(as_prefill(make_prefill(case))).forward_pass.jobs(save=False)
     )
     assert len(kernels) == (1 if fused else 2)
-    most = (32 if fused else 16) if case.checkpoints == "none" else 80 if fused else 512
+    most = (40 if fused else 16) if case.checkpoints == "none" else 80 if fused else 512
     for kernel in kernels:
         said = compiled.verdict(kernel, tmp_path)
         compiled.assert_registers_suffice(kernel.get_kernel_source(), said)
