@@ -41,8 +41,7 @@ _default: str | None = None
 _context: ContextVar[str | None] = ContextVar("gdn_backend", default=None)
 _chosen: dict[tuple[object, ...], Chosen] = {}
 _pinned_for_ranks: dict[tuple[object, ...], str] = {}
-_LIMIT = 4096
-"""Entries of each."""
+_LIMIT = 4096  # entries of each
 _variable = Variable("GDN_BACKEND")
 OWN_KERNELS = "auto-kernels"
 """The request for gdn's own kernels (`framework_request`). No backend can have this name."""
@@ -217,7 +216,8 @@ def resolve_context_parallel(request: str, call: Call, needs_grad: bool) -> str:
     if key not in _pinned_for_ranks:
         validate(call)
         problem = replace(describe(call, needs_grad), initial_state=True, context_parallel=True)
-        _make_room(_pinned_for_ranks)
+        if len(_pinned_for_ranks) >= _LIMIT:
+            _pinned_for_ranks.clear()
         _pinned_for_ranks[key] = registry.pin(resolve(request, problem))
     return _pinned_for_ranks[key]
 
@@ -228,8 +228,7 @@ def _warn_once(message: str) -> None:
 
 
 def _warn_slow(reasons: dict[str, list[str]]) -> None:
-    """Warn once per process that the choice fell back to plain PyTorch although the tensors are on
-    a GPU."""
+    """Warn once per process that plain PyTorch runs although the tensors are on a GPU."""
     if not _warn_once.cache_info().currsize:
         why = "".join(f"\n  {name}: {'; '.join(r)}" for name, r in reasons.items())
         _warn_once(
@@ -285,15 +284,11 @@ def choose_for_pool(request: str, given: PoolCall) -> Chosen:
 
 
 def _remember(key: tuple[object, ...], backend: Backend, call: Call | PoolCall) -> Chosen:
-    _make_room(_chosen)
+    if len(_chosen) >= _LIMIT:
+        _chosen.clear()
     plan = CheckedPlan(backend, make_plan(backend, call))
     _chosen[key] = chosen = Chosen(plan, registry.pin(backend))
     return chosen
-
-
-def _make_room(remembered: dict[Any, Any]) -> None:
-    if len(remembered) >= _LIMIT:
-        remembered.clear()
 
 
 def precompile(request: str, call: Call | PoolCall, problem: Problem) -> tuple[str, bool]:
