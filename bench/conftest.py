@@ -233,7 +233,7 @@ def _unfinished(config: pytest.Config) -> Path | None:
     if target is None:
         return None
     path = target if isinstance(target, (str, os.PathLike)) else target.name  # or an open file
-    return Path(f"{os.fspath(path)}.unfinished")
+    return Path(path).with_suffix(".unfinished.json")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -244,12 +244,14 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     if path and benchmark is not None and benchmark.stats:
         config.stash[MEASURED].append(_shrink(benchmark.stats.as_dict(False)))
         rows = {"benchmarks": config.stash[MEASURED], "not_timed": config.stash[NOT_TIMED]}
-        path.write_text(json.dumps(rows))
+        path.with_suffix(".part").write_text(json.dumps(rows))
+        path.with_suffix(".part").replace(path)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if path := _unfinished(session.config):
-        path.unlink(missing_ok=True)
+    path = _unfinished(session.config)
+    if path and session.config.stash[MEASURED]:
+        path.unlink()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -77,12 +78,15 @@ def _time(setting: Setting, device: torch.device, rounds: int) -> Any:
         eager = _median(run, device, rounds)
     except Exception as error:  # all ranks raise alike, or the group times out
         return f"{type(error).__name__}: {error}"[:500]
-    try:
-        graph = capture(run) if device.type == "cuda" else None
-    except Exception:  # on every rank, since no rank waits for another one in a capture
-        torch.cuda.synchronize()
-        graph = None
-    return eager, graph and _median(graph.replay, device, rounds)
+    if device.type != "cuda":
+        return eager, None
+    graph = None
+    with contextlib.suppress(Exception):
+        graph = capture(run, "thread_local")
+    torch.cuda.synchronize()
+    captured = torch.tensor(int(graph is not None), device=device)
+    dist.all_reduce(captured, dist.ReduceOp.MIN)
+    return eager, _median(graph.replay, device, rounds) if graph and captured.item() else None
 
 
 def _median(run: Run, device: torch.device, rounds: int) -> float:

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +39,7 @@ from gdn.validation import validate, validate_pool_call
 _default: str | None = None
 _context: ContextVar[str | None] = ContextVar("gdn_backend", default=None)
 _chosen: dict[tuple[object, ...], Chosen] = {}
-_pinned_for_ranks: dict[tuple[object, ...], str] = {}
-_LIMIT = 4096  # entries of each
+_CHOSEN_LIMIT = 4096
 _variable = Variable("GDN_BACKEND")
 OWN_KERNELS = "auto-kernels"
 """The request for gdn's own kernels (`framework_request`). No backend can have this name."""
@@ -208,20 +206,6 @@ def resolve(request: str, problem: Problem, given: Call | PoolCall | None = None
     raise BackendUnsupportedError(request, problem, reasons)
 
 
-def resolve_context_parallel(request: str, call: Call, needs_grad: bool) -> str:
-    """The pinned request of the backend that runs one rank's part of a call, and its summaries."""
-    if registry.is_pinned(request):
-        return request
-    key = _key(request, call, needs_grad)
-    if key not in _pinned_for_ranks:
-        validate(call)
-        problem = replace(describe(call, needs_grad), initial_state=True, context_parallel=True)
-        if len(_pinned_for_ranks) >= _LIMIT:
-            _pinned_for_ranks.clear()
-        _pinned_for_ranks[key] = registry.pin(resolve(request, problem))
-    return _pinned_for_ranks[key]
-
-
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=5)
@@ -239,14 +223,14 @@ def _warn_slow(reasons: dict[str, list[str]]) -> None:
 def choose(request: str, call: Call, needs_grad: bool) -> Chosen:
     """Validate a call, resolve the request for it, and make the backend's plan. The result is
     remembered: a repeated call costs one look-up."""
-    key = _key(request, call, needs_grad)
+    key = describe_choice(request, call, needs_grad)
     if (chosen := _chosen.get(key)) is None:
         validate(call)
         chosen = _remember(key, resolve(request, describe(call, needs_grad), call), call)
     return chosen
 
 
-def _key(request: str, call: Call, needs_grad: bool) -> tuple[object, ...]:
+def describe_choice(request: str, call: Call, needs_grad: bool) -> tuple[object, ...]:
     """What the choice for a call depends on."""
     tensors: tuple[Tensor | None, ...] = call[:CALL_TENSORS]  # type: ignore[assignment]
     return (
@@ -284,7 +268,7 @@ def choose_for_pool(request: str, given: PoolCall) -> Chosen:
 
 
 def _remember(key: tuple[object, ...], backend: Backend, call: Call | PoolCall) -> Chosen:
-    if len(_chosen) >= _LIMIT:
+    if len(_chosen) >= _CHOSEN_LIMIT:
         _chosen.clear()
     plan = CheckedPlan(backend, make_plan(backend, call))
     _chosen[key] = chosen = Chosen(plan, registry.pin(backend))

@@ -26,9 +26,10 @@ def replay_agrees(rank: int, case: Case, lengths: tuple[int, ...], backend: str)
 
     def run() -> None:
         outputs = gdn.gated_delta_net(**first, cp=cp, backend=backend)
-        found.update(o=outputs.o.detach(), **gradients(outputs, first, given))
+        found.update({name: x.detach() for name, x in outputs._asdict().items()})
+        found.update(gradients(outputs, first, given))
 
-    graph = capture(run)
+    graph = capture(run, "thread_local")
     captured = dict(found)
     with torch.no_grad():
         for name, x in first.items():

@@ -16,16 +16,16 @@ import gdn
 from gdn import dispatch, registry
 
 
-def take_turns(worker: str, gpus: int) -> str:
+def take_turns(worker: str, gpus: list[str]) -> str:
     """CUDA_VISIBLE_DEVICES of a worker of xdist: all GPUs, each worker begins with the next one."""
-    number = int(worker.removeprefix("gw"))
-    return ",".join(str((number + n) % gpus) for n in range(gpus))
+    first = int(worker.removeprefix("gw")) % len(gpus)
+    return ",".join(gpus[first:] + gpus[:first])
 
 
-if "PYTEST_XDIST_WORKER" in os.environ and (gpus := torch.cuda.device_count()) > 1:
+if "PYTEST_XDIST_WORKER" in os.environ and (count := torch.cuda.device_count()) > 1:
     # before the driver reads the variable; counting does not start it
-    turn = take_turns(os.environ["PYTEST_XDIST_WORKER"], gpus)
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", turn)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = take_turns(os.environ["PYTEST_XDIST_WORKER"], gpus)
 if not torch.cuda.is_available():
     # before Triton is imported and the triton backend reads the variable
     os.environ.setdefault("TRITON_INTERPRET", "1")

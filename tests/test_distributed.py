@@ -161,6 +161,17 @@ def test_one_rank_is_the_whole(group: Any) -> None:
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
+def test_compiles_for_parts_of_any_length(group: Any) -> None:
+    """From the second length on sizes are symbols."""
+    torch._dynamo.reset()
+    compiled = torch.compile(gdn.gated_delta_net, fullgraph=True, backend="aot_eager")
+    for T in (70, 130, 90):
+        inputs = make_inputs(Case("part", T=T, H=1, HV=1, K=8, V=8))
+        options = {"cp": gdn.ContextParallel(group, lengths=(T,)), "backend": "torch"}
+        got, want = (op(**inputs, **options) for op in (compiled, gdn.gated_delta_net))
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
 def test_errors_name_the_argument_and_the_remedy(group: Any) -> None:
     def call(cp: Any, **options: Any) -> None:
         inputs = make_inputs(Case("call", T=8)) | {"cp": cp, "backend": "torch"} | options

@@ -264,5 +264,5 @@ def test_a_run_that_is_killed_keeps_its_rows(tmp_path: Path) -> None:
     tests = str(ROOT / "bench" / "test_prefill.py")
     done = bench(tests, *options, f"--benchmark-json={target}", PYTHONPATH=str(tmp_path))
     assert done.returncode == -9
-    found = reading.load(tmp_path / "rows.json.unfinished")
+    found = reading.load(tmp_path / "rows.unfinished.json")
     assert [row["pass"] for row in found.rows] == ["fwd", "bwd"]

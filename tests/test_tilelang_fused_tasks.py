@@ -120,7 +120,8 @@ def test_a_missing_wait_shows(
 def test_packed_calls_draw_and_others_do_not() -> None:
     x = torch.empty((4, 8192, 32, 128), device="meta")
     call = Call(x, x, x, x[..., 0], x[..., 0])
-    packed = Call(*(y.flatten(0, 1)[None] for y in call[:5]), cu_seqlens=torch.empty(5))
+    one, bounds = (y.flatten(0, 1)[None] for y in call[:5]), torch.empty(5)
+    packed = Call(*one)._replace(cu_seqlens=bounds)
     ((_, dense),) = forward.ForwardPass(call).jobs(save=False)
     ((_, drawn),) = forward.ForwardPass(packed).jobs(save=False)
     assert not dense["ring"]

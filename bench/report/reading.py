@@ -23,7 +23,7 @@ TYPES: dict[str, Any] = dict.fromkeys(IDENTITY, str) | {
     "tflops": PERHAPS, "gbytes": PERHAPS, "roofline": PERHAPS, "peak_mb": PERHAPS,
     "conversions_ms": PERHAPS, "first_call_s": PERHAPS, "errors": dict, "clocks": dict,
     "any_bits_ms": NUMBER, "layers": int, "speed_up": NUMBER, "launches": PERHAPS,
-    "beside_ms": PERHAPS, "ratio": PERHAPS,
+    "beside_ms": PERHAPS, "ratio": PERHAPS, "eager_ms": NUMBER,
     "case": {"B": int, "lengths": (list, NoneType), "dtype": str},
     "ceilings": {"flops": NUMBER, "bytes": NUMBER},
     "environment": {

@@ -90,8 +90,10 @@ def capture_stream(device: int) -> Any:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def capture(run: Run) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of one run, after a warm-up on the stream that it is captured on."""
+def capture(run: Run, mode: str = "global") -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one run, after a warm-up on the stream that it is captured on. mode:
+    `capture_error_mode` of `torch.cuda.graph`, "thread_local" where NCCL's own threads may look at
+    events meanwhile."""
     stream = capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -99,8 +101,7 @@ def capture(run: Run) -> torch.cuda.CUDAGraph:
             run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # NCCL's own threads may ask for the state of events meanwhile
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
         run()
     return graph
 

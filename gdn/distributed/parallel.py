@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn import calls, dispatch
+from gdn import calls
 from gdn.context_parallel import SCHEMA, ContextParallel, Placement
 from gdn.ops import (
     GRADIENTS,
@@ -25,7 +25,7 @@ from gdn.problem import Call
 from gdn.shortcut import CALL_ARGUMENTS
 from gdn.validation import check_types, refuse_tangents, refuse_transforms, validate
 
-from . import passes
+from . import choice, passes
 
 
 def run(call: Call, cp: ContextParallel, request: str) -> tuple[Tensor, Tensor | None]:
@@ -96,7 +96,7 @@ torch.library.define(
 def _choose(call: Call, at: Placement, request: str, needs_grad: bool) -> str:
     """The pinned request of the backend that runs the rank's part."""
     local = passes.cut(call._replace(initial_state=None), at, None)
-    return dispatch.resolve_context_parallel(request, local, needs_grad)
+    return choice.pin(request, local, needs_grad)
 
 
 def _split_arguments(args: tuple[Any, ...]) -> tuple[Call, list[Any], Placement]:

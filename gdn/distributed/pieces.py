@@ -15,15 +15,15 @@ def right_edge(maps: PieceMaps, split: Split, number: int, states: Tensor) -> Te
     """(N | M) of a segment, [HV, K, V + K]; (N | 0), from its state in `states`, if its sequence
     begins with it."""
     found = maps.transfers[_places(maps, split, number)].mT.double()
+    if split.segments[number].begins:
+        V = states.shape[-1]
+        N = torch.baddbmm(found[0, ..., :V], found[0, ..., V:], states[number].double())
+        first = torch.nn.functional.pad(N, (0, found.shape[-1] - V))
+        found = torch.cat([first[None], found[1:]])
     while len(found) > 1:  # neighbours in pairs: few launches for many pieces
         even = len(found) // 2 * 2
         found = torch.cat([compose(found[0:even:2], found[1:even:2]), found[even:]])
-    merged = found[0]
-    if split.segments[number].begins:
-        V = states.shape[-1]
-        N = torch.baddbmm(merged[..., :V], merged[..., V:], states[number].double())
-        merged = torch.nn.functional.pad(N, (0, merged.shape[-1] - V))
-    return merged.to(states.dtype)
+    return found[0].to(states.dtype)
 
 
 def left_edge(maps: PieceMaps, split: Split, number: int, dS: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from gdn.invariance import is_batch_invariant
 from gdn.problem import Call
 from gdn.validation import check_types, refuse_transforms
 
+from . import choice
+
 
 def summarize(
     k: Tensor,
@@ -62,7 +64,7 @@ def summarize(
     )  # fmt: skip
     check_types(call)
     refuse_transforms()
-    request = dispatch.resolve_context_parallel(dispatch.request_in_force(backend)[0], call, False)
+    request = choice.pin(dispatch.request_in_force(backend)[0], call, False)
     return summary(call, request)
 
 
@@ -120,7 +122,7 @@ def summarize_gradient(
             f"grad_final_state must be [N, HV, K, V] = {call.state_shape}, "
             f"got {tuple(grad_final_state.shape)}"
         )
-    request = dispatch.resolve_context_parallel(dispatch.request_in_force(backend)[0], call, True)
+    request = choice.pin(dispatch.request_in_force(backend)[0], call, True)
     return initial_gradient(call, request, grad_o, grad_final_state)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gdn import calls, dispatch, registry
 from gdn.api import gated_delta_net
+from gdn.distributed import choice
 from gdn.integrations.fla_arguments import Arguments, Entry, describe_entry, read
 from gdn.integrations.recurrence import run_step, state_shape
 from gdn.reentry import is_calling_out
@@ -117,7 +118,7 @@ def _refusal(request: str, entry: Entry, found: Arguments, needs_grad: bool) -> 
                 # as if packed on every rank: all ranks must decide alike, or they wait in vain
                 packed = options | {"cu_seqlens": tokens["q"].new_zeros(2, dtype=torch.int64)}
                 part: Any = calls.make(**tokens, options=packed, prefill=False)
-                dispatch.resolve_context_parallel(request, part, needs_grad)
+                choice.pin(request, part, needs_grad)
             else:
                 states = {"initial_state": initial_state, "output_final_state": output_final_state}
                 call: Any = calls.make(**tokens, options=options | states, prefill=False)
