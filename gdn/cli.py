@@ -26,6 +26,7 @@ from gdn.compare.options import (
     on_device,
     parse_bound,
     parse_device,
+    parse_folder,
     parse_lengths,
     parse_shape,
     require_device,
@@ -124,7 +125,7 @@ def run_warmup(args: argparse.Namespace) -> int:
 
 def build_kernels(args: argparse.Namespace) -> int:
     """Compile TileLang's kernels into a folder for machines without a compiler, or check or prune
-    one. Needs no GPU; what is there is kept."""
+    one. Needs no GPU. A kernel that the folder has already is not built again."""
     build, catalogue, upkeep = (
         importlib.import_module(f"gdn.backends.tilelang.{name}")
         for name in ("build", "catalogue", "upkeep")
@@ -253,10 +254,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_warmup, device=torch.device("cuda"))
 
     command = commands.add_parser("build-kernels", help=build_kernels.__doc__)
-    command.add_argument("--out", type=Path, metavar="DIR", help="the folder to build into")
-    command.add_argument("--check", type=Path, metavar="DIR", help="load every kernel of a folder")
+    command.add_argument("--out", type=parse_folder, metavar="DIR", help="where kernels go")
+    command.add_argument("--check", type=parse_folder, metavar="DIR", help="load every kernel")
     command.add_argument(
-        "--prune", type=Path, nargs="?", const=False, metavar="DIR",
+        "--prune", type=parse_folder, nargs="?", const=False, metavar="DIR",
         help="remove what other versions of gdn and TileLang left in a folder, or in the cache",
     )  # fmt: skip
     command.add_argument("--list", action="store_true", help="print the kernels, build nothing")
@@ -291,10 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, 130 after Ctrl-C."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if (
-        args.run is build_kernels
-        and not args.list
-        and ([args.out, args.check, args.prune].count(None) != 2)
-    ):
-        parser.error("build-kernels takes one of --out DIR, --check DIR and --prune [DIR]")
+    if args.run is build_kernels:
+        given = [args.out, args.check, args.prune, args.list or None]
+        if given.count(None) != 3:
+            parser.error("build-kernels takes one of --out DIR, --check DIR, --prune [DIR], --list")
     return console.run_command("gdn", lambda: int(args.run(args)))

@@ -129,6 +129,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GDN_KERNELS", str(tmp_path / "kernels"))
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(launch, "_loaded", {})
+    monkeypatch.setattr(prebuilt, "unloadable", {})
     prebuilt._warn_once.cache_clear()
     write(tmp_path / "kernels")
     return tmp_path / "kernels"
@@ -136,6 +137,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gdn.backends.tilelang import kernels
+    from gdn.backends.tilelang import toolkit
 
-    monkeypatch.setattr(kernels, "_has_nvcc", lambda: False)
+    monkeypatch.setattr(toolkit, "find_nvcc", lambda: None)

@@ -78,3 +78,12 @@ def test_headers_of_another_version_are_not_shortened(
     monkeypatch.setattr(headers, "_full_text", lambda: "// no such lists")
     assert headers.write_short_headers(source, tmp_path / "two") == []
     assert headers.write_short_headers("// no product", tmp_path / "three") == []
+
+
+def test_without_the_header_there_is_none_to_shorten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(headers, "TILELANG_TEMPLATE_PATH", str(tmp_path / "nothing"))
+    headers._full_text.cache_clear()
+    assert headers.write_short_headers(SOURCE.replace("SIZE", "64"), tmp_path / "one") == []
+    headers._full_text.cache_clear()

@@ -16,7 +16,7 @@ from gdn.problem import Call
 from gdn.testing import Case, make_inputs
 
 pytest.importorskip("tilelang")
-from gdn.backends.tilelang import BACKEND, build, compile, kernels, launch, prebuilt
+from gdn.backends.tilelang import BACKEND, build, compile, kernels, launch, prebuilt, toolkit
 from gdn.backends.tilelang.forward.plan import ForwardPass
 from gdn.backends.tilelang.kernels import KERNELS, Job
 from gdn.backends.tilelang.plan import PrefillPlan
@@ -44,6 +44,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, list[
     monkeypatch.setattr(prebuilt, "load", lambda library: library.read_bytes().decode())
     monkeypatch.setattr(launch, "no_compiler", lambda: None)
     monkeypatch.setattr(launch, "_loaded", {})
+    monkeypatch.setattr(prebuilt, "unloadable", {})
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("TILELANG_DISABLE_CACHE", raising=False)
     monkeypatch.delenv("GDN_KERNELS", raising=False)
@@ -93,7 +94,7 @@ def test_without_a_cache_they_are_compiled_for_this_process(
 
 
 def test_a_process_that_ends_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(build, "no_compiler", lambda: None)
+    monkeypatch.setattr(build, "no_nvcc", lambda: None)
     monkeypatch.setattr(build.sys, "executable", "/bin/true")
     with pytest.raises(build.BuildError, match=r"its process ended\n1 more were not tried"):
         build.build(JOBS[:2], tmp_path, workers=1)
@@ -131,6 +132,59 @@ def test_a_library_that_cannot_be_loaded_is_compiled_again(
     with pytest.warns(RuntimeWarning, match="cannot be loaded: wrong ELF class"):
         assert names() == ["scan", "prepare", "clear_tail", "scan"]
     assert sum(map(len, compiled.values())) == 4
+
+
+def test_nothing_is_compiled_when_another_rank_has_just_done_so(
+    compiled: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finishes between the two looks at the folders."""
+    looks = [JOBS, []]
+    monkeypatch.setattr(launch, "missing", lambda jobs: looks.pop(0))
+    launch.compile_all(JOBS, JOBS)
+    assert not looks
+    assert compiled == {"here": [], "beside": []}
+
+
+@pytest.mark.parametrize("nvcc", [12, 13])
+def test_a_kernel_of_another_cuda_is_compiled_again(
+    compiled: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, nvcc: int
+) -> None:
+    """The driver and nvcc are of CUDA 12 now, or of 13: what the driver loads is not compiled."""
+    monkeypatch.setattr(toolkit, "driver", lambda: nvcc)
+    monkeypatch.setattr(toolkit, "nvcc_version", lambda: nvcc)
+    cache = prebuilt.cache_folder()
+    assert cache is not None
+    entries = [(JOBS[0], 13), (JOBS[1], 12), (JOBS[2], nvcc)]
+    for (kernel, statics), cuda in entries:
+        prebuilt.write_entry(cache, kernel.name, statics, [], b"before", cuda)
+    assert [build.is_built(job, cache) for job, _ in entries] == [nvcc == 13, nvcc == 12, True]
+    monkeypatch.setattr(toolkit, "nvcc_version", lambda: 0)
+    assert [build.is_built(job, cache) for job, _ in entries] == [nvcc == 13, True, True]
+    monkeypatch.setattr(toolkit, "nvcc_version", lambda: nvcc)
+    prebuilt._warn_once.cache_clear()
+    if nvcc == 13:
+        assert names() == ["before"] * 4
+        return
+    with pytest.warns(RuntimeWarning, match="built by nvcc of CUDA 13, and the driver is of"):
+        assert names() == ["scan", "before", "before", "scan"]
+    assert compiled == {"here": ["scan"], "beside": []}
+
+
+def test_an_nvcc_newer_than_the_driver_is_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.1, V13.1.2\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert toolkit.nvcc_version() == 13
+    for driver in (None, 13, 14):
+        monkeypatch.setattr(toolkit, "driver", lambda driver=driver: driver)
+        assert kernels.no_compiler() is None
+    monkeypatch.setattr(toolkit, "driver", lambda: 12)
+    assert "nvcc is of CUDA 13 and the driver of CUDA 12" in str(kernels.no_compiler())
+    assert kernels.no_nvcc() is None  # it builds for other machines
 
 
 def test_prepare_is_one_kernel_for_every_v() -> None:

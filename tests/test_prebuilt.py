@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gdn.backends.tilelang import build, catalogue, kernels, launch, prebuilt
+from gdn.backends.tilelang import build, catalogue, launch, prebuilt, toolkit
 from gdn.backends.tilelang.kernels import KERNELS
 from prebuilt_entries import JOB, entry_of, find, write
 
@@ -73,7 +74,21 @@ def cut(folder: Path) -> None:
     entry_of(folder).write_text(entry_of(folder).read_text()[:-20])
 
 
+def forget_versions(folder: Path) -> None:
+    versions = json.dumps(prebuilt.versions(), indent=1).replace("\n", "\n ")
+    text = entry_of(folder).read_text()
+    assert versions in text
+    entry_of(folder).write_text(text.replace(versions, "null"))
+
+
+def put_folder(folder: Path) -> None:
+    entry_of(folder).unlink()
+    entry_of(folder).mkdir()
+
+
 BROKEN = {
+    forget_versions: r"is not an entry of kernels: versions must be of type dict, got None",
+    put_folder: r"scan-\w+\.json cannot be read: Is a directory",
     truncate: r"scan-\w+\.so \(scan\) is truncated or was changed",
     remove: r"scan-\w+\.so \(scan\) cannot be read: No such file",
     age: rf"\(scan\) was built for gdn 0\.1\.0, not {gdn.__version__}; sources 0{{16}}, not",
@@ -93,6 +108,8 @@ def test_a_bad_entry_is_refused_by_name(
     out, err = capsys.readouterr()
     assert "1 kernels, 1 cannot be used" in out
     assert err.count("\n") == 1
+    if damage is put_folder:
+        entry_of(folder).rmdir()
     write(folder)  # builders replace it
     assert find() is not None
 
@@ -166,8 +183,7 @@ def test_a_kernel_is_built_kept_checked_and_loaded(
     assert main(command) == 0
     library = next(folder.glob("*.so"))
     written = library.stat().st_mtime_ns
-    monkeypatch.setattr(kernels, "_has_nvcc", lambda: False)
-    monkeypatch.setattr(build, "no_compiler", kernels.no_compiler)
+    monkeypatch.setattr(toolkit, "find_nvcc", lambda: None)
     assert main(command) == 0  # nothing is left to build
     assert main(["build-kernels", "--check", str(folder)]) == 0
     assert library.stat().st_mtime_ns == written
@@ -182,6 +198,25 @@ def test_a_kernel_is_built_kept_checked_and_loaded(
     assert entry.arguments == [f"bfloat16[{n}]" for n in (4, 4, 4)] + [
         "float32[3]", "float32[3]", "int32[1]", "int32[1]",
     ]  # fmt: skip
+
+
+def test_tilelangs_own_cache_is_apart_for_each_nvcc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would give the library of another one, whose CUDA is not the one that an entry says."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "tilelang"))
+    monkeypatch.delenv("TILELANG_DISABLE_CACHE", raising=False)
+    compile = build.import_compiler()
+    options = {"dtype": "bfloat16", "K": 64, "V": 64, "gates": "float32", "strengths": "float32"}
+    statics = options | {"offsets": "int32", "backward": False}
+    places = []
+    for version in (13, 12, 13):
+        monkeypatch.setattr(compile, "nvcc_version", lambda path, version=version: version)
+        fresh = compile.kernel(KERNELS["clear_tail"].compiled.build)
+        places.append(fresh(**statics)._tilelang_cache_path)
+    assert places[0] == places[2] != places[1]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gdn.backends.tilelang import BACKEND, build, launch, prebuilt
+from gdn.backends.tilelang import BACKEND, build, launch, prebuilt, toolkit
 from gdn.backends.tilelang.decode.plan import DecodePlan
 from gdn.backends.tilelang.kernels import Job
 from prebuilt_entries import JOB, write
@@ -42,7 +42,10 @@ def asked(error: str) -> list[Job]:
 
 
 @pytest.mark.usefixtures("no_compiler")
-def test_without_a_compiler_a_call_says_what_it_lacks(folder: Path) -> None:
+def test_without_a_compiler_a_call_says_what_it_lacks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prebuilt, "load", lambda library: print)
     inputs = make_inputs(CASE, "meta")
     with pytest.raises(gdn.BackendUnsupportedError, match="no nvcc") as refused:
         gdn.warmup(**inputs, backend="tilelang", sm=90)
@@ -130,11 +133,11 @@ def test_kernels_for_another_machine_are_refused_with_the_reason(
     for kernel, statics in BACKEND.jobs(calls.make(*tokens, options, False), False):
         prebuilt.write_entry(folder, kernel.name, statics, [], b"code", cuda=13)
     monkeypatch.setattr(prebuilt, "load", lambda library: print)
-    monkeypatch.setattr(prebuilt, "driver", lambda: 13)
+    monkeypatch.setattr(toolkit, "driver", lambda: 13)
     assert gdn.warmup(**inputs, backend="tilelang", sm=90) == "tilelang"
     monkeypatch.setattr(launch, "_loaded", {})
     if other == "driver":
-        monkeypatch.setattr(prebuilt, "driver", lambda: 12)
+        monkeypatch.setattr(toolkit, "driver", lambda: 12)
         reason = r"\(prepare\) was built by nvcc of CUDA 13, and the driver is of CUDA 12: update"
     else:
         versions = prebuilt.versions() | {"machine": "aarch64"}
@@ -162,5 +165,24 @@ def test_a_library_of_another_system_is_passed_over(
     load = prebuilt.load
     good = write(second, b"other code")
     monkeypatch.setattr(prebuilt, "load", lambda x: print if x == good else load(x))
+    assert launch.launchers([JOB]) == [print]  # and says so once
+
+
+@pytest.mark.usefixtures("no_compiler", "folder")
+def test_auto_goes_on_where_libraries_do_not_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(CASE, "meta")
+    options = dict(inputs)
+    tokens = [options.pop(name) for name in ("q", "k", "v", "g", "beta")]
+    call = calls.make(*tokens, options, False)
+    for kernel, statics in BACKEND.jobs(call, False):
+        prebuilt.write_entry(tmp_path / "kernels", kernel.name, statics, [], b"code")
+    assert launch.missing(BACKEND.jobs(call, False)) == []
     with pytest.warns(RuntimeWarning, match="cannot be loaded"):
-        assert launch.launchers([JOB]) == [print]
+        (reason,) = BACKEND.unprepared(call, False)
+    assert "2 of its kernels are not prebuilt" in reason
+    assert "cannot be loaded" in reason
+    assert len(launch.missing(BACKEND.jobs(call, False))) == 2
+    for kernel, statics in BACKEND.jobs(call, False):
+        assert not build.is_built((kernel, statics), tmp_path / "kernels")

@@ -38,14 +38,16 @@ def test_only_what_no_call_can_use_is_left_over(folder: Path) -> None:
     replaced = next(x for x in folder.glob("scan-*.so") if x.read_bytes() == b"code")
     assert set(upkeep.leftovers(folder)) == old  # a process may be about to name the library
     age(replaced)
-    for name in (".scan-0.lock", ".abc.part"):
+    ours = f".scan-{'0' * 24}.lock", ".gdn-abc_1234.part"
+    others = "libcustom.so", "scan-0.so", ".poetry.lock", ".scan.lock", ".download.part"
+    for name in (*ours, *others):
         (folder / name).touch()
         age(folder / name)
-    (folder / ".def.part").touch()
+    (folder / ".gdn-def_1234.part").touch()
     (folder / "notes.json").write_text("{}")
     for path in folder.glob("*.so"):
         age(path)
-    dead = {folder / ".scan-0.lock", folder / ".abc.part"}
+    dead = {folder / name for name in ours}
     assert set(upkeep.leftovers(folder)) == old | {replaced} | dead
 
 
@@ -77,9 +79,25 @@ def test_a_build_tells_what_is_old_and_prune_removes_it(
     assert "2 leftovers of other versions are removed" in capsys.readouterr().out
     assert not any(path.exists() for path in old)
     assert find() is not None
-    for options in (["--prune", str(folder), "--out", str(folder)], []):
+    for options in (["--prune", str(folder), "--out", str(folder)], ["--list", "--prune"], []):
         with pytest.raises(SystemExit):
             main(["build-kernels", *options])
+
+
+def test_prune_refuses_other_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = tmp_path / f"scan-{'0' * 24}.so"
+    library.touch()
+    age(library)
+    (tmp_path / "package.json").write_text("{}")
+    assert main(["build-kernels", "--prune", str(tmp_path)]) == 2
+    assert f"{tmp_path} has no entry of a kernel" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["build-kernels", "--prune", ""])
+    assert "--prune: must name a folder" in capsys.readouterr().err
+    assert library.exists()
 
 
 def test_prune_without_a_folder_is_for_the_cache(
@@ -91,10 +109,14 @@ def test_prune_without_a_folder_is_for_the_cache(
     write(cache)
     other = cache.with_name("0.1.0-0.1.15-0-x86_64")
     shutil.copytree(cache, other)
+    working = cache.with_name("0.1.1-0.1.15-0-x86_64")
+    working.mkdir()  # another version may have begun to compile there
+    age(other)
     old = write_old(cache)
     capsys.readouterr()
     assert main(["build-kernels", "--prune"]) == 0
     assert "3 leftovers of other versions are removed" in capsys.readouterr().out
     assert not other.exists()
+    assert working.exists()
     assert not any(path.exists() for path in old)
     assert sorted(x.suffix for x in cache.glob("scan-*")) == [".json", ".so"]

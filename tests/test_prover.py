@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -66,6 +69,23 @@ def test_the_source_is_the_same_without_integers(name: str) -> None:
     assert z3.get_param(prover.SETTING) != prover.WITHOUT
 
 
+def test_kernels_that_place_their_own_barriers_compile_without_integers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What `compile.kernel` sets is what TVM's passes ask Z3 with."""
+    seen: list[tuple[str, bool]] = []
+
+    def lower(*_: Any, **__: Any) -> None:
+        other = prover._OtherCompile()  # TVM makes one at the begin of a compile
+        other.finish(None)
+        seen.append((z3.get_param(prover.SETTING), other.counted))
+
+    monkeypatch.setattr(compile.tilelang, "compile", lower)
+    compile.kernel(lambda: None, own_barriers=True)()
+    compile.kernel(lambda: None)()
+    assert seen == [(prover.WITHOUT, False), ("6", True)]
+
+
 def test_another_compile_waits_and_has_all_of_z3() -> None:
     seen: list[str] = []
 
@@ -92,4 +112,37 @@ def test_kernels_compile_as_usual_beside_another_compile() -> None:
     session.finish(None)
     with prover.without_integers(), prover.without_integers():
         assert z3.get_param(prover.SETTING) == "0"
+    assert z3.get_param(prover.SETTING) == "6"
+
+
+def test_the_outer_of_two_stays_without_integers() -> None:
+    with prover.without_integers():
+        with prover.without_integers():
+            pass
+        assert prover._here.quick
+
+
+def test_a_fork_has_all_of_z3_and_waits_for_nobody() -> None:
+    inside, done = threading.Event(), threading.Event()
+
+    def compile_slowly() -> None:
+        with prover.without_integers():
+            inside.set()
+            done.wait(60)
+
+    other = threading.Thread(target=compile_slowly)
+    other.start()
+    assert inside.wait(60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the child needs no other thread
+        process = os.fork()
+    if not process:
+        signal.alarm(30)
+        prover._OtherCompile().finish(None)
+        with prover.without_integers():
+            quick = z3.get_param(prover.SETTING)
+        os._exit(0 if (quick, z3.get_param(prover.SETTING)) == ("0", "6") else 1)
+    done.set()
+    other.join(60)
+    assert os.waitpid(process, 0)[1] == 0
     assert z3.get_param(prover.SETTING) == "6"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("tilelang")
-from gdn.backends.tilelang import build, prebuilt, turn
+from gdn.backends.tilelang import build, prebuilt, turn, upkeep
 from gdn.backends.tilelang.kernels import KERNELS, Job
 
 JOB: Job = (KERNELS["scan"], {"K": 64, "dtype": "bfloat16", "pool": None})
@@ -73,6 +73,15 @@ def test_a_process_that_dies_gives_its_turn_away(tmp_path: Path) -> None:
     begin = time.monotonic()
     with turn.take_turn(tmp_path, KEY):
         assert time.monotonic() - begin < 30
+
+
+def test_a_lock_that_is_taken_again_does_not_look_old(tmp_path: Path) -> None:
+    path = tmp_path / f".{KEY}.lock"
+    path.touch()
+    os.utime(path, (0, 0))
+    with turn.take_turn(tmp_path, KEY):
+        assert path.stat().st_mtime > time.time() - 60
+        assert upkeep.leftovers(tmp_path) == []
 
 
 def test_turns_exclude_each_other_many_times(tmp_path: Path) -> None:

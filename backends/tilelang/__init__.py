@@ -31,7 +31,7 @@ from gdn.problem import FLAGS, Call, PoolCall, Prefill, Problem, Step
 from . import prebuilt
 from .head_blocks import choose_blocks
 from .kernels import Job, no_compiler
-from .launch import describe_sources, missing, missing_reason
+from .launch import describe_sources, missing, missing_reason, unloaded
 
 
 class TileLangBackend(Backend):
@@ -78,10 +78,10 @@ class TileLangBackend(Backend):
         return f"{reason}, and no prebuilt kernels (the distribution gdn-kernels-cu13)"
 
     def unprepared(self, call: Call | PoolCall, backward: bool) -> list[str]:
-        """Without a compiler every kernel of the call must be in a folder. The reason names what
-        `gdn.warmup` wants, which may be more: a server's next step has another size."""
+        """Without a compiler every kernel of the call must load from a folder. The reason names
+        what `gdn.warmup` wants, which may be more: a server's next step has another size."""
         reason = no_compiler()
-        if reason is None or not missing(self.jobs(call, backward)):
+        if reason is None or not unloaded(self.jobs(call, backward)):
             return []
         return [missing_reason(missing(self.warmup_jobs(call, backward)), reason)]
 

@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from . import prebuilt
-from .kernels import KERNELS, Job, no_compiler, slowest_first
+from . import prebuilt, toolkit
+from .kernels import KERNELS, Job, no_nvcc, slowest_first
 from .tile.pool_kind import PoolKind
 from .tile.thread_shape import ThreadShape
 from .turn import take_turn
@@ -85,7 +85,7 @@ def build(
             todo.put(job)
     if todo.empty():
         return
-    if reason := no_compiler():
+    if reason := no_nvcc():
         raise BuildError(f"{todo.qsize()} kernels cannot be compiled here: {reason}")
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -138,14 +138,19 @@ def import_compiler() -> Any:
 
 
 def is_built(job: Job, folder: Path) -> bool:
-    """Whether a folder has a kernel, of these sources."""
+    """Whether a folder has a kernel of these sources that this machine can load, and that its nvcc
+    built, if it has one: another kernel would be refused where nvcc fits the driver."""
     kernel, statics = job
     try:
-        return (
-            prebuilt.read_entry(folder / f"{prebuilt.key(kernel.name, statics)}.json") is not None
-        )
+        entry = prebuilt.read_entry(folder / f"{prebuilt.key(kernel.name, statics)}.json")
+        if entry is None or folder / entry.file in prebuilt.unloadable:
+            return False
     except prebuilt.KernelFileError:
         return False
+    if now := toolkit.nvcc_version():  # it may build for machines with a newer driver
+        return entry.cuda in (0, now)
+    driver = toolkit.driver()
+    return driver is None or entry.cuda <= driver
 
 
 @contextlib.contextmanager

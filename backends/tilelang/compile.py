@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from . import prebuilt
 from .headers import write_short_headers
 from .parsing import until_parsed_alone
 from .prover import without_integers
+from .toolkit import nvcc_version
 
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 """Always named, never guessed from the device: a cache filled without a GPU then serves one."""
@@ -60,11 +60,13 @@ def kernel(build: Callable[..., Any] | None = None, *, own_barriers: bool = Fals
         def make() -> Any:
             with _BUILD_LOCK:
                 function = build(**statics)
-            # where TileLang places barriers, it counts threads by Z3
+            # where TileLang places barriers, it needs Z3 for the number of threads that arrive
             with without_integers() if own_barriers else nullcontext():
                 return tilelang.compile(
                     function, target=TARGET, execution_backend="tvm_ffi",
                     pass_configs=_OWN_BARRIERS if own_barriers else _FAST,
+                    # the name of a kernel in TileLang's cache does not depend on nvcc otherwise
+                    compile_flags=[f"-DGDN_NVCC={nvcc_version(nvcc.get_nvcc_compiler())}"],
                 )  # fmt: skip
 
         return until_parsed_alone(make)
@@ -80,15 +82,8 @@ def build_here(job: Any, folder: Path) -> None:
         compiled = build(**statics)
     arguments = _arguments_of(compiled.prim_func)
     library = _library_of(compiled)
-    prebuilt.write_entry(folder, build.name, statics, arguments, library, _nvcc_version())
-
-
-@functools.cache
-def _nvcc_version() -> int:
-    """The major version of nvcc. An older driver cannot load what it compiles."""
-    done = subprocess.run([nvcc.get_nvcc_compiler(), "--version"], capture_output=True, text=True)
-    found = re.search(r"release (\d+)\.", done.stdout)
-    return int(found.group(1)) if found else 0
+    cuda = nvcc_version(nvcc.get_nvcc_compiler())
+    prebuilt.write_entry(folder, build.name, statics, arguments, library, cuda)
 
 
 def _library_of(compiled: Any) -> bytes:

@@ -32,7 +32,10 @@ def write_short_headers(source: str, folder: Path) -> list[str]:
     used = {int(n) for n in _USED.findall(source)}
     if not used or not used <= SIZES:
         return []
-    text = _full_text()
+    try:
+        text = _full_text()
+    except OSError:
+        return []
     short, lists = _LIST.subn(rf"\1 {' '.join(f'OP({n})' for n in sorted(used))}\n", text)
     if lists != 2 or EXTENSION not in short or _COMMON not in short:
         return []

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.metadata
 import importlib.util
-import os
-import shutil
 from collections.abc import Iterable
 from typing import Any
 
+from . import toolkit
 from .parsing import until_parsed_alone
 
 
@@ -58,24 +55,20 @@ def slowest_first(jobs: Iterable[Job]) -> list[Job]:
 
 
 def no_compiler() -> str | None:
-    """Why kernels cannot be compiled, or None."""
+    """Why kernels cannot be compiled for this machine, or None."""
+    if reason := no_nvcc():
+        return reason
+    now, mine = toolkit.driver(), toolkit.nvcc_version()
+    if now is not None and now < mine:
+        return (
+            f"nvcc is of CUDA {mine} and the driver of CUDA {now}, which cannot load what it "
+            f"compiles: update the driver, or take nvcc of CUDA {now}"
+        )
+    return None
+
+
+def no_nvcc() -> str | None:
+    """Why kernels cannot be compiled for any machine, or None."""
     if importlib.util.find_spec("tilelang") is None:
         return "tilelang cannot be imported"
-    return None if _has_nvcc() else "no nvcc, of CUDA 12 or newer"
-
-
-def _has_nvcc() -> bool:
-    """Whether nvcc is in a place where TileLang looks for it."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    found = (shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes if home)
-    return (
-        any(found)
-        or shutil.which("nvcc") is not None
-        or os.path.exists("/usr/local/cuda/bin/nvcc")
-        or _has_nvcc_wheel()
-    )
-
-
-@functools.cache  # it reads what every installed distribution says of itself
-def _has_nvcc_wheel() -> bool:
-    return any(d.name.lower() == "nvidia-cuda-nvcc" for d in importlib.metadata.distributions())
+    return None if toolkit.find_nvcc() else "no nvcc, of CUDA 12 or newer"

@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,16 +19,13 @@ from . import prebuilt
 from .kernels import Job, no_compiler, slowest_first
 
 _loaded: dict[str, Callable[..., None]] = {}
-_unloadable: set[str] = set()
-"""Kernels in the cache that this machine cannot load, such as those of a newer system."""
 
 
 def launchers(jobs: Sequence[Job]) -> list[Callable[..., None]]:
     """The functions that launch the kernels of jobs. What no folder has is compiled, and goes to
     the cache. MissingKernelError if there is no compiler."""
     names = [prebuilt.key(kernel.name, statics) for kernel, statics in jobs]
-    wanted = dict(zip(names, jobs, strict=True))
-    if compiling := [job for job in wanted.values() if not _load(job)]:
+    if compiling := unloaded(jobs):
         if reason := no_compiler():
             raise MissingKernelError(missing_reason(compiling, reason))
         _compile(compiling)
@@ -43,20 +39,24 @@ def compile_all(needed: Sequence[Job], every: Sequence[Job]) -> None:
         _compile(missing(every))
 
 
+def unloaded(jobs: Sequence[Job]) -> list[Job]:
+    """Load kernels. Those that no folder has, or that cannot be loaded."""
+    wanted = {prebuilt.key(kernel.name, x): (kernel, x) for kernel, x in jobs}
+    return [job for job in wanted.values() if not _load(job)]
+
+
 def _load(job: Job) -> bool:
     """Load a kernel, if a folder has it."""
     kernel, statics = job
     name = prebuilt.key(kernel.name, statics)
     if name in _loaded:
         return True
-    for what, library in prebuilt.find_all(kernel.name, statics):
+    for _, library in prebuilt.find_all(kernel.name, statics):
         try:
             _loaded[name] = prebuilt.load(library)
             return True
         except (OSError, RuntimeError) as error:  # the latter is TVM's
-            warnings.warn(f"{library} cannot be loaded: {error}", RuntimeWarning, stacklevel=2)
-            if what == "cache":
-                _unloadable.add(name)
+            prebuilt.refuse(library, error)
     return False
 
 
@@ -64,6 +64,8 @@ def _compile(jobs: Sequence[Job]) -> None:
     """Compile kernels into the cache: the slowest one here, the others beside it in processes,
     which first import torch and tilelang. What these fail to build is built here. Without a cache
     they go to a folder that is removed when they are loaded."""
+    if not jobs:  # another process has just compiled them
+        return
     cache = _writable_cache()
     from .build import BuildError, build
 
@@ -90,7 +92,7 @@ def _build_here(job: Job, folder: Path) -> None:
     from .build import import_compiler, turn_to_build
 
     with turn_to_build(job, folder) as missing:
-        if missing or prebuilt.key(job[0].name, job[1]) in _unloadable:
+        if missing:
             import_compiler().build_here(job, folder)
 
 

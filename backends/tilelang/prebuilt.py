@@ -26,13 +26,15 @@ from typing import Any, NamedTuple
 import gdn
 from gdn import definition, problem
 
+from . import toolkit
+
 PACKAGE = "gdn_kernels_cu13"
 VARIABLE = "GDN_KERNELS"
 _RUNTIME = ("libstub_cuda.so", "libstub_cudart.so", "libtvm_runtime.so", "libtilelang.so")
 """In the order in which they are loaded. The last makes descriptors for TMA when kernels are
 launched."""
 _APART = ("__init__.py", "build.py", "catalogue.py", "kernels.py", "launch.py", "prebuilt.py",
-          "turn.py", "upkeep.py")  # fmt: skip
+          "toolkit.py", "turn.py", "upkeep.py")  # fmt: skip
 """Files of this backend that find and build kernels, and do not change them."""
 
 
@@ -131,22 +133,19 @@ def folders() -> Iterator[tuple[str, Path]]:
             yield what, place
 
 
-@functools.cache
-def driver() -> int | None:
-    """The major version of CUDA that the driver is of; None without a driver."""
-    version = ctypes.c_int()
-    try:
-        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return None
-    return None if failed else version.value // 1000
-
-
 # === entries ===
+
+unloadable: dict[Path, str] = {}
+"""Libraries that this machine could not load, such as those of a newer system, and why."""
+
+
+def refuse(library: Path, error: Exception) -> None:
+    """Use a library no more in this process, and warn of it."""
+    _warn_once(unloadable.setdefault(library, f"{library} cannot be loaded: {error}"))
 
 
 def _require_driver(entry: Entry, path: Path) -> None:
-    now = driver()
+    now = toolkit.driver()
     if now is not None and now < entry.cuda:
         raise KernelFileError(
             f"{path} ({entry.kernel}) was built by nvcc of CUDA {entry.cuda}, and the driver is of "
@@ -156,16 +155,23 @@ def _require_driver(entry: Entry, path: Path) -> None:
 
 def parse_entry(text: bytes) -> Entry:
     """The entry in a text. ValueError or TypeError if it is none."""
-    return Entry(**json.loads(text))
+    entry = Entry(**json.loads(text))
+    for name, value in entry._asdict().items():
+        kind = {"arguments": list, "versions": dict, "cuda": int}.get(name, str)
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+    return entry
 
 
 def read_entry(path: Path) -> Entry | None:
     """The entry in `KEY.json`, or None if there is no such file. KernelFileError if it is of
-    another version, or its library is missing or is not what was built."""
+    another version or cannot be read, or its library is missing or is not what was built."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise KernelFileError(f"{path} cannot be read: {error.strerror}") from None
     try:
         entry = parse_entry(text)
         file = path.parent / Path(entry.file).name
@@ -195,6 +201,7 @@ def write_entry(
     options = write_options(statics)
     entry = Entry(kernel, options, arguments, file.name, checksum, versions(), cuda)
     _replace(file, library)
+    unloadable.pop(file, None)
     text = json.dumps(entry._asdict(), indent=1)
     _replace(folder / f"{key(kernel, statics)}.json", text.encode())
     return file
@@ -202,7 +209,7 @@ def write_entry(
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a file that other processes see whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".gdn-", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -229,6 +236,8 @@ def _look_up(kernel: str, statics: dict[str, Any]) -> Iterator[tuple[str, Path |
             entry = read_entry(folder / name)
             if entry is not None:
                 _require_driver(entry, folder / name)
+                if reason := unloadable.get(folder / entry.file):
+                    raise KernelFileError(reason)
                 yield what, folder / entry.file
         except KernelFileError as error:
             yield what, error

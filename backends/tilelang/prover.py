@@ -6,12 +6,15 @@ to Z3: 3764 questions for `prepare`, of which it proves none, and 6562 for `grad
 proves four. Without the theory it answers at once that it does not know. A pass then keeps what it
 would keep without a proof, so the code is right either way, and tests compare the code of both.
 
-The setting is one of the process. Other compiles of TileLang in it, which may count threads by Z3,
-wait meanwhile; while one of them runs, kernels here compile with the theory.
+The setting is one of the process. Other compiles of TileLang wait meanwhile: they may place
+barriers, and then Z3 finds how many threads arrive at each. While one of them runs, kernels here
+compile with the theory. Whoever else uses z3 in the process gets "unknown" for questions about
+integers meanwhile. A fork starts with the usual setting.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,11 +47,21 @@ class _OtherCompile(PassInstrumentationTool):
         global _others
         if self.counted:
             with _changed:
-                _others -= 1
+                _others = max(0, _others - 1)  # of a fork in between, it is 0 already
                 _changed.notify_all()
 
 
+def _begin_anew() -> None:
+    """In a forked process: the threads that compiled, or held the lock, are not there."""
+    global _changed, _quick, _others
+    if _quick:
+        z3.set_param(SETTING, _before)
+    _changed, _quick, _others = threading.Condition(), 0, 0
+    _here.quick = False
+
+
 register_pass_instrumentation_tool("gdn", _OtherCompile)
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 @contextmanager
@@ -62,14 +75,14 @@ def without_integers() -> Iterator[None]:
                 _before = z3.get_param(SETTING)
                 z3.set_param(SETTING, WITHOUT)
             _quick += 1
-    _here.quick = quick
+    before, _here.quick = getattr(_here, "quick", False), quick
     try:
         yield
     finally:
-        _here.quick = False
+        _here.quick = before
         if quick:
             with _changed:
-                _quick -= 1
+                _quick = max(0, _quick - 1)
                 if not _quick:
                     z3.set_param(SETTING, _before)
                 _changed.notify_all()

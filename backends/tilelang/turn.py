@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-PATIENCE = 600.0
-"""Seconds to wait for another process. After these a kernel is built without a lock."""
+PATIENCE = 120.0
+"""Seconds to wait for another process. After these a kernel is built without a lock:
+NCCL's ranks give up on each other after 600."""
 PAUSE = 0.05
 
 
@@ -43,6 +44,8 @@ def _lock(path: Path) -> int | None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(handle, path):
+                with contextlib.suppress(OSError):
+                    os.utime(handle)  # a file that an ended process left must not look old
                 return handle
         except BlockingIOError:
             time.sleep(PAUSE)

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,13 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"must be like 100,2000,31, got {text!r}")
     return tuple(int(part) for part in text.split(","))
+
+
+def parse_folder(text: str) -> Path:
+    """A folder's path. An empty one would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, got an empty text")
+    return Path(text)
 
 
 def parse_device(text: str) -> torch.device:
