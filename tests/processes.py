@@ -1,11 +1,13 @@
-"""Processes of one group for tests (gloo, or NCCL with a GPU each), and what they do when one of
-them fails."""
+"""Processes for tests: of one group (gloo, or NCCL with a GPU each), what they do when one of them
+fails, and a fork."""
 
 from __future__ import annotations
 
 import datetime
+import os
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,20 @@ from gdn.testing import Case, make_inputs
 LIMIT = 60.0
 """Seconds after which a collective gives up. On GPUs four times as many, since kernels compile in
 the calls."""
+
+
+def fork(run: Callable[[], object]) -> int:
+    """A process that runs a function, and exits with 1 if that raises. Returns its number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads are not copied: it needs none
+        process = os.fork()
+    if process:
+        return process
+    try:
+        run()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
 
 
 def start(

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from gdn.backends.tilelang import build, catalogue, launch, prebuilt, toolkit
 from gdn.backends.tilelang.kernels import KERNELS
 from prebuilt_entries import JOB, entry_of, find, write
+from processes import fork
 
 import gdn
 from gdn.cli import main
@@ -126,24 +127,13 @@ def test_check_loads_libraries_and_compares_names(
     assert "0 kernels" in capsys.readouterr().out
 
 
-def start_writer(folder: Path, library: bytes) -> int:
-    """A process that writes the same three entries again and again. Returns its number."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # threads are not copied: it needs none
-        process = os.fork()
-    if process:
-        return process
-    try:
+def test_processes_write_and_read_at_once(folder: Path) -> None:
+    def write_again_and_again(library: bytes) -> None:
         for n in range(90):
             prebuilt.write_entry(folder, "scan", {"n": n % 3}, [], library)
-    except BaseException:
-        os._exit(1)
-    os._exit(0)
 
-
-def test_processes_write_and_read_at_once(folder: Path) -> None:
     prebuilt.versions()
-    running = {start_writer(folder, text * 5000) for text in (b"a", b"b")}
+    running = {fork(partial(write_again_and_again, text * 5000)) for text in (b"a", b"b")}
     seen = 0
     while running:
         for n in range(3):

@@ -131,8 +131,18 @@ def test_a_missing_wait_shows(
     waits: str,
     slow: int,
 ) -> None:
-    """The warp that is waited for is slow."""
+    case = replace(CASES["dense"], B=1, T=270, fused=True)
+    fail_without(world, waits, slow, case)
 
+
+def fail_without(
+    world: Callable[..., None],  # noqa: F811
+    waits: str,
+    slow: int,
+    case: Case,
+) -> None:
+    """AssertionError unless a case fails without the waits for a barrier, where the warp that is
+    waited for is slow."""
     removed = []
 
     def edit(source: str) -> str:
@@ -141,7 +151,6 @@ def test_a_missing_wait_shows(
         return edited
 
     world(True, edit, slow=slow)
-    case = replace(CASES["dense"], B=1, T=270, fused=True)
     with pytest.raises((AssertionError, RuntimeError)):
         check(case, make_inputs(case))
     assert any(removed)

@@ -3,7 +3,6 @@ against the definition in the emulator and on a GPU."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,6 +22,7 @@ from gdn.backends.tilelang.forward import fused_plan
 from gdn.backends.tilelang.forward import plan as forward
 from support import assert_close, poisoned_memory, require  # noqa: F401
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: F401
+from test_tilelang_fused import fail_without
 
 import gdn
 
@@ -103,18 +103,7 @@ def test_a_missing_wait_shows(
     waits: str,
     slow: int,
 ) -> None:
-    """The warp that is waited for is slow."""
-    removed = []
-
-    def edit(source: str) -> str:
-        edited, count = re.subn(r"\b" + waits + r"\[.*?\]\.wait\(.*?\);", "", source)
-        removed.append(count)
-        return edited
-
-    world(True, edit, slow=slow)
-    with pytest.raises((AssertionError, RuntimeError)):
-        check(SHORT, make_inputs(SHORT))
-    assert any(removed)
+    fail_without(world, waits, slow, SHORT)
 
 
 def test_packed_calls_draw_and_others_do_not() -> None:

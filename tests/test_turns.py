@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,23 +16,10 @@ import pytest
 pytest.importorskip("tilelang")
 from gdn.backends.tilelang import build, prebuilt, turn, upkeep
 from gdn.backends.tilelang.kernels import KERNELS, Job
+from processes import fork
 
 JOB: Job = (KERNELS["scan"], {"K": 64, "dtype": "bfloat16", "pool": None})
 KEY = prebuilt.key(JOB[0].name, JOB[1])
-
-
-def start(run: Callable[[], object]) -> int:
-    """A process that runs a function. Returns its number."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # threads are not copied: it needs none
-        process = os.fork()
-    if process:
-        return process
-    try:
-        run()
-    except BaseException:
-        os._exit(1)
-    os._exit(0)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -52,7 +38,7 @@ def test_two_processes_build_a_kernel_once(tmp_path: Path) -> None:
                 prebuilt.write_entry(tmp_path, JOB[0].name, JOB[1], [], b"code")
 
     prebuilt.versions()
-    for process in [start(build_slowly) for _ in range(3)]:
+    for process in [fork(build_slowly) for _ in range(3)]:
         assert os.waitpid(process, 0)[1] == 0
     assert build.is_built(JOB, tmp_path)
     assert len(list(tmp_path.glob("built by *"))) == 1
@@ -65,7 +51,7 @@ def test_a_process_that_dies_gives_its_turn_away(tmp_path: Path) -> None:
             (tmp_path / "held").touch()
             time.sleep(60)
 
-    process = start(hold)
+    process = fork(hold)
     wait_until((tmp_path / "held").exists)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
@@ -97,7 +83,7 @@ def test_turns_exclude_each_other_many_times(tmp_path: Path) -> None:
     (tmp_path / "count").write_text("0")
     turn.PAUSE, pause = 0.0002, turn.PAUSE
     try:
-        processes = [start(count) for _ in range(3)]
+        processes = [fork(count) for _ in range(3)]
     finally:
         turn.PAUSE = pause
     for process in processes:
