@@ -41,8 +41,12 @@ def compile_all(needed: Sequence[Job], every: Sequence[Job]) -> None:
 
 def unloaded(jobs: Sequence[Job]) -> list[Job]:
     """Load kernels. Those that no folder has, or that cannot be loaded."""
-    wanted = {prebuilt.key(kernel.name, x): (kernel, x) for kernel, x in jobs}
-    return [job for job in wanted.values() if not _load(job)]
+    return [job for job in _by_name(jobs).values() if not _load(job)]
+
+
+def _by_name(jobs: Sequence[Job]) -> dict[str, Job]:
+    """Each kernel once."""
+    return {prebuilt.key(kernel.name, x): (kernel, x) for kernel, x in jobs}
 
 
 def _load(job: Job) -> bool:
@@ -122,9 +126,8 @@ def _can_write(folder: Path) -> bool:
 
 def missing(jobs: Sequence[Job]) -> list[Job]:
     """Those that no folder has."""
-    wanted = {prebuilt.key(kernel.name, x): (kernel, x) for kernel, x in jobs}
     return [
-        (kernel, x) for name, (kernel, x) in wanted.items()
+        (kernel, x) for name, (kernel, x) in _by_name(jobs).items()
         if name not in _loaded and prebuilt.find(kernel.name, x) is None
     ]  # fmt: skip
 
