@@ -8,8 +8,8 @@ would keep without a proof, so the code is right either way, and tests compare t
 
 The setting is one of the process. Other compiles of TileLang wait meanwhile: they may place
 barriers, and then Z3 finds how many threads arrive at each. While one of them runs, kernels here
-compile with the theory. Whoever else uses z3 in the process gets "unknown" for questions about
-integers meanwhile. A fork starts with the usual setting.
+compile with the theory. Meanwhile z3 answers "unknown" to questions about integers from any code of
+the process. A fork starts with the usual setting.
 """
 
 from __future__ import annotations
