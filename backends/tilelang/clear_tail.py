@@ -1,9 +1,10 @@
 """Zeros for the tokens past the last sequence of a packed call: padding of a captured graph.
 
-    writes  dq, dk [B, L, H, K]; dv [B, L, HV, V]; dg [B, L, HV or HV K]; dbeta [B, L, HV] from
+    writes  dv [B, L, HV, V]; dq, dk [B, L, H, K]; dg [B, L, HV or HV K]; dbeta [B, L, HV] from
             token cu_seqlens[N] on; in forward only o, in dv's place
             tasks [1], a counter for the kernel after this one (`forward/fused_tasks.py`)
 
+The first argument must be a tensor, since TileLang launches on its device (on GPU 0 if it is None).
 All thread blocks take tokens in turn. Where sequences end at L there are none.
 """
 
@@ -42,8 +43,8 @@ def clear_tail(
 
     @T.prim_func
     def clear_tail_kernel(
-        dq: T.Tensor((B, L, H, K), dtype), dk: T.Tensor((B, L, H, K), dtype),
-        dv: T.Tensor((B, L, HV, V), dtype), dg: T.Tensor((B, L, G), gates),
+        dv: T.Tensor((B, L, HV, V), dtype), dq: T.Tensor((B, L, H, K), dtype),
+        dk: T.Tensor((B, L, H, K), dtype), dg: T.Tensor((B, L, G), gates),
         dbeta: T.Tensor((B, L, HV), strengths), cu_seqlens: T.Tensor((bounds,), offsets),
         tasks: T.Tensor((1,), "int32"),
     ):  # fmt: skip

@@ -17,6 +17,8 @@ HERE = Path(__file__).parent
 GUARD = 1 << 16
 """Guard bytes on either side of a tensor."""
 _CUDA, _INT, _FLOAT, _TENSOR = 2, 1, 3, 7
+_DEVICE = 1
+"""Not 0, the device of a launch whose first argument is None; others are refused then."""
 _CODES = {
     torch.bool: 6,
     torch.int32: 0,
@@ -102,10 +104,10 @@ class _Guarded:
 
 
 def _tensor(x: torch.Tensor, place: int) -> _Tensor:
-    """The DLTensor of a CPU tensor with its memory at `place`, marked as a CUDA tensor."""
+    """The DLTensor of a CPU tensor with its memory at `place`, marked as one of a second GPU."""
     sizes = [(ctypes.c_int64 * max(x.dim(), 1))(*given) for given in (x.shape, x.stride())]
     bits = 8 * x.element_size()
-    return _Tensor(place, _CUDA, 0, x.dim(), _CODES[x.dtype], bits, 1, *sizes, 0)
+    return _Tensor(place, _CUDA, _DEVICE, x.dim(), _CODES[x.dtype], bits, 1, *sizes, 0)
 
 
 def emulate(

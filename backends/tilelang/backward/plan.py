@@ -160,7 +160,7 @@ class BackwardPass:
         # === buffers ===
         dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in (q, k, v, g, beta))
         if cu_seqlens is not None:
-            launch_round.pop()(dq, dk, dv, dg.flatten(2), dbeta, cu_seqlens, None)
+            launch_round.pop()(dv, dq, dk, dg.flatten(2), dbeta, cu_seqlens, None)
         (HV, V), K, new = v.shape[2:], q.shape[3], q.new_empty
         rows = self.round_slots, HV, V
         scaled_slots = self.round_slots if q.dtype == torch.float16 else 0

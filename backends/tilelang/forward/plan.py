@@ -217,7 +217,7 @@ class ForwardPass:
         launch, run_clear = self.launchers.get(save) or self._launchers(save)
         counter = self.fused.new_counter() if self.fused and not save else None
         if run_clear is not None:
-            run_clear(None, None, o, None, None, cu_seqlens, counter)
+            run_clear(o, None, None, None, None, cu_seqlens, counter)
         elif counter is not None:
             counter.zero_()
         if self.fused and not save:
