@@ -263,12 +263,6 @@ class Backend(ABC):
         Must not compile."""
         return ""
 
-    def priority_for(self, problem: Problem) -> int:
-        """`priority` for one problem. A backend of "auto" may step behind another one where it is
-        slower, or where its speed is not known yet."""
-        assert self.priority is not None
-        return self.priority
-
     def path(self, problem: Problem) -> str:
         """Which internal path would run this problem, for `gdn.explain` and `gdn compare`."""
         return self.name

@@ -63,18 +63,15 @@ class Chosen(NamedTuple):
     pinned: str
 
 
-def parse_request(
-    request: str, argument: str = "backend", problem: Problem | None = None
-) -> list[str]:
-    """The names in a request, in order; "auto" orders them for a problem, if one is given. A
-    request is one name, a comma-separated list, or "auto". (Of pinned requests only those of other
-    processes come here.)"""
+def parse_request(request: str, argument: str = "backend") -> list[str]:
+    """The names in a request, in order. A request is one name, a comma-separated list, or "auto".
+    (Of pinned requests only those of other processes come here.)"""
     _check_request(request, argument)
     names: list[str] = []
     try:
         for part in (part.strip() for part in request.split(",")):
             if part in ("auto", OWN_KERNELS):
-                names += _automatic_names(problem, own=part == OWN_KERNELS)
+                names += _automatic_names(own=part == OWN_KERNELS)
             elif part:
                 names.append(find_backend(part).name)
         if not names:
@@ -98,21 +95,12 @@ def framework_request(device: torch.device, backend: str | None = None) -> tuple
     return OWN_KERNELS, False
 
 
-def _automatic_names(problem: Problem | None, own: bool) -> list[str]:
+def _automatic_names(own: bool) -> list[str]:
     """The backends of "auto", or with `own` of OWN_KERNELS, highest priority first."""
-
-    def rank(name: str) -> float:
-        backend = find_backend(name)
-        assert backend.priority is not None
-        if problem is None:
-            return -backend.priority
-        try:
-            return -backend.priority_for(problem)
-        except Exception:  # another package's error must not break gdn
-            return -backend.priority
-
-    names = [name for name in backend_names() if find_backend(name).priority is not None]
-    return sorted((n for n in names if not (own and n in ("fla", "torch"))), key=rank)
+    ranks = {name: find_backend(name).priority for name in backend_names()}
+    names = [name for name, rank in ranks.items() if rank is not None]
+    names.sort(key=lambda name: ranks[name] or 0, reverse=True)
+    return [name for name in names if not (own and name in ("fla", "torch"))]
 
 
 def _check_request(request: object, argument: str) -> None:
@@ -195,7 +183,7 @@ def resolve(request: str, problem: Problem, given: Call | PoolCall | None = None
     if registry.is_pinned(request):
         return find_backend(request)
     reasons: dict[str, list[str]] = {}
-    for name in parse_request(request, problem=problem):
+    for name in parse_request(request):
         why = find_reasons(name, problem, given)
         if not why:
             slow = name == "torch" and problem.device == "cuda" and "torch" not in request

@@ -77,9 +77,9 @@ def explain(
 ) -> Explanation:
     """The verdict for every backend on a problem, in the order of "auto", and the backend that the
     request chooses."""
-    every = parse_request("auto", problem=problem)
+    every = parse_request("auto")
     every += [name for name in backend_names() if name not in every]
     verdicts = [verdict(name, problem, given) for name in every]
     able = {verdict.name for verdict in verdicts if not verdict.reasons}
-    chosen = next((name for name in parse_request(request, problem=problem) if name in able), None)
+    chosen = next((name for name in parse_request(request) if name in able), None)
     return Explanation(request, source, problem, chosen, tuple(verdicts))

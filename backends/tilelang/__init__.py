@@ -116,10 +116,6 @@ class TileLangBackend(Backend):
             reasons.append(f"on a pool K and V must be 64 or 128, got {problem.K} and {problem.V}")
         return reasons
 
-    def priority_for(self, problem: Problem) -> int:
-        """Behind `triton` for training with a decay per channel: its speed is not measured yet."""
-        return 250 if problem.per_channel and problem.needs_grad else self.priority
-
     def path(self, problem: Problem) -> str:
         layout = choose_blocks(problem.K, problem.V) if problem.pool is None else None
         return f"TileLang, {layout.describe()}" if layout else "TileLang"
