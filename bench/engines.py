@@ -20,7 +20,8 @@ from gdn.compare.files import require_writable
 from gdn.compare.timing import Timing, gpu_times, wall_times
 from gdn.testing import TOLERANCE, relative_error
 
-PREFILLS = "1x512,1x2048,1x8192,8x1024,1024+7168,64x1-300"
+PREFILLS = "1x8192,1x512,1x2048,8x1024,1024+7168,64x1-300"
+"""An engine's kernels are tuned on the first one, whatever it is."""
 KINDS = ("prefill", "decode", "verify")
 DRAFTS = 4
 """Tokens of a sequence in a verification."""
@@ -142,9 +143,10 @@ class Comparison:
                 if args.json is not None:
                     args.json.write_text(json.dumps(self.record(args), indent=1) + "\n")
         for line in self.means():
+            gaps = f", {line['gaps']} with gaps in one time" if line["gaps"] else ""
             print(
                 f"{line['kind']}: {line['kernel']} is {line['mean']:.2f} times as fast as "
-                f"{self.engine}'s {OWN} ({line['rows']} rows)"
+                f"{self.engine}'s {OWN} ({line['rows']} rows{gaps})"
             )
 
     def agreeing(self, name: str, row: Row) -> dict[str, Any]:
@@ -184,19 +186,21 @@ class Comparison:
         return wall_times(runs, self.layer.device, min(seconds, 0.1))
 
     def means(self) -> list[dict[str, Any]]:
-        """The geometric mean of `OWN`'s time over each other kernel's, by kind of row."""
+        """The geometric mean of `OWN`'s time over each other kernel's, by kind of row. gaps: rows
+        in which one of the two was captured in a graph and the other was not."""
         found = []
         for kind in KINDS:
             for name in self.kernels:
                 times = [
-                    (t[OWN].ms, t[name].ms)
+                    (t[OWN], t[name])
                     for row, t in self.times.items()
                     if row.startswith(kind) and {name, OWN} <= {*t}
                 ]
                 if times and name != OWN:
-                    mean = statistics.geometric_mean(own / other for own, other in times)
+                    mean = statistics.geometric_mean(own.ms / other.ms for own, other in times)
+                    gaps = sum(own.clock != other.clock for own, other in times)
                     line = {"kind": kind, "kernel": name, "mean": mean, "rows": len(times)}
-                    found.append(line)
+                    found.append(line | {"gaps": gaps})
         return found
 
     def record(self, args: argparse.Namespace) -> dict[str, Any]:

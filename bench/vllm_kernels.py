@@ -27,7 +27,7 @@ from gdn.problem import CHUNK
 from gdn.testing.absent import stand_in
 
 OPS = "vllm.third_party.flash_linear_attention.ops"
-ABSENT = ("zmq", "urllib3")
+ABSENT = ("zmq", "urllib3", "psutil", "einops", "tqdm")
 """Packages of servers, which the import of vLLM's kernels imports."""
 COMPILED = "vllm._C_stable_libtorch"
 """vLLM's compiled kernels, which its platform CUDA imports."""
