@@ -231,7 +231,7 @@ def test_the_benchmark_times_what_agrees() -> None:
     """On a CPU that is gdn, and of SGLang's kernels the one that Triton's interpreter runs."""
     bench = importlib.import_module("sglang_kernels")
     sizes = ["--heads", "1/2", "--size", "16", "--prefill", "1x70,5+64", "--batches", "1"]
-    found = bench.main([*sizes, "--backends", "torch"])
+    found = bench.main([*sizes, "--backends", "torch"]).times
     assert list(found) == ["prefill 1x70", "prefill 5+64", "decode 1", "verify 1"]
     assert all("gdn torch" in times for times in found.values())
     assert "triton" in found["verify 1"]
