@@ -2,6 +2,9 @@
 count. Without it peers compile for minutes, one kernel after another.
 
     python bench/ahead.py fla 16/32:1x8192,16/32:8x1024 fwd,bwd fused head
+
+With `kernels` in place of a backend it prints TileLang's kernels of rows, on any machine, for
+`gdn build-kernels --kernels-in`. With GDN_KERNELS the rows then compile none of them.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import torch
-from shapes import CONDITIONS, Decay, Norm, make_case
+from gdn.backends.tilelang import BACKEND
+from gdn.backends.tilelang.build import write_job
+from shapes import CONDITIONS, Decay, Norm, expand, make_case
 from suite import DEVICE, DTYPE  # registers the adapters
 
+from gdn.compare.options import make_call
 from gdn.testing import agreement
 
 Job = tuple[str, str, str, str, str]
@@ -59,8 +65,21 @@ def compile_ahead(found: list[Job]) -> list[str]:
         return list(pool.map(run, found))
 
 
+def kernels(shapes: str, passes: str, norm: Norm, decay: Decay) -> list[str]:
+    """TileLang's kernels of rows in bfloat16, as `gdn build-kernels` takes them."""
+    found: dict[str, None] = {}
+    for shape in expand(shapes):
+        call = make_call(make_case(shape, "model", torch.bfloat16, norm, decay))
+        for backward in {which != "fwd" for which in passes.split(",")}:
+            found |= dict.fromkeys(map(write_job, BACKEND.warmup_jobs(call, backward)))
+    return list(found)
+
+
 def main(backend: str, shapes: str, passes: str, norm: Norm, decay: Decay) -> None:
     """Call the backend once with every shape, and print how long that took."""
+    if backend == "kernels":
+        print(*kernels(shapes, passes, norm, decay), sep="\n")
+        return
     for shape in shapes.split(","):
         start = time.perf_counter()
         try:

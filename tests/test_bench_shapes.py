@@ -1,10 +1,12 @@
-"""The benchmarks' shapes: what their notation means, and that rows with and without the L2 norm are
-kept apart."""
+"""The benchmarks' shapes: what their notation means, that rows with and without the L2 norm are
+kept apart, and which kernels they need."""
 
 from __future__ import annotations
 
+import ahead
 import shapes
 import torch
+from gdn.backends.tilelang.build import parse_job
 from report import rows as results
 
 
@@ -26,3 +28,12 @@ def test_rows_without_a_norm_field_had_it_fused() -> None:
     assert results.setting(old) != results.setting(new)
     assert results.conditions(old) == "fast gates"
     assert results.conditions(new) == "fast gates, no norm"
+
+
+def test_kernels_of_rows_are_listed() -> None:
+    """As `gdn build-kernels --kernels-in` reads them; a bound is part of per-channel kernels."""
+    plain = ahead.kernels("16/32:1x8192|8x1024", "fwd,bwd", "no", "head")
+    assert {"fused_forward", "reverse_scan", "gradients"} <= {parse_job(x)[0].name for x in plain}
+    bounded = ahead.kernels("16/16:1x8192", "fwd", "fused", "bounded")
+    assert [parse_job(x)[0].name for x in bounded][0] == "prepare_channels"
+    assert not {*plain} & {*bounded}
