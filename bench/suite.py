@@ -11,6 +11,7 @@ import adapters
 import pytest
 import torch
 from shapes import SELECTIONS, Decay, Norm, Selection, expand, make_step_case
+from tuning import compile_side_by_side
 
 import gdn
 from gdn.compare.comparison import Comparison, Row
@@ -26,6 +27,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 PEERS = {peer.name: peer for peer in adapters.register()}
+if ON_GPU:
+    compile_side_by_side()
 
 
 def size(config: pytest.Config) -> str:

@@ -1,0 +1,42 @@
+"""Triton compiles the configurations of a kernel that it tunes, dozens in peers, one after another.
+Here they compile side by side, before it times them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+Prune = Callable[[Any, dict[str, Any]], list[Any]]
+
+
+def compile_side_by_side() -> None:
+    """From now on, in this process. Nothing changes where Triton is not installed, or older than
+    3.5."""
+    with contextlib.suppress(ImportError):
+        from triton.runtime._async_compile import AsyncCompileMode
+        from triton.runtime.autotuner import Autotuner
+
+        pool = ThreadPoolExecutor(os.cpu_count())
+        make_mode = partial(AsyncCompileMode, pool, ignore_errors=True)
+        Autotuner.prune_configs = compiling(Autotuner.prune_configs, make_mode)
+
+
+def compiling(prune: Prune, mode: Callable[[], Any]) -> Prune:
+    """`Autotuner.prune_configs`, which chooses the configurations to time, and then compiles them.
+    mode: a context in which a kernel's `run` with warmup=True only begins to compile; its end waits
+    for all. A configuration that does not compile fails again when it is timed."""
+
+    def prune_and_compile(tuner: Any, options: dict[str, Any]) -> list[Any]:
+        chosen = prune(tuner, options)
+        if len(chosen) > 1:
+            with mode():
+                for config in chosen:
+                    given = tuner.nargs | options | config.all_kwargs()
+                    tuner.fn.run(**given | {"warmup": True})
+        return chosen
+
+    return prune_and_compile
