@@ -1,10 +1,13 @@
 """`pytest bench --ahead`: compile the kernels of all rows first, one process per backend and head
-count. Without it peers compile for minutes, one kernel after another.
+count. Without it peers compile for minutes, one head count after another.
 
     python bench/ahead.py fla 16/32:1x8192,16/32:8x1024 fwd,bwd fused head
 
-With `kernels` in place of a backend it prints TileLang's kernels of rows, on any machine, for
-`gdn build-kernels --kernels-in`. With GDN_KERNELS the rows then compile none of them.
+With `kernels` in place of a backend it prints, on any machine, the TileLang kernels that rows of
+prefill need. `gdn build-kernels --kernels-in FILE --out DIR` builds them, and with GDN_KERNELS=DIR
+those rows compile nothing with TileLang:
+
+    python bench/ahead.py kernels '2/8|16/32:1x8192|8x1024' fwd,bwd no head > FILE
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from gdn.backends.tilelang import BACKEND
 from gdn.backends.tilelang.build import write_job
 from shapes import CONDITIONS, Decay, Norm, expand, make_case
 from suite import DEVICE, DTYPE  # registers the adapters
+from tuning import THREADS
 
 from gdn.compare.options import make_call
 from gdn.testing import agreement
@@ -53,7 +57,7 @@ def jobs(
 
 
 def compile_ahead(found: list[Job]) -> list[str]:
-    """Run the jobs in parallel, one per CPU core, and return their output."""
+    """Run the jobs in parallel, one per `THREADS` CPU cores, and return their output."""
     environment = os.environ | UNTUNED | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
     def run(job: Job) -> str:
@@ -61,7 +65,7 @@ def compile_ahead(found: list[Job]) -> list[str]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         return done.stdout.strip() or done.stderr.strip()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // THREADS)) as pool:
         return list(pool.map(run, found))
 
 

@@ -19,7 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from engines import DRAFTS, OWN, Comparison, Layer, Row, Rows, load, parse
+from engines import DRAFTS, OWN, Comparison, Layer, NoKernel, Row, Rows, load, parse
 from torch import Tensor
 
 from gdn.integrations.vllm_batch import Rule, Tokens, run_batch
@@ -142,7 +142,7 @@ class FlashInfer(Triton):
         return o[None], states
 
     def decode(self, batch: Batch, pool: Tensor, out: Tensor) -> None:
-        raise NotImplementedError
+        raise NoKernel
 
     verify = decode
 
