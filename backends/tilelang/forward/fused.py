@@ -43,6 +43,7 @@ from ..tile.ragged_rows import clear_rows_past_end
 from ..tile.row_scales import PRELUDE as ROW_SCALES
 from .block_inverse import LIMIT, bound_strengths, choose_parts, solve_row
 from .block_inverse import PRELUDE as INVERSE_PRELUDE
+from .checkpoints import PRELUDE as CHECKPOINTS_PRELUDE
 from .forgetting import ForgettingSmem, skip_forgotten
 from .fused_factors import compute_factors, compute_norms
 from .fused_intra_chunk import PRELUDE as INTRA_CHUNK_PRELUDE
@@ -103,6 +104,7 @@ def fused_forward(
     )  # fmt: skip
     shape_in = (V, K) if ends.v_first_in else (K, V)
     shape_out = (rows, K) if ends.v_first_out else (K, rows)
+    preludes = PRELUDES + (CHECKPOINTS_PRELUDE if ends.has_checkpoints else "")
     declared_slots, pooled = declare_slots(pool), pool is not None
     declared_checkpoints = declare_checkpoints((HV, *((V, K) if v_first else (K, V))), pool)
 
@@ -203,7 +205,7 @@ def fused_forward(
         """length: tokens of a piece, if sequences are cut; forgets: written by the transfer scan,
         whether a piece does; counter: of tasks, at first 0; launched: thread blocks (ring)."""
         grid = launched if ring else pieces * HV * blocks
-        with T.Kernel(grid, threads=(128, 4), prelude=PRELUDES) as cta:
+        with T.Kernel(grid, threads=(128, 4), prelude=preludes) as cta:
             T.annotate_min_blocks_per_sm(1)
             # === shared memory and barriers ===
             ready, v_ready, tokens_ready = (T.alloc_barrier([32] * stages) for _ in range(3))

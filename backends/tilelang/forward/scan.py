@@ -37,6 +37,7 @@ from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end, clear_tokens
 from ..tile.row_scales import PRELUDE as ROW_SCALES
+from .checkpoints import PRELUDE as CHECKPOINTS_PRELUDE
 from .checkpoints import scan_to_checkpoints
 from .first_chunks import limit_transfer
 from .scan_memory import ScanSmem, load_chunk, load_P, store_chunk
@@ -100,6 +101,8 @@ def scan(
     task_fields = TASK + POOL_TASK if pool else TASK
     pooled, from_pool, to_pool = (x is not None for x in (pool, pool_in, pool_out))
     asked = pool_out is not None and bool(pool_out.offsets)  # for checkpoints
+    preludes = FENCES + PRELUDE + ROW_SCALES
+    preludes += CHECKPOINTS_PRELUDE if asked else ""
 
     @T.macro
     def consume_chunk(chunk, frag, smem, inputs_ready, P_ready, o_ready, start, stop, wg, thread):
@@ -209,9 +212,7 @@ def scan(
     ):  # fmt: skip
         """length: tokens of a piece; ends: 1 if M of the first and last pieces is wanted, 2 if also
         N of the last. Not cut: length tokens of each sequence after the first `skipped` ones."""
-        with T.Kernel(
-            pieces * HV * blocks, threads=consumers + 128, prelude=FENCES + PRELUDE + ROW_SCALES
-        ) as cta:
+        with T.Kernel(pieces * HV * blocks, threads=consumers + 128, prelude=preludes) as cta:
             T.annotate_min_blocks_per_sm(3 - warpgroups)
             # === what the thread block scans ===
             task = Fields(*task_fields)
