@@ -44,6 +44,8 @@ FLOAT16 = replace(
     EVERYTHING, name="float16", dtype=torch.float16, state_v_first=False, checkpoints="buffer",
     pool=torch.float32, fused=False, out=True, K=128, V=128,
 )  # fmt: skip
+ODD = replace(EVERYTHING, name="odd-slots", lengths=(65, 130, 0, 64), padding=7, pool=torch.float32)
+"""States [V, K] of which every second one is not aligned to two numbers."""
 SUITE = [with_sizes(case) for case in PREFILLS]
 
 
@@ -53,7 +55,7 @@ def check(case: PrefillCase) -> None:
 
 @pytest.mark.usefixtures("poisoned_memory")
 @WORLDS
-@pytest.mark.parametrize("case", [EVERYTHING, FLOAT16], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [EVERYTHING, FLOAT16, ODD], ids=lambda case: case.name)
 def test_agrees_with_the_definition(
     world: Callable[..., None],  # noqa: F811
     case: PrefillCase,
@@ -91,7 +93,7 @@ def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("poisoned_memory", "one_kernel")
 @WORLDS
-@pytest.mark.parametrize("case", [EVERYTHING, FLOAT16], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [EVERYTHING, FLOAT16, ODD], ids=lambda case: case.name)
 def test_one_kernel(
     world: Callable[..., None],  # noqa: F811
     case: PrefillCase,
@@ -220,7 +222,7 @@ def test_neither_spills_in_loops_nor_serialises(
         assert "serialized" not in said, said
 
 
-ON_GPU = [EVERYTHING, FLOAT16, replace(LONG, lengths=(2000, 0, 640, 70, 1300, 64))]
+ON_GPU = [EVERYTHING, FLOAT16, ODD, replace(LONG, lengths=(2000, 0, 640, 70, 1300, 64))]
 
 
 @pytest.mark.gpu

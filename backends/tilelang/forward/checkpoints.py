@@ -61,8 +61,8 @@ def scan_to_checkpoints(
             if bool(kind.places):
                 slot = T.cast(places[n, asked[1]], "int64")
                 if is_pool_slot(slot, null_index, states.shape[0]):
-                    store_state(frag, states, slot, head, row, v_first, keep=True)
+                    store_state(frag, states, slot, head, row, v_first, pooled=True, keep=True)
             else:
                 place = n * columns + asked[1]
-                store_state(frag, states, place, head, row, v_first, keep=True)
+                store_state(frag, states, place, head, row, v_first, pooled=True, keep=True)
             T.call_extern("handle", "gdn_next_checkpoint", *search)

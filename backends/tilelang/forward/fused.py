@@ -35,6 +35,7 @@ from ..tile.fragments import PRELUDE
 from ..tile.indexing import strided
 from ..tile.largest import largest
 from ..tile.layout import ROWS
+from ..tile.pool import PRELUDE as POOL_PRELUDE
 from ..tile.pool import declare_checkpoints, declare_slots, declare_states
 from ..tile.pool_kind import PoolKind
 from ..tile.proxy_fence import PRELUDE as FENCES
@@ -104,7 +105,8 @@ def fused_forward(
     )  # fmt: skip
     shape_in = (V, K) if ends.v_first_in else (K, V)
     shape_out = (rows, K) if ends.v_first_out else (K, rows)
-    preludes = PRELUDES + (CHECKPOINTS_PRELUDE if ends.has_checkpoints else "")
+    preludes = PRELUDES + (POOL_PRELUDE if pool else "")
+    preludes += CHECKPOINTS_PRELUDE if ends.has_checkpoints else ""
     declared_slots, pooled = declare_slots(pool), pool is not None
     declared_checkpoints = declare_checkpoints((HV, *((V, K) if v_first else (K, V))), pool)
 

@@ -31,6 +31,7 @@ from ..compile import kernel
 from ..tile.fragments import PRELUDE
 from ..tile.indexing import Fields, piece_bounds, piece_number, strided
 from ..tile.layout import ROWS, factor_rows
+from ..tile.pool import PRELUDE as POOL_PRELUDE
 from ..tile.pool import SKIPPED, declare_checkpoints, declare_slots, declare_states, find_slot
 from ..tile.pool_kind import PoolKind
 from ..tile.proxy_fence import PRELUDE as FENCES
@@ -102,7 +103,7 @@ def scan(
     pooled, from_pool, to_pool = (x is not None for x in (pool, pool_in, pool_out))
     asked = pool_out is not None and bool(pool_out.offsets)  # for checkpoints
     preludes = FENCES + PRELUDE + ROW_SCALES
-    preludes += CHECKPOINTS_PRELUDE if asked else ""
+    preludes += (POOL_PRELUDE if pool else "") + (CHECKPOINTS_PRELUDE if asked else "")
 
     @T.macro
     def consume_chunk(chunk, frag, smem, inputs_ready, P_ready, o_ready, start, stop, wg, thread):
@@ -142,14 +143,14 @@ def scan(
                 T.sync_threads(1, 128)
             elif pooled:
                 if T.And(task.number == 0, task.reads != 0):
-                    load_state(frag, S_in, task.pool_slot, head, row, v_first_in)
+                    load_state(frag, S_in, task.pool_slot, head, row, v_first_in, pooled=True)
             elif initial:  # noqa: SIM102, known before the kernel is; the next is not
                 if task.number == 0:
                     load_state(frag, S_in, sequence, head, row, v_first_in)
         elif from_pool:
             T.clear(frag.S)
             if task.reads != 0:
-                load_state(frag, S_in, task.pool_slot, head, row, v_first_in)
+                load_state(frag, S_in, task.pool_slot, head, row, v_first_in, pooled=True)
             keep_rounding_here(frag)
         elif initial:
             load_state(frag, S_in, piece, head, row, v_first_in)
@@ -172,7 +173,7 @@ def scan(
         if to_pool:
             keep_rounding_here(frag)
             if T.And(task.writes != 0, T.Or(not cut, task.number == task.last_number)):
-                store_state(frag, S_out, task.pool_slot, head, row, v_first_out)
+                store_state(frag, S_out, task.pool_slot, head, row, v_first_out, pooled=True)
         elif final and not (cut and output):
             store_state(frag, S_out, piece, head, row, v_first_out)
         elif final:  # noqa: SIM102
