@@ -7,8 +7,8 @@ states goes through memory.
     writes  o [B, L, HV, V]; S_out, the final states
 
 Thread block (sequence or piece, and value head; V = 128), alone on an SM. In packed calls whose
-sequences are not cut there are as many thread blocks as SMs, and each takes one sequence and head
-after another (`fused_tasks.py`). The threads:
+sequences are not cut, and in dense ones of many short sequences, there are as many thread blocks as
+SMs, and each takes one sequence and head after another (`fused_tasks.py`). The threads:
 
     128  the intra-chunk warpgroup: P and A_v of a chunk ahead
     256  two consumer warpgroups: each holds 64 rows of S^T and computes U, O and S
@@ -205,7 +205,8 @@ def fused_forward(
         launched: T.int32, length: T.int32, scale: T.float32,
     ):  # fmt: skip
         """length: tokens of a piece, if sequences are cut; forgets: written by the transfer scan,
-        whether a piece does; counter: of tasks, at first 0; launched: thread blocks (ring)."""
+        whether a piece does; counter: of tasks, at first 0 (ring and varlen); launched: thread
+        blocks (ring)."""
         grid = launched if ring else pieces * HV * blocks
         with T.Kernel(grid, threads=(128, 4), prelude=preludes) as cta:
             T.annotate_min_blocks_per_sm(1)
@@ -259,7 +260,7 @@ def fused_forward(
                 T.set_max_nreg(REGISTERS[2], 0)
                 if tx < 32:
                     draw_tasks(
-                        tasks, counter, launched, HV, sequences * HV, cta, tx, S_in, ends,
+                        tasks, counter, launched, HV, sequences * HV, cta, tx, varlen, S_in, ends,
                         found, load_chunks, q, k, v, smem, ready, v_ready,
                         o_ready, v_free, block == 0, varlen, output,
                     )  # fmt: skip
