@@ -58,7 +58,7 @@ SLOW = re.compile(
             r"test_tilelang_forgetting\.py::.*(early\]|False-late|64-dtype0|mixed|True-1\.0|dtype[13]"
             r"|large_float16)",
             r"test_tilelang_fused\.py::test_float16_ranges.*(raw-rows|large-values)",
-            r"test_tilelang_fused_tasks\.py::.*(\[(plain|float16|from-zero|everything)|short-early"
+            r"test_tilelang_fused_tasks\.py::.*(\[(plain|float16|from-zero|everything|whole)|(short|dense)-early"
             r"|slow\[([0-8]|15))",
             r"test_tilelang_emulated\.py::test_(agrees.*(correlated|strong|head-dim|wide|olmo)"
             r"|pieces.*early|backward.*parts|two_warp|summaries)",

@@ -1,10 +1,12 @@
-"""Thread blocks of the one kernel that draw sequence after sequence (`forward/fused_tasks.py`):
+"""Thread blocks of the one kernel that take sequence after sequence (`forward/fused_tasks.py`):
 against the definition in the emulator and on a GPU."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +19,11 @@ from gdn.testing.prefill import make_prefill
 pytest.importorskip("tilelang")
 pytest.importorskip("test_tilelang_emulated")
 
+import test_tilelang as compiled
 import test_tilelang_pool as pools
 from gdn.backends.tilelang.forward import fused_plan
 from gdn.backends.tilelang.forward import plan as forward
-from support import assert_close, poisoned_memory, require  # noqa: F401
+from support import assert_close, compile_together, poisoned_memory, require  # noqa: F401
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: F401
 from test_tilelang_fused import fail_without
 
@@ -31,6 +34,8 @@ SHORT = Case(
     dtype=torch.bfloat16, fused=True, allow_neg_eigval=True,
 )  # fmt: skip
 """Among them more sequences without tokens in a row than there are slots in the ring."""
+DENSE = replace(SHORT, name="dense", lengths=None, B=7, T=70)
+"""More tasks a thread block than there are slots in the ring."""
 
 
 @pytest.fixture
@@ -52,6 +57,8 @@ def two_sms(monkeypatch: pytest.MonkeyPatch) -> None:
         replace(SHORT, name="float16", dtype=torch.float16, K=64, gates="model"),
         replace(SHORT, name="from-zero", initial_state=False, lengths=SHORT.lengths[::-1]),
         replace(SHORT, name="nothing", lengths=(0,) * 7),
+        DENSE,
+        replace(DENSE, name="whole-chunks", T=128, B=3, fused=False, allow_neg_eigval=False),
     ],
     ids=lambda case: case.name,
 )
@@ -70,6 +77,14 @@ def test_pools(world: Callable[..., None], case: Any) -> None:  # noqa: F811
     world(late=True)
     lengths = (130, 0, 0, 0, 70, 65, 0, 64, 1, 128)
     pools.check(replace(case, lengths=lengths, H=1, HV=2, K=128, V=128))
+
+
+@pytest.mark.usefixtures("poisoned_memory", "two_sms")
+def test_a_dense_pool(world: Callable[..., None]) -> None:  # noqa: F811
+    """Every third sequence has no slot; every second one starts from zero."""
+    world(late=True)
+    sizes = {"lengths": None, "B": 6, "T": 130, "tail": 0, "H": 1, "HV": 2, "K": 128, "V": 128}
+    pools.check(replace(pools.EVERYTHING, name="dense", **sizes))
 
 
 @pytest.mark.usefixtures("two_sms")
@@ -106,22 +121,65 @@ def test_a_missing_wait_shows(
     fail_without(world, waits, slow, SHORT)
 
 
-def test_packed_calls_draw_and_others_do_not() -> None:
-    x = torch.empty((4, 8192, 32, 128), device="meta")
+@pytest.mark.usefixtures("two_sms")
+@pytest.mark.parametrize("slow", [0, 4, 12, 13, 14])
+def test_a_warp_of_a_dense_call_may_be_slow(
+    world: Callable[..., None],  # noqa: F811
+    slow: int,
+) -> None:
+    world(late=True, slow=slow)
+    check(DENSE, make_inputs(DENSE))
+
+
+@pytest.mark.usefixtures("two_sms")
+def test_a_dense_call_serialises_no_product_and_spills_outside_of_loops(tmp_path: Path) -> None:
+    """Spilled are addresses of the gate and the storing warp."""
+    (kernel,) = compile_together(*compiled.plan_of(DENSE)[0].jobs(save=False))
+    said = compiled.verdict(kernel, tmp_path)
+    compiled.assert_registers_suffice(kernel.get_kernel_source(), said)
+    assert max(map(int, re.findall(r"(\d+) bytes spill", said))) <= 96, said
+    assert "serialized" not in said, said
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "packed", "rings"),
+    [
+        (4, 8192, True, True),
+        (4, 8192, False, False),  # as many scans as SMs, nearly
+        (8, 8192, False, False),  # long
+        (64, 300, False, True),
+        (8, 1024, False, True),
+    ],
+)
+def test_packed_calls_and_many_short_sequences_are_taken_in_turn(
+    B: int, T: int, packed: bool, rings: bool
+) -> None:
+    x = torch.empty((B, T, 32, 128), device="meta")
     call = Call(x, x, x, x[..., 0], x[..., 0])
-    one, bounds = (y.flatten(0, 1)[None] for y in call[:5]), torch.empty(5)
-    packed = Call(*one)._replace(cu_seqlens=bounds)
-    ((_, dense),) = forward.ForwardPass(call).jobs(save=False)
-    ((_, drawn),) = forward.ForwardPass(packed).jobs(save=False)
-    assert not dense["ring"]
-    assert drawn["ring"]
+    if packed:
+        one, bounds = (y.flatten(0, 1)[None] for y in call[:5]), torch.empty(B + 1)
+        call = Call(*one)._replace(cu_seqlens=bounds)
+    forward_pass = forward.ForwardPass(call)
+    ((_, options),) = forward_pass.jobs(save=False)
+    assert options["ring"] == rings
+    assert (forward_pass.fused.new_counter() is not None) == packed
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [(300,) * 64, tuple(n % 130 for n in range(300)), (1,) * 64])
-def test_a_graph_gives_the_same_bits_again(lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"lengths": (300,) * 64},
+        {"lengths": tuple(n % 130 for n in range(300))},
+        {"lengths": (1,) * 64},
+        {"lengths": None, "B": 64, "T": 300},
+        {"lengths": None, "B": 300, "T": 16},
+    ],
+    ids=str,
+)
+def test_a_graph_gives_the_same_bits_again(sizes: Any) -> None:
     """And those of a launch; which thread block draws a sequence does not matter."""
-    case = replace(SHORT, lengths=lengths, H=4, HV=8, allow_neg_eigval=False, gates="model")
+    case = replace(SHORT, **sizes, H=4, HV=8, allow_neg_eigval=False, gates="model")
     inputs = make_inputs(case, "cuda")
     require("tilelang", inputs)
     expected, first = (gdn.gated_delta_net(**inputs, backend=x) for x in ("torch", "tilelang"))

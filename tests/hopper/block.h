@@ -121,6 +121,10 @@ template <class T> T __shfl_xor_sync(uint, T x, int by, int = 32) { return shuff
 template <class T> T __shfl_up_sync(uint, T x, int by, int = 32) { return shuffle(x, lane() - by); }
 template <class T> T __shfl_down_sync(uint, T x, int by, int = 32) { return shuffle(x, lane() + by); }
 template <class T> T __shfl_sync(uint, T x, int from, int = 32) { return shuffle(x, from); }
+inline uint __reduce_min_sync(uint, uint x) {
+  for (int by = 16; by; by /= 2) x = std::min(x, __shfl_xor_sync(~0u, x, by));
+  return x;
+}
 inline uint __reduce_max_sync(uint, uint x) {
   for (int by = 16; by; by /= 2) x = std::max(x, __shfl_xor_sync(~0u, x, by));
   return x;

@@ -7,8 +7,8 @@ states goes through memory.
     writes  o [B, L, HV, V]; S_out, the final states
 
 Thread block (sequence or piece, and value head; V = 128), alone on an SM. In packed calls whose
-sequences are not cut there are as many thread blocks as SMs, and each takes one sequence and head
-after another (`fused_tasks.py`). The threads:
+sequences are not cut, and in dense ones of many short sequences, there are as many thread blocks as
+SMs, and each takes one sequence and head after another (`fused_tasks.py`). The threads:
 
     128  the intra-chunk warpgroup: P and A_v of a chunk ahead
     256  two consumer warpgroups: each holds 64 rows of S^T and computes U, O and S
@@ -35,6 +35,7 @@ from ..tile.fragments import PRELUDE
 from ..tile.indexing import strided
 from ..tile.largest import largest
 from ..tile.layout import ROWS
+from ..tile.pool import PRELUDE as POOL_PRELUDE
 from ..tile.pool import declare_checkpoints, declare_slots, declare_states
 from ..tile.pool_kind import PoolKind
 from ..tile.proxy_fence import PRELUDE as FENCES
@@ -43,6 +44,7 @@ from ..tile.ragged_rows import clear_rows_past_end
 from ..tile.row_scales import PRELUDE as ROW_SCALES
 from .block_inverse import LIMIT, bound_strengths, choose_parts, solve_row
 from .block_inverse import PRELUDE as INVERSE_PRELUDE
+from .checkpoints import PRELUDE as CHECKPOINTS_PRELUDE
 from .forgetting import ForgettingSmem, skip_forgotten
 from .fused_factors import compute_factors, compute_norms
 from .fused_intra_chunk import PRELUDE as INTRA_CHUNK_PRELUDE
@@ -103,6 +105,8 @@ def fused_forward(
     )  # fmt: skip
     shape_in = (V, K) if ends.v_first_in else (K, V)
     shape_out = (rows, K) if ends.v_first_out else (K, rows)
+    preludes = PRELUDES + (POOL_PRELUDE if pool else "")
+    preludes += CHECKPOINTS_PRELUDE if ends.has_checkpoints else ""
     declared_slots, pooled = declare_slots(pool), pool is not None
     declared_checkpoints = declare_checkpoints((HV, *((V, K) if v_first else (K, V))), pool)
 
@@ -201,9 +205,10 @@ def fused_forward(
         launched: T.int32, length: T.int32, scale: T.float32,
     ):  # fmt: skip
         """length: tokens of a piece, if sequences are cut; forgets: written by the transfer scan,
-        whether a piece does; counter: of tasks, at first 0; launched: thread blocks (ring)."""
+        whether a piece does; counter: of tasks, at first 0 (ring and varlen); launched: thread
+        blocks (ring)."""
         grid = launched if ring else pieces * HV * blocks
-        with T.Kernel(grid, threads=(128, 4), prelude=PRELUDES) as cta:
+        with T.Kernel(grid, threads=(128, 4), prelude=preludes) as cta:
             T.annotate_min_blocks_per_sm(1)
             # === shared memory and barriers ===
             ready, v_ready, tokens_ready = (T.alloc_barrier([32] * stages) for _ in range(3))
@@ -255,7 +260,7 @@ def fused_forward(
                 T.set_max_nreg(REGISTERS[2], 0)
                 if tx < 32:
                     draw_tasks(
-                        tasks, counter, launched, HV, sequences * HV, cta, tx, S_in, ends,
+                        tasks, counter, launched, HV, sequences * HV, cta, tx, varlen, S_in, ends,
                         found, load_chunks, q, k, v, smem, ready, v_ready,
                         o_ready, v_free, block == 0, varlen, output,
                     )  # fmt: skip

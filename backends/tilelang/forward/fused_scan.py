@@ -185,7 +185,7 @@ def consume_chunks(
     `scan_to_checkpoints`."""
     # === the state to start from ===
     row, stages, output = wg * ROWS, FusedSmem.STAGES[not ends.transfer], not ends.transfer
-    rows = V + frag.S.shape[1]
+    rows, v_first_in, v_first_out = V + frag.S.shape[1], ends.v_first_in, ends.v_first_out
     from_pool, to_pool = ends.pool_in is not None, ends.pool_out is not None
     if ends.transfer:
         set_unit_state(frag, row if block > 0 else -V)
@@ -195,17 +195,17 @@ def consume_chunks(
             T.sync_threads(1 + wg, 128)
         elif from_pool:
             if T.And(T.And(task[NUMBER] == 0, task[FORGETS] == 0), task[POOL_SLOT + READS] != 0):
-                load_state(frag, S_in, task[POOL_SLOT], task[HEAD], row, ends.v_first_in)
+                load_state(frag, S_in, task[POOL_SLOT], task[HEAD], row, v_first_in, pooled=True)
         elif ends.initial:  # noqa: SIM102, known before the kernel is; the next is not
             if T.And(task[NUMBER] == 0, task[FORGETS] == 0):
-                load_state(frag, S_in, task[SEQUENCE], task[HEAD], row, ends.v_first_in)
+                load_state(frag, S_in, task[SEQUENCE], task[HEAD], row, v_first_in)
     elif from_pool:
         T.clear(frag.S)
         if task[POOL_SLOT + READS] != 0:
-            load_state(frag, S_in, task[POOL_SLOT], task[HEAD], row, ends.v_first_in)
+            load_state(frag, S_in, task[POOL_SLOT], task[HEAD], row, v_first_in, pooled=True)
         keep_rounding_here(frag)
     elif ends.initial:
-        load_state(frag, S_in, task[PIECE], task[HEAD], row, ends.v_first_in)
+        load_state(frag, S_in, task[PIECE], task[HEAD], row, v_first_in)
     else:
         T.clear(frag.S)
     begin_scan(frag)
@@ -221,7 +221,7 @@ def consume_chunks(
         scan_to_checkpoints(
             checkpoints, ends.pool_out, task[SEQUENCE],
             T.if_then_else(chunks > 0, task[STOP] - task[START], 0), frag, task[HEAD], row,
-            ends.v_first_out, consume_chunk, *scanned,
+            v_first_out, consume_chunk, *scanned,
         )  # fmt: skip
     else:
         for chunk in T.serial(chunks):
@@ -230,12 +230,12 @@ def consume_chunks(
     # === the final state ===
     if ends.transfer:
         if T.And(chunks > 0, block * V + row < rows):
-            store_state(frag, S_out, task[PIECE], task[HEAD], block * V + row, ends.v_first_out)
+            store_state(frag, S_out, task[PIECE], task[HEAD], block * V + row, v_first_out)
     elif to_pool:
         keep_rounding_here(frag)
         last = T.Or(not ends.cut, task[NUMBER] == task[LAST_NUMBER])
         if T.And(last, task[POOL_SLOT + WRITES] != 0):
-            store_state(frag, S_out, task[POOL_SLOT], task[HEAD], row, ends.v_first_out)
+            store_state(frag, S_out, task[POOL_SLOT], task[HEAD], row, v_first_out, pooled=True)
     elif ends.final:  # noqa: SIM102
         if T.Or(not ends.cut, task[NUMBER] == task[LAST_NUMBER]):
-            store_state(frag, S_out, task[SEQUENCE], task[HEAD], row, ends.v_first_out)
+            store_state(frag, S_out, task[SEQUENCE], task[HEAD], row, v_first_out)

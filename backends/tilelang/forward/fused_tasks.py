@@ -1,10 +1,11 @@
 """The tasks of a thread block of `fused.py`. A task is one value head of a sequence or piece.
 
-Without a ring a thread block has one task. With a ring it takes task after task: the first by its
-own number, the others from a counter in memory, since sequences differ in length. The loading warp
-draws a task, writes it to a ring in shared memory and loads its chunks while the other warps still
-compute the task before. All chunks of a thread block are numbered in one row, so stages and
-parities continue from one task to the next.
+Without a ring a thread block has one task. With a ring it takes task after task, the first by its
+own number. Packed sequences differ in length, so the others come from a counter in memory. Dense
+ones do not, so the others are that number plus the thread blocks of the launch, and so on: there is
+no counter to set and to wait for. The loading warp finds a task, writes it to a ring in shared
+memory and loads its chunks while the other warps still compute the task before. All chunks of a
+thread block are numbered in one row, so stages and parities continue from one task to the next.
 
 Each task is computed by one thread block, so results do not depend on the order. No role waits for
 a later task than its own: two roles would wait for each other where more sequences without chunks
@@ -110,10 +111,11 @@ def for_each_task(tasks: Any, do: Callable[..., None], *args: Any) -> None:
 @T.macro
 def draw_tasks(
     tasks: Any, counter: Any, blocks: Any, HV: Any, number_of_tasks: Any, cta: Any, lane: Any,
-    S_in: Any, ends: Any, found: tuple[Any, ...], do: Callable[..., None], *args: Any,
+    counts: bool, S_in: Any, ends: Any, found: tuple[Any, ...], do: Callable[..., None], *args: Any,
 ) -> None:  # fmt: skip
     """The loading warp: find each task, then call do as `for_each_task` does. blocks: thread blocks
-    of the launch; cta: the number of this one; found: what `find_task` takes after the head."""
+    of the launch; cta: the number of this one; counts: whether tasks come from the counter; found:
+    what `find_task` takes after the head."""
     if tasks.ring:
         number, first = T.alloc_var("uint32"), T.alloc_var("uint32")
         index = T.alloc_var("int32")
@@ -130,7 +132,10 @@ def draw_tasks(
             do(tasks[number], first, *args)
             first += T.cast(tasks[number][CHUNKS], "uint32")
             number += T.uint32(1)
-            index = blocks + T.call_extern("int32", "gdn_draw", T.address_of(counter[0]))
+            if counts:
+                index = blocks + T.call_extern("int32", "gdn_draw", T.address_of(counter[0]))
+            else:
+                index += blocks
         T.barrier_wait(tasks.free[slot_of(number)], phase_of(number) ^ 1)
         if lane == 0:
             T.buffer_store(tasks.fields, NO_TASK, [slot_of(number), CHUNKS])

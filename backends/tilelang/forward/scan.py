@@ -31,12 +31,14 @@ from ..compile import kernel
 from ..tile.fragments import PRELUDE
 from ..tile.indexing import Fields, piece_bounds, piece_number, strided
 from ..tile.layout import ROWS, factor_rows
+from ..tile.pool import PRELUDE as POOL_PRELUDE
 from ..tile.pool import SKIPPED, declare_checkpoints, declare_slots, declare_states, find_slot
 from ..tile.pool_kind import PoolKind
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end, clear_tokens
 from ..tile.row_scales import PRELUDE as ROW_SCALES
+from .checkpoints import PRELUDE as CHECKPOINTS_PRELUDE
 from .checkpoints import scan_to_checkpoints
 from .first_chunks import limit_transfer
 from .scan_memory import ScanSmem, load_chunk, load_P, store_chunk
@@ -100,6 +102,8 @@ def scan(
     task_fields = TASK + POOL_TASK if pool else TASK
     pooled, from_pool, to_pool = (x is not None for x in (pool, pool_in, pool_out))
     asked = pool_out is not None and bool(pool_out.offsets)  # for checkpoints
+    preludes = FENCES + PRELUDE + ROW_SCALES
+    preludes += (POOL_PRELUDE if pool else "") + (CHECKPOINTS_PRELUDE if asked else "")
 
     @T.macro
     def consume_chunk(chunk, frag, smem, inputs_ready, P_ready, o_ready, start, stop, wg, thread):
@@ -139,14 +143,14 @@ def scan(
                 T.sync_threads(1, 128)
             elif pooled:
                 if T.And(task.number == 0, task.reads != 0):
-                    load_state(frag, S_in, task.pool_slot, head, row, v_first_in)
+                    load_state(frag, S_in, task.pool_slot, head, row, v_first_in, pooled=True)
             elif initial:  # noqa: SIM102, known before the kernel is; the next is not
                 if task.number == 0:
                     load_state(frag, S_in, sequence, head, row, v_first_in)
         elif from_pool:
             T.clear(frag.S)
             if task.reads != 0:
-                load_state(frag, S_in, task.pool_slot, head, row, v_first_in)
+                load_state(frag, S_in, task.pool_slot, head, row, v_first_in, pooled=True)
             keep_rounding_here(frag)
         elif initial:
             load_state(frag, S_in, piece, head, row, v_first_in)
@@ -169,7 +173,7 @@ def scan(
         if to_pool:
             keep_rounding_here(frag)
             if T.And(task.writes != 0, T.Or(not cut, task.number == task.last_number)):
-                store_state(frag, S_out, task.pool_slot, head, row, v_first_out)
+                store_state(frag, S_out, task.pool_slot, head, row, v_first_out, pooled=True)
         elif final and not (cut and output):
             store_state(frag, S_out, piece, head, row, v_first_out)
         elif final:  # noqa: SIM102
@@ -209,9 +213,7 @@ def scan(
     ):  # fmt: skip
         """length: tokens of a piece; ends: 1 if M of the first and last pieces is wanted, 2 if also
         N of the last. Not cut: length tokens of each sequence after the first `skipped` ones."""
-        with T.Kernel(
-            pieces * HV * blocks, threads=consumers + 128, prelude=FENCES + PRELUDE + ROW_SCALES
-        ) as cta:
+        with T.Kernel(pieces * HV * blocks, threads=consumers + 128, prelude=preludes) as cta:
             T.annotate_min_blocks_per_sm(3 - warpgroups)
             # === what the thread block scans ===
             task = Fields(*task_fields)

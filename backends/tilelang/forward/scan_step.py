@@ -41,13 +41,20 @@ class ScanFragments:
 
 
 @T.macro
-def load_state(frag: Any, S_in: Any, n: Any, head: Any, row: Any, v_first: bool) -> None:
-    """Load 64 columns of V from `row` on of a state [N, HV, K, V] ([N, HV, V, K] if v_first)."""
-    for i, j in T.Parallel(*frag.S.shape):
-        if v_first:
-            frag.S[i, j] = S_in[n, head, row + i, j]
-        else:
-            frag.S[i, j] = S_in[n, head, j, row + i]
+def load_state(
+    frag: Any, S_in: Any, n: Any, head: Any, row: Any, v_first: bool, pooled: bool = False
+) -> None:
+    """Load 64 columns of V from `row` on of a state [N, HV, K, V] ([N, HV, V, K] if v_first).
+    pooled: S_in is a pool, whose slots need not be aligned."""
+    if v_first and pooled:
+        load = f"gdn_load_state<{frag.S.shape[1]}>"
+        T.call_extern("handle", load, T.address_of(S_in[n, head, row, 0]), frag.S.data)
+    else:
+        for i, j in T.Parallel(*frag.S.shape):
+            if v_first:
+                frag.S[i, j] = S_in[n, head, row + i, j]
+            else:
+                frag.S[i, j] = S_in[n, head, j, row + i]
 
 
 @T.macro
@@ -75,16 +82,21 @@ def keep_rounding_here(frag: Any) -> None:
 
 @T.macro
 def store_state(
-    frag: Any, S_out: Any, n: Any, head: Any, row: Any, v_first: bool, keep: bool = False
-) -> None:
+    frag: Any, S_out: Any, n: Any, head: Any, row: Any, v_first: bool, pooled: bool = False,
+    keep: bool = False,
+) -> None:  # fmt: skip
     """The inverse of `load_state`. keep: the scan goes on with S over its scales."""
     if frag.rows is not None:
         multiply_rows(frag.S, frag.rows.scales)
-    for i, j in T.Parallel(*frag.S.shape):
-        if v_first:
-            S_out[n, head, row + i, j] = frag.S[i, j]
-        else:
-            S_out[n, head, j, row + i] = frag.S[i, j]
+    if v_first and pooled:
+        store = f"gdn_store_state<{frag.S.shape[1]}>"
+        T.call_extern("handle", store, T.address_of(S_out[n, head, row, 0]), frag.S.data)
+    else:
+        for i, j in T.Parallel(*frag.S.shape):
+            if v_first:
+                S_out[n, head, row + i, j] = frag.S[i, j]
+            else:
+                S_out[n, head, j, row + i] = frag.S[i, j]
     if keep and frag.rows is not None:
         multiply_rows(frag.S, frag.rows.reciprocals)
 

@@ -12,6 +12,50 @@ import tilelang.language as T
 
 from .pool_kind import PoolKind
 
+PRELUDE = """
+template <class X> struct alignas(2 * sizeof(X)) gdn_neighbours { X x, y; };
+// Load to a fragment [64, K] in float32, S, the 64 rows of a state [V, K] that begin at `rows`, or
+// store it there: two numbers an access, if the address allows it. By a warpgroup.
+template <int K, class X> __device__ __forceinline__ X *gdn_own_numbers(X *rows) {
+  return rows + (threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) * K + threadIdx.x % 4 * 2;
+}
+template <int K, class X>
+__device__ __forceinline__ void gdn_load_state(const X *rows, float *S) {
+  const X *from = gdn_own_numbers<K>(rows);
+  bool together = reinterpret_cast<size_t>(from) % sizeof(gdn_neighbours<X>) == 0;
+  if (together) {
+#pragma unroll
+    for (int n = 0; n < K / 4; ++n) {
+      const X *at = from + n % 2 * 8 * K + n / 2 * 8;
+      gdn_neighbours<X> two = *reinterpret_cast<const gdn_neighbours<X> *>(at);
+      S[2 * n] = static_cast<float>(two.x), S[2 * n + 1] = static_cast<float>(two.y);
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < K / 2; ++n)
+      S[n] = static_cast<float>(from[n / 2 % 2 * 8 * K + n / 4 * 8 + n % 2]);
+  }
+}
+template <int K, class X>
+__device__ __forceinline__ void gdn_store_state(X *rows, const float *S) {
+  X *to = gdn_own_numbers<K>(rows);
+  bool together = reinterpret_cast<size_t>(to) % sizeof(gdn_neighbours<X>) == 0;
+  if (together) {
+#pragma unroll
+    for (int n = 0; n < K / 4; ++n) {
+      gdn_neighbours<X> two{static_cast<X>(S[2 * n]), static_cast<X>(S[2 * n + 1])};
+      *reinterpret_cast<gdn_neighbours<X> *>(to + n % 2 * 8 * K + n / 2 * 8) = two;
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < K / 2; ++n)
+      to[n / 2 % 2 * 8 * K + n / 4 * 8 + n % 2] = static_cast<X>(S[n]);
+  }
+}
+"""
+"""CUDA that goes before kernels whose scans load and store states of a pool [V, K]. The stride
+between slots may be odd, so TileLang would move a number at a time, and half of a sector."""
+
 
 def declare_states(name: str, shape: tuple[Any, ...], kind: PoolKind | None) -> Any:
     """The declaration of states [n, HV, ...]: a pool, or contiguous and in float32."""
