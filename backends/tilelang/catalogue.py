@@ -20,8 +20,8 @@ from .kernels import Job
 
 SEQUENCES = ((1, 64, 16), (5, 64, 16), (16, 64, 16), (1, 4096, 32), (1, 2048, 4), (1, 32768, 16),
              (1, 32768, 20), (1, 32768, 32))  # fmt: skip
-"""B, T and HV: short, many, more scans than SMs, in segments, in pieces, in pieces of one kernel, in halved pieces, and
-in memory rounds of backward."""
+"""B, T and HV: short, many, more scans than SMs, in segments, in pieces, in pieces of one kernel,
+in halved pieces, and in memory rounds of backward."""
 GROUPS = (1, 2, 3, 4)
 """Value heads a q/k head, which kernels of gradients are compiled for."""
 STATES = ((False, False), (False, True), (True, True))
