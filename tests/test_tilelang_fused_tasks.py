@@ -146,9 +146,9 @@ def test_a_dense_call_serialises_no_product_and_spills_outside_of_loops(tmp_path
     [
         (4, 8192, True, True),
         (4, 8192, False, False),  # as many scans as SMs, nearly
-        (8, 8192, False, False),  # long
+        (8, 1024, False, False),  # long
+        (8, 512, False, True),
         (64, 300, False, True),
-        (8, 1024, False, True),
     ],
 )
 def test_packed_calls_and_many_short_sequences_are_taken_in_turn(
