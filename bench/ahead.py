@@ -24,7 +24,6 @@ import torch
 from gdn.backends.tilelang import BACKEND
 from gdn.backends.tilelang.build import write_job
 from shapes import CONDITIONS, Decay, Norm, expand, make_case
-from suite import DEVICE, DTYPE  # registers the adapters
 from tuning import THREADS
 
 from gdn.compare.options import make_call
@@ -84,6 +83,8 @@ def main(backend: str, shapes: str, passes: str, norm: Norm, decay: Decay) -> No
     if backend == "kernels":
         print(*kernels(shapes, passes, norm, decay), sep="\n")
         return
+    from suite import DEVICE, DTYPE  # registers peers
+
     for shape in shapes.split(","):
         start = time.perf_counter()
         try:
