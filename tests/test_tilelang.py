@@ -73,6 +73,14 @@ def assert_registers_suffice(source: str, said: str) -> None:
         assert sum(asked) + asked[0] * (groups - len(asked)) <= given * groups
 
 
+def assert_compiles_well(kernel: Any, folder: Path, spilled: int = 0) -> None:
+    """Registers suffice, at most so many bytes are spilled, and no product is serialised."""
+    said = verdict(kernel, folder)
+    assert_registers_suffice(kernel.get_kernel_source(), said)
+    assert max(map(int, re.findall(r"(\d+) bytes spill", said))) <= spilled, said
+    assert "serialized" not in said, said
+
+
 def call_of(H: int, HV: int, B: int, T: int) -> Call:
     """A call of these shapes, on the meta device."""
     inputs = make_inputs(replace(SMALL, T=1, B=1, H=H, HV=HV), "meta")
@@ -85,11 +93,8 @@ def call_of(H: int, HV: int, B: int, T: int) -> Call:
 def test_neither_spills_nor_serialises(name: str, tmp_path: Path) -> None:
     plan, _ = plan_of(PLANS[name])
     for kernel in compile_together(*plan.jobs(save=name == "many")):
-        said, source = verdict(kernel, tmp_path), kernel.get_kernel_source()
-        assert_registers_suffice(source, said)
-        spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))
-        assert spilled <= (64 if "fused_kernel" in source else 0), said  # test_tilelang_fused.py
-        assert "serialized" not in said, said
+        one = "fused_kernel" in kernel.get_kernel_source()
+        assert_compiles_well(kernel, tmp_path, spilled=64 if one else 0)  # test_tilelang_fused.py
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -105,12 +110,8 @@ def test_backward_neither_spills_nor_serialises(name: str, tmp_path: Path) -> No
     _, call = plan_of(PLANS[name])
     *scans, gradients = compile_together(*BackwardPass(call).jobs(initial=True, final=True))
     for kernel in (*scans, gradients):
-        said = verdict(kernel, tmp_path)
-        assert_registers_suffice(kernel.get_kernel_source(), said)
-        spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)))
         # addresses, in the inter-chunk warpgroups; in pieces 4 bytes are the stride of g
-        assert spilled <= (44 if kernel is gradients else 0), said
-        assert "serialized" not in said, said
+        assert_compiles_well(kernel, tmp_path, spilled=44 if kernel is gradients else 0)
 
 
 def test_scans_have_only_the_fences_that_they_place(tmp_path: Path) -> None:

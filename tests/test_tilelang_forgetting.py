@@ -205,10 +205,7 @@ def test_serialises_no_product_and_spills_nothing(tmp_path: Path) -> None:
     compiled = pytest.importorskip("test_tilelang")
     plan, _ = compiled.plan_of(replace(CUT, T=64 * 32 * 66))
     kernel = compile_together(*plan.jobs(save=False))[0]
-    said = compiled.verdict(kernel, tmp_path)
-    compiled.assert_registers_suffice(kernel.get_kernel_source(), said)
-    assert "0 bytes spill stores" in said
-    assert "serialized" not in said, said
+    compiled.assert_compiles_well(kernel, tmp_path)
 
 
 @pytest.mark.gpu

@@ -163,10 +163,7 @@ def test_serialises_no_product_and_spills_outside_of_loops(name: str, tmp_path: 
     warp."""
     plan, _ = compiled.plan_of(CASES[name])
     (kernel,) = compile_together(*plan.jobs(save=False))
-    said = compiled.verdict(kernel, tmp_path)
-    compiled.assert_registers_suffice(kernel.get_kernel_source(), said)
-    assert max(map(int, re.findall(r"(\d+) bytes spill", said))) <= (16 if name == "dense" else 48)
-    assert "serialized" not in said, said
+    compiled.assert_compiles_well(kernel, tmp_path, spilled=16 if name == "dense" else 48)
 
 
 @pytest.mark.gpu
