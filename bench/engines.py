@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from shapes import make_case
@@ -98,27 +98,29 @@ def load(makers: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     return found
 
 
-class Rows(NamedTuple):
+class Work(Protocol):
     """What makes an engine's rows: a prefill of sequences of these lengths, and a decode and a
-    verification of a number of sequences."""
+    verification of N sequences."""
 
-    prefill: Callable[[list[int]], Row]
-    decode: Callable[[int], Row]
-    verify: Callable[[int], Row]
+    def prefill(self, lengths: list[int]) -> Row: ...
 
-    def make(self, args: argparse.Namespace) -> Iterable[tuple[str, Row]]:
-        """The rows that the options ask for, by name; each is made when it is its turn."""
-        for kind in args.kinds.split(","):
-            if kind not in KINDS:
-                raise ValueError(f"--kinds must be of {', '.join(KINDS)}, got {kind!r}")
-            if kind == "prefill":
-                for shape in args.prefill.split(","):
-                    case = make_case(f"{args.heads}:{shape}", "model", torch.bfloat16)
-                    lengths = list(case.lengths or [case.T] * case.B)
-                    yield f"prefill {shape}", self.prefill(lengths)
-            else:
-                for n in args.batches.split(","):
-                    yield f"{kind} {n}", getattr(self, kind)(int(n))
+    def decode(self, N: int) -> Row: ...
+
+    def verify(self, N: int) -> Row: ...
+
+
+def make_rows(work: Work, args: argparse.Namespace) -> Iterable[tuple[str, Row]]:
+    """The rows that the options ask for, by name; each is made when it is its turn."""
+    for kind in args.kinds.split(","):
+        if kind not in KINDS:
+            raise ValueError(f"--kinds must be of {', '.join(KINDS)}, got {kind!r}")
+        if kind == "prefill":
+            for shape in args.prefill.split(","):
+                case = make_case(f"{args.heads}:{shape}", "model", torch.bfloat16)
+                yield f"prefill {shape}", work.prefill(list(case.lengths or [case.T] * case.B))
+        else:
+            for n in args.batches.split(","):
+                yield f"{kind} {n}", getattr(work, kind)(int(n))
 
 
 class Comparison:
@@ -134,12 +136,12 @@ class Comparison:
         self.times: dict[str, dict[str, Timing]] = {}
         self.refused: list[dict[str, str]] = []
 
-    def run(self, rows: Iterable[tuple[str, Row]], args: argparse.Namespace) -> None:
+    def run(self, work: Work, args: argparse.Namespace) -> None:
         """Print a table of the times, a row at a time, and the geometric means."""
         print("|", " | ".join(["ms", *self.kernels]), "|")
         print("| --- |" + " --- |" * len(self.kernels))
         with torch.inference_mode():
-            for name, row in rows:
+            for name, row in make_rows(work, args):
                 self.times[name] = self.measure(name, row, args.seconds)
                 cells = [_cell(self.times[name].get(kernel)) for kernel in self.kernels]
                 print("|", " | ".join([name, *cells]), "|", flush=True)

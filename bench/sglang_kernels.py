@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from engines import DRAFTS, OWN, Comparison, Layer, Row, Rows, load, parse
+from engines import DRAFTS, OWN, Comparison, Layer, Row, load, parse
 from torch import Tensor
 
 from gdn.integrations.sglang_kernels import Kernel, split_projection
@@ -117,9 +117,8 @@ def main(arguments: list[str] | None = None) -> Comparison:
         {f"gdn {name}": lambda name=name: Kernel(name) for name in args.backends.split(",")}
         | {name: lambda place=place: make_own(place) for name, place in KERNELS.items()}
     )
-    work = Work(layer)
     comparison = Comparison("SGLang", "sglang", kernels, Kernel("torch"), layer)
-    comparison.run(Rows(work.prefill, work.decode, work.verify).make(args), args)
+    comparison.run(Work(layer), args)
     return comparison
 
 

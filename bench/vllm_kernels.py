@@ -19,7 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from engines import DRAFTS, OWN, Comparison, Layer, NoKernel, Row, Rows, load, parse
+from engines import DRAFTS, OWN, Comparison, Layer, NoKernel, Row, load, parse
 from torch import Tensor
 
 from gdn.integrations.vllm_batch import Rule, Tokens, run_batch
@@ -237,9 +237,8 @@ def main(arguments: list[str] | None = None) -> Comparison:
         {f"gdn {name}": lambda name=name: Gdn(layer, name) for name in args.backends.split(",")}
         | {OWN: lambda: Triton(layer), "flashinfer": lambda: FlashInfer(layer)}
     )
-    work = Work(layer)
     comparison = Comparison("vLLM", "vllm", kernels, Gdn(layer, "torch"), layer)
-    comparison.run(Rows(work.prefill, work.decode, work.verify).make(args), args)
+    comparison.run(Work(layer), args)
     return comparison
 
 

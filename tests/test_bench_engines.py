@@ -77,10 +77,10 @@ def test_a_kernel_that_disagrees_is_not_timed(wrong: float) -> None:
 
     args = engines.parse("", [*SIZES, "--kinds", "decode,verify"])
     layer = engines.Layer(args.heads, args.size, args.device, torch.float32)
-    right, work = script.Gdn(layer, "torch"), script.Work(layer)
+    right = script.Gdn(layer, "torch")
     kernels = {"right": right, "triton": Wrong(layer, "torch")}
     comparison = engines.Comparison("vLLM", "vllm", kernels, right, layer)
-    comparison.run(engines.Rows(work.prefill, work.decode, work.verify).make(args), args)
+    comparison.run(script.Work(layer), args)
     assert [list(times) for times in comparison.times.values()] == [["right"], ["right"]]
     off, failed = comparison.refused
     assert off["reason"].startswith("off by")
