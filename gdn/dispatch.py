@@ -97,9 +97,9 @@ def framework_request(device: torch.device, backend: str | None = None) -> tuple
 
 def _automatic_names(own: bool) -> list[str]:
     """The backends of "auto", or with `own` of OWN_KERNELS, highest priority first."""
-    ranks = {name: find_backend(name).priority for name in backend_names()}
-    names = [name for name, rank in ranks.items() if rank is not None]
-    names.sort(key=lambda name: ranks[name] or 0, reverse=True)
+    found = {name: find_backend(name).priority for name in backend_names()}
+    ranks = {name: rank for name, rank in found.items() if rank is not None}
+    names = sorted(ranks, key=ranks.__getitem__, reverse=True)
     return [name for name in names if not (own and name in ("fla", "torch"))]
 
 
