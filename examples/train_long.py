@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, its defaults would keep the group and its threads
 import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
