@@ -118,10 +118,12 @@ FOUND = {
 """For `forgetting_inputs`, two pieces of two chunks and a short one, and its heads."""
 
 
-def forgetting_inputs(dtype: torch.dtype, length: float = 0.98) -> dict[str, Tensor]:
+def forgetting_inputs(
+    dtype: torch.dtype, case: Case = FORGETTING, length: float = 0.98
+) -> dict[str, Tensor]:
     """Tokens of which one head forgets within a chunk, one within two, and one not quite. length:
     of keys."""
-    inputs = make_inputs(replace(FORGETTING, dtype=dtype))
+    inputs = make_inputs(replace(case, dtype=dtype))
     inputs["g"][:] = torch.tensor([-60.01 / 64, -60.01 / 128, -59.99 / 128])
     inputs["beta"][:], inputs["k"] = 1.0, inputs["k"] * length
     return {name: inputs[name] for name in TOKENS}
@@ -132,7 +134,7 @@ def test_triton_finds_the_chunks_that_matter() -> None:
     if torch.cuda.is_available():
         pytest.skip("not interpreted")
     for length, expected in ((0.98, FOUND), (3.0, {False: [[-1] * 3] * 3, True: [[2] * 3] * 2})):
-        inputs = forgetting_inputs(torch.float32, length)
+        inputs = forgetting_inputs(torch.float32, length=length)
         call = Call(**inputs, initial_state=torch.zeros(1, 3, 64, 64), context_parallel=True)
         plan: Any = find_backend("triton").plan(call)
         factors = plan.new_saved[0]()

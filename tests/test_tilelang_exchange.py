@@ -19,6 +19,7 @@ from test_exchange import (
     pieces_of_two_chunks,  # noqa: F401
 )
 
+from gdn.definition import log_decay
 from gdn.exchange import call_of_a_rank
 from gdn.problem import Call
 from gdn.testing import Case, make_inputs
@@ -27,8 +28,9 @@ pytest.importorskip("tilelang")
 pytest.importorskip("test_tilelang_emulated")
 
 from gdn.backends.tilelang import BACKEND
-from gdn.backends.tilelang.forward.first_chunks import first_chunks
+from gdn.backends.tilelang.forward.first_chunks import first_channel_chunks, first_chunks
 from gdn.backends.tilelang.forward.plan import ForwardPass
+from gdn.backends.tilelang.kernels import Job
 from test_tilelang_emulated import Emulated, folder, world  # noqa: F401
 
 
@@ -52,12 +54,58 @@ def test_finds_the_chunks_that_matter(folder: Path, reverse: bool) -> None:  # n
     assert found.tolist() == FOUND[reverse]
 
 
+@pytest.mark.parametrize(
+    ("A_log", "bound", "l2"),
+    [(True, None, False), (True, -5.0, True), (False, -5.0, False), (False, None, False)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finds_the_chunks_that_matter_per_channel(
+    folder: Path,  # noqa: F811
+    A_log: bool,
+    bound: float | None,
+    l2: bool,
+    dtype: torch.dtype,
+) -> None:
+    """With the gate fused (A_log, or a bound) or not, and long keys, in pieces of four chunks."""
+    gate, HV, K, T = A_log or bound is not None, 4, 64, 600
+    kernel = first_channel_chunks(
+        dtype="bfloat16", gates=str(dtype).removeprefix("torch."), strengths="float32",
+        offsets="int32", K=K, varlen=False, l2=l2, gate=gate, bias=gate, sigmoid=True, double=True,
+        A_log=A_log, lower_bound=bound, reverse=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    k, beta = 0.2 * torch.randn(1, T, 1, K).bfloat16(), torch.randn(1, T, HV)
+    bias, logarithms = torch.randn(HV, K), torch.randn(HV) if A_log else None
+    decays = torch.tensor([-0.1, -0.4, -0.8, -4.0])[:, None].expand(1, T, HV, K)  # about
+    g = (torch.randn(1, T, HV, K) + 6 * (decays + 1) if gate else decays).to(dtype).contiguous()
+    exact = log_decay(g.float(), logarithms, bias, bound) if gate else g.float()
+    squares = torch.ones(()) if l2 else k[0, :, 0].float().square().sum(-1)[:, None]
+    growth = (1 - 2 * beta[0].sigmoid() * squares).abs().clamp(min=1).log()
+    sums = (exact[0].amax(-1) + growth).clamp(min=-104)
+    factors = torch.full((10, HV, 4, 64), torch.nan)
+    for slot, tokens in enumerate(exact[0].split(64)):
+        factors[slot, :, 3] = tokens.sum(0).exp()
+    found = torch.full((3, HV), -9, dtype=torch.int32)
+    run = emulate(kernel, folder, late=False)
+    run(k, g, beta, logarithms, bias if gate else None, None, factors, found, 1, 256)
+    expected = []
+    for piece in sums.split(256):
+        left = torch.stack([x.sum(0) for x in piece.split(64)]).flip(0).cumsum(0).flip(0)
+        chunks = torch.arange(len(left))[:, None]
+        expected.append(torch.where(left <= -60, chunks, -1).amax(0))
+    assert found.tolist() == torch.stack(expected).tolist()
+    assert len(found.unique()) > 2
+
+
 def test_serialises_no_product_and_spills_nothing(tmp_path: Path) -> None:
     """The transfer scan, and the search for the first chunk that matters."""
     compiled = pytest.importorskip("test_tilelang")
-    call = Call(**make_inputs(replace(CASE, T=2048), "meta"), context_parallel=True)
-    jobs = ForwardPass(call).jobs(save=True)
-    for kernel in compile_together(jobs[1], jobs[4]):
+    jobs: list[Job] = []
+    for case in (CASE, replace(CASE, per_channel=True, fused=True)):
+        call = Call(**make_inputs(replace(case, T=2048), "meta"), context_parallel=True)
+        _, transfer, *_, search = ForwardPass(call).jobs(save=True)
+        jobs += [transfer, search]
+    for kernel in compile_together(*jobs):
         compiled.assert_compiles_well(kernel, tmp_path)
 
 

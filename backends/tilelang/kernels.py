@@ -41,6 +41,7 @@ recompute_states = Kernel("recompute_states", "backward.recompute_states")
 decode_kernel = Kernel("decode_kernel", "decode.kernel")
 combine_pieces = Kernel("combine_pieces", "combine_pieces")
 first_chunks = Kernel("first_chunks", "forward.first_chunks")
+first_channel_chunks = Kernel("first_channel_chunks", "forward.first_chunks")
 gate_sums = Kernel("gate_sums", "backward.gate_sums")
 clear_tail = Kernel("clear_tail", "clear_tail")
 

@@ -6,9 +6,10 @@
     gradients          all other gradients, from these
 
 The last three run once a memory round, since S, dS and U take most of backward's memory
-(`memory_rounds.py`). If forward cut sequences into pieces, reverse_scan runs twice, with
-`combine_pieces.py` in between, and there is one round. With a decay per channel, `prepare_channels`
-takes the place of gate_sums, in every round, and `channel_gradients` that of gradients.
+(`memory_rounds.py`). If forward cut sequences into pieces, there is one round, and reverse_scan
+runs twice: over the chunks that matter before their piece (`forward/first_chunks.py`), and, after
+`combine_pieces.py`, over all. With a decay per channel, `prepare_channels` takes the place of
+gate_sums, in every round, and `channel_gradients` that of gradients.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from ..arguments import (
     tma_ready,
     token_ready,
 )
+from ..forward.pieces import search_job
 from ..kernels import (
     Job,
     channel_gradients,
     clear_tail,
     combine_pieces,
-    first_chunks,
     gate_sums,
     gradients,
     prepare_channels,
@@ -59,7 +60,6 @@ class BackwardPass:
     """What all backward calls of one kind (shapes, dtypes, device, options) have in common."""
 
     def __init__(self, call: Call) -> None:
-        self.forgetting = call.context_parallel and not call.per_channel
         H, K = call.q.shape[2:]
         HV, V = call.v.shape[2:]
         self.slots, self.sequences = piece_slots(call, CHUNK), call.sequences
@@ -87,6 +87,9 @@ class BackwardPass:
             "channels": call.per_channel,
         }  # fmt: skip
         self.gate_options, self.channels = gate_options(call), call.per_channel
+        options = {name: self.shape[name] for name in ("dtype", "K", "varlen")}
+        options |= self.gate_options | {"offsets": self.offsets}
+        self.search = search_job(call, options, reverse=True)  # if sequences are cut
         if self.channels:
             self.gate_options |= channel_options(call)
         self.clear_jobs: list[Job] = []
@@ -124,21 +127,15 @@ class BackwardPass:
             # backward begins with the final state
             "initial": final, "final": initial,
         }  # fmt: skip
-        from_zero = {"final": False, "initial": True, "outputs": False}
-        search: list[Job] = []
-        if self.forgetting:
-            from_zero |= {"forgetting": True}
-            options = {name: self.shape[name] for name in ("dtype", "K", "varlen")}
-            options |= self.gate_options | {"offsets": self.offsets, "reverse": True}
-            search = [(first_chunks, options)]
+        from_zero = {"final": False, "initial": True, "outputs": False, "forgetting": True}
         return [
             first,
             (recompute_states, scan | {"initial": True}),
+            self.search,
             (reverse_scan, scan | from_zero),
             (combine_pieces, combine),
             (reverse_scan, scan | {"final": True, "initial": False, "outputs": True}),
             last,
-            *search,
             *self.clear_jobs,
         ]
 
@@ -200,10 +197,6 @@ class BackwardPass:
             norms, A, *states_saved = saved
             gates = (g, beta, A_log, dt_bias)
             launch_first(*gates, cu_seqlens, G_beta, chunk_spans, self.sequences)
-        matter = None
-        if self.forgetting:
-            matter = new((self.pieces, HV), dtype=torch.int32)
-            launch_round.pop()(k, *gates, cu_seqlens, matter, self.sequences, self.length)
         common = Common(A_log, dt_bias, cu_seqlens, chunk_spans, call.scale)
         for r in self.rounds:
             tokens = Tokens(*map(r.of_tokens, (q, k, v, g, do, dq, dk, dv, dg, dbeta, beta)))
@@ -223,7 +216,7 @@ class BackwardPass:
                 )  # fmt: skip
             self._run_round(
                 launch_round, r.last - r.first, tokens, chunks, states, buffers, states_saved,
-                common, matter, exchange,
+                common, exchange,
             )  # fmt: skip
 
         # === sums and dtypes ===
@@ -239,13 +232,12 @@ class BackwardPass:
 
     def _run_round(
         self, launch: list[Any], N: int, tokens: Tokens, chunks: Chunks, states: States,
-        scratch: Scratch, states_saved: list[Tensor], common: Common, matter: Tensor | None,
-        exchange: Exchange | None,
+        scratch: Scratch, states_saved: list[Tensor], common: Common, exchange: Exchange | None,
     ) -> None:  # fmt: skip
         """Launch the kernels of a round of N sequences. states_saved: if sequences are cut, the
         transfer matrices of all pieces and the states before them."""
         launch_states, *launch_reverse, launch_gradients = launch
-        q, k, v, g, do, dq, dk, dv, dg, dbeta, _ = tokens
+        q, k, v, g, do, dq, dk, dv, dg, dbeta, beta = tokens
         G_beta, norms, A, dA_log, ddt_bias = chunks
         A_log, dt_bias, cu_seqlens, chunk_spans, scale = common
         S, dS, U, rowsum_RV, scales, *decayed = scratch
@@ -262,7 +254,12 @@ class BackwardPass:
         if self.cut:
             transfer, begins = states_saved
             dN, d_ends = torch.empty_like(begins), torch.empty_like(begins)
-            launch_first, launch_combine, launch_second = launch_reverse
+            launch_search, launch_first, launch_combine, launch_second = launch_reverse
+            matter = dN.new_empty(dN.shape[:2], dtype=torch.int32)
+            launch_search(
+                k, g, beta, A_log, dt_bias, cu_seqlens, *(decayed[1:] if self.channels else ()),
+                matter, N, self.length,
+            )  # fmt: skip
             launch_first(*inputs, None, cu_seqlens, None, None, None, dN, matter, scale, *grid)
             d_end = states.d_end
             if exchange and self.length:  # beside `recompute_states`

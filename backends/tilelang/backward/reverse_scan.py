@@ -18,9 +18,9 @@ initial states and, as outputs for `gradients.py`: dS^T after every chunk, in th
 stored R (R times `stored_R_scale`), in the memory of dv; and rowsum(R * V) over each 64 columns.
 
 If forward cut sequences into pieces, this kernel runs twice. The first run starts from dS = 0 at
-the end of every piece and writes no outputs; in a rank's part it takes only the chunks that matter
-before the piece (`forward/first_chunks.py`). `combine_pieces.py` then computes the gradient of the
-state after each piece, and the second run starts from these.
+the end of the chunks that matter before their piece (`forward/first_chunks.py`) and writes no
+outputs. `combine_pieces.py` then computes the gradient of the state after each piece, and the
+second run starts from these.
 
 Thread block (sequence or piece, value head, 64 columns of V), one on an SM; its threads:
 

@@ -11,7 +11,7 @@ start there, from zero, and M is zero. A NaN in the sum skips nothing.
 All warps of a thread block take part. A warp sums a chunk, from the last one on. Only where the
 gates alone reach -60 are keys read, if they are not normalised; with the L2 norm |k| <= 1, and the
 bound is e^g max(1, |1 - beta|). `fused.py` searches in its transfer scan; for that of `scan.py`,
-which has other warps, the kernel of `first_chunks.py` does.
+which has other warps, and for backward the kernels of `first_chunks.py` do.
 """
 
 from __future__ import annotations
@@ -84,54 +84,81 @@ def sum_growth(
 
 
 @T.macro
-def find_first_chunk(
-    k: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, smem: Any, task: Any, found: Any,
-    warp: Any, lane: Any, varlen: bool, l2: bool, gate: bool, bias: bool, sigmoid: bool,
-    double: bool, reverse: bool = False,
+def search(
+    task: Any, found: Any, sums: Any, warp: Any, passes: int, reverse: bool, sum_chunk: Any,
+    *args: Any,
 ) -> None:  # fmt: skip
     """Write to found[0] the first chunk of the piece `task` that matters after it; -1 if what was
     before the piece matters too. reverse: chunks are counted from the last one on, and what matters
-    is what matters before the piece, to gradients."""
-    raw = T.alloc_local((6,), "float32")
-    mine = T.alloc_local((1,), "float32")
+    is what matters before the piece, to gradients.
+
+    sum_chunk(last, chunk, *args) writes the sum of a chunk of the piece to sums[warp]. Of two
+    passes the first one, with last = 0, has sums that are at most as large and quicker to find: the
+    second one looks only where it must, and gives up where it needs twice as many chunks."""
     total = T.alloc_var("float32")
     ahead, first, seen = T.alloc_var("int32"), T.alloc_var("int32"), T.alloc_var("int32")
-    batch, warps = 0 if varlen else task[SEQUENCE], smem.sums.shape[0]
-    for keys in T.serial(1 if l2 else 2):  # keys: whether they are read
+    warps = sums.shape[0]
+    for last in T.serial(passes):
         ahead = task[CHUNKS]
         seen = 0
-        if keys == 1:  # reading stops where keys are so long that the sum may not get there
+        if last == 1:
             seen = T.if_then_else(first < 0, ahead, T.max(ahead - 2 * (ahead - first) - 1, 0))
         first = -1
         total = 0.0
         while T.And(first < 0, ahead > seen):
             chunk = ahead - 1 - warp
             if chunk >= seen:
-                token = task[START] + (task[CHUNKS] - 1 - chunk if reverse else chunk) * C
-                left = task[STOP] - token
-                load_gates(
-                    g, beta, A_log, dt_bias, batch, task[HEAD], token, left, raw, lane, gate, bias
-                )
-                sum_gates(raw, left, smem.gates, warp, lane, gate, bias, sigmoid, double)
-                T.sync_warp()
-                mine[0] = 0.0
-                if l2:
-                    for i in T.unroll(2):
-                        mine[0] += growth(smem.gates[warp, BETA, lane * 2 + i], 1.0)
-                elif keys == 1:
-                    sum_growth(k, batch, token, left, task[KEY_HEAD], smem, mine, warp, lane)
-                sum_lanes(mine, 32)
-                if lane == 0:
-                    smem.sums[warp] = smem.gates[warp, G, C - 1] + mine[0]
+                sum_chunk(last, task[CHUNKS] - 1 - chunk if reverse else chunk, *args)
             T.sync_threads()
             for i in T.serial(warps):
                 if T.And(first < 0, ahead - 1 - i >= seen):
-                    total += smem.sums[i]
+                    total += sums[i]
                     if total <= FORGOTTEN:
                         first = ahead - 1 - i
             ahead -= warps
             T.sync_threads()
     found[0] = first
+
+
+@T.macro
+def sum_bounds(
+    keys: Any, chunk: Any, k: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, smem: Any,
+    task: Any, mine: Any, warp: Any, lane: Any, varlen: bool, l2: bool, gate: bool, bias: bool,
+    sigmoid: bool, double: bool,
+) -> None:  # fmt: skip
+    """For `search`: of a chunk, with the growth by its keys, or else by its gates alone (keys = 0
+    without the L2 norm). mine: a number of a lane."""
+    raw = T.alloc_local((6,), "float32")
+    batch = 0 if varlen else task[SEQUENCE]
+    token = task[START] + chunk * C
+    left = task[STOP] - token
+    load_gates(g, beta, A_log, dt_bias, batch, task[HEAD], token, left, raw, lane, gate, bias)
+    sum_gates(raw, left, smem.gates, warp, lane, gate, bias, sigmoid, double)
+    T.sync_warp()
+    mine[0] = 0.0
+    if l2:
+        for i in T.unroll(2):
+            mine[0] += growth(smem.gates[warp, BETA, lane * 2 + i], 1.0)
+    elif keys == 1:
+        sum_growth(k, batch, token, left, task[KEY_HEAD], smem, mine, warp, lane)
+    sum_lanes(mine, 32)
+    if lane == 0:
+        smem.sums[warp] = smem.gates[warp, G, C - 1] + mine[0]
+
+
+@T.macro
+def find_first_chunk(
+    k: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, smem: Any, task: Any, found: Any,
+    warp: Any, lane: Any, varlen: bool, l2: bool, gate: bool, bias: bool, sigmoid: bool,
+    double: bool, reverse: bool = False,
+) -> None:  # fmt: skip
+    """`search`, with a decay per head. Keys are read only if they are not normalised."""
+    mine = T.alloc_local((1,), "float32")
+    search(
+        task, found, smem.sums, warp, 1 if l2 else 2, reverse, sum_bounds,
+        k, g, beta, A_log, dt_bias, smem, task, mine, warp, lane, varlen, l2, gate, bias, sigmoid,
+        double,
+    )  # fmt: skip
 
 
 @T.macro

@@ -1,6 +1,6 @@
 """Sequences that are cut into pieces: how long these are, and the launches that scan them.
 
-    first_chunks     where the transfer scan may start (a rank's part only)
+    first_chunks     where the transfer scan may start (training, and a rank's part)
     scan             the transfer scan
     combine_pieces   the states between pieces
     scan             the final scan
@@ -20,7 +20,8 @@ from gdn.exchange import Exchange, PieceMaps
 from gdn.problem import CHUNK, Call
 
 from ...common.chunking import piece_length, piece_slots
-from ..kernels import Job, combine_pieces, first_chunks, scan
+from ..arguments import channel_options
+from ..kernels import Job, combine_pieces, first_channel_chunks, first_chunks, scan
 from ..tile.layout import ROWS
 from ..tile.pool_kind import slot_tables
 
@@ -52,16 +53,27 @@ def piece_shapes(call: Call, save: bool) -> list[tuple[tuple[int, ...], torch.dt
     return [((pieces, HV, rows, K), torch.float32) for rows in (V + K, V)]
 
 
+def search_job(call: Call, options: dict[str, Any], reverse: bool) -> Job:
+    """The kernel that finds what a first scan may leave out. options: `gate_options` of the call,
+    with dtype, K, varlen and offsets."""
+    kernel = first_channel_chunks if call.per_channel else first_chunks
+    channels = channel_options(call) if call.per_channel else {}
+    return kernel, options | channels | {"reverse": reverse}
+
+
 def piece_jobs(
-    call: Call, options: dict[str, Any], gates: dict[str, Any], warpgroups: int
+    call: Call, options: dict[str, Any], gates: dict[str, Any], warpgroups: int, save: bool
 ) -> list[Job]:
-    """The kernels of `scan_pieces`, the last one first_chunks, and their static options. options:
-    of `scan`, for the call; gates: with those of `first_chunks`; warpgroups: of the final scan."""
+    """The kernels of `scan_pieces`, the last one that of `search_job`, and their static options.
+    options: of `scan`, for the call; gates: for `search_job`; warpgroups: of the final scan."""
     part = call.context_parallel
+    # The search takes time, which calls that save nothing would not get back where nothing decays;
+    # where their pieces are long, they are those of one kernel (`fused_plan.py`).
+    forgetting = save or part
     options = options | {"warpgroups": 1, "cut": True}
-    transfer = options | {"final": True, "transfer": True}
+    transfer = options | {"final": True, "transfer": True, "forgetting": forgetting}
     if part:  # its states come after the transfer scan
-        transfer |= {"initial": False, "forgetting": not call.per_channel}
+        transfer |= {"initial": False}
     combine = {
         name: options[name]
         for name in ("offsets", "K", "V", "varlen", "initial", "v_first", "pool")
@@ -70,9 +82,8 @@ def piece_jobs(
         (scan, transfer), (combine_pieces, combine),
         (scan, options | {"initial": True, "warpgroups": warpgroups}),
     ]  # fmt: skip
-    if part and not call.per_channel:
-        gates = {name: x for name, x in gates.items() if name != "V"}
-        jobs.append((first_chunks, gates | {"reverse": False}))
+    if forgetting:
+        jobs.append(search_job(call, gates, reverse=False))
     return jobs
 
 
@@ -88,7 +99,8 @@ def scan_pieces(
     pieces, first, ends = transfer.shape[0], None, int(save)
     if len(launch) > 3:
         first = transfer.new_empty(transfer.shape[:2], dtype=torch.int32)
-        launch[3](inputs[1], *gates, cu_seqlens, first, N, length)
+        factors = () if inputs[5] is None else (inputs[4],)  # with decayed rows: per channel
+        launch[3](inputs[1], *gates, cu_seqlens, *factors, first, N, length)
     if exchange:
         ends = 2
     grid = (N, pieces, length)

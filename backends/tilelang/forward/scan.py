@@ -145,7 +145,7 @@ def scan(
                 if T.And(task.number == 0, task.reads != 0):
                     load_state(frag, S_in, task.pool_slot, head, row, v_first_in, pooled=True)
             elif initial:  # noqa: SIM102, known before the kernel is; the next is not
-                if task.number == 0:
+                if T.And(task.number == 0, task.forgets == 0):
                     load_state(frag, S_in, sequence, head, row, v_first_in)
         elif from_pool:
             T.clear(frag.S)

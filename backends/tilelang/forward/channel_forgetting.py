@@ -1,0 +1,131 @@
+"""`forgetting.py` with a decay per channel.
+
+A token multiplies the state by (I - beta k k^T) diag(e^g), whose norm is at most the largest e^g of
+its channels times max(1, |1 - beta |k|^2|). Keys mix the channels, so the largest one counts at
+every token. Over a chunk the sum of these is at least the sum of any one channel, which
+`prepare_channels` has found: only where the largest of those reaches -60 are g and keys read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tilelang.language as T
+
+from gdn.definition import GATE_FLOOR
+from gdn.problem import CHUNK as C
+
+from ..tile.gate_math import fused_log_decay
+from ..tile.indexing import SEQUENCE, SLOT, START, STOP
+from ..tile.layout import BETA, LOG2_E, S_FACTOR
+from ..tile.runs import load_run
+from .forgetting import ROWS_AT_ONCE, growth, sum_growth, sum_lanes
+from .fused_memory import HEAD, KEY_HEAD
+
+HIGHEST = 3.4e38
+
+
+@T.macro
+def sum_largest_channel(
+    scan_factors: Any, slot: Any, head: Any, sums: Any, warp: Any, lane: Any, K: int
+) -> None:
+    """sums[warp] = log2 of the largest e^gamma of a chunk. NaN is left out here."""
+    largest = T.alloc_local((1,), "float32")
+    largest[0] = 0.0
+    for i in T.unroll(K // 32):
+        channel = i * 32 + lane
+        largest[0] = T.max(
+            largest[0], scan_factors[slot, head, S_FACTOR + channel // C, channel % C]
+        )
+    for power in T.unroll(5):
+        largest[0] = T.max(largest[0], T.shfl_xor(largest[0], 1 << power))
+    if lane == 0:
+        sums[warp] = T.log2(largest[0])
+
+
+@T.macro
+def sum_slowest(
+    g: Any, A_log: Any, dt_bias: Any, batch: Any, token: Any, left: Any, head: Any, total: Any,
+    lane: Any, gate: bool, bias: bool, has_A_log: bool, lower_bound: float | None,
+) -> None:  # fmt: skip
+    """Add the largest g of each of the 64 tokens from `token` on to total[0], some by each lane;
+    eight lanes read a row. NaN stays. The fused gate falls with what it is computed of, so it is
+    computed once a token. Tokens past the `left` ones of the piece add nothing."""
+    K, run = g.shape[3], 128 // g.dtype.bits
+    runs = K // (8 * run)
+    rows = T.alloc_local((ROWS_AT_ONCE * K // 8,), g.dtype)
+    x, least = (T.alloc_local((1,), "float32") for _ in range(2))
+    undefined = T.alloc_local((1,), "int32")
+    for step in T.serial(C // (4 * ROWS_AT_ONCE)):
+        for n in T.unroll(ROWS_AT_ONCE):
+            t = (step * ROWS_AT_ONCE + n) * 4 + lane // 8
+            row = T.cast(token + T.min(t, left - 1), "int64")
+            for i in T.unroll(runs):
+                at = (batch, row, head, (i * 8 + lane % 8) * run)
+                load_run(rows, n * (K // 8) + i * run, g, at, run, True)
+        for n in T.unroll(ROWS_AT_ONCE):
+            least[0] = HIGHEST
+            undefined[0] = 0
+            for i in T.unroll(K // 8):
+                x[0] = T.cast(rows[n * (K // 8) + i], "float32")
+                if bias:
+                    x[0] += dt_bias[head, (i // run * 8 + lane % 8) * run + i % run]
+                if not gate:
+                    x[0] = -x[0]
+                least[0] = T.min(least[0], x[0])
+                undefined[0] = T.if_then_else(x[0] == x[0], undefined[0], 1)
+            for power in T.unroll(3):
+                least[0] = T.min(least[0], T.shfl_xor(least[0], 1 << power))
+                undefined[0] = T.max(undefined[0], T.shfl_xor(undefined[0], 1 << power))
+            t = (step * ROWS_AT_ONCE + n) * 4 + lane // 8
+            if T.And(lane % 8 == 0, t < left):
+                if gate:
+                    x[0] = fused_log_decay(
+                        least[0], A_log[head] if has_A_log else T.float32(0), lower_bound
+                    )
+                else:
+                    x[0] = -least[0]
+                x[0] = T.if_then_else(x[0] < GATE_FLOOR, GATE_FLOOR, x[0])  # NaN stays
+                total[0] += x[0] * LOG2_E
+                if undefined[0] != 0:
+                    total[0] = T.log2(T.float32(-1))
+
+
+@T.macro
+def sum_channel_bounds(
+    exact: Any, chunk: Any, k: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any,
+    scan_factors: Any, smem: Any, task: Any, mine: Any, warp: Any, lane: Any, varlen: bool,
+    l2: bool, gate: bool, bias: bool, sigmoid: bool, double: bool, has_A_log: bool,
+    lower_bound: float | None,
+) -> None:  # fmt: skip
+    """For `search`: the sum of a chunk, or with exact = 0 that of its largest channel."""
+    batch = 0 if varlen else task[SEQUENCE]
+    token = task[START] + chunk * C
+    left = task[STOP] - token
+    if exact == 0:
+        sum_largest_channel(
+            scan_factors, task[SLOT] + chunk, task[HEAD], smem.sums, warp, lane, g.shape[3]
+        )
+    else:
+        for i in T.unroll(2):
+            t = lane * 2 + i
+            smem.gates[warp, BETA, t] = 0.0
+            if t < left:
+                mine[0] = T.cast(beta[batch, token + t, task[HEAD]], "float32")
+                if sigmoid:
+                    mine[0] = (2.0 if double else 1.0) / (1.0 + T.exp(-mine[0]))
+                smem.gates[warp, BETA, t] = mine[0]
+        T.sync_warp()
+        mine[0] = 0.0
+        sum_slowest(
+            g, A_log, dt_bias, batch, token, left, task[HEAD], mine, lane, gate, bias, has_A_log,
+            lower_bound,
+        )  # fmt: skip
+        if l2:
+            for i in T.unroll(2):
+                mine[0] += growth(smem.gates[warp, BETA, lane * 2 + i], 1.0)
+        else:
+            sum_growth(k, batch, token, left, task[KEY_HEAD], smem, mine, warp, lane)
+        sum_lanes(mine, 32)
+        if lane == 0:
+            smem.sums[warp] = mine[0]

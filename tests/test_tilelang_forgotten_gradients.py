@@ -1,0 +1,153 @@
+"""Training in pieces: the chunks that the transfer scan and backward's first scan leave out, since
+float32 does not see them, in the emulator and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support import assert_close, run, truth
+from test_exchange import FORGETTING, forgetting_inputs, pieces_of_two_chunks  # noqa: F401
+from torch import Tensor
+
+import gdn
+from gdn.problem import Call
+from gdn.registry import find_backend
+from gdn.testing import Case, make_inputs, with_gradients
+from gdn.testing.inputs import gradients, make_output_gradients
+
+pytest.importorskip("tilelang")
+pytest.importorskip("test_tilelang_emulated")
+
+from test_tilelang_emulated import WORLDS, folder, world  # noqa: F401
+
+PIECE = 128  # tokens, two chunks
+CASE = replace(FORGETTING, T=420, dtype=torch.bfloat16)
+CHANNELS = replace(CASE, per_channel=True)
+FUSED = replace(CHANNELS, fused=True, gates="model", H=1, HV=2)
+
+
+def make_tensors(case: Case = CASE) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+    """Inputs, and gradients of the outputs. Of three heads one forgets within a chunk, one within
+    two, and one not quite; per channel see `set_channels`. With fused gates they are the case's."""
+    inputs = make_inputs(case)
+    if case.per_channel and not case.fused:
+        set_channels(inputs["g"])
+    elif not case.per_channel:
+        inputs |= forgetting_inputs(case.dtype, case)
+    return inputs, make_output_gradients(case)
+
+
+def set_channels(g: Tensor) -> None:
+    """One head forgets within a chunk. In one every channel decays by as much at every second
+    token, but at none of them do all. In one a single channel does not quite."""
+    g[..., 0, :] = -60.01 / 64
+    even, odd = g[:, ::2, 1], g[:, 1::2, 1]
+    g[..., 1, :] = 0
+    even[..., ::2] = odd[..., 1::2] = -1
+    g[..., 2, :] = -3
+    g[..., 2, 40] = -59.99 / PIECE
+
+
+def compute(
+    inputs: dict[str, Any], into: tuple[Tensor, Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """o, the final state and all gradients; in float64 by plain PyTorch."""
+    leaves = with_gradients(inputs, dtype)
+    outputs = gdn.gated_delta_net(**leaves, backend="torch" if dtype else "emulated")
+    return outputs._asdict() | gradients(outputs, leaves, into)
+
+
+@WORLDS
+@pytest.mark.parametrize(
+    "case",
+    [CASE, replace(CASE, T=0, lengths=(260, 0, 30, 400)), CHANNELS, FUSED],
+    ids=["dense", "packed", "channels", "fused"],
+)
+def test_agrees_with_the_definition(
+    world: Callable[..., None],  # noqa: F811
+    case: Case,
+    late: bool,
+) -> None:
+    world(late)
+    inputs, into = make_tensors(case)
+    exact = compute(inputs, into, torch.float64)
+    for name, value in compute(inputs, into).items():
+        assert_close(name, value, exact[name], CASE.dtype)
+
+
+def transfers_of(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """N^T and M^T of every piece and head, as a training forward leaves them."""
+    call = Call(**{"scale": 1.0} | inputs)
+    _, _, (*_, transfer, _) = find_backend("emulated").plan(call).forward(call, save=True)
+    found: tuple[Tensor, Tensor] = transfer.split([CASE.V, CASE.K], 2)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("case", "kept"), [(CASE, [False, False, True]), (CHANNELS, [False, True, True])]
+)
+def test_no_matrix_of_what_is_forgotten(
+    world: Callable[..., None],  # noqa: F811
+    case: Case,
+    kept: list[bool],
+) -> None:
+    world(late=False)
+    _, M = transfers_of(make_tensors(case)[0])
+    assert M.flatten(2).any(-1).tolist() == [kept] * 3 + [[True] * 3]  # 36 tokens
+
+
+def test_a_forgotten_initial_state_is_not_read(world: Callable[..., None]) -> None:  # noqa: F811
+    """1e30 times e^-60 would be 9000."""
+    world(late=False)
+    inputs, _ = make_tensors()
+    N, _ = transfers_of(inputs)
+    inputs["initial_state"] = inputs["initial_state"] + 1e30
+    large, _ = transfers_of(inputs)
+    assert torch.equal(large[:, :2], N[:, :2])
+    assert not torch.equal(large[:, 2], N[:, 2])
+
+
+def test_gradients_from_behind_a_piece_that_forgets(
+    world: Callable[..., None],  # noqa: F811
+) -> None:
+    """A NaN in the second chunk of a piece, where only the first one matters to the gradient of its
+    first state: a head that forgets within a chunk keeps it from the piece before."""
+    world(late=False)
+    inputs, (do, dS) = make_tensors()
+    do[:, PIECE + 100] = torch.nan
+    found = compute(inputs, (do, dS))
+    spoiled = found["v"].isnan().any(-1)[0]  # [T, HV]
+    assert spoiled[:PIECE].any(0).tolist() == [False, True, True]
+    assert spoiled[PIECE : PIECE + 100].all()
+    assert found["initial_state"].isnan().flatten(2).any(-1).tolist() == [[False, True, True]]
+
+
+@pytest.mark.parametrize("name", ["g", "beta", "k"])
+def test_nan_is_not_forgotten(world: Callable[..., None], name: str) -> None:  # noqa: F811
+    """A NaN among the tokens that decide reaches the next piece."""
+    world(late=False)
+    inputs, _ = make_tensors()
+    inputs[name][:, PIECE - 2] = torch.nan
+    o, _ = gdn.gated_delta_net(**with_gradients(inputs), backend="emulated")
+    assert o[:, PIECE - 2 : 2 * PIECE].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gates", ["none", "weak", "mixed", "model", "fast", "strong"])
+@pytest.mark.parametrize("lengths", [None, (1000, 3, 0, 597, 64)])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_on_a_gpu(gates: Any, lengths: tuple[int, ...] | None, per_channel: bool) -> None:
+    sizes: dict[str, Any] = {"T": 1664} if lengths is None else {"lengths": lengths}
+    case = Case("pieces", **sizes, H=2, HV=4, K=128, V=128, gates=gates, l2norm=True)
+    case = replace(case, dtype=torch.bfloat16, per_channel=per_channel)
+    expected = truth(case)
+    inputs = with_gradients(make_inputs(case, "cuda"))
+    got = run("tilelang", case, inputs)
+    for name, value in got.items():
+        assert_close(name, value, expected[name], case.dtype)
+    for name, value in run("tilelang", case, inputs).items():
+        assert torch.equal(value, got[name])
