@@ -156,6 +156,32 @@ def test_tokens_past_the_last_sequence(world: Callable[..., None]) -> None:  # n
     assert_close("state", state, truth(case)["final_state"], case.dtype)
 
 
+@pytest.mark.parametrize("over_eight", [-41.5, -41.7])
+def test_pairs_within_sixteen_tokens(
+    world: Callable[..., None],  # noqa: F811
+    over_eight: float,
+) -> None:
+    """As one product down to 2^-60 over eight tokens (-41.6), below by levels. Decays at the limit,
+    and small ones beside a channel that q, k and the state leave out; NaN is not lost."""
+    world(late=False)
+    case = replace(DENSE, K=128, gates="weak", state_v_first=True)
+    inputs = make_inputs(case)
+    for n in "qk":
+        inputs[n][..., 0] = 0
+    inputs["initial_state"][..., 0] = 0
+    for channels in (slice(0, 1), slice(None)):
+        inputs["g"][..., channels] = over_eight / 8
+        expected = run_definition(inputs)
+        got = gdn.gated_delta_net(**inputs, backend="emulated")
+        assert_close("o", got.o, expected[0], case.dtype)
+        assert_close("final_state", got.final_state, expected[1], case.dtype)
+    inputs = make_inputs(case)
+    inputs["g"][:, 20, 1, 5] = torch.nan
+    o, _ = gdn.gated_delta_net(**inputs, backend="emulated")
+    assert o[:, 20:, 1].isnan().all()
+    assert not o[:, :, 0].isnan().any()
+
+
 @pytest.mark.parametrize("slow", [0, 3, 4, 7])
 def test_a_warp_of_prepare_may_be_slow(
     world: Callable[..., None],  # noqa: F811

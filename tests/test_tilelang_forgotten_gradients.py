@@ -26,6 +26,7 @@ from test_tilelang_emulated import WORLDS, folder, world  # noqa: F401
 
 PIECE = 128  # tokens, two chunks
 CASE = replace(FORGETTING, T=420, dtype=torch.bfloat16)
+PACKED: dict[str, Any] = {"T": 0, "lengths": (260, 0, 30, 400)}
 CHANNELS = replace(CASE, per_channel=True)
 FUSED = replace(CHANNELS, fused=True, gates="model", H=1, HV=2)
 
@@ -64,8 +65,8 @@ def compute(
 @WORLDS
 @pytest.mark.parametrize(
     "case",
-    [CASE, replace(CASE, T=0, lengths=(260, 0, 30, 400)), CHANNELS, FUSED],
-    ids=["dense", "packed", "channels", "fused"],
+    [CASE, replace(CASE, **PACKED), CHANNELS, replace(CHANNELS, **PACKED), FUSED],
+    ids=["dense", "packed", "channels", "channels-packed", "fused"],
 )
 def test_agrees_with_the_definition(
     world: Callable[..., None],  # noqa: F811

@@ -31,8 +31,8 @@ import tilelang.language as T
 from ..tile.fragments import PAIRS
 from .row_norms import TYPES
 
-LEVELS = (1, 2, 4, 8, 16, 32)
-"""h of each level."""
+NEAR, FAR = (1, 2, 4, 8), (16, 32)
+"""h of the levels within blocks of 16 tokens (`near_pairs.py`), and of the others."""
 
 PRELUDE = """
 // Where a row of a tile [64][K] of bfloat16 has its 16 bytes number `unit`.
@@ -230,12 +230,16 @@ def add_level(h: int, K: int, parts: int, smem: Any, sums: Any) -> None:
 
 
 @T.macro
-def join_halves(h: int, K: int, smem: Any, prefix: Any, suffix: Any) -> None:
-    """From the factors of blocks of h tokens to those of blocks of 2 h."""
+def join_halves(h: int, K: int, smem: Any, prefix: Any, suffix: Any, thread: Any) -> None:
+    """From the factors of blocks of h tokens to those of blocks of 2 h. The levels above those of
+    the thread alone read what it leaves in `totals` then."""
     T.call_extern(
         "handle", f"gdn_join_halves<{h}, {K}>", prefix.data, suffix.data,
         T.address_of(smem.totals[0, 0]),
     )  # fmt: skip
+    if 2 * h == K // 8:
+        for c in T.unroll(2):
+            smem.totals[thread // (K // 2), thread % (K // 2) * 2 + c] = prefix[K // 4 - 2 + c]
 
 
 @T.macro

@@ -13,6 +13,10 @@ from typing import Any
 import tilelang.language as T
 
 from ..tile.fragments import PAIRS
+from ..tile.layout import KS_FACTOR, QS_FACTOR, U_FACTOR
+
+FACTORS = (QS_FACTOR, KS_FACTOR, U_FACTOR)
+"""Where `scan_factors` has the scales of the rows of Q_in, K_in and K_out."""
 
 PRELUDE = """
 // Two channels of the thread's token i, of Q_in, K_in or K_out (which = 0, 1, 2).
@@ -53,28 +57,31 @@ __device__ __forceinline__ void gdn_put_decayed_rows(
 #pragma unroll
   for (int i = 0; i < tokens; ++i) {
     float2 y = gdn_decayed<which, K, Pair>(prefix, suffix, x, factors, i);
-    float scale = 1;
     if (scaled) {
-      scale = K == 64 ? most[i] : fmaxf(most[i], most[64 + i]);
+      float scale = K == 64 ? most[i] : fmaxf(most[i], most[64 + i]);
       float over = gdn_reciprocal_power(scale);
       scale = gdn_power_of_two(scale);
       y = make_float2(y.x * over, y.y * over);
+      if (pair == 0) static_cast<float *>(scales)[first + i] = sign * scale;
     }
     to[i * (K / 2)] = gdn_narrow<Pair>(y);
-    if (pair == 0) static_cast<float *>(scales)[first + i] = sign * scale;
   }
+  if (!scaled && pair < tokens) static_cast<float *>(scales)[first + pair] = sign;
 }
 """
 
 
 @T.macro
 def put_decayed_rows(
-    K: int, smem: Any, prefix: Any, suffix: Any, factors: Any, rows: Any, scales: Any
-) -> None:
-    """Store Q_in, K_in and K_out to memory from the address rows[0] on, in float16 over the scales
-    of rows, and these to three addresses. factors: three addresses of factors of tokens."""
+    K: int, smem: Any, prefix: Any, suffix: Any, factors: Any, decayed_rows: Any,
+    scan_factors: Any, slot: Any, head: Any,
+) -> None:  # fmt: skip
+    """Store Q_in, K_in and K_out to decayed_rows, in float16 over the scales of rows, and these to
+    scan_factors. factors: three addresses of factors of tokens."""
     xs, scaled = (smem.q, smem.k, smem.k), smem.q.dtype == "float16"
     largest = T.address_of(smem.largest[0, 0, 0])
+    rows = [T.address_of(decayed_rows[slot, head, 0, 0, 0])]  # a list: not a variable of the kernel
+    scales = [T.address_of(scan_factors[slot, head, n, 0]) for n in FACTORS]
     if scaled:
         for n in (0, 1, 2):
             T.call_extern(

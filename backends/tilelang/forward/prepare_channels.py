@@ -25,9 +25,8 @@ where e^gamma scales the rows of S. A slot is the number of a chunk.
 Backward runs the kernel again for the rows and their factors alone, with beta, rq and rk, and for
 `chunk_spans` [slots, 2] as `gate_sums` has them.
 
-Thread block: a chunk and a value head; two warpgroups, two thread blocks on an SM (one in float16).
-A thread has two channels of K / 8 tokens. The first warpgroup multiplies for P, the second one for
-M and A.
+Thread block: a chunk and a value head; two on an SM (one in float16). Of its two warpgroups the
+first multiplies for P, the other one for M and A. A thread has two channels of K / 8 tokens.
 """
 
 from typing import Any
@@ -43,7 +42,7 @@ from ..tile.fragments import PRELUDE as FRAGMENTS
 from ..tile.gate_math import fused_log_decay
 from ..tile.indexing import Fields, locate_piece, strided
 from ..tile.largest import largest
-from ..tile.layout import KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR, factor_rows, token_rows
+from ..tile.layout import S_FACTOR, factor_rows, token_rows
 from .block_inverse import (
     LIMIT,
     BlockInverseSmem,
@@ -54,7 +53,8 @@ from .block_inverse import (
 )
 from .block_inverse import PRELUDE as INVERSE_PRELUDE
 from .channel_pairs import (
-    LEVELS,
+    FAR,
+    NEAR,
     add_level,
     join_blocks,
     join_halves,
@@ -62,9 +62,10 @@ from .channel_pairs import (
     put_level,
     put_matrix,
 )
-from .channel_pairs import PRELUDE as PAIRS_PRELUDE
 from .decayed_rows import PRELUDE as ROWS_PRELUDE
 from .decayed_rows import put_decayed_rows
+from .near_pairs import PRELUDE as PAIRS_PRELUDE
+from .near_pairs import add_near_pairs, look_for_fast_decay
 from .row_norms import PRELUDE as NORMS_PRELUDE
 from .row_norms import sum_squares
 
@@ -86,7 +87,10 @@ class ChannelSmem:
         self.largest = T.alloc_shared((3, K // 64, C), "float32")
         if rows_alone:
             return
-        self.q_rows, self.k_rows = (T.alloc_shared((parts, C, K), "bfloat16") for _ in range(2))
+        self.q_rows, self.k_rows, self.k_left = (
+            T.alloc_shared((parts, C, K), "bfloat16") for _ in range(3)
+        )
+        self.fast = T.alloc_shared((8,), "uint32")
         self.inverse = BlockInverseSmem(max_parts, 1)
         self.P, self.A_v = (T.alloc_shared((1, C, C), dtype) for _ in range(2))
         T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (self.P, self.A_v)})
@@ -104,8 +108,7 @@ def prepare_channels(
     slots, spans = T.dynamic("slots"), T.dynamic("spans")
     tokens, parts = K // 8, 2 if dtype == "float16" else 1
     min_parts, max_parts = choose_parts(dtype, l2, sigmoid, double)
-    has_A_log = A_log
-    rows_of_factors = factor_rows(K, channels=True) + (3 if rows_alone else 0)
+    has_A_log, factor_count = A_log, factor_rows(K, channels=True) + (3 if rows_alone else 0)
 
     @T.macro
     def load_decays(g, A_log, dt_bias, item, head, first, pair, prefix):
@@ -168,7 +171,7 @@ def prepare_channels(
         g: T.Tensor((B, L, HV, K), gates), beta: strided("beta", (B, L, HV), strengths),
         A_log: T.Tensor((HV,), "float32"), dt_bias: T.Tensor((HV, K), "float32"),
         cu_seqlens: T.Tensor((N + 1,), offsets), P_A_v: T.Tensor((slots, HV, 2, C, C), dtype),
-        scan_factors: T.Tensor((slots, HV, rows_of_factors, C), "float32"),
+        scan_factors: T.Tensor((slots, HV, factor_count, C), "float32"),
         decayed_rows: T.Tensor((slots, HV, 3, C, K), dtype),
         P_A: T.Tensor((slots, HV, 2, C, C), dtype), chunk_spans: T.Tensor((spans, 2), "int32"),
         sequences: T.int32, chunks: T.int32, first_chunk: T.int32, span: T.int32, scale: T.float32,
@@ -204,8 +207,6 @@ def prepare_channels(
             load_decays(g, A_log, dt_bias, item, head, first, pair, prefix)
             for i in T.unroll(2 * tokens):
                 suffix[i] = 1.0
-            for i in T.unroll(32):
-                sums[i] = 0.0
             if not rows_alone:
                 for i, j in T.Parallel(C, C):
                     smem.A_v[0, i, j] = 0
@@ -218,6 +219,8 @@ def prepare_channels(
                 T.sync_threads()
 
             # === norms ===
+            if not rows_alone:
+                look_for_fast_decay(K, smem, prefix, tx, lower_bound)
             if warp < 4:
                 sum_squares(smem.q, row * 16, T.address_of(smem.squares[0, row * 16]), lane)
             else:
@@ -226,29 +229,26 @@ def prepare_channels(
             if tx < C:
                 compute_token_factors(beta, scan_factors, item, head, smem, scale, tx)
 
-            # === pairs, level by level; rows for the scan ===
+            # === pairs; rows for the scan ===
             factors = [T.address_of(smem.token_factors[n, 0]) for n in range(ONE + 1)]
-            for h in LEVELS:
+            if not rows_alone:
+                for i in T.unroll(32):
+                    sums[i] = 0.0
+                add_near_pairs(K, parts, smem, prefix, suffix, sums, tx, lower_bound)
+            for h in NEAR + FAR if rows_alone else FAR:
                 T.sync_threads()
                 if not rows_alone:
                     put_level(h, K, parts, smem, prefix, suffix)
-                join_halves(h, K, smem, prefix, suffix)
-                if 2 * h == tokens:
-                    for c in T.unroll(2):
-                        smem.totals[tx // (K // 2), 2 * pair + c] = prefix[2 * tokens - 2 + c]
-                if h == LEVELS[-1]:  # before the last products, which need the factors' registers
+                join_halves(h, K, smem, prefix, suffix, tx)
+                if h == FAR[-1]:  # before the last products, which need the factors' registers
                     rows_of = [factors[n] for n in (ROW_Q, COLUMN, COLUMN)]
-                    scales = [
-                        T.address_of(scan_factors[slot, head, n, 0])
-                        for n in (QS_FACTOR, KS_FACTOR, U_FACTOR)
-                    ]
-                    decayed = [T.address_of(decayed_rows[slot, head, 0, 0, 0])]
-                    put_decayed_rows(K, smem, prefix, suffix, rows_of, decayed, scales)
+                    to = (decayed_rows, scan_factors, slot, head)
+                    put_decayed_rows(K, smem, prefix, suffix, rows_of, *to)
                     if first == C - tokens:
                         for c in T.unroll(2):
-                            scan_factors[
-                                slot, head, S_FACTOR + (2 * pair) // C, (2 * pair) % C + c
-                            ] = prefix[2 * tokens - 2 + c]
+                            scan_factors[slot, head, S_FACTOR + 2 * pair // C, 2 * pair % C + c] = (
+                                prefix[2 * tokens - 2 + c]
+                            )
                 if not rows_alone:
                     T.sync_threads()
                     add_level(h, K, parts, smem, sums)
