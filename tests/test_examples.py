@@ -116,23 +116,30 @@ def test_qwen_stacks_layers_and_loads_checkpoints(
         qwen.main(["--text", "Why?"])
 
 
+@pytest.mark.parametrize(("gates", "steps"), [("head", 300), ("channel", 150)])
 def test_recall_is_learned(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    gates: str,
+    steps: int,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     recall = load("train_recall")
     picture = tmp_path / "curves.png"
-    assert recall.main(["--backends", "torch", "--plot", str(picture)]) == 0
+    options = ["--backends", "torch", "--gates", gates]
+    assert recall.main([*options, "--steps", str(steps), "--plot", str(picture)]) == 0
     assert "torch: loss 0.0" in capsys.readouterr().out
     assert picture.stat().st_size > 10_000
-    assert recall.main(["--backends", "torch", "--steps", "3"]) == 1
+    assert recall.main([*options, "--steps", "3"]) == 1
 
 
 @pytest.mark.gpu
-def test_recall_is_learned_alike_by_every_backend() -> None:
+@pytest.mark.parametrize("gates", ["head", "channel"])
+def test_recall_is_learned_alike_by_every_backend(gates: str) -> None:
     recall = load("train_recall")
-    assert {"triton", "torch"} <= set(recall.able("cuda"))
-    assert recall.main([]) == 0
+    assert {"triton", "torch"} <= set(recall.able("cuda", gates))
+    assert recall.main(["--gates", gates]) == 0
 
 
 def test_long_training_has_the_losses_of_one_process(
