@@ -138,18 +138,17 @@ def able(device: str, gates: str = "head") -> list[str]:
     return [verdict.name for verdict in verdicts if not verdict.reasons]
 
 
-def plot(curves: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
-    """Plot loss and recall over the steps, one line per backend."""
+def plot(panels: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Plot curves over the steps: a panel for each label, in it a line for each name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axes, index, label in zip(
-        figure.subplots(1, 2), (0, 1), ("loss", "values recalled"), strict=True
-    ):
+    axes = figure.subplots(1, len(panels))
+    for panel, (label, curves) in zip(axes, panels.items(), strict=True):
         for name, curve in curves.items():
-            axes.plot(curve[index], label=name, linewidth=1, alpha=0.8)
-        axes.set(xlabel="step", ylabel=label)
-        axes.legend()
+            panel.plot(curve, label=name, linewidth=1, alpha=0.8)
+        panel.set(xlabel="step", ylabel=label)
+        panel.legend()
     figure.savefig(path, dpi=120)
 
 
@@ -185,7 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
             solved &= share >= SOLVED
     if args.plot is not None:
-        plot(curves, args.plot)
+        losses, shares = ({name: curves[name][i] for name in names} for i in (0, 1))
+        plot({"loss": losses, "values recalled": shares}, args.plot)
     return 0 if solved else 1
 
 
