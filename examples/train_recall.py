@@ -5,6 +5,7 @@ Every backend trains the same model from the same seed on the same batches. The 
 agree, and nearly every value should be recalled at the end. Exits with 1 if a backend misses that.
 
     python examples/train_recall.py                   every backend that can run here
+    python examples/train_recall.py --gates channel   a decay per channel: Kimi Delta Attention
     python examples/train_recall.py --backends tilelang,triton --steps 500 --plot curves.png
 """
 
@@ -20,26 +21,58 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import gdn
-from gdn.nn import GatedDeltaNet
+from gdn.nn import GatedDeltaNet, GatedRMSNorm
 
 SOLVED = 0.95
 """The task counts as solved if this share of values is recalled, on average over the last steps."""
 
 
-class Model(nn.Module):
-    """An embedding, layers of Gated DeltaNet with an MLP after each, and logits."""
+class KimiDeltaAttention(nn.Module):
+    """A layer with a decay for each channel of its keys: projections, a causal convolution, the op
+    with L2 norm, gate and sigmoid fused, a gated norm, and a projection back."""
 
-    def __init__(self, tokens: int, width: int, layers: int, backend: str) -> None:
+    def __init__(self, width: int, heads: int, size: int, backend: str) -> None:
+        super().__init__()
+        self.heads, self.backend, inner = heads, backend, heads * size
+        self.qkv = nn.Linear(width, 3 * inner, bias=False)
+        self.conv = nn.Conv1d(3 * inner, 3 * inner, 4, groups=3 * inner, padding=3, bias=False)
+        self.gates = nn.Linear(width, 2 * inner, bias=False)  # of the state, and of the norm
+        self.beta = nn.Linear(width, heads, bias=False)
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.dt_bias = nn.Parameter(torch.full((heads, size), -4.0))
+        self.norm = GatedRMSNorm(size)
+        self.out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = F.silu(self.conv(self.qkv(x).mT)[..., : x.shape[1]].mT)
+        q, k, v = mixed.unflatten(-1, (3, self.heads, -1)).unbind(2)
+        g, z = self.gates(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        o, _ = gdn.kimi_delta_attention(
+            q, k, v, g, self.beta(x), A_log=self.A_log, dt_bias=self.dt_bias, backend=self.backend,
+            use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+        )  # fmt: skip
+        y: Tensor = self.out(self.norm(o, z).flatten(2))
+        return y
+
+
+def make_mixer(width: int, gates: str, backend: str) -> nn.Module:
+    """A layer with a decay per head, or per channel."""
+    if gates == "channel":
+        return KimiDeltaAttention(width, 2, 64, backend)
+    mixer = GatedDeltaNet(
+        width, num_k_heads=1, num_v_heads=2, head_k_dim=64, head_v_dim=64, backend=backend
+    )
+    nn.init.constant_(mixer.dt_bias, -4.0)  # else new gates decay within a few tokens
+    return mixer
+
+
+class Model(nn.Module):
+    """An embedding, layers of the delta rule with an MLP after each, and logits."""
+
+    def __init__(self, tokens: int, width: int, layers: int, gates: str, backend: str) -> None:
         super().__init__()
         self.embed = nn.Embedding(tokens, width)
-        self.mixers = nn.ModuleList(
-            GatedDeltaNet(
-                width, num_k_heads=1, num_v_heads=2, head_k_dim=64, head_v_dim=64, backend=backend
-            )
-            for _ in range(layers)
-        )
-        for mixer in self.mixers:
-            nn.init.constant_(mixer.dt_bias, -4.0)  # else new gates decay within a few tokens
+        self.mixers = nn.ModuleList(make_mixer(width, gates, backend) for _ in range(layers))
         self.feed = nn.ModuleList(
             nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
             for _ in range(layers)
@@ -73,7 +106,7 @@ def train(
 ) -> tuple[list[float], list[float]]:
     """The loss, and the share of values recalled, of every step."""
     torch.manual_seed(args.seed)
-    model = Model(2 * args.names, args.width, args.layers, backend).to(device)
+    model = Model(2 * args.names, args.width, args.layers, args.gates, backend).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps)
     generator = torch.Generator().manual_seed(args.seed)
@@ -95,33 +128,34 @@ def train(
     return torch.stack(losses).tolist(), torch.stack(shares).tolist()
 
 
-def able(device: str) -> list[str]:
-    """The backends that can train here."""
+def able(device: str, gates: str = "head") -> list[str]:
+    """The backends that can train here with a decay per head, or per channel."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    q, k, v = (torch.empty(1, 64, n, 64, dtype=dtype, device=device) for n in (1, 1, 2))
-    gates = torch.empty(1, 64, 2, device=device)
-    verdicts = gdn.explain(q.requires_grad_(), k, v, gates, gates).verdicts
+    heads, channels = (2, (64,)) if gates == "channel" else (1, ())
+    q, k, v = (torch.empty(1, 64, n, 64, dtype=dtype, device=device) for n in (heads, heads, 2))
+    beta, g = (torch.empty(1, 64, 2, *sizes, device=device) for sizes in ((), channels))
+    verdicts = gdn.explain(q.requires_grad_(), k, v, g, beta).verdicts
     return [verdict.name for verdict in verdicts if not verdict.reasons]
 
 
-def plot(curves: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
-    """Plot loss and recall over the steps, one line per backend."""
+def plot(panels: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Plot curves over the steps: a panel for each label, in it a line for each name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axes, index, label in zip(
-        figure.subplots(1, 2), (0, 1), ("loss", "values recalled"), strict=True
-    ):
+    axes = figure.subplots(1, len(panels))
+    for panel, (label, curves) in zip(axes, panels.items(), strict=True):
         for name, curve in curves.items():
-            axes.plot(curve[index], label=name, linewidth=1, alpha=0.8)
-        axes.set(xlabel="step", ylabel=label)
-        axes.legend()
+            panel.plot(curve, label=name, linewidth=1, alpha=0.8)
+        panel.set(xlabel="step", ylabel=label)
+        panel.legend()
     figure.savefig(path, dpi=120)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", help="a list; by default every one that can train here")
+    parser.add_argument("--gates", choices=["head", "channel"], default="head")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=6, help="keys and values in a sequence")
@@ -133,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     args = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = args.backends.split(",") if args.backends else able(device)
+    names = args.backends.split(",") if args.backends else able(device, args.gates)
     curves: dict[str, tuple[list[float], list[float]]] = {}
     solved = True
     with Progress(transient=True) as progress:
@@ -150,7 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
             solved &= share >= SOLVED
     if args.plot is not None:
-        plot(curves, args.plot)
+        losses, shares = ({name: curves[name][i] for name in names} for i in (0, 1))
+        plot({"loss": losses, "values recalled": shares}, args.plot)
     return 0 if solved else 1
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import os
 import re
 import socket
@@ -116,23 +118,65 @@ def test_qwen_stacks_layers_and_loads_checkpoints(
         qwen.main(["--text", "Why?"])
 
 
+@pytest.mark.parametrize(("gates", "steps"), [("head", 300), ("channel", 150)])
 def test_recall_is_learned(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    gates: str,
+    steps: int,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     recall = load("train_recall")
     picture = tmp_path / "curves.png"
-    assert recall.main(["--backends", "torch", "--plot", str(picture)]) == 0
+    options = ["--backends", "torch", "--gates", gates]
+    assert recall.main([*options, "--steps", str(steps), "--plot", str(picture)]) == 0
     assert "torch: loss 0.0" in capsys.readouterr().out
     assert picture.stat().st_size > 10_000
-    assert recall.main(["--backends", "torch", "--steps", "3"]) == 1
+    assert recall.main([*options, "--steps", "3"]) == 1
 
 
 @pytest.mark.gpu
-def test_recall_is_learned_alike_by_every_backend() -> None:
+@pytest.mark.parametrize("gates", ["head", "channel"])
+def test_recall_is_learned_alike_by_every_backend(gates: str) -> None:
     recall = load("train_recall")
-    assert {"triton", "torch"} <= set(recall.able("cuda"))
-    assert recall.main([]) == 0
+    assert {"triton", "torch"} <= set(recall.able("cuda", gates))
+    assert recall.main(["--gates", gates]) == 0
+
+
+def test_hybrid_trains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sizes = ["--width", "64", "--layers", "4", "--length", "64", "--batch", "2", "--steps", "3"]
+    picture, file = tmp_path / "curves.png", tmp_path / "curves.json"
+    hybrid = load("train_hybrid")
+    hybrid.main([*sizes, "--backends", "torch,auto", "--json", str(file), "--plot", str(picture)])
+    report = json.loads(file.read_text())
+    losses, again = (report["runs"][name]["losses"] for name in ("torch", "auto"))
+    assert len(losses) == 3
+    assert again == pytest.approx(losses, abs=1e-3)
+    assert len(set(losses)) == 3
+    assert all(report["best_loss"] < loss < 6 for loss in losses)  # log 64 is 4.2
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"{report['parameters']:,} parameters" in out
+    assert f"torch: loss {sum(losses) / 3:.3f}" in out  # printed with four digits
+    assert picture.stat().st_size > 10_000
+
+
+def test_exact_predictor_of_the_chains_of_the_hybrid() -> None:
+    """With one successor it misses at the first visit of each token alone. Its loss falls to the
+    entropy of four shares, 1/2 + 1/3 + 1/4, as chains become long."""
+    load("train_hybrid")
+    markov = sys.modules["markov"]
+    generator = torch.Generator().manual_seed(0)
+    chains, held = markov.make_chains(32, 65, 16, 1, generator)
+    misses = [len(set(chain[:-1].tolist())) for chain in chains]
+    expected = sum(n * math.log(h) for n, h in zip(misses, held.tolist(), strict=True))
+    assert markov.best_loss(chains, held, 1) == pytest.approx(expected / 32 / 64, rel=1e-5)
+    chains, held = markov.make_chains(64, 4001, 8, 4, generator)
+    assert all(len(set(c.tolist())) <= h for c, h in zip(chains, held.tolist(), strict=True))
+    assert markov.best_loss(chains, held, 4) == pytest.approx(13 / 12, abs=0.05)
 
 
 def test_long_training_has_the_losses_of_one_process(
