@@ -159,12 +159,14 @@ def main(arguments: list[str] | None = None) -> None:
             runs[name] = run = train(name, args, device, bar)
             difference = torch.tensor(run["losses"]) - torch.tensor(runs[first]["losses"])
             apart[name] = difference.unfold(0, min(WINDOW, args.steps), 1).mean(-1).tolist()
-            peak = f", {run['peak_gib']:.2f} GiB" if run["peak_gib"] else ""
-            bar.console.print(
-                f"{name:>9}: loss {statistics.mean(run['losses'][-100:]):.4f} at the end, "
-                f"{run['step_ms']:.1f} ms a step{peak}; averaged over {WINDOW} steps never more "
-                f"than {max(map(abs, apart[name])):.4f} from the loss of {first}"
-            )
+            text = f"{name:>9}: loss {statistics.mean(run['losses'][-100:]):.4f} at the end, "
+            text += f"{run['step_ms']:.1f} ms a step"
+            if run["peak_gib"]:
+                text += f", {run['peak_gib']:.2f} GiB"
+            if name != first:
+                most = max(map(abs, apart[name]))
+                text += f"; never more than {most:.4f} from the loss of {first}, both averaged"
+            bar.console.print(text)
     if args.plot is not None:
         curves = {name: run["losses"] for name, run in runs.items()}
         curves["exact predictor"] = [best] * args.steps

@@ -110,10 +110,10 @@ def test_in_tritons_interpreter(gates: Any) -> None:
     check(find_backend("triton"), replace(CASE, **sizes, dtype=torch.float32, gates=gates))
 
 
-FORGETTING = replace(CASE, T=286, H=1, HV=3, K=64, V=64, gates="none", l2norm=False)
+FORGETTING = replace(CASE, T=286, H=1, HV=5, K=64, V=64, gates="none", l2norm=False)
 FOUND = {
-    False: [[1, 0, -1], [1, 0, -1], [-1, -1, -1]],  # the first chunk that matters after a piece
-    True: [[1, 2, 2], [1, 2, 2], [1, 1, 1]],  # how many matter before it
+    False: [[1, 0, -1, 1, 0]] * 2 + [[-1] * 5],  # the first chunk that matters after a piece
+    True: [[1, 2, 2, 2, 1]] * 2 + [[1] * 5],  # how many matter before it
 }
 """For `forgetting_inputs`, two pieces of two chunks and a short one, and its heads."""
 
@@ -121,10 +121,12 @@ FOUND = {
 def forgetting_inputs(
     dtype: torch.dtype, case: Case = FORGETTING, length: float = 0.98
 ) -> dict[str, Tensor]:
-    """Tokens of which one head forgets within a chunk, one within two, and one not quite. length:
-    of keys."""
+    """Tokens of which one head forgets within a chunk, one within two, one not quite, one in every
+    second chunk alone, and one in the others. length: of keys."""
     inputs = make_inputs(replace(case, dtype=dtype))
-    inputs["g"][:] = torch.tensor([-60.01 / 64, -60.01 / 128, -59.99 / 128])
+    second = torch.arange(case.tokens)[:, None] // 64 % 2
+    decays = torch.tensor([-60.01 / 64, -60.01 / 128, -59.99 / 128, -60.01 / 64, -60.01 / 64])
+    inputs["g"][:] = decays * torch.cat([torch.ones(case.tokens, 3), second, 1 - second], 1)
     inputs["beta"][:], inputs["k"] = 1.0, inputs["k"] * length
     return {name: inputs[name] for name in TOKENS}
 
@@ -133,9 +135,9 @@ def test_triton_finds_the_chunks_that_matter() -> None:
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("not interpreted")
-    for length, expected in ((0.98, FOUND), (3.0, {False: [[-1] * 3] * 3, True: [[2] * 3] * 2})):
+    for length, expected in ((0.98, FOUND), (3.0, {False: [[-1] * 5] * 3, True: [[2] * 5] * 2})):
         inputs = forgetting_inputs(torch.float32, length=length)
-        call = Call(**inputs, initial_state=torch.zeros(1, 3, 64, 64), context_parallel=True)
+        call = Call(**inputs, initial_state=torch.zeros(1, 5, 64, 64), context_parallel=True)
         plan: Any = find_backend("triton").plan(call)
         factors = plan.new_saved[0]()
         prepare = plan.bind_forward(call, save=False)[0]
@@ -145,7 +147,7 @@ def test_triton_finds_the_chunks_that_matter() -> None:
             1.0,
         )
         for reverse, found in expected.items():
-            got = plan.find_chunks(call, factors, reverse).view(3, 3).tolist()
+            got = plan.find_chunks(call, factors, reverse).view(3, 5).tolist()
             assert got[: len(found)] == found
 
 

@@ -161,8 +161,8 @@ def test_pairs_within_sixteen_tokens(
     world: Callable[..., None],  # noqa: F811
     over_eight: float,
 ) -> None:
-    """As one product down to 2^-60 over eight tokens (-41.6), below by levels. Decays at the limit,
-    and small ones beside a channel that q, k and the state leave out; NaN is not lost."""
+    """On both sides of the limit, 2^-60 over eight tokens (-41.6): of one channel, which q, k and
+    the state leave out, beside small decays, and of all. NaN is not lost."""
     world(late=False)
     case = replace(DENSE, K=128, gates="weak", state_v_first=True)
     inputs = make_inputs(case)

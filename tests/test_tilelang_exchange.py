@@ -49,7 +49,7 @@ def test_finds_the_chunks_that_matter(folder: Path, reverse: bool) -> None:  # n
     )  # fmt: skip
     run = emulate(kernel, folder, late=False)
     inputs = forgetting_inputs(torch.bfloat16)
-    found = torch.full((3, 3), -9, dtype=torch.int32)
+    found = torch.full((3, 5), -9, dtype=torch.int32)
     run(inputs["k"], inputs["g"], inputs["beta"], None, None, None, found, 1, 128)
     assert found.tolist() == FOUND[reverse]
 
@@ -58,20 +58,23 @@ def test_finds_the_chunks_that_matter(folder: Path, reverse: bool) -> None:  # n
     ("A_log", "bound", "l2"),
     [(True, None, False), (True, -5.0, True), (False, -5.0, False), (False, None, False)],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "reverse"), [(torch.float32, False), (torch.bfloat16, True)], ids=["float32", "back"]
+)
 def test_finds_the_chunks_that_matter_per_channel(
     folder: Path,  # noqa: F811
     A_log: bool,
     bound: float | None,
     l2: bool,
     dtype: torch.dtype,
+    reverse: bool,
 ) -> None:
     """With the gate fused (A_log, or a bound) or not, and long keys, in pieces of four chunks."""
     gate, HV, K, T = A_log or bound is not None, 4, 64, 600
     kernel = first_channel_chunks(
         dtype="bfloat16", gates=str(dtype).removeprefix("torch."), strengths="float32",
         offsets="int32", K=K, varlen=False, l2=l2, gate=gate, bias=gate, sigmoid=True, double=True,
-        A_log=A_log, lower_bound=bound, reverse=False,
+        A_log=A_log, lower_bound=bound, reverse=reverse,
     )  # fmt: skip
     torch.manual_seed(0)
     k, beta = 0.2 * torch.randn(1, T, 1, K).bfloat16(), torch.randn(1, T, HV)
@@ -90,9 +93,11 @@ def test_finds_the_chunks_that_matter_per_channel(
     run(k, g, beta, logarithms, bias if gate else None, None, factors, found, 1, 256)
     expected = []
     for piece in sums.split(256):
-        left = torch.stack([x.sum(0) for x in piece.split(64)]).flip(0).cumsum(0).flip(0)
+        of_chunks = torch.stack([x.sum(0) for x in piece.split(64)])
+        left = (of_chunks if reverse else of_chunks.flip(0)).cumsum(0).flip(0)
         chunks = torch.arange(len(left))[:, None]
-        expected.append(torch.where(left <= -60, chunks, -1).amax(0))
+        first = torch.where(left <= -60, chunks, -1).amax(0)
+        expected.append(len(left) - first.clamp(min=0) if reverse else first)
     assert found.tolist() == torch.stack(expected).tolist()
     assert len(found.unique()) > 2
 
@@ -103,8 +108,7 @@ def test_serialises_no_product_and_spills_nothing(tmp_path: Path) -> None:
     jobs: list[Job] = []
     for case in (CASE, replace(CASE, per_channel=True, fused=True)):
         call = Call(**make_inputs(replace(case, T=2048), "meta"), context_parallel=True)
-        _, transfer, *_, search = ForwardPass(call).jobs(save=True)
-        jobs += [transfer, search]
+        jobs += ForwardPass(call).jobs(save=True)[1:3]  # the search, and the transfer scan
     for kernel in compile_together(*jobs):
         compiled.assert_compiles_well(kernel, tmp_path)
 

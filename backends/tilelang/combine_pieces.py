@@ -10,7 +10,8 @@ through the pieces in order:
     backward  dS^T <- dS^T M + dN^T     from the last piece to the first (reverse)
 
 dN is the gradient that a piece returns of a zero gradient, and M is forward's. All of it is
-float32. Of a piece that forgets (`forward/forgetting.py`) M is zero, and not read.
+float32. Of a piece that forgets (`forward/forgetting.py`) M is zero, and not read where `forgets`
+tells.
 
     reads   transfer [pieces, HV, V + K, K], N^T above M^T; dN [pieces, HV, V, K] (backward);
             forgets [pieces, HV], where there is one; S_in, the initial state (backward: the

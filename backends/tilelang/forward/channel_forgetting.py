@@ -19,7 +19,7 @@ from ..tile.gate_math import fused_log_decay
 from ..tile.indexing import SEQUENCE, SLOT, START, STOP
 from ..tile.layout import BETA, LOG2_E, S_FACTOR
 from ..tile.runs import load_run
-from .forgetting import ROWS_AT_ONCE, growth, sum_growth, sum_lanes
+from .forgetting import ROWS_AT_ONCE, sum_growth, sum_lanes
 from .fused_memory import HEAD, KEY_HEAD
 
 HIGHEST = 3.4e38
@@ -73,7 +73,8 @@ def sum_slowest(
                 if not gate:
                     x[0] = -x[0]
                 least[0] = T.min(least[0], x[0])
-                undefined[0] = T.if_then_else(x[0] == x[0], undefined[0], 1)
+                # not x == x, which TileLang takes for true
+                undefined[0] = T.if_then_else(x[0] <= T.infinity("float32"), undefined[0], 1)
             for power in T.unroll(3):
                 least[0] = T.min(least[0], T.shfl_xor(least[0], 1 << power))
                 undefined[0] = T.max(undefined[0], T.shfl_xor(undefined[0], 1 << power))
@@ -88,7 +89,7 @@ def sum_slowest(
                 x[0] = T.if_then_else(x[0] < GATE_FLOOR, GATE_FLOOR, x[0])  # NaN stays
                 total[0] += x[0] * LOG2_E
                 if undefined[0] != 0:
-                    total[0] = T.log2(T.float32(-1))
+                    total[0] = T.log2(T.float32(-1))  # NaN
 
 
 @T.macro
@@ -121,11 +122,7 @@ def sum_channel_bounds(
             g, A_log, dt_bias, batch, token, left, task[HEAD], mine, lane, gate, bias, has_A_log,
             lower_bound,
         )  # fmt: skip
-        if l2:
-            for i in T.unroll(2):
-                mine[0] += growth(smem.gates[warp, BETA, lane * 2 + i], 1.0)
-        else:
-            sum_growth(k, batch, token, left, task[KEY_HEAD], smem, mine, warp, lane)
+        sum_growth(k, batch, token, left, task[KEY_HEAD], smem, mine, warp, lane, l2)
         sum_lanes(mine, 32)
         if lane == 0:
             smem.sums[warp] = mine[0]

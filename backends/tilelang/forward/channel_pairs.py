@@ -9,9 +9,9 @@ at which i lies in the right half of a block and j in its left half. There D_ij 
     f_j = suffix_j, the product of a from after j to the last token of the left half
 
 so the pairs of a level are a matrix product of rows that are multiplied by f. The prefixes and
-suffixes of a level follow from those of the level below by one multiplication. Nothing is divided,
-and no sums of g are subtracted: this holds for every g <= 0, -inf included. Factors are at most 1,
-and one underflows only where D is smaller still.
+suffixes of a level follow from those of the level below by one multiplication. Nothing is divided
+(but in `near_pairs.py`), and no sums of g are subtracted: this holds for every g <= 0, -inf
+included. Factors are at most 1, and one underflows only where D is smaller still.
 
 A thread has two channels of K / 8 tokens that follow each other, and their factors in registers:
 [K / 8][2]. Levels up to h = K / 16 need no other thread. Those above need the products of a over
@@ -231,8 +231,8 @@ def add_level(h: int, K: int, parts: int, smem: Any, sums: Any) -> None:
 
 @T.macro
 def join_halves(h: int, K: int, smem: Any, prefix: Any, suffix: Any, thread: Any) -> None:
-    """From the factors of blocks of h tokens to those of blocks of 2 h. The levels above those of
-    the thread alone read what it leaves in `totals` then."""
+    """From the factors of blocks of h tokens to those of blocks of 2 h. A thread stores the decay
+    over all of its tokens to `totals`, which higher levels read."""
     T.call_extern(
         "handle", f"gdn_join_halves<{h}, {K}>", prefix.data, suffix.data,
         T.address_of(smem.totals[0, 0]),

@@ -56,12 +56,12 @@ def sum_lanes(x: Any, lanes: int) -> None:
 
 
 @T.macro
-def sum_growth(
+def sum_growth_of_keys(
     k: Any, batch: Any, token: Any, left: Any, key_head: Any, smem: Any, total: Any, warp: Any,
     lane: Any,
 ) -> None:  # fmt: skip
-    """Add the growth of the 64 tokens from `token` on to total[0], some by each lane; eight lanes
-    read a row of k. Past the `left` tokens of the piece beta is 0, and the last row stands in."""
+    """`sum_growth` of keys that are not normalised; eight lanes read a row. Past the `left` tokens
+    of the piece beta is 0, and the last row stands in."""
     K = k.shape[3]
     rows = T.alloc_local((ROWS_AT_ONCE * K // 8,), k.dtype)
     squares = T.alloc_local((1,), "float32")
@@ -81,6 +81,19 @@ def sum_growth(
             if lane % 8 == 0:
                 t = (step * ROWS_AT_ONCE + n) * 4 + lane // 8
                 total[0] += growth(smem.gates[warp, BETA, t], squares[0])
+
+
+@T.macro
+def sum_growth(
+    k: Any, batch: Any, token: Any, left: Any, key_head: Any, smem: Any, total: Any, warp: Any,
+    lane: Any, l2: bool,
+) -> None:  # fmt: skip
+    """Add the growth of the 64 tokens from `token` on to total[0], some by each lane."""
+    if l2:
+        for i in T.unroll(2):
+            total[0] += growth(smem.gates[warp, BETA, lane * 2 + i], 1.0)
+    else:
+        sum_growth_of_keys(k, batch, token, left, key_head, smem, total, warp, lane)
 
 
 @T.macro
@@ -136,11 +149,8 @@ def sum_bounds(
     sum_gates(raw, left, smem.gates, warp, lane, gate, bias, sigmoid, double)
     T.sync_warp()
     mine[0] = 0.0
-    if l2:
-        for i in T.unroll(2):
-            mine[0] += growth(smem.gates[warp, BETA, lane * 2 + i], 1.0)
-    elif keys == 1:
-        sum_growth(k, batch, token, left, task[KEY_HEAD], smem, mine, warp, lane)
+    if T.Or(l2, keys == 1):
+        sum_growth(k, batch, token, left, task[KEY_HEAD], smem, mine, warp, lane, l2)
     sum_lanes(mine, 32)
     if lane == 0:
         smem.sums[warp] = smem.gates[warp, G, C - 1] + mine[0]

@@ -64,8 +64,8 @@ def search_job(call: Call, options: dict[str, Any], reverse: bool) -> Job:
 def piece_jobs(
     call: Call, options: dict[str, Any], gates: dict[str, Any], warpgroups: int, save: bool
 ) -> list[Job]:
-    """The kernels of `scan_pieces`, the last one that of `search_job`, and their static options.
-    options: of `scan`, for the call; gates: for `search_job`; warpgroups: of the final scan."""
+    """The kernels of `scan_pieces`, in their order, with their static options. options: of `scan`,
+    for the call; gates: for `search_job`; warpgroups: of the final scan."""
     part = call.context_parallel
     # The search takes time, which calls that save nothing would not get back where nothing decays;
     # where their pieces are long, they are those of one kernel (`fused_plan.py`).
@@ -78,36 +78,34 @@ def piece_jobs(
         name: options[name]
         for name in ("offsets", "K", "V", "varlen", "initial", "v_first", "pool")
     } | {"final": False, "reverse": False, "forgetting": False, "late": part}
-    jobs: list[Job] = [
+    return [
+        *([search_job(call, gates, reverse=False)] if forgetting else []),
         (scan, transfer), (combine_pieces, combine),
         (scan, options | {"initial": True, "warpgroups": warpgroups}),
     ]  # fmt: skip
-    if forgetting:
-        jobs.append(search_job(call, gates, reverse=False))
-    return jobs
 
 
 def scan_pieces(
-    launch: list[Callable[..., None]], inputs: tuple[Any, ...], gates: tuple[Any, ...],
+    launch: list[Callable[..., None]], inputs: tuple[Any, ...], searched: tuple[Any, ...],
     initial: Tensor | None, cu_seqlens: Tensor | None, buffers: list[Tensor], o: Tensor,
     final: Tensor | None, tables: tuple[Any, ...], sizes: tuple[int, int, int], save: bool,
     exchange: Exchange | None,
 ) -> None:  # fmt: skip
-    """Launch them. buffers: those of `piece_shapes`; gates: g, beta, A_log, dt_bias; sizes:
+    """Launch them. searched: what `search_job` reads; buffers: those of `piece_shapes`; sizes:
     sequences, tokens of each or of all, tokens of a piece."""
     (transfer, starts), (N, T, length) = buffers, sizes
     pieces, first, ends = transfer.shape[0], None, int(save)
-    if len(launch) > 3:
+    *launch_search, launch_transfer, launch_combine, launch_final = launch
+    for search in launch_search:
         first = transfer.new_empty(transfer.shape[:2], dtype=torch.int32)
-        factors = () if inputs[5] is None else (inputs[4],)  # with decayed rows: per channel
-        launch[3](inputs[1], *gates, cu_seqlens, *factors, first, N, length)
+        search(*searched, first, N, length)
     if exchange:
         ends = 2
     grid = (N, pieces, length)
-    launch[0](*inputs, initial, cu_seqlens, o, transfer, first, *tables, *grid, ends, 0)
+    launch_transfer(*inputs, initial, cu_seqlens, o, transfer, first, *tables, *grid, ends, 0)
     if exchange:
         initial = exchange(PieceMaps(transfer, None, length))()
-    launch[1](
+    launch_combine(
         transfer, None, None, starts, initial, None, cu_seqlens, *slot_tables(tables), N, T, length
     )
-    launch[2](*inputs, starts, cu_seqlens, o, final, None, *tables, *grid, 0, 0)
+    launch_final(*inputs, starts, cu_seqlens, o, final, None, *tables, *grid, 0, 0)

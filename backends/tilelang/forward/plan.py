@@ -254,8 +254,9 @@ class ForwardPass:
             run_scans[0](*inputs, initial, cu_seqlens, o, final, None, *tables, N, N, T, 0, 0)
         else:
             ends = (o, final, tables, (N, T, length), save, exchange)
-            gates = (g, beta, A_log, dt_bias)
-            scan_pieces(run_scans, inputs, gates, initial, cu_seqlens, saved[-2:], *ends)
+            decays = (scan_factors,) if self.channels else ()
+            searched = (k, g, beta, A_log, dt_bias, cu_seqlens, *decays)
+            scan_pieces(run_scans, inputs, searched, initial, cu_seqlens, saved[-2:], *ends)
         return saved if save else []
 
     def _run_segments(

@@ -17,8 +17,9 @@ Pieces are scanned in parallel, twice. The transfer scan finds the transfer matr
 what it leaves of a zero state, N^T, and, with v = 0, of the rows of a unit matrix, M^T, in one
 tensor [pieces, HV, V + K, K]. `combine_pieces` then finds the state that each piece starts from,
 and the final scan computes o. The transfer scan starts the first piece of a sequence from the real
-state. It skips N of the last piece; only backward needs M of the first and the last piece. Parts of
-a rank need all, from zero. Where sequences are cut, two thread blocks with W = 1 share an SM.
+state, unless the piece forgets it. It skips N of the last piece; only backward needs M of the first
+and the last piece. Parts of a rank need all, from zero. Where sequences are cut, two thread blocks
+with W = 1 share an SM.
 """
 
 from typing import Any
