@@ -189,11 +189,11 @@ def test_float16_ranges(world: Callable[..., None], name: str) -> None:  # noqa:
 @DTYPES
 def test_neither_spills_nor_serialises(tmp_path: Path, dtype: torch.dtype) -> None:
     """`channel_gradients` spills what all of its products and levels share, at most 360 bytes:
-    fields of the chunk and addresses of 64 bits."""
+    fields of the chunk and addresses of 64 bits. With both ways to near pairs, 120 more."""
     _, call = plan_of(replace(FUSED, T=256, B=40, dtype=dtype))
     for kernel in compile_together(*BackwardPass(call).jobs(initial=True, final=True)):
         last = "channel_gradients_kernel" in kernel.get_kernel_source()
-        assert_compiles_well(kernel, tmp_path, spilled=360 if last else 8)
+        assert_compiles_well(kernel, tmp_path, spilled=480 if last else 8)
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ In float16 U^T and S^T are over the scales of their rows, by which it multiplies
 Thread block: one on an SM, with a warpgroup for 64 channels. It takes every `thread_blocks`-th pair
 of chunk and q/k head, its value heads in turn, and loads the next ones early. It sums dq and dk
 over the value heads in registers, in a fixed order. `channel_entries.py` has their layout,
-`channel_levels.py` the sums over pairs, `channel_sums.py` all other sums.
+`channel_near_pairs.py` the sums over pairs, `channel_sums.py` all other sums.
 """
 
 from typing import Any
@@ -51,8 +51,6 @@ from .channel_gates import (
     take_decays,
     take_terms,
 )
-from .channel_levels import PRELUDE as LEVELS
-from .channel_levels import add_levels
 from .channel_memory import (
     CHUNK_FIELDS,
     ChannelGradientsSmem,
@@ -64,6 +62,8 @@ from .channel_memory import (
     store_weak_dv,
     sum_S_dS,
 )
+from .channel_near_pairs import PRELUDE as CHANNEL_PAIRS
+from .channel_near_pairs import add_pairs
 from .channel_sums import PRELUDE as CHANNEL_SUMS
 from .channel_sums import (
     add_diagonal,
@@ -80,7 +80,7 @@ from .channel_sums import (
 from .factors import rows_of_factors
 from .gradients_memory import COLUMNS, load_rows, locate_chunk
 
-CUDA = FRAGMENTS + SUMS + LARGEST + CHANNEL_ENTRIES + LEVELS + CHANNEL_SUMS
+CUDA = FRAGMENTS + SUMS + LARGEST + CHANNEL_ENTRIES + CHANNEL_PAIRS + CHANNEL_SUMS
 
 
 @kernel(own_barriers=True)
@@ -268,7 +268,7 @@ def channel_gradients(
                 take_decays(smem, regs, thread)
                 put_terms(smem, regs, thread)
                 if chunk.live > 0:
-                    add_levels(smem, regs, parts, thread)
+                    add_pairs(smem, regs, parts, thread, lower_bound)
                 take_terms(smem, regs, thread)
                 add_diagonal(smem, regs, T.address_of(smem.diagonal[0, 0]))
                 sum_channels(regs.rights, T.address_of(smem.dots[0, thread // 32, 0]))

@@ -20,12 +20,6 @@ tokens are both on one side of a gate cancel.
 
 from __future__ import annotations
 
-from typing import Any
-
-import tilelang.language as T
-
-from ..tile.fragments import PAIRS
-
 PRELUDE = """
 // What a level has of a thread: its factors, and its sums.
 struct GdnLevel {
@@ -232,37 +226,4 @@ __device__ __forceinline__ void gdn_narrow_level(GdnLevel s) {
     }
   }
 }
-// All levels. On entry `prefix` has e^g. X, Y: [parts][64][64] bfloat16; rest: [64].
-template <int parts, class Pair>
-__device__ __forceinline__ void gdn_all_levels(
-    float *prefix, float *suffix, float *dq, float *dk, void *terms, float *rights,
-    const void *q, const void *k, const void *X, const void *Y, const void *rest) {
-  GdnLevel s{prefix, suffix, dq, dk, rights, static_cast<float2 *>(terms), q, k, X, Y,
-             static_cast<const float *>(rest)};
-  gdn_narrow_level<1, parts, Pair>(s);
-  gdn_join<1>(prefix, suffix);
-  gdn_narrow_level<2, parts, Pair>(s);
-  gdn_join<2>(prefix, suffix);
-  gdn_narrow_level<4, parts, Pair>(s);
-  gdn_join<4>(prefix, suffix);
-  gdn_narrow_level<8, parts, Pair>(s);
-  gdn_join<8>(prefix, suffix);
-  gdn_wide_level<16, parts, Pair>(s);
-  gdn_join<16>(prefix, suffix);
-  gdn_wide_level<32, parts, Pair>(s);
-}
 """
-
-
-@T.macro
-def add_levels(smem: Any, regs: Any, parts: int, thread: Any) -> None:
-    """Add all pairs to regs.dq, dk and rights, and to the terms in smem.aside, from e^g in
-    regs.prefix and ones in regs.suffix."""
-    T.call_extern(
-        "handle", f"gdn_all_levels<{parts}, {PAIRS[smem.q.dtype]}>", regs.prefix.data,
-        regs.suffix.data, regs.dq.data, regs.dk.data, T.address_of(smem.aside[0, thread, 0]),
-        regs.rights.data,
-        T.address_of(smem.q[0, 0, 0]), T.address_of(smem.k[0, 0, 0]),
-        T.address_of(smem.XY[0, 0, 0]), T.address_of(smem.XY[parts, 0, 0]),
-        T.address_of(smem.rest[0]),
-    )  # fmt: skip
