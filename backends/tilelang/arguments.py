@@ -33,6 +33,16 @@ def channel_options(call: Call) -> dict[str, Any]:
     return {"A_log": call.A_log is not None, "lower_bound": lower_bound(call)}
 
 
+def search_options(call: Call, reverse: bool) -> dict[str, Any]:
+    """The static options of `first_chunks` or, with a decay per channel, `first_channel_chunks`."""
+    channels = channel_options(call) if call.per_channel else {}
+    return gate_options(call) | channels | {
+        "dtype": dtype_name(call.q), "K": call.q.shape[3],
+        "varlen": call.cu_seqlens is not None, "offsets": dtype_name(call.cu_seqlens, "int32"),
+        "reverse": reverse,
+    }  # fmt: skip
+
+
 def lower_bound(call: Call) -> float | None:
     """The gate's: -5 and -5.0 are one option."""
     return None if call.gate_lower_bound is None else float(call.gate_lower_bound)

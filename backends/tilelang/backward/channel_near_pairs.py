@@ -17,8 +17,8 @@ from typing import Any
 
 import tilelang.language as T
 
-from ..forward.near_pairs import always_slow
 from ..tile.fragments import PAIRS
+from ..tile.gate_math import always_slow
 from .channel_levels import PRELUDE as LEVELS
 
 PRELUDE = (

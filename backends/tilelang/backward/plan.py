@@ -29,15 +29,17 @@ from ..arguments import (
     clear_tail_options,
     dtype_name,
     gate_options,
+    search_options,
     tma_ready,
     token_ready,
 )
-from ..forward.pieces import search_job
 from ..kernels import (
     Job,
     channel_gradients,
     clear_tail,
     combine_pieces,
+    first_channel_chunks,
+    first_chunks,
     gate_sums,
     gradients,
     prepare_channels,
@@ -87,9 +89,8 @@ class BackwardPass:
             "channels": call.per_channel,
         }  # fmt: skip
         self.gate_options, self.channels = gate_options(call), call.per_channel
-        options = {name: self.shape[name] for name in ("dtype", "K", "varlen")}
-        options |= self.gate_options | {"offsets": self.offsets}
-        self.search = search_job(call, options, reverse=True)  # if sequences are cut
+        search = first_channel_chunks if call.per_channel else first_chunks
+        self.search: Job = (search, search_options(call, reverse=True))  # if sequences are cut
         if self.channels:
             self.gate_options |= channel_options(call)
         self.clear_jobs: list[Job] = []

@@ -16,6 +16,7 @@ from typing import Any
 import tilelang.language as T
 
 from ..tile.fragments import PAIRS
+from ..tile.gate_math import always_slow
 from .channel_pairs import NEAR, add_level, join_halves, put_level
 from .channel_pairs import PRELUDE as LEVELS
 
@@ -75,11 +76,6 @@ __device__ __forceinline__ void gdn_add_near(
 }
 """
 )
-
-
-def always_slow(lower_bound: float | None) -> bool:
-    """Whether no channel can decay fast."""
-    return lower_bound is not None and lower_bound >= -5
 
 
 @T.macro

@@ -20,7 +20,7 @@ from gdn.exchange import Exchange, PieceMaps
 from gdn.problem import CHUNK, Call
 
 from ...common.chunking import piece_length, piece_slots
-from ..arguments import channel_options
+from ..arguments import search_options
 from ..kernels import Job, combine_pieces, first_channel_chunks, first_chunks, scan
 from ..tile.layout import ROWS
 from ..tile.pool_kind import slot_tables
@@ -53,23 +53,14 @@ def piece_shapes(call: Call, save: bool) -> list[tuple[tuple[int, ...], torch.dt
     return [((pieces, HV, rows, K), torch.float32) for rows in (V + K, V)]
 
 
-def search_job(call: Call, options: dict[str, Any], reverse: bool) -> Job:
-    """The kernel that finds what a first scan may leave out. options: `gate_options` of the call,
-    with dtype, K, varlen and offsets."""
-    kernel = first_channel_chunks if call.per_channel else first_chunks
-    channels = channel_options(call) if call.per_channel else {}
-    return kernel, options | channels | {"reverse": reverse}
-
-
-def piece_jobs(
-    call: Call, options: dict[str, Any], gates: dict[str, Any], warpgroups: int, save: bool
-) -> list[Job]:
+def piece_jobs(call: Call, options: dict[str, Any], warpgroups: int, save: bool) -> list[Job]:
     """The kernels of `scan_pieces`, in their order, with their static options. options: of `scan`,
-    for the call; gates: for `search_job`; warpgroups: of the final scan."""
+    for the call; warpgroups: of the final scan."""
     part = call.context_parallel
     # The search takes time, which calls that save nothing would not get back where nothing decays;
     # where their pieces are long, they are those of one kernel (`fused_plan.py`).
     forgetting = save or part
+    search = first_channel_chunks if call.per_channel else first_chunks
     options = options | {"warpgroups": 1, "cut": True}
     transfer = options | {"final": True, "transfer": True, "forgetting": forgetting}
     if part:  # its states come after the transfer scan
@@ -79,7 +70,7 @@ def piece_jobs(
         for name in ("offsets", "K", "V", "varlen", "initial", "v_first", "pool")
     } | {"final": False, "reverse": False, "forgetting": False, "late": part}
     return [
-        *([search_job(call, gates, reverse=False)] if forgetting else []),
+        *([(search, search_options(call, reverse=False))] if forgetting else []),
         (scan, transfer), (combine_pieces, combine),
         (scan, options | {"initial": True, "warpgroups": warpgroups}),
     ]  # fmt: skip
@@ -91,7 +82,7 @@ def scan_pieces(
     final: Tensor | None, tables: tuple[Any, ...], sizes: tuple[int, int, int], save: bool,
     exchange: Exchange | None,
 ) -> None:  # fmt: skip
-    """Launch them. searched: what `search_job` reads; buffers: those of `piece_shapes`; sizes:
+    """Launch them. searched: what the search reads; buffers: those of `piece_shapes`; sizes:
     sequences, tokens of each or of all, tokens of a piece."""
     (transfer, starts), (N, T, length) = buffers, sizes
     pieces, first, ends = transfer.shape[0], None, int(save)

@@ -161,10 +161,8 @@ class ForwardPass:
                 if segments and call.initial_state is None:
                     self.scan_jobs[save] += [(scan, first_scan | {"initial": True})]
         else:
-            gates = {"dtype": dtype, "K": K} | gate_options(call)
-            gates |= {name: shape[name] for name in ("offsets", "varlen")}
             for save, (_, warpgroups) in self.pieces.items():
-                self.scan_jobs[save] = piece_jobs(call, options, gates, warpgroups, save)
+                self.scan_jobs[save] = piece_jobs(call, options, warpgroups, save)
         self.clear_jobs: dict[bool, list[Job]] = {False: [], True: []}
         if call.cu_seqlens is not None and clears_tail:
             clear = clear_tail_options(call, backward=False)

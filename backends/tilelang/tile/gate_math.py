@@ -55,6 +55,12 @@ def fused_log_decay(x: Any, A_log: Any, lower_bound: float | None) -> Any:
     return lower_bound / (1 + T.exp(-T.exp(T.min(A_log, 80.0)) * x))
 
 
+def always_slow(lower_bound: float | None) -> bool:
+    """Whether gates with this bound never fall below 2^-60 over eight tokens, nor below 2^-7.5 at
+    one."""
+    return lower_bound is not None and lower_bound >= -5
+
+
 def log_decay_slope(x: Any, y: Any, A_log: Any) -> Any:
     """The derivative of `log_decay` by x: -exp(A_log) sigmoid(x)."""
     return -T.exp(A_log + T.min(x, 0.0)) / (1 + y)
