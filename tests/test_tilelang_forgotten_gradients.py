@@ -22,6 +22,7 @@ from gdn.testing.inputs import gradients, make_output_gradients
 pytest.importorskip("tilelang")
 pytest.importorskip("test_tilelang_emulated")
 
+from gdn.backends.tilelang import TileLangBackend
 from test_tilelang_emulated import WORLDS, folder, world  # noqa: F401
 
 PIECE = 128  # tokens, two chunks
@@ -31,15 +32,15 @@ CHANNELS = replace(CASE, per_channel=True)
 FUSED = replace(CHANNELS, fused=True, gates="model", H=1, HV=2)
 
 
-def make_tensors(case: Case = CASE) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
-    """Inputs, and gradients of the outputs. Heads forget as `forgetting_inputs` has it; per channel
-    see `set_channels`. With fused gates they are the case's."""
+def make_tensors(case: Case = CASE) -> dict[str, Any]:
+    """Heads forget as `forgetting_inputs` has it; per channel see `set_channels`. With fused gates
+    they are the case's."""
     inputs = make_inputs(case)
     if case.per_channel and not case.fused:
         set_channels(inputs["g"])
     elif not case.per_channel:
         inputs |= forgetting_inputs(case.dtype, case)
-    return inputs, make_output_gradients(case)
+    return inputs
 
 
 def set_channels(g: Tensor) -> None:
@@ -57,15 +58,6 @@ def set_channels(g: Tensor) -> None:
     g[..., 4, :] = -60.01 / 64 * (1 - second)
 
 
-def compute(
-    inputs: dict[str, Any], into: tuple[Tensor, Tensor], dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """o, the final state and all gradients; in float64 by plain PyTorch."""
-    leaves = with_gradients(inputs, dtype)
-    outputs = gdn.gated_delta_net(**leaves, backend="torch" if dtype else "emulated")
-    return outputs._asdict() | gradients(outputs, leaves, into)
-
-
 @WORLDS
 @pytest.mark.parametrize(
     "case",
@@ -78,9 +70,9 @@ def test_agrees_with_the_definition(
     late: bool,
 ) -> None:
     world(late)
-    inputs, into = make_tensors(case)
-    exact = compute(inputs, into, torch.float64)
-    for name, value in compute(inputs, into).items():
+    inputs = make_tensors(case)
+    exact = run("torch", case, with_gradients(inputs, torch.float64))
+    for name, value in run("emulated", case, with_gradients(inputs)).items():
         assert_close(name, value, exact[name], CASE.dtype)
 
 
@@ -99,14 +91,14 @@ def test_no_matrix_of_what_is_forgotten(
     kept: list[int],
 ) -> None:
     world(late=False)
-    _, M = transfers_of(make_tensors(case)[0])
+    _, M = transfers_of(make_tensors(case))
     assert M.flatten(2).any(-1).int().tolist() == [kept] * 3 + [[1] * 5]  # 36 tokens
 
 
 def test_a_forgotten_initial_state_is_not_read(world: Callable[..., None]) -> None:  # noqa: F811
     """1e30 times e^-60 would be 9000."""
     world(late=False)
-    inputs, _ = make_tensors()
+    inputs = make_tensors()
     N, _ = transfers_of(inputs)
     inputs["initial_state"] = inputs["initial_state"] + 1e30
     large, _ = transfers_of(inputs)
@@ -120,9 +112,9 @@ def test_gradients_from_behind_a_piece_that_forgets(
     """A NaN in the second chunk of a piece, where only the first one matters to the gradient of its
     first state: heads that forget in the first one keep it from the piece before."""
     world(late=False)
-    inputs, (do, dS) = make_tensors()
+    inputs, (do, dS) = with_gradients(make_tensors()), make_output_gradients(CASE)
     do[:, PIECE + 100] = torch.nan
-    found = compute(inputs, (do, dS))
+    found = gradients(gdn.gated_delta_net(**inputs, backend="emulated"), inputs, (do, dS))
     spoiled = found["v"].isnan().any(-1)[0]  # [T, HV]
     reached = [False, True, True, True, False]
     assert spoiled[:PIECE].any(0).tolist() == reached
@@ -139,7 +131,7 @@ def test_nan_is_not_forgotten(
 ) -> None:
     """Where a NaN is among the tokens that decide, of one channel too, nothing is left out."""
     world(late=False)
-    inputs, _ = make_tensors(case)
+    inputs = make_tensors(case)
     token = inputs[name][:, PIECE - 2]
     (token[..., 5] if token.dim() == 3 else token)[:] = torch.nan
     _, M = transfers_of(inputs)
@@ -150,7 +142,10 @@ def test_nan_is_not_forgotten(
 @pytest.mark.parametrize("gates", ["none", "weak", "mixed", "model", "fast", "strong"])
 @pytest.mark.parametrize("lengths", [None, (1000, 3, 0, 597, 64)])
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_on_a_gpu(gates: Any, lengths: tuple[int, ...] | None, per_channel: bool) -> None:
+def test_on_a_gpu(
+    clean_registry: None, gates: Any, lengths: tuple[int, ...] | None, per_channel: bool
+) -> None:
+    gdn.register_backend(TileLangBackend(), replace=True)  # with plans of its own
     sizes: dict[str, Any] = {"T": 1664} if lengths is None else {"lengths": lengths}
     case = Case("pieces", **sizes, H=2, HV=4, K=128, V=128, gates=gates, l2norm=True)
     case = replace(case, dtype=torch.bfloat16, per_channel=per_channel)

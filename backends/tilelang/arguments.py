@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gdn.problem import Call
 
+from .kernels import Job, first_channel_chunks, first_chunks
+
 
 def dtype_name(x: Tensor | None, otherwise: str = "") -> str:
     """TileLang's name of a tensor's dtype; `otherwise` if there is no tensor."""
@@ -33,14 +35,16 @@ def channel_options(call: Call) -> dict[str, Any]:
     return {"A_log": call.A_log is not None, "lower_bound": lower_bound(call)}
 
 
-def search_options(call: Call, reverse: bool) -> dict[str, Any]:
-    """The static options of `first_chunks` or, with a decay per channel, `first_channel_chunks`."""
-    channels = channel_options(call) if call.per_channel else {}
-    return gate_options(call) | channels | {
+def search_job(call: Call, reverse: bool) -> Job:
+    """The kernel that finds what a first scan may leave out."""
+    options = gate_options(call) | {
         "dtype": dtype_name(call.q), "K": call.q.shape[3],
         "varlen": call.cu_seqlens is not None, "offsets": dtype_name(call.cu_seqlens, "int32"),
         "reverse": reverse,
     }  # fmt: skip
+    if call.per_channel:
+        return first_channel_chunks, options | channel_options(call)
+    return first_chunks, options
 
 
 def lower_bound(call: Call) -> float | None:

@@ -29,7 +29,7 @@ from ..arguments import (
     clear_tail_options,
     dtype_name,
     gate_options,
-    search_options,
+    search_job,
     tma_ready,
     token_ready,
 )
@@ -38,8 +38,6 @@ from ..kernels import (
     channel_gradients,
     clear_tail,
     combine_pieces,
-    first_channel_chunks,
-    first_chunks,
     gate_sums,
     gradients,
     prepare_channels,
@@ -89,8 +87,7 @@ class BackwardPass:
             "channels": call.per_channel,
         }  # fmt: skip
         self.gate_options, self.channels = gate_options(call), call.per_channel
-        search = first_channel_chunks if call.per_channel else first_chunks
-        self.search: Job = (search, search_options(call, reverse=True))  # if sequences are cut
+        self.search = search_job(call, reverse=True)  # if sequences are cut
         if self.channels:
             self.gate_options |= channel_options(call)
         self.clear_jobs: list[Job] = []

@@ -15,32 +15,25 @@ import tilelang.language as T
 from gdn.definition import GATE_FLOOR
 from gdn.problem import CHUNK as C
 
-from ..tile.gate_math import fused_log_decay
+from ..tile.gate_math import fused_log_decay, fused_strength
 from ..tile.indexing import SEQUENCE, SLOT, START, STOP
+from ..tile.largest import largest
 from ..tile.layout import BETA, LOG2_E, S_FACTOR
-from ..tile.runs import load_run
-from .forgetting import ROWS_AT_ONCE, sum_growth, sum_lanes
+from .forgetting import ROWS_AT_ONCE, channel_of, load_rows, sum_growth, sum_lanes, token_of
 from .fused_memory import HEAD, KEY_HEAD
-
-HIGHEST = 3.4e38
 
 
 @T.macro
 def sum_largest_channel(
     scan_factors: Any, slot: Any, head: Any, sums: Any, warp: Any, lane: Any, K: int
 ) -> None:
-    """sums[warp] = log2 of the largest e^gamma of a chunk. NaN is left out here."""
-    largest = T.alloc_local((1,), "float32")
-    largest[0] = 0.0
-    for i in T.unroll(K // 32):
-        channel = i * 32 + lane
-        largest[0] = T.max(
-            largest[0], scan_factors[slot, head, S_FACTOR + channel // C, channel % C]
-        )
-    for power in T.unroll(5):
-        largest[0] = T.max(largest[0], T.shfl_xor(largest[0], 1 << power))
+    """sums[warp] = log2 of the largest e^gamma of a chunk."""
+    found = T.alloc_var("float32")
+    found = 0.0
+    for row in T.unroll(K // C):
+        found = T.max(found, largest(T.address_of(scan_factors[slot, head, S_FACTOR + row, 0])))
     if lane == 0:
-        sums[warp] = T.log2(largest[0])
+        sums[warp] = T.log2(found)
 
 
 @T.macro
@@ -52,24 +45,18 @@ def sum_slowest(
     eight lanes read a row. NaN stays. The fused gate falls with what it is computed of, so it is
     computed once a token. Tokens past the `left` ones of the piece add nothing."""
     K, run = g.shape[3], 128 // g.dtype.bits
-    runs = K // (8 * run)
     rows = T.alloc_local((ROWS_AT_ONCE * K // 8,), g.dtype)
     x, least = (T.alloc_local((1,), "float32") for _ in range(2))
     undefined = T.alloc_local((1,), "int32")
     for step in T.serial(C // (4 * ROWS_AT_ONCE)):
+        load_rows(g, batch, token, left, head, rows, step, lane)
         for n in T.unroll(ROWS_AT_ONCE):
-            t = (step * ROWS_AT_ONCE + n) * 4 + lane // 8
-            row = T.cast(token + T.min(t, left - 1), "int64")
-            for i in T.unroll(runs):
-                at = (batch, row, head, (i * 8 + lane % 8) * run)
-                load_run(rows, n * (K // 8) + i * run, g, at, run, True)
-        for n in T.unroll(ROWS_AT_ONCE):
-            least[0] = HIGHEST
+            least[0] = T.infinity("float32")
             undefined[0] = 0
             for i in T.unroll(K // 8):
                 x[0] = T.cast(rows[n * (K // 8) + i], "float32")
                 if bias:
-                    x[0] += dt_bias[head, (i // run * 8 + lane % 8) * run + i % run]
+                    x[0] += dt_bias[head, channel_of(run, i, lane)]
                 if not gate:
                     x[0] = -x[0]
                 least[0] = T.min(least[0], x[0])
@@ -78,8 +65,7 @@ def sum_slowest(
             for power in T.unroll(3):
                 least[0] = T.min(least[0], T.shfl_xor(least[0], 1 << power))
                 undefined[0] = T.max(undefined[0], T.shfl_xor(undefined[0], 1 << power))
-            t = (step * ROWS_AT_ONCE + n) * 4 + lane // 8
-            if T.And(lane % 8 == 0, t < left):
+            if T.And(lane % 8 == 0, token_of(step, n, lane) < left):
                 if gate:
                     x[0] = fused_log_decay(
                         least[0], A_log[head] if has_A_log else T.float32(0), lower_bound
@@ -95,8 +81,8 @@ def sum_slowest(
 @T.macro
 def sum_channel_bounds(
     exact: Any, chunk: Any, k: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any,
-    scan_factors: Any, smem: Any, task: Any, mine: Any, warp: Any, lane: Any, varlen: bool,
-    l2: bool, gate: bool, bias: bool, sigmoid: bool, double: bool, has_A_log: bool,
+    scan_factors: Any, smem: Any, task: Any, warp: Any, lane: Any, varlen: bool, l2: bool,
+    gate: bool, bias: bool, sigmoid: bool, double: bool, has_A_log: bool,
     lower_bound: float | None,
 ) -> None:  # fmt: skip
     """For `search`: the sum of a chunk, or with exact = 0 that of its largest channel."""
@@ -108,13 +94,14 @@ def sum_channel_bounds(
             scan_factors, task[SLOT] + chunk, task[HEAD], smem.sums, warp, lane, g.shape[3]
         )
     else:
+        mine = T.alloc_local((1,), "float32")
         for i in T.unroll(2):
             t = lane * 2 + i
             smem.gates[warp, BETA, t] = 0.0
             if t < left:
                 mine[0] = T.cast(beta[batch, token + t, task[HEAD]], "float32")
                 if sigmoid:
-                    mine[0] = (2.0 if double else 1.0) / (1.0 + T.exp(-mine[0]))
+                    mine[0] = fused_strength(mine[0], double)
                 smem.gates[warp, BETA, t] = mine[0]
         T.sync_warp()
         mine[0] = 0.0

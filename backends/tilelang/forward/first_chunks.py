@@ -16,6 +16,7 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.indexing import strided
+from ..tile.largest import PRELUDE as LARGEST
 from .channel_forgetting import sum_channel_bounds
 from .forgetting import ForgettingSmem, find_first_chunk, search
 from .fused_memory import CHUNKS, FIELDS, find_task
@@ -99,17 +100,16 @@ def first_channel_chunks(
         first: T.Tensor((pieces, HV), "int32"), sequences: T.int32, length: T.int32,
     ):  # fmt: skip
         """length: tokens of a piece."""
-        with T.Kernel(pieces * HV, threads=32 * WARPS) as cta:
+        with T.Kernel(pieces * HV, threads=32 * WARPS, prelude=LARGEST) as cta:
             task = T.alloc_shared((FIELDS,), "int32")
             found = T.alloc_local((1,), "int32")
-            mine = T.alloc_local((1,), "float32")
             tx = T.get_thread_binding()
             piece, head = cta // HV, cta % HV
             smem = ForgettingSmem(WARPS)
             find_piece(task, piece, head, cu_seqlens, sequences, L, H, HV, length, varlen, tx)
             search(
                 task, found, smem.sums, tx // 32, 2, reverse, sum_channel_bounds,
-                k, g, beta, A_log, dt_bias, scan_factors, smem, task, mine, tx // 32, tx % 32,
+                k, g, beta, A_log, dt_bias, scan_factors, smem, task, tx // 32, tx % 32,
                 varlen, l2, gate, bias, sigmoid, double, has_A_log, lower_bound,
             )  # fmt: skip
             if tx == 0:

@@ -55,23 +55,42 @@ def sum_lanes(x: Any, lanes: int) -> None:
         x[0] += T.shfl_xor(x[0], 1 << power)
 
 
+def token_of(step: Any, n: int, lane: Any) -> Any:
+    """The token whose row a lane has in place n after step `step` of `load_rows`."""
+    return (step * ROWS_AT_ONCE + n) * 4 + lane // 8
+
+
+def channel_of(run: int, i: int, lane: Any) -> Any:
+    """The channel of element i of a lane's part of a row; runs of so many follow each other."""
+    return (i // run * 8 + lane % 8) * run + i % run
+
+
+@T.macro
+def load_rows(
+    x: Any, batch: Any, token: Any, left: Any, head: Any, rows: Any, step: Any, lane: Any
+) -> None:
+    """A lane's parts of ROWS_AT_ONCE rows of x [B, L, heads, K] to registers; eight lanes read a
+    row. Past the `left` tokens of the piece the last row stands in."""
+    each, run = x.shape[3] // 8, 128 // x.dtype.bits
+    for n in T.unroll(ROWS_AT_ONCE):
+        row = T.cast(token + T.min(token_of(step, n, lane), left - 1), "int64")
+        for i in T.unroll(each // run):
+            at = (batch, row, head, channel_of(run, i * run, lane))
+            load_run(rows, n * each + i * run, x, at, run, True)
+
+
 @T.macro
 def sum_growth_of_keys(
     k: Any, batch: Any, token: Any, left: Any, key_head: Any, smem: Any, total: Any, warp: Any,
     lane: Any,
 ) -> None:  # fmt: skip
-    """`sum_growth` of keys that are not normalised; eight lanes read a row. Past the `left` tokens
-    of the piece beta is 0, and the last row stands in."""
+    """`sum_growth` of keys that are not normalised. Past the `left` tokens of the piece beta is
+    0."""
     K = k.shape[3]
     rows = T.alloc_local((ROWS_AT_ONCE * K // 8,), k.dtype)
     squares = T.alloc_local((1,), "float32")
     for step in T.serial(C // (4 * ROWS_AT_ONCE)):
-        for n in T.unroll(ROWS_AT_ONCE):
-            t = (step * ROWS_AT_ONCE + n) * 4 + lane // 8
-            for i in T.unroll(K // 64):
-                row = T.cast(token + T.min(t, left - 1), "int64")
-                at = (batch, row, key_head, i * 64 + lane % 8 * 8)
-                load_run(rows, n * (K // 8) + i * 8, k, at, 8, True)
+        load_rows(k, batch, token, left, key_head, rows, step, lane)
         for n in T.unroll(ROWS_AT_ONCE):
             squares[0] = 0.0
             for i in T.unroll(K // 8):
@@ -79,7 +98,7 @@ def sum_growth_of_keys(
                 squares[0] += x * x
             sum_lanes(squares, 8)
             if lane % 8 == 0:
-                t = (step * ROWS_AT_ONCE + n) * 4 + lane // 8
+                t = token_of(step, n, lane)
                 total[0] += growth(smem.gates[warp, BETA, t], squares[0])
 
 
@@ -136,12 +155,13 @@ def search(
 @T.macro
 def sum_bounds(
     keys: Any, chunk: Any, k: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, smem: Any,
-    task: Any, mine: Any, warp: Any, lane: Any, varlen: bool, l2: bool, gate: bool, bias: bool,
-    sigmoid: bool, double: bool,
+    task: Any, warp: Any, lane: Any, varlen: bool, l2: bool, gate: bool, bias: bool, sigmoid: bool,
+    double: bool,
 ) -> None:  # fmt: skip
     """For `search`: of a chunk, with the growth by its keys, or else by its gates alone (keys = 0
-    without the L2 norm). mine: a number of a lane."""
+    without the L2 norm)."""
     raw = T.alloc_local((6,), "float32")
+    mine = T.alloc_local((1,), "float32")
     batch = 0 if varlen else task[SEQUENCE]
     token = task[START] + chunk * C
     left = task[STOP] - token
@@ -163,11 +183,9 @@ def find_first_chunk(
     double: bool, reverse: bool = False,
 ) -> None:  # fmt: skip
     """`search`, with a decay per head. Keys are read only if they are not normalised."""
-    mine = T.alloc_local((1,), "float32")
     search(
         task, found, smem.sums, warp, 1 if l2 else 2, reverse, sum_bounds,
-        k, g, beta, A_log, dt_bias, smem, task, mine, warp, lane, varlen, l2, gate, bias, sigmoid,
-        double,
+        k, g, beta, A_log, dt_bias, smem, task, warp, lane, varlen, l2, gate, bias, sigmoid, double,
     )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from gdn.exchange import Exchange, PieceMaps
 from gdn.problem import CHUNK, Call
 
 from ...common.chunking import piece_length, piece_slots
-from ..arguments import search_options
-from ..kernels import Job, combine_pieces, first_channel_chunks, first_chunks, scan
+from ..arguments import search_job
+from ..kernels import Job, combine_pieces, scan
 from ..tile.layout import ROWS
 from ..tile.pool_kind import slot_tables
 
@@ -60,7 +60,6 @@ def piece_jobs(call: Call, options: dict[str, Any], warpgroups: int, save: bool)
     # The search takes time, which calls that save nothing would not get back where nothing decays;
     # where their pieces are long, they are those of one kernel (`fused_plan.py`).
     forgetting = save or part
-    search = first_channel_chunks if call.per_channel else first_chunks
     options = options | {"warpgroups": 1, "cut": True}
     transfer = options | {"final": True, "transfer": True, "forgetting": forgetting}
     if part:  # its states come after the transfer scan
@@ -70,7 +69,7 @@ def piece_jobs(call: Call, options: dict[str, Any], warpgroups: int, save: bool)
         for name in ("offsets", "K", "V", "varlen", "initial", "v_first", "pool")
     } | {"final": False, "reverse": False, "forgetting": False, "late": part}
     return [
-        *([(search, search_options(call, reverse=False))] if forgetting else []),
+        *([search_job(call, reverse=False)] if forgetting else []),
         (scan, transfer), (combine_pieces, combine),
         (scan, options | {"initial": True, "warpgroups": warpgroups}),
     ]  # fmt: skip

@@ -39,7 +39,7 @@ from gdn.problem import CHUNK as C
 
 from ..compile import kernel
 from ..tile.fragments import PRELUDE as FRAGMENTS
-from ..tile.gate_math import fused_log_decay
+from ..tile.gate_math import fused_log_decay, fused_strength
 from ..tile.indexing import Fields, locate_piece, strided
 from ..tile.largest import largest
 from ..tile.layout import S_FACTOR, factor_rows, token_rows
@@ -151,7 +151,7 @@ def prepare_channels(
         if token < item.live:
             strength[0] = T.cast(beta[batch, item.token + token, head], "float32")
             if sigmoid:
-                strength[0] = (2.0 if double else 1.0) / (1.0 + T.exp(-strength[0]))
+                strength[0] = fused_strength(strength[0], double)
         rq = T.rsqrt(smem.squares[0, token] + L2_EPS) if l2 else T.float32(1)
         rk = T.rsqrt(smem.squares[1, token] + L2_EPS) if l2 else T.float32(1)
         smem.beta[0, token] = strength[0]

@@ -55,6 +55,11 @@ def fused_log_decay(x: Any, A_log: Any, lower_bound: float | None) -> Any:
     return lower_bound / (1 + T.exp(-T.exp(T.min(A_log, 80.0)) * x))
 
 
+def fused_strength(x: Any, double: bool) -> Any:
+    """The fused sigmoid of beta_raw."""
+    return (2.0 if double else 1.0) / (1.0 + T.exp(-x))
+
+
 def always_slow(lower_bound: float | None) -> bool:
     """Whether gates with this bound never fall below 2^-60 over eight tokens, nor below 2^-7.5 at
     one."""
@@ -106,7 +111,7 @@ def sum_gates(
         if g[i] < GATE_FLOOR:  # so that sums keep their digits; NaN stays
             g[i] = GATE_FLOOR
         if sigmoid:
-            beta[i] = (2.0 if double else 1.0) / (1.0 + T.exp(-beta[i]))
+            beta[i] = fused_strength(beta[i], double)
         if lane * 2 + i >= live:
             g[i] = 0.0
             beta[i] = 0.0
