@@ -119,7 +119,7 @@ def test_decode_in_a_cuda_graph(how: str) -> None:
 
 
 UNPATCHED = """
-import layers, torch
+import fla, layers, torch
 stack = layers.make_engines(1, torch.device("cuda"), torch.bfloat16)["transformers"].stack
 x = torch.randn(1, 128, layers.WIDTH, device="cuda", dtype=torch.bfloat16)
 with torch.no_grad():
@@ -129,14 +129,14 @@ with torch.no_grad():
 
 @pytest.mark.gpu
 def test_fla_breaks_the_graph_of_whole_sequences() -> None:
-    """It keeps its chunked function out of the compiler. In a new process: which function a layer
-    of transformers takes is settled when it is imported."""
+    """It keeps its chunked function out of the compiler. In a new process, which imports fla first:
+    which function a layer of transformers takes is settled when it is imported."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("fla", reason="fla is not installed")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", UNPATCHED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode, "fla's function was compiled, or is not in use"
+    assert done.returncode, f"fla's function was compiled, or is not in use: {done.stderr[-2000:]}"
     assert "torch._dynamo.exc.Unsupported" in done.stderr
 
 

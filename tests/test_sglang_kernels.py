@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import gdn
-from gdn.integrations.sglang_kernels import GATED, RAW, Kernel
+from gdn.integrations.sglang_kernels import GATED, RAW, Kernel, count
 from gdn.testing import TOLERANCE
 from gdn.testing.decode import run_step_definition
 from gdn.testing.prefill import run_prefill_definition
@@ -167,3 +167,19 @@ def test_verification_leaves_the_pool_alone(layer: Layer, pool: torch.dtype) -> 
     layer.agree(drafts, after.view_as(drafts), pool)
     assert drafts[:2, :3].all()
     assert not drafts[2:].any()
+
+
+def test_numbers_are_made_once() -> None:
+    found = count(4, torch.int32, torch.device("cpu"))
+    assert found.tolist() == [0, 1, 2, 3]
+    assert count(4, torch.int32, torch.device("cpu")) is found
+
+
+@pytest.mark.gpu
+def test_numbers_of_a_graph_stay_in_it() -> None:
+    """What a graph makes is there once it runs."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        made = count(5, torch.int64, torch.device("cuda"))
+    found = count(5, torch.int64, torch.device("cuda"))
+    assert found is not made
+    assert found.tolist() == [0, 1, 2, 3, 4]

@@ -16,7 +16,7 @@ from torch import Tensor
 import gdn
 from gdn.problem import Call
 from gdn.registry import find_backend
-from gdn.testing import Case, make_inputs, with_gradients
+from gdn.testing import TOLERANCE, Case, make_inputs, relative_error, with_gradients
 from gdn.testing.inputs import gradients, make_output_gradients
 
 pytest.importorskip("tilelang")
@@ -153,6 +153,7 @@ def test_on_a_gpu(
     inputs = with_gradients(make_inputs(case, "cuda"))
     got = run("tilelang", case, inputs)
     for name, value in got.items():
-        assert_close(name, value, expected[name], case.dtype)
+        # not element by element: where little decays they are not of order 1
+        assert relative_error(value, expected[name]) < TOLERANCE[case.dtype], name
     for name, value in run("tilelang", case, inputs).items():
         assert torch.equal(value, got[name])

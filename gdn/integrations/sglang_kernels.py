@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -29,6 +30,18 @@ def split_projection(mixed: Tensor, HV: int, K: int, V: int) -> tuple[Tensor, Te
         for x, size in zip(torch.split(mixed, widths, -1), (K, K, V), strict=True)
     )
     return q, k, v
+
+
+@functools.cache
+def _numbers(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(n, dtype=dtype, device=device)
+
+
+def count(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 to n - 1, made once. What is made while a graph is captured is not kept, since it holds
+    nothing before the graph runs."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return (_numbers.__wrapped__ if capturing else _numbers)(n, dtype, device)
 
 
 class Kernel:
@@ -189,11 +202,12 @@ class Kernel:
             o [1, T, HV, V].
         """
         N, steps = len(query_start_loc) - 1, intermediate_states_buffer.shape[1]
-        rows = intermediate_state_indices[:N, None] * steps
-        tokens = torch.arange(cache_steps, dtype=rows.dtype, device=rows.device)
+        rows = intermediate_state_indices[:N, None]
+        tokens = count(cache_steps, rows.dtype, rows.device)
         slots = intermediate_states_buffer.view(-1, *ssm_states.shape[1:])
         return gated_delta_net_decode(
             q, k, v, a[None], b[None], A_log=A_log, dt_bias=dt_bias, state=ssm_states,
             state_indices=cache_indices[:N], output_states=slots,
-            output_indices=rows + tokens, cu_seqlens=query_start_loc, backend=self.backend, **RAW,
+            output_indices=torch.add(tokens, rows, alpha=steps), cu_seqlens=query_start_loc,
+            backend=self.backend, **RAW,
         )  # fmt: skip
