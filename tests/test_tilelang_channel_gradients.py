@@ -84,6 +84,24 @@ def test_gradients(
     check(case, with_gradients(make_inputs(case)))
 
 
+@pytest.mark.parametrize("over_eight", [-41.5, -41.7])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_pairs_within_sixteen_tokens(
+    world: Callable[..., None],  # noqa: F811
+    over_eight: float,
+    tokens: int,
+) -> None:
+    """On both sides of the limit, 2^-60 over eight tokens (-41.6): by one token, or by all."""
+    world(late=False)
+    case = replace(DENSE, K=128, T=64, gates="weak")
+    inputs = make_inputs(case)
+    inputs["g"][..., 1::2] = 0
+    inputs["g"][:, 16 : 16 + tokens, :, ::2] = over_eight / tokens
+    exact = run("torch", case, with_gradients(inputs, torch.float64))
+    for name, value in run("emulated", case, with_gradients(inputs)).items():
+        assert_close(name, value, exact[name], case.dtype)
+
+
 def test_pieces(world: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     world(late=True)
     for module in (pieces, backward):

@@ -1,9 +1,9 @@
 """`channel_gradients.py`: all pairs of a chunk. Those within blocks of 16 tokens take four levels
 of `channel_levels.py`, or one step.
 
-Where no channel of a warp falls below 2^-7.5 at any token, and so below 2^-60 over eight, the decay
-between i and j is D_ij = f_i g_j for all pairs of a block: f_i is the decay from the middle of the
-block to i, g_j that from j to the middle, and the one that goes backwards is a reciprocal. Then
+Where no channel of a warp falls below 2^-60 over eight tokens, the decay between i and j is D_ij =
+f_i g_j for all pairs of a block: f_i is the decay from the middle of the block to i, g_j that from
+j to the middle, and the one that goes backwards is a reciprocal. Then
 
     dq_i += f_i sum_{j < i} X_ij (g_j * k_j),    right_i = f_i sum_{j < i} Y_ij (g_j * k_j)
     dk_j += rest_j right_j + g_j sum_{i > j} (X_ij (f_i * q_i) + Y_ij rest_i (f_i * k_i))
@@ -24,11 +24,17 @@ from .channel_levels import PRELUDE as LEVELS
 PRELUDE = (
     LEVELS
     + """
-// Whether all decays of the warp's channels, e^g, are at least 2^-7.5.
+// Whether the decays e^g of eight tokens, which four lanes have, are 2^-60 or more in all of the
+// warp's channels.
 __device__ __forceinline__ bool gdn_decays_slowly(const float *decays) {
   unsigned fast = 0;
 #pragma unroll
-  for (int n = 0; n < 32; ++n) fast |= !(decays[n] >= 0x1.6a09e8p-8f);
+  for (int n = 0; n < 32; n += 2) {
+    float total = decays[n] * decays[n + 1];
+    total *= __shfl_xor_sync(0xffffffff, total, 1);
+    total *= __shfl_xor_sync(0xffffffff, total, 2);
+    fast |= !(total >= 0x1p-60f);
+  }
   return __reduce_max_sync(0xffffffff, fast) == 0;
 }
 // f and g of word w of the blocks b and b + 1 (word 2 n + c, block n).

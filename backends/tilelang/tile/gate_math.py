@@ -61,8 +61,7 @@ def fused_strength(x: Any, double: bool) -> Any:
 
 
 def always_slow(lower_bound: float | None) -> bool:
-    """Whether gates with this bound never fall below 2^-60 over eight tokens, nor below 2^-7.5 at
-    one."""
+    """Whether gates with this bound never fall below 2^-60 over eight tokens."""
     return lower_bound is not None and lower_bound >= -5
 
 
