@@ -6,7 +6,8 @@ module's functions by name. `patch` puts gdn behind whichever it finds.
 
 From 5.15 on the short convolution is among the module's functions, and patched too, so that packed
 sequences, whose bounds are in `cu_seq_lens_q`, stay apart; before, patched layers refuse them. The
-gated norm is a class, whose forward is patched. Both run on gdn's kernels where these can run.
+gated norm is a class, whose forward is patched. Both run on gdn's kernels where these can run. The
+forward of layers with a decay per head is patched too, so that they pass raw gates.
 """
 
 from __future__ import annotations
@@ -21,33 +22,29 @@ from torch import nn
 
 from gdn.dispatch import parse_request
 from gdn.integrations.transformers_functions import run
+from gdn.integrations.transformers_gates import RULE, run_layer, with_raw_gates
 from gdn.integrations.transformers_models import MODELS, find_layers, import_models, version
 from gdn.integrations.transformers_packed import find_layer_class, find_norm_class, run_forward
 from gdn.integrations.transformers_parts import run_convolution, run_convolution_step, run_norm
 
 _PREFILL, _STEP = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule")
-_CONVOLUTION, _CONVOLUTION_STEP = ("causal_conv1d_fn", "causal_conv1d_update")
-_FORWARD, _NORM = ("forward", "forward of the gated norm")
-_PER_HEAD = {
-    "torch_chunk_gated_delta_rule": _PREFILL,
-    "torch_recurrent_gated_delta_rule": _STEP,
-    "causal_conv1d_fn": _CONVOLUTION,
-}
+_FORWARD = "forward"
+_CONVOLUTION_STEP = "causal_conv1d_update"
+Role = str | Callable[..., Any]
+"""What takes the place of a function: the delta rule of `_PREFILL` or `_STEP`, or what is called
+with the function and its arguments."""
+_PER_HEAD: dict[str, Role]
+_PER_HEAD = {RULE[0]: _PREFILL, RULE[1]: _STEP, "causal_conv1d_fn": run_convolution}
+_PER_CHANNEL: dict[str, Role]
 _PER_CHANNEL = {
     "chunk_kimi_delta_attention": _PREFILL,
     "recurrent_kimi_delta_attention": _STEP,
-    "causal_conv1d_fn": _CONVOLUTION,
+    "causal_conv1d_fn": run_convolution,
 }
+_FOR_NEW_LAYERS: dict[str, Role]
 _FOR_NEW_LAYERS = {
     "chunk_gated_delta_rule": _PREFILL,
     "fused_recurrent_gated_delta_rule": _STEP,
-}
-_AROUND: dict[str, Callable[..., Any]]
-_AROUND = {
-    _CONVOLUTION: run_convolution,
-    _CONVOLUTION_STEP: run_convolution_step,
-    _FORWARD: run_forward,
-    _NORM: run_norm,
 }
 _installed: list[_Patch] = []
 
@@ -67,7 +64,7 @@ class _Patch:
     name: str
     before: object
     original: Callable[..., Any]
-    role: str
+    role: Role
     backends: dict[Patched, str | None] = field(default_factory=dict)
 
     @property
@@ -82,8 +79,8 @@ class _Patch:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self.on:
                 return self.original(*args, **kwargs)
-            if self.role in _AROUND:
-                return _AROUND[self.role](self.original, *args, **kwargs)
+            if not isinstance(self.role, str):
+                return self.role(self.original, *args, **kwargs)
             return run(self.role == _STEP, [*self.backends.values()][-1], *args, **kwargs)
 
         call.gdn_patch = self  # type: ignore[attr-defined]
@@ -165,7 +162,7 @@ def _restore(entry: _Patch) -> None:
     _installed.remove(entry)
 
 
-Target = tuple[nn.Module | type | ModuleType, str, Callable[..., Any], str]
+Target = tuple[nn.Module | type | ModuleType, str, Callable[..., Any], Role]
 
 
 def _find(model: nn.Module | None) -> Iterator[Target]:
@@ -176,10 +173,10 @@ def _find(model: nn.Module | None) -> Iterator[Target]:
         module = modules[kind]
         norm = find_norm_class(module)
         if norm is not None:
-            yield norm, _FORWARD, norm.forward, _NORM
+            yield norm, _FORWARD, norm.forward, run_norm
         if all(hasattr(module, function) for function in _FOR_NEW_LAYERS):
             owner = find_layer_class(module)
-            yield owner, _FORWARD, getattr(owner, _FORWARD), _FORWARD
+            yield owner, _FORWARD, getattr(owner, _FORWARD), run_forward
             for function, role in _FOR_NEW_LAYERS.items() if model is None else ():
                 original = getattr(module, function) or getattr(module, f"torch_{role}")
                 yield module, function, original, role
@@ -190,10 +187,16 @@ def _find(model: nn.Module | None) -> Iterator[Target]:
                 f"transformers must be of a version that gdn knows, got {version()}, whose "
                 f"{module.__name__} calls the gated delta rule in another way; please report it"
             )
-        step = {_CONVOLUTION_STEP: _CONVOLUTION_STEP} if hasattr(module, _CONVOLUTION_STEP) else {}
-        for function, role in (functions | step).items():
+        if hasattr(module, _CONVOLUTION_STEP):
+            functions = functions | {_CONVOLUTION_STEP: run_convolution_step}
+        for function, role in functions.items():
             yield module, function, getattr(module, function), role
+        layer_class = getattr(module, MODELS[kind].layer)
+        raw = with_raw_gates(layer_class.forward)
+        if raw is not None:
+            around = functools.partial(run_layer, module, raw)
+            yield layer_class, _FORWARD, layer_class.forward, around
     for _, layer in layers:
         if hasattr(layer, _PREFILL) and hasattr(layer, _STEP):
-            for role in (_PREFILL, _STEP):
-                yield layer, role, getattr(layer, role), role
+            for name in (_PREFILL, _STEP):
+                yield layer, name, getattr(layer, name), name

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdn.api import gated_delta_net
+from gdn.dispatch import BackendUnsupportedError
 from gdn.integrations.recurrence import run_step
+from gdn.integrations.transformers_gates import activate, raw_options
 from gdn.integrations.transformers_packed import check_state
 
-_OPTIONS = ("scale", "use_qk_l2norm_in_kernel", "cu_seqlens")
+_OPTIONS = (
+    "scale", "use_qk_l2norm_in_kernel", "cu_seqlens", "use_gate_in_kernel", "A_log", "dt_bias",
+    "use_beta_sigmoid_in_kernel", "allow_neg_eigval",
+)  # fmt: skip
 
 
 def run_sequences(
@@ -51,8 +57,8 @@ def run_tokens(
     """The same for a few tokens: a decode step, or, where gradients are wanted, a short sequence.
     in_place: the step may write to initial_state, and return it."""
     tensors = (query, key, value, g, beta)
-    given = tensors if initial_state is None else (*tensors, initial_state)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    given = (*tensors, initial_state, kwargs.get("A_log"), kwargs.get("dt_bias"))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         return run_sequences(
             backend, *tensors, initial_state=initial_state,
             output_final_state=output_final_state, **kwargs,
@@ -62,9 +68,20 @@ def run_tokens(
     return run_step(backend, tokens, options, initial_state, output_final_state, in_place)
 
 
-def run(step: bool, backend: str | None, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def run(
+    step: bool,
+    backend: str | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *_: object,
+    raw_gates_of: nn.Module | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """`run_tokens` if step, else `run_sequences`. Kimi's layers pass the bounds of packed sequences
-    on under the name that they were given.
+    on under the name that they were given. g and beta may be raw, those of a layer.
 
     A step writes to the state that the layer passes: it is the cache's, and the layer replaces it
     by the result at once, which then is a copy onto itself.
@@ -72,6 +89,14 @@ def run(step: bool, backend: str | None, *args: Any, **kwargs: Any) -> tuple[Ten
     if "cu_seqlens" not in kwargs:
         kwargs["cu_seqlens"] = kwargs.get("cu_seq_lens_q")
     check_state(**kwargs)
-    if step:
-        return run_tokens(backend, *args, in_place=True, **kwargs)
-    return run_sequences(backend, *args, **kwargs)
+    rule: Any = functools.partial(run_tokens, in_place=True) if step else run_sequences
+    call = functools.partial(rule, backend, query, key, value, **kwargs)
+    result: tuple[Tensor, Tensor | None]
+    if raw_gates_of is None:
+        result = call(g, beta)
+        return result
+    try:
+        result = call(g, beta, **raw_options(raw_gates_of))
+    except BackendUnsupportedError:  # perhaps it takes the same call with activated gates
+        result = call(*activate(raw_gates_of, g, beta))
+    return result

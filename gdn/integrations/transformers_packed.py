@@ -10,14 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gdn.integrations.transformers_gates import is_patched
+
 
 def run_forward(original: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of a layer of transformers before 5.15: while the layer is patched it refuses
     packed sequences, unless causal-conv1d keeps them apart."""
     given = [x for x in ("cu_seq_lens_q", "seq_idx") if kwargs.get(x) is not None]
     delta_net = getattr(layer, "linear_attn", layer)
-    entry = getattr(getattr(delta_net, "chunk_gated_delta_rule", None), "gdn_patch", None)
-    if given and entry is not None and entry.on:
+    if given and is_patched(getattr(delta_net, "chunk_gated_delta_rule", None)):
         apart = delta_net is layer and delta_net.causal_conv1d_fn is not None
         if not (apart and len(given) == 2):
             raise ValueError(
