@@ -10,7 +10,7 @@
   for tokens that belong to no sequence.
 - `decode/`: the serving step, a few tokens a sequence.
 - `head_blocks.py`: K and V that only decode has kernels for.
-- `forward/pool_plan.py`: prefill on a pool of states, by forward's kernels; `tile/pool.py` and
+- `pool_plan.py`: prefill on a pool of states, by forward's kernels; `tile/pool.py` and
   `forward/checkpoints.py` are what they do differently.
 - `tile/`: building blocks that kernels share. `kernels.py`: all kernels by name; `compile.py`: how
   one is compiled.
@@ -136,7 +136,7 @@ class TileLangBackend(Backend):
 
             return DecodePlan(call)
         if isinstance(call, Prefill):
-            from .forward.pool_plan import PoolPlan
+            from .pool_plan import PoolPlan
 
             return PoolPlan(call)
         from .blocked_plan import BlockedPlan

@@ -22,6 +22,8 @@ SEQUENCES = ((1, 64, 16), (5, 64, 16), (16, 64, 16), (1, 4096, 32), (1, 2048, 4)
              (1, 32768, 20), (1, 32768, 32))  # fmt: skip
 """B, T and HV: short, many, more scans than SMs, in segments, in pieces, in pieces of one kernel,
 in halved pieces, and in memory rounds of backward."""
+SHORT = (16, 32, 16)
+"""Of prefill on pools: packs in which decode takes the sequences of one token."""
 GROUPS = (1, 2, 3, 4)
 """Value heads a q/k head, which kernels of gradients are compiled for."""
 STATES = ((False, False), (False, True), (True, True))
@@ -106,7 +108,7 @@ def _steps(dtype: torch.dtype, K: int, gates: Gates) -> Iterator[Step]:
 def _prefills(dtype: torch.dtype, K: int, gates: Gates) -> Iterator[Prefill]:
     """As vLLM and SGLang make them: packed, on pools [slots, HV, V, K], with and without
     checkpoints."""
-    for pool, (B, T, HV) in itertools.product(POOLS, SEQUENCES):
+    for pool, (B, T, HV) in itertools.product(POOLS, (*SEQUENCES, SHORT)):
         state, slots = _meta(8, HV, K, K, dtype=pool), _meta(B, dtype=torch.int32)
         call = _tokens(dtype, (1, B * T, HV, HV), K, gates)
         call = call._replace(state_v_first=True, cu_seqlens=_meta(B + 1, dtype=torch.int32))

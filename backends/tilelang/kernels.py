@@ -43,6 +43,7 @@ combine_pieces = Kernel("combine_pieces", "combine_pieces")
 first_chunks = Kernel("first_chunks", "forward.first_chunks")
 first_channel_chunks = Kernel("first_channel_chunks", "forward.first_chunks")
 gate_sums = Kernel("gate_sums", "backward.gate_sums")
+list_sequences = Kernel("list_sequences", "forward.list_sequences")
 clear_tail = Kernel("clear_tail", "clear_tail")
 
 KERNELS = {kernel.name: kernel for kernel in globals().values() if isinstance(kernel, Kernel)}

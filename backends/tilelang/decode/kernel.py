@@ -33,14 +33,15 @@ def decode_kernel(
     speculative: bool, l2: bool, gate: bool, beta_scale: float, g: str, beta: str,
     state_indices: str, num_accepted_tokens: str, output_indices: str, A_log: str, dt_bias: str,
     cu_seqlens: str, table: bool, leading: bool, clear: bool, channels: bool,
-    lower_bound: float | None,
+    lower_bound: float | None, single: bool = False, starts: bool = False,
 ) -> Any:  # fmt: skip
     """Build the kernel. g to cu_seqlens: dtypes, "" where the tensor is None; beta_scale: the
     factor of the fused sigmoid, 0 if it is not fused; wide: q, k, v, the pool and channels of g and
     dt_bias can be read 16 bytes at a time; speculative: a slot for each token is written; table:
     state_indices has columns; leading: its first one takes no token's state; clear: tokens past the
     last request get zeros; channels: g and dt_bias have the channels of K; lower_bound: that of the
-    fused gate."""
+    fused gate; single: only sequences of one token are computed (cu_seqlens); starts: there is
+    `fresh`."""
     B, L, H, HV, N, columns, bounds, slots, slot_stride = (
         T.dynamic(name, "int64")
         for name in ("B", "L", "H", "HV", "N", "columns", "bounds", "slots", "slot_stride")
@@ -91,6 +92,7 @@ def decode_kernel(
         cu: T.StridedTensor((bounds,), (s[20],), cu_seqlens or "int32"),
         into: T.StridedTensor((into_slots, HV, *inner), (into_stride, K * V, inner[1], 1), pool),
         output: T.StridedTensor(*places, output_indices or "int32"),
+        fresh: T.Tensor((N,), "bool"),
         o: T.Tensor((B, L, HV, V), dtype),
         scale: T.float32,
         null_index: T.int64,
@@ -124,6 +126,8 @@ def decode_kernel(
             if varlen:
                 span["start"] = token_bound(cu, n, L)
                 span["tokens"] = token_bound(cu, n + 1, L) - span.start
+                if single:
+                    span["tokens"] = T.if_then_else(span.tokens == 1, 1, 0)
             start = span.start if varlen else 0
             tokens = span.tokens if varlen else L
             start_column = T.cast(accepted[n], "int64") if has_accepted else T.int64(0)
@@ -142,6 +146,8 @@ def decode_kernel(
                     load_run(raw_S, m * vec, state, index, vec, wide)
                 for m in T.unroll(keys * values):
                     S[m] = T.cast(raw_S[m], "float32")
+                    if starts:
+                        S[m] = T.if_then_else(fresh[n], 0.0, S[m])
                 for t in T.serial(tokens):
                     # === loads ===
                     token = start + t

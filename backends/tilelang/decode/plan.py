@@ -26,7 +26,9 @@ ANY_COUNT = 128
 class DecodePlan(Plan):
     """What all steps of one kind (shapes, strides, dtypes, device, options) have in common."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, single: bool = False, starts: bool = False) -> None:
+        """single: of a pack, only the sequences of one token are computed; starts: some of them may
+        start from zero, as `fresh` says."""
         call = step.call
         (B, _, HV, V), (H, K) = call.v.shape, call.q.shape[2:]
         states = (B if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1) * HV
@@ -38,9 +40,11 @@ class DecodePlan(Plan):
             "beta_scale": call.use_beta_sigmoid_in_kernel * (1.0 + call.allow_neg_eigval),
             "table": step.state_indices is not None and step.state_indices.dim() == 2,
             "leading": step.leading_column,
-            "clear": call.cu_seqlens is not None and step.out is None,
+            "clear": call.cu_seqlens is not None and step.out is None and not single,
             "channels": call.per_channel, "lower_bound": lower_bound(call),
         }  # fmt: skip
+        if single:
+            self.statics |= {"single": True, "starts": starts}
         self.statics |= {name: dtype_name(getattr(call, name)) for name in _CALL_TENSORS}
         self.statics |= {name: dtype_name(getattr(step, name)) for name in _STEP_TENSORS}
         counts = (ANY_COUNT,) if call.batch_invariant else (states, *COUNTS)
@@ -89,8 +93,8 @@ class DecodePlan(Plan):
         every = (self.shapes, *self.other_shapes)
         return [self._job(shapes, wide) for shapes in every for wide in sorted({self.wide, False})]
 
-    def decode(self, step: Step) -> Tensor:
-        """See `gdn.backend.Plan.decode`."""
+    def decode(self, step: Step, fresh: Tensor | None = None) -> Tensor:
+        """See `gdn.backend.Plan.decode`. fresh [N]: see `__init__`."""
         call, state = step.call, step.state
         q, k, v, g, dt_bias = call.q, call.k, call.v, call.g, call.dt_bias
         if self.copies:
@@ -107,7 +111,7 @@ class DecodePlan(Plan):
         run(
             q, k, v, g, call.beta, state, step.state_indices, step.num_accepted_tokens,
             call.A_log, dt_bias, call.cu_seqlens, step.output_states, step.output_indices,
-            o, call.scale, *self.scalars,
+            fresh, o, call.scale, *self.scalars,
         )  # fmt: skip
         return o
 

@@ -71,6 +71,7 @@ from .fused_scan import PRELUDE as SCAN_PRELUDE
 from .fused_scan import ScanEnds, consume_chunks
 from .fused_tasks import PRELUDE as TASKS_PRELUDE
 from .fused_tasks import Tasks, draw_tasks, for_each_task, task_barriers
+from .list_sequences import COUNT
 from .query_norms import PRELUDE as NORMS_PRELUDE
 from .row_norms import PRELUDE as ROW_NORMS_PRELUDE
 from .scan_step import ScanFragments
@@ -94,9 +95,11 @@ def fused_forward(
     which must have cut and final; pool: S_in and S_out are a pool, but for the states between
     pieces; ring: whether a thread block takes one whole sequence after another."""
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
-    bounds, output, blocks = T.dynamic("bounds"), not transfer, 1 + transfer
+    bounds, entries = T.dynamic("bounds"), T.dynamic("entries")
+    output, blocks = not transfer, 1 + transfer
     assert V == 2 * ROWS
     assert not (ring and (cut or transfer))
+    listed = pool is not None and pool.apart
     min_parts, max_parts = choose_parts(dtype, l2, sigmoid, double)
     stages, rows = FusedSmem.STAGES[output], V + K if transfer else V
     ends = ScanEnds(
@@ -201,12 +204,12 @@ def fused_forward(
         forgets: T.Tensor((M, HV), "int32"), state_indices: declared_slots[0],
         fresh: declared_slots[1], checkpoint_offsets: declared_checkpoints[0],
         checkpoint_indices: declared_checkpoints[1], checkpoints: declared_checkpoints[2],
-        counter: T.Tensor((1,), "int32"), null_index: T.int64, sequences: T.int32, pieces: T.int32,
-        launched: T.int32, length: T.int32, scale: T.float32,
+        counter: T.Tensor((entries,), "int32"), null_index: T.int64, sequences: T.int32,
+        pieces: T.int32, launched: T.int32, length: T.int32, scale: T.float32,
     ):  # fmt: skip
         """length: tokens of a piece, if sequences are cut; forgets: written by the transfer scan,
-        whether a piece does; counter: of tasks, at first 0 (ring and varlen); launched: thread
-        blocks (ring)."""
+        whether a piece does; counter: of tasks, at first 0 (ring and varlen), and what follows it
+        in `list_sequences.py` (pool.apart); launched: thread blocks (ring)."""
         grid = launched if ring else pieces * HV * blocks
         with T.Kernel(grid, threads=(128, 4), prelude=preludes) as cta:
             T.annotate_min_blocks_per_sm(1)
@@ -259,8 +262,9 @@ def fused_forward(
             else:
                 T.set_max_nreg(REGISTERS[2], 0)
                 if tx < 32:
+                    drawn = (counter[COUNT] if listed else sequences) * HV
                     draw_tasks(
-                        tasks, counter, launched, HV, sequences * HV, cta, tx, varlen, S_in, ends,
+                        tasks, counter, launched, HV, drawn, cta, tx, varlen, listed, S_in, ends,
                         found, load_chunks, q, k, v, smem, ready, v_ready,
                         o_ready, v_free, block == 0, varlen, output,
                     )  # fmt: skip

@@ -17,7 +17,7 @@ from gdn.problem import CHUNK, Call
 
 from ...common.allocation import allocator
 from ...common.chunking import piece_slots, sm_count
-from ..kernels import Job, combine_pieces, fused_forward
+from ..kernels import Job, combine_pieces, fused_forward, list_sequences
 from ..tile.layout import ROWS
 from ..tile.pool_kind import slot_tables
 
@@ -60,6 +60,23 @@ def choose_piece_length(call: Call) -> int | None:
     return chunks * CHUNK if few and pieces >= MIN_PIECES and chunks >= MIN_PIECE_CHUNKS else None
 
 
+def computes(call: Call) -> bool:
+    """Whether one kernel can compute the call. It is chosen by the batch and does not save for
+    backward, so a batch-invariant call takes others; so does a part of a rank, whose first scan
+    leaves what `prepare` has made to the second one; and a decay per channel."""
+    alone = not (call.batch_invariant or call.context_parallel or call.per_channel)
+    return alone and call.v.shape[3] == 2 * ROWS and call.sequences > 0
+
+
+def leaves_single_tokens(call: Call) -> bool:
+    """Whether sequences of one token are left to decode, which takes half of the time for them: if
+    the kernel draws sequences, and they are so many that some are short. Which ones, only the
+    device knows."""
+    tokens = call.q.shape[1]
+    packed = call.cu_seqlens is not None and tokens < CHUNK * call.sequences
+    return packed and computes(call) and choose_piece_length(call) is None and fills_gpu(call)
+
+
 class FusedPass:
     """What all forward calls of one kind have in common. length: tokens of a piece, None if
     sequences are not cut; draws: whether thread blocks take sequence after sequence."""
@@ -86,20 +103,22 @@ class FusedPass:
             ]
         self.draws = length is None and draws_sequences(call)
         self.blocks = min(call.sequences * call.v.shape[2], sm_count(call.q.device))
+        pool = options["pool"]
+        self.listed = pool is not None and pool.apart
         self.new_counter: Any = lambda: None
         if self.draws and call.cu_seqlens is not None:
-            self.new_counter = allocator((1,), torch.int32, call.q.device)
+            entries = 2 + self.sequences if self.listed else 1
+            self.new_counter = allocator((entries,), torch.int32, call.q.device)
+        if self.listed:
+            self.jobs.append((list_sequences, {"offsets": options["offsets"]}))
         last = {"cut": length is not None, "transfer": False, "ring": self.draws}
         last |= {"initial": True} if length is not None else {}
         self.jobs.append((fused_forward, options | last))
 
     @classmethod
     def of(cls, call: Call, options: dict[str, Any]) -> FusedPass | None:
-        """None if other kernels compute the call: so they do if it is batch-invariant, since this
-        one is chosen by the batch and does not save for backward, and for a part of a rank, whose
-        first scan leaves what `prepare` has made to the second one."""
-        alone = not (call.batch_invariant or call.context_parallel)
-        if not alone or call.v.shape[3] != 2 * ROWS or not call.sequences:
+        """None if other kernels compute the call."""
+        if not computes(call):
             return None
         length = choose_piece_length(call)
         return cls(call, options, length) if length is not None or fills_gpu(call) else None
@@ -110,7 +129,7 @@ class FusedPass:
         tables: tuple[Any, ...], counter: Tensor | None, scale: float,
     ) -> None:  # fmt: skip
         """Launch the kernels of `jobs`. gates: g, beta, A_log, dt_bias; tables: of a pool; counter:
-        from `new_counter`, zero, or None."""
+        from `new_counter`, or None; zero if no kernel of `jobs` makes it so."""
         N, inputs = self.sequences, (q, k, v)
         sizes = (
             *tables[:-1], counter, tables[-1], N, self.pieces, self.blocks, self.length or 0, scale
@@ -125,4 +144,6 @@ class FusedPass:
                 *slot_tables(tables), N, q.shape[1], self.length,
             )  # fmt: skip
             initial = begins
+        if self.listed:
+            launchers[0](counter, cu_seqlens, q.shape[1])
         launchers[-1](*inputs, *gates, initial, cu_seqlens, o, final, None, *sizes)

@@ -22,6 +22,7 @@ import tilelang.language as T
 from ..tile.indexing import SEQUENCE
 from ..tile.pool import READS
 from .fused_memory import CHUNKS, HEAD, POOL_SLOT, find_task
+from .list_sequences import FIRST
 
 PRELUDE = """
 // Draw the next number from a counter in memory, by a warp.
@@ -111,21 +112,25 @@ def for_each_task(tasks: Any, do: Callable[..., None], *args: Any) -> None:
 @T.macro
 def draw_tasks(
     tasks: Any, counter: Any, blocks: Any, HV: Any, number_of_tasks: Any, cta: Any, lane: Any,
-    counts: bool, S_in: Any, ends: Any, found: tuple[Any, ...], do: Callable[..., None], *args: Any,
+    counts: bool, listed: bool, S_in: Any, ends: Any, found: tuple[Any, ...],
+    do: Callable[..., None], *args: Any,
 ) -> None:  # fmt: skip
     """The loading warp: find each task, then call do as `for_each_task` does. blocks: thread blocks
-    of the launch; cta: the number of this one; counts: whether tasks come from the counter; found:
-    what `find_task` takes after the head."""
+    of the launch; cta: the number of this one; counts: whether tasks come from the counter; listed:
+    whether the sequences come from what `list_sequences` writes behind it; found: what `find_task`
+    takes after the head."""
     if tasks.ring:
         number, first = T.alloc_var("uint32"), T.alloc_var("uint32")
-        index = T.alloc_var("int32")
+        index, end = T.alloc_var("int32"), T.alloc_var("int32")
         number = T.uint32(0)
         first = T.uint32(0)
         index = cta
-        while index < number_of_tasks:
+        end = number_of_tasks
+        while index < end:
             T.barrier_wait(tasks.free[slot_of(number)], phase_of(number) ^ 1)
             if lane == 0:
-                find_task(tasks[number], index // HV, index % HV, *found)
+                sequence = counter[FIRST + index // HV] if listed else index // HV
+                find_task(tasks[number], sequence, index % HV, *found)
                 prefetch_state(tasks[number], S_in, ends)
             T.sync_warp()
             T.barrier_arrive(tasks.ready[slot_of(number)])

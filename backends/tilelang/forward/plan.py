@@ -139,7 +139,8 @@ class ForwardPass:
             "v_first": call.state_v_first,
         }
         states["pool"] = pool
-        self.fused = None if channels else FusedPass.of(call, self.prepare_options | states)
+        self.fused = FusedPass.of(call, self.prepare_options | states)
+        self.counts = self.fused is not None and self.fused.draws and not self.fused.listed
         if pool is not None and call.cu_seqlens is not None:
             self.prepare_options["unchecked"] = True
         self.segments: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
@@ -167,8 +168,7 @@ class ForwardPass:
         if call.cu_seqlens is not None and clears_tail:
             clear = clear_tail_options(call, backward=False)
             self.clear_jobs[True] = [(clear_tail, clear)]
-            draws = self.fused is not None and self.fused.draws
-            self.clear_jobs[False] = [(clear_tail, clear | {"counter": draws})]
+            self.clear_jobs[False] = [(clear_tail, clear | {"counter": self.counts})]
         self.launchers: dict[bool, tuple[list[Any], Any]] = {}
 
     def jobs(self, save: bool) -> list[Job]:
@@ -216,8 +216,8 @@ class ForwardPass:
         launch, run_clear = self.launchers.get(save) or self._launchers(save)
         counter = self.fused.new_counter() if self.fused and not save else None
         if run_clear is not None:
-            run_clear(o, None, None, None, None, cu_seqlens, counter)
-        elif counter is not None:
+            run_clear(o, None, None, None, None, cu_seqlens, counter if self.counts else None)
+        elif counter is not None and self.counts:
             counter.zero_()
         if self.fused and not save:
             gates = (g, beta, A_log, dt_bias)

@@ -1,17 +1,20 @@
-"""Prefill on a pool of states: forward's kernels, whose scans read and write slots."""
+"""Prefill on a pool of states: forward's kernels, whose scans read and write slots. Where many
+sequences of a pack are short, decode's kernel computes those of one token."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from gdn.backend import Plan
-from gdn.problem import Call, PoolCall, Prefill
+from gdn.problem import Call, PoolCall, Prefill, Step
 
-from ..arguments import dtype_name
-from ..kernels import Job
-from ..launch import launchers
-from ..tile.pool_kind import PoolKind
-from .plan import ForwardPass
+from .arguments import dtype_name
+from .decode.plan import DecodePlan
+from .forward.fused_plan import leaves_single_tokens
+from .forward.plan import ForwardPass
+from .kernels import Job
+from .launch import launchers
+from .tile.pool_kind import PoolKind
 
 
 def pool_kind(given: Prefill) -> PoolKind:
@@ -24,7 +27,14 @@ def pool_kind(given: Prefill) -> PoolKind:
         fresh=given.fresh is not None,
         offsets=dtype_name(offsets) if asked else "",
         places=dtype_name(given.checkpoint_indices) if asked else "",
+        apart=not asked and leaves_single_tokens(given.call),
     )
+
+
+def as_step(given: Prefill) -> Step:
+    """The step of the sequences of one token."""
+    call, state, indices = given.call, given.state, given.state_indices
+    return Step(call, state, indices, out=given.out, null_index=given.null_index)
 
 
 class PoolPlan(Plan):
@@ -33,10 +43,14 @@ class PoolPlan(Plan):
     def __init__(self, given: Prefill) -> None:
         self.kind = pool_kind(given)
         self.forward_pass = ForwardPass(given.call, self.kind, clears_tail=given.out is None)
+        self.steps: DecodePlan | None = None
+        if self.kind.apart:
+            self.steps = DecodePlan(as_step(given), single=True, starts=self.kind.fresh)
 
     def jobs(self, call: Call | PoolCall, backward: bool) -> list[Job]:
         """The kernels that such calls need."""
-        return self.forward_pass.all_jobs(save=False)
+        steps = [] if self.steps is None else self.steps.jobs(call, backward)
+        return [*steps, *self.forward_pass.all_jobs(save=False)]
 
     def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
         """See `gdn.backend.Plan.precompile`."""
@@ -60,4 +74,6 @@ class PoolPlan(Plan):
         fresh = None if prefill.fresh is None else prefill.fresh.contiguous()
         tables = (prefill.state_indices, fresh, offsets, places, buffer, prefill.null_index)
         self.forward_pass.run(prefill.call, False, prefill.state, o, prefill.state, tables)
+        if self.steps is not None:
+            self.steps.decode(as_step(prefill)._replace(out=o), fresh)
         return o if prefill.out is None or o is prefill.out else prefill.out.copy_(o)
