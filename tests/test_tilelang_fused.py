@@ -4,6 +4,7 @@ and through ptxas."""
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -160,10 +161,15 @@ def fail_without(
 def test_serialises_no_product_and_spills_outside_of_loops(name: str, tmp_path: Path) -> None:
     """Spilled are addresses: of the state, before and after the scan, and of the storing warp's
     last chunk. In packed calls also what finds a task and a chunk, in the loading and the gate
-    warp."""
+    warp. The intra-chunk warpgroup does not wait for the number of a thread."""
     plan, _ = compiled.plan_of(CASES[name])
     (kernel,) = compile_together(*plan.jobs(save=False))
     compiled.assert_compiles_well(kernel, tmp_path, spilled=16 if name == "dense" else 48)
+    tool = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
+    code = subprocess.check_output([tool, "-sass", tmp_path / "kernel.out"], text=True)
+    rest_of_A = code[code.rindex("BAR.SYNC.DEFER_BLOCKING 0x4,") : code.rindex("HMMA")]
+    assert rest_of_A.count("HMMA") > 10
+    assert "SR_TID.X" not in rest_of_A, "threadIdx is read again: see `gdn_kept_thread`"
 
 
 @pytest.mark.gpu

@@ -38,15 +38,18 @@ PRELUDE = (
     + BLOCKS_PRELUDE
     + """
 // The largest of 64 strengths beta, or infinity if one is below 0; for all lanes of a warp.
-__device__ __forceinline__ float gdn_bound_strengths(const void *beta) {
-  float2 pair = static_cast<const float2 *>(beta)[threadIdx.x % 32];
-  bool below = __reduce_max_sync(0xffffffff, unsigned(fminf(pair.x, pair.y) < 0));
-  return below ? __uint_as_float(0x7f800000) : gdn_largest(beta);
+__device__ __forceinline__ float gdn_bound_strengths(const void *beta, unsigned lane) {
+  float2 pair = static_cast<const float2 *>(beta)[lane];
+  float larger = fabsf(fmaxf(pair.x, pair.y));
+  if (!(fminf(pair.x, pair.y) >= 0)) larger = __uint_as_float(0x7f800000);
+  return __uint_as_float(__reduce_max_sync(0xffffffff, __float_as_uint(larger)));
 }
 // A block on the diagonal of (I + M)^-1, from 8 numbers of M a lane. `scratch`: [2][8][8] float32.
 template <int parts>
-__device__ __forceinline__ void gdn_invert_diagonal(const float *M, void *scratch, void *to) {
-  int lane = gdn_opaque(threadIdx.x % 32), row = lane % 8;
+__device__ __forceinline__ void gdn_invert_diagonal(
+    const float *M, void *scratch, void *to, unsigned lane) {
+  lane = gdn_opaque(lane);
+  unsigned row = lane % 8;
   auto *block = static_cast<uint4 *>(to);
   float2 *pairs = static_cast<float2 *>(scratch);
   pairs[lane] = make_float2(M[0], M[1]);
@@ -80,8 +83,8 @@ __device__ __forceinline__ void gdn_invert_diagonal(const float *M, void *scratc
     block[32 * p + lane / 8 % 2 * 24 + row] =
         make_uint4(D.x[p][0], D.x[p][1], D.x[p][2], D.x[p][3]);
   __syncwarp();
-  D.load(block);
-  right.load_right(block);
+  D.load(block, lane);
+  right.load_right(block, lane);
   // -D L, and that times D: all in the lower left tile
   GdnBlock<parts> left;
   float product[4] = {0, 0, 0, 0};
@@ -101,10 +104,10 @@ __device__ __forceinline__ void gdn_invert_diagonal(const float *M, void *scratc
   for (int n = 0; n < 4; ++n) product[n] = 0;
   gdn_multiply(product, left, right, 0);
   GdnBlock<parts>::narrow(product[2], product[3], &D.x[0][1], 4);
-  D.store(block);
+  D.store(block, lane);
 }
 // Of what a lane has of a warp's rows of a fragment [64, 64]: the block on the diagonal.
-__device__ __forceinline__ void gdn_diagonal(const float *x, int warp, float *y) {
+__device__ __forceinline__ void gdn_diagonal(const float *x, unsigned warp, float *y) {
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     float low = warp % 2 ? x[8 + n] : x[n], high = warp % 2 ? x[24 + n] : x[16 + n];
@@ -114,7 +117,7 @@ __device__ __forceinline__ void gdn_diagonal(const float *x, int warp, float *y)
 // From a warp's rows of M: store the blocks of -M below the diagonal, and invert the one on it.
 template <int parts>
 __device__ __forceinline__ void gdn_begin_inverse(
-    const float *M, void *below, void *scratch, void *diagonal, int warp) {
+    const float *M, void *below, void *scratch, void *diagonal, unsigned warp, unsigned lane) {
   warp = gdn_opaque(warp);
   uint4 *place = static_cast<uint4 *>(below) + 32 * parts * (warp * (warp - 1) / 2);
   float y[8];
@@ -125,19 +128,20 @@ __device__ __forceinline__ void gdn_begin_inverse(
 #pragma unroll
       for (int n = 0; n < 8; ++n) y[n] = -M[8 * b + n];
       block.set(y);
-      block.store(place + 32 * parts * b);
+      block.store(place + 32 * parts * b, lane);
     }
   gdn_diagonal(M, warp, y);
-  gdn_invert_diagonal<parts>(y, scratch, static_cast<uint4 *>(diagonal) + 32 * parts * warp);
+  gdn_invert_diagonal<parts>(y, scratch, static_cast<uint4 *>(diagonal) + 32 * parts * warp, lane);
 }
 // A lane's 8 numbers of a block, times beta of their columns, to `to`, where the lane's row of 8
 // numbers begins.
 template <class Pair>
-__device__ __forceinline__ void gdn_put_block(const float *x, const float *beta, void *to) {
+__device__ __forceinline__ void gdn_put_block(
+    const float *x, const float *beta, void *to, unsigned lane) {
   unsigned word[4];
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    float2 b = reinterpret_cast<const float2 *>(beta + 8 * n)[threadIdx.x % 4];
+    float2 b = reinterpret_cast<const float2 *>(beta + 8 * n)[lane % 4];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       const float *from = x + 4 * n + 2 * m;
@@ -150,8 +154,7 @@ __device__ __forceinline__ void gdn_put_block(const float *x, const float *beta,
 // A lane's 8 numbers of a block, or zeros, to block (row, column) of a matrix [64][64] in memory.
 template <class Pair>
 __device__ __forceinline__ void gdn_keep_block(
-    const float *x, bool zero, Pair *matrix, int row, int column) {
-  int lane = threadIdx.x % 32;
+    const float *x, bool zero, Pair *matrix, int row, int column, unsigned lane) {
   Pair *to = matrix + 32 * (16 * row + lane / 4) + 8 * column + lane % 4;
 #pragma unroll
   for (int n = 0; n < 4; ++n)
@@ -164,24 +167,24 @@ __device__ __forceinline__ void gdn_keep_block(
 // `dump`. In their place, memory gets the zeros above the diagonal.
 template <int parts, class Pair>
 __device__ __forceinline__ void gdn_solve_row(
-    const void *below, const void *diagonal, const void *beta, void *tile, void *dump, int row,
-    void *A = nullptr) {
+    const void *below, const void *diagonal, const void *beta, void *tile, void *dump, unsigned row,
+    unsigned lane, void *A = nullptr) {
   auto M = static_cast<const uint4 *>(below), X = static_cast<const uint4 *>(diagonal);
   row = gdn_opaque(row);
-  int lane = threadIdx.x % 32, token = 16 * row + lane % 16;
+  unsigned token = 16 * row + lane % 16;
   float sum[4][8];
 #pragma unroll
   for (int n = 0; n < 32; ++n) sum[n / 8][n % 8] = 0;
   GdnBlock<parts> left, right;
 #pragma unroll
   for (int d = 0; d < 4; ++d) {  // column `row - d`
-    int column = row < d ? 0 : row - d;
+    unsigned column = row < d ? 0 : row - d;
     if (d == 0) {
-      left.load(X + 32 * parts * row);
+      left.load(X + 32 * parts * row, lane);
       left.get(sum[0]);
     } else {
       left.set(sum[d]);
-      right.load_right(X + 32 * parts * column);
+      right.load_right(X + 32 * parts * column, lane);
 #pragma unroll
       for (int n = 0; n < 8; ++n) sum[d][n] = 0;
       for (int half = 0; half < 2; ++half) gdn_multiply(sum[d], left, right, half);
@@ -189,15 +192,17 @@ __device__ __forceinline__ void gdn_solve_row(
     }
 #pragma unroll
     for (int e = d + 1; e < 4; ++e) {
-      right.load_right(M + 32 * parts * (row < e ? 0 : column * (column - 1) / 2 + row - e));
+      right.load_right(
+          M + 32 * parts * (row < e ? 0 : column * (column - 1) / 2 + row - e), lane);
       for (int half = 0; half < 2; ++half) gdn_multiply(sum[e], left, right, half);
     }
     uint4 *place = static_cast<uint4 *>(tile) + 8 * token + (2 * column + lane / 16 ^ token % 8);
     gdn_put_block<Pair>(
         sum[d], static_cast<const float *>(beta) + 16 * column,
-        row < d ? static_cast<uint4 *>(dump) + lane : place);
+        row < d ? static_cast<uint4 *>(dump) + lane : place, lane);
     if (A)
-      gdn_keep_block(sum[d], row < d, static_cast<Pair *>(A), row, row < d ? row - d + 4 : column);
+      gdn_keep_block(
+          sum[d], row < d, static_cast<Pair *>(A), row, row < d ? row - d + 4 : column, lane);
   }
 }
 """
@@ -221,28 +226,29 @@ def choose_parts(dtype: str, l2: bool, sigmoid: bool, double: bool) -> tuple[int
 
 
 @T.macro
-def begin_inverse(parts: int, M: Any, inv: Any, warp: Any) -> None:
+def begin_inverse(parts: int, M: Any, inv: Any, warp: Any, lane: Any) -> None:
     """Store a warp's blocks of M below the diagonal, and of A on the diagonal; M is a fragment."""
     T.call_extern(
         "handle", f"gdn_begin_inverse<{parts}>", M.data, T.address_of(inv.below[0, 0, 0]),
-        T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[0, 0, 0]), warp,
+        T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[0, 0, 0]), warp, lane,
     )  # fmt: skip
 
 
-def bound_strengths(beta: Any) -> Any:
+def bound_strengths(beta: Any, lane: Any) -> Any:
     """For `LIMIT`: the largest of C strengths from an address on, or infinity if one is below 0; by
     whole warps."""
-    return T.call_extern("float32", "gdn_bound_strengths", beta)
+    return T.call_extern("float32", "gdn_bound_strengths", beta, lane)
 
 
 @T.macro
 def solve_row(
-    parts: int, inv: Any, buffer: Any, beta: Any, A_v: Any, warp: Any, dtype: str, *A: Any
-) -> None:
+    parts: int, inv: Any, buffer: Any, beta: Any, A_v: Any, warp: Any, lane: Any, dtype: str,
+    *A: Any,
+) -> None:  # fmt: skip
     """A warp's rows of A diag(beta), up to the diagonal block. beta: address of C numbers; A_v: of
     a tile [C, C] of `dtype` with the swizzle of 128 bytes; A: of a matrix in memory for A."""
     T.call_extern(
         "handle", f"gdn_solve_row<{parts}, {PAIRS[dtype]}>",
         T.address_of(inv.below[buffer, 0, 0]), T.address_of(inv.A_diagonal[buffer, 0, 0]), beta,
-        A_v, T.address_of(inv.scratch[warp, 0]), warp, *A,
+        A_v, T.address_of(inv.scratch[warp, 0]), warp, lane, *A,
     )  # fmt: skip

@@ -205,7 +205,7 @@ __device__ __forceinline__ void gdn_put_rows(
   for (int b = 0; b < 4; ++b)
     gdn_put_block<Pair>(
         x + 8 * b, static_cast<const float *>(ones),
-        static_cast<uint4 *>(tile) + 8 * token + (2 * b + lane / 16 ^ token % 8));
+        static_cast<uint4 *>(tile) + 8 * token + (2 * b + lane / 16 ^ token % 8), lane);
 }
 """
 

@@ -139,7 +139,7 @@ def fused_forward(
     ):
         """The intra-chunk warpgroup; for `for_each_task`."""
         inv, tokens = smem.inverse, smem.tokens
-        warp = thread // 32
+        warp, lane = thread // 32, thread % 32
         chunks = T.alloc_var("int32")
         chunks = task[CHUNKS]
         bound, two_parts = T.alloc_var("float32"), T.alloc_var("bool")
@@ -152,28 +152,28 @@ def fused_forward(
             s, buffer = stage_of(first, chunk, stages), stage_of(first, chunk, 2)
             T.barrier_wait(tokens_ready[s], parity_of(first, chunk, stages))
             if l2:
-                apply_key_norms(M, smem, s, warp)
+                apply_key_norms(M, smem, s, warp, lane)
                 T.sync_threads(4, 128)
             elif min_parts < max_parts:
-                store_key_squares(M, smem.key_squares, warp)
+                store_key_squares(M, smem.key_squares, warp, lane)
                 T.sync_threads(4, 128)
             if min_parts == max_parts:
-                begin_scaled_inverse(max_parts, M, inv, buffer, tokens, s, warp)
+                begin_scaled_inverse(max_parts, M, inv, buffer, tokens, s, warp, lane)
             else:
-                bound = bound_strengths(T.address_of(tokens[s, STRENGTH, 0]))
+                bound = bound_strengths(T.address_of(tokens[s, STRENGTH, 0]), lane)
                 if not l2:
-                    bound *= largest(T.address_of(smem.key_squares[0]))
+                    bound *= largest(T.address_of(smem.key_squares[0]), C, lane)
                 two_parts = bound > LIMIT
                 if two_parts:
-                    begin_scaled_inverse(2, M, inv, buffer, tokens, s, warp)
+                    begin_scaled_inverse(2, M, inv, buffer, tokens, s, warp, lane)
                 else:
-                    begin_scaled_inverse(1, M, inv, buffer, tokens, s, warp)
+                    begin_scaled_inverse(1, M, inv, buffer, tokens, s, warp, lane)
             if output:
                 T.wgmma_gemm(
                     smem.k[s, :, :], smem.q[s, :, :], P, transpose_B=True, clear_accum=True
                 )
                 T.wait_wgmma(0)
-                store_P(P, smem.P, tokens, s, warp)
+                store_P(P, smem.P, tokens, s, warp, lane)
             T.sync_threads(4, 128)
             following = T.min(chunk + 1, chunks - 1)  # after the last one, for nothing
             # without a ring that is cleared twice: not to do so takes a register, which is spilled
@@ -182,11 +182,11 @@ def fused_forward(
             beta, A_v = (
                 T.address_of(tokens[s, STRENGTH, 0]), T.address_of(smem.A_v[s, 0, 0])
             )  # fmt: skip
-            solve_row(min_parts, inv, buffer, beta, A_v, warp, dtype)
+            solve_row(min_parts, inv, buffer, beta, A_v, warp, lane, dtype)
             if min_parts < max_parts:
                 T.wait_wgmma(0)  # ptxas serialises products that are in flight over a branch
                 if two_parts:  # what was solved in one part is garbage
-                    solve_row(2, inv, buffer, beta, A_v, warp, dtype)
+                    solve_row(2, inv, buffer, beta, A_v, warp, lane, dtype)
             fence()
             T.barrier_arrive(intra_chunk_ready[s])
             if min_parts == max_parts:
@@ -246,10 +246,12 @@ def fused_forward(
             if wg == 0:
                 T.set_max_nreg(REGISTERS[0], 0)
                 M_frag, P_frag = (T.alloc_fragment((C, C), "float32") for _ in range(2))
+                thread = T.alloc_var("int32")
+                thread = T.call_extern("int32", "gdn_kept_thread")
                 begin_intra_chunk(smem)
                 for_each_task(
-                    tasks, compute_intra_chunk, smem, ready, tokens_ready, intra_chunk_ready, tx,
-                    M_frag, P_frag,
+                    tasks, compute_intra_chunk, smem, ready, tokens_ready, intra_chunk_ready,
+                    thread, M_frag, P_frag,
                 )  # fmt: skip
             elif wg < 3:
                 T.set_max_nreg(REGISTERS[1], 1)

@@ -38,21 +38,22 @@ struct GdnTokens {  // the rows of `tokens`
 };
 // y = x, a column block, times a factor of each row and one of each column.
 __device__ __forceinline__ void gdn_scale(
-    const float *x, float row0, float row1, const float *columns, float *y) {
+    const float *x, float row0, float row1, const float *columns, float *y, unsigned lane) {
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    float2 f = reinterpret_cast<const float2 *>(columns + 8 * n)[threadIdx.x % 4];
+    float2 f = reinterpret_cast<const float2 *>(columns + 8 * n)[lane % 4];
     y[4 * n] = x[4 * n] * (row0 * f.x), y[4 * n + 1] = x[4 * n + 1] * (row0 * f.y);
     y[4 * n + 2] = x[4 * n + 2] * (row1 * f.x), y[4 * n + 3] = x[4 * n + 3] * (row1 * f.y);
   }
 }
 // Multiply the factors of the warp's tokens by rk, which the diagonal of k k^T gives.
 __device__ __forceinline__ void gdn_apply_key_norms(
-    const float *x, void *tokens, void *scan_factors, float eps, int warp) {
-  int lane = threadIdx.x % 32, row = lane % 16, upper = lane < 16;
+    const float *x, void *tokens, void *scan_factors, float eps, unsigned warp, unsigned lane) {
+  unsigned row = lane % 16, upper = lane < 16;
   float y[8];
   gdn_diagonal(x, warp, y);
-  int odd = lane / 4 % 2, owner = row % 8 * 4 + row % 8 / 2;  // of the rows `row` and `row` + 8
+  unsigned odd = lane / 4 % 2;
+  unsigned owner = row % 8 * 4 + row % 8 / 2;  // of the rows `row` and `row` + 8
   float first = __shfl_sync(0xffffffff, odd ? y[1] : y[0], owner);
   float second = __shfl_sync(0xffffffff, odd ? y[7] : y[6], owner);
   float rk = rsqrtf((row < 8 ? first : second) + eps);
@@ -66,10 +67,10 @@ __device__ __forceinline__ void gdn_apply_key_norms(
 // Store the blocks of -M below the diagonal, from those of k k^T.
 template <int parts>
 __device__ __forceinline__ void gdn_store_M(
-    const float *x, const void *tokens, void *to, int warp) {
+    const float *x, const void *tokens, void *to, unsigned warp, unsigned lane) {
   GdnTokens t(tokens);
-  warp = gdn_opaque(warp);
-  int row = 16 * warp + threadIdx.x % 32 / 4;
+  warp = gdn_opaque(warp), lane = gdn_opaque(lane);
+  unsigned row = 16 * warp + lane / 4;
   float row0 = t.to_M[row], row1 = t.to_M[row + 8], before = t.sum[16 * warp - (warp > 0)];
   uint4 *place = static_cast<uint4 *>(to) + 32 * parts * (warp * (warp - 1) / 2);
   float y[8], step[3];
@@ -78,24 +79,24 @@ __device__ __forceinline__ void gdn_store_M(
 #pragma unroll
   for (int b = 0; b < 3; ++b)
     if (b < warp) {
-      gdn_scale(x + 8 * b, row0 * step[b], row1 * step[b], t.from + 16 * b, y);
+      gdn_scale(x + 8 * b, row0 * step[b], row1 * step[b], t.from + 16 * b, y, lane);
       GdnBlock<parts> block;
       block.set(y);
-      block.store(place + 32 * parts * b);
+      block.store(place + 32 * parts * b, lane);
     }
 }
 // Invert the block on the diagonal.
 template <int parts>
 __device__ __forceinline__ void gdn_invert(
-    const float *x, const void *tokens, void *scratch, void *to, int warp) {
+    const float *x, const void *tokens, void *scratch, void *to, unsigned warp, unsigned lane) {
   GdnTokens t(tokens);
-  warp = gdn_opaque(warp);
-  int row = 16 * warp + threadIdx.x % 32 / 4;
+  warp = gdn_opaque(warp), lane = gdn_opaque(lane);
+  unsigned row = 16 * warp + lane / 4;
   float y[8];
   gdn_diagonal(x, warp, y);
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    float2 G = reinterpret_cast<const float2 *>(t.exponent + 16 * warp + 8 * n)[threadIdx.x % 4];
+    float2 G = reinterpret_cast<const float2 *>(t.exponent + 16 * warp + 8 * n)[lane % 4];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       float own = t.sum[row + 8 * m], factor = -t.M_factor[row + 8 * m];
@@ -103,22 +104,24 @@ __device__ __forceinline__ void gdn_invert(
       y[4 * n + 2 * m + 1] *= factor * exp2f(own - G.y);
     }
   }
-  gdn_invert_diagonal<parts>(y, scratch, static_cast<uint4 *>(to) + 32 * parts * warp);
+  gdn_invert_diagonal<parts>(y, scratch, static_cast<uint4 *>(to) + 32 * parts * warp, lane);
 }
 // Store the squares of a warp's keys.
-__device__ __forceinline__ void gdn_store_key_squares(const float *x, void *to, int warp) {
+__device__ __forceinline__ void gdn_store_key_squares(
+    const float *x, void *to, unsigned warp, unsigned lane) {
   float y[8];
   gdn_diagonal(x, warp, y);
-  gdn_keep_diagonal(static_cast<float *>(to) + 16 * warp, y);
+  gdn_keep_diagonal(static_cast<float *>(to) + 16 * warp, y, lane);
 }
 // Store the blocks of P from those of k q^T, its transpose. `tile` has the swizzle of 128 bytes.
 template <class Pair>
 __device__ __forceinline__ void gdn_store_P(
-    const float *x, const void *tokens, void *tile, int warp) {
+    const float *x, const void *tokens, void *tile, unsigned warp, unsigned lane) {
   GdnTokens t(tokens);
   warp = gdn_opaque(warp);
-  int lane = gdn_opaque(threadIdx.x % 32), row = 16 * warp + lane / 4;
-  int token = lane / 16 * 8 + lane % 8, part = 2 * warp + lane / 8 % 2;
+  lane = gdn_opaque(lane);
+  unsigned row = 16 * warp + lane / 4;
+  unsigned token = lane / 16 * 8 + lane % 8, part = 2 * warp + lane / 8 % 2;
   uint4 *place = static_cast<uint4 *>(tile) + 8 * token + (part ^ token % 8);
   float y[8], step[4], row0 = t.from[row], row1 = t.from[row + 8];
 #pragma unroll
@@ -135,15 +138,15 @@ __device__ __forceinline__ void gdn_store_P(
 #pragma unroll
   for (int b = 1; b < 4; ++b)
     if (b > warp) {
-      gdn_scale(x + 8 * b, row0 * step[b], row1 * step[b], t.to_P + 16 * b, y);
+      gdn_scale(x + 8 * b, row0 * step[b], row1 * step[b], t.to_P + 16 * b, y, lane);
       put(b);
     }
   gdn_diagonal(x, warp, y);
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    int column = 16 * warp + 8 * n;
-    float2 G = reinterpret_cast<const float2 *>(t.sum + column)[threadIdx.x % 4];
-    float2 f = reinterpret_cast<const float2 *>(t.P_factor + column)[threadIdx.x % 4];
+    unsigned column = 16 * warp + 8 * n;
+    float2 G = reinterpret_cast<const float2 *>(t.sum + column)[lane % 4];
+    float2 f = reinterpret_cast<const float2 *>(t.P_factor + column)[lane % 4];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {  // above the diagonal, the product may be infinite
       float exponent = t.exponent[row + 8 * m];
@@ -161,38 +164,39 @@ __device__ __forceinline__ void gdn_store_P(
 
 @T.macro
 def begin_scaled_inverse(
-    parts: int, M: Any, inv: Any, buffer: Any, tokens: Any, s: Any, warp: Any
+    parts: int, M: Any, inv: Any, buffer: Any, tokens: Any, s: Any, warp: Any, lane: Any
 ) -> None:
     """`begin_inverse` from k k^T, which is in the fragment M."""
     T.call_extern(
         "handle", f"gdn_store_M<{parts}>", M.data, T.address_of(tokens[s, 0, 0]),
-        T.address_of(inv.below[buffer, 0, 0]), warp,
+        T.address_of(inv.below[buffer, 0, 0]), warp, lane,
     )  # fmt: skip
     T.call_extern(
         "handle", f"gdn_invert<{parts}>", M.data, T.address_of(tokens[s, 0, 0]),
         T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[buffer, 0, 0]), warp,
+        lane,
     )  # fmt: skip
 
 
 @T.macro
-def store_P(kqT: Any, P: Any, tokens: Any, s: Any, warp: Any) -> None:
+def store_P(kqT: Any, P: Any, tokens: Any, s: Any, warp: Any, lane: Any) -> None:
     """Store a warp's columns of P; the fragment kqT is k q^T."""
     T.call_extern(
         "handle", f"gdn_store_P<{PAIRS[P.dtype]}>", kqT.data, T.address_of(tokens[s, 0, 0]),
-        T.address_of(P[s, 0, 0]), warp,
+        T.address_of(P[s, 0, 0]), warp, lane,
     )  # fmt: skip
 
 
 @T.macro
-def apply_key_norms(M: Any, smem: Any, s: Any, warp: Any) -> None:
+def apply_key_norms(M: Any, smem: Any, s: Any, warp: Any, lane: Any) -> None:
     """Multiply the factors of a warp's tokens by rk; the fragment M is k k^T."""
     T.call_extern(
         "handle", "gdn_apply_key_norms", M.data, T.address_of(smem.tokens[s, 0, 0]),
-        T.address_of(smem.scan_factors[s, 0, 0]), T.float32(L2_EPS), warp,
+        T.address_of(smem.scan_factors[s, 0, 0]), T.float32(L2_EPS), warp, lane,
     )  # fmt: skip
 
 
 @T.macro
-def store_key_squares(M: Any, squares: Any, warp: Any) -> None:
+def store_key_squares(M: Any, squares: Any, warp: Any, lane: Any) -> None:
     """Store the squares of a warp's keys; the fragment M is k k^T."""
-    T.call_extern("handle", "gdn_store_key_squares", M.data, T.address_of(squares[0]), warp)
+    T.call_extern("handle", "gdn_store_key_squares", M.data, T.address_of(squares[0]), warp, lane)

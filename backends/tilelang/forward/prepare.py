@@ -196,13 +196,13 @@ def prepare(
                 # === the diagonal blocks of A; the norms of q; the next gates ===
                 bound = 0
                 if min_parts < max_parts:
-                    bound = bound_strengths(T.address_of(smem.gates[b, BETA, 0]))
+                    bound = bound_strengths(T.address_of(smem.gates[b, BETA, 0]), lane)
                     if not l2:
                         bound *= largest(T.address_of(smem.token_factors[KEY_SQUARES, 0]))
                 if bound > LIMIT:
-                    begin_inverse(max_parts, frag.M, inv, warp)
+                    begin_inverse(max_parts, frag.M, inv, warp, lane)
                 else:
-                    begin_inverse(min_parts, frag.M, inv, warp)
+                    begin_inverse(min_parts, frag.M, inv, warp, lane)
                 if live < C:
                     T.barrier_wait(q_ready, b)
                     clear_before_products(smem.q, live)
@@ -252,9 +252,9 @@ def prepare(
                 A_v = T.address_of(smem.A_v[0, 0, 0])
                 A = [T.address_of(A_out[slot, head, 0, 0])] if save else []
                 if bound > LIMIT:
-                    solve_row(max_parts, inv, 0, strength, A_v, warp, dtype, *A)
+                    solve_row(max_parts, inv, 0, strength, A_v, warp, lane, dtype, *A)
                 else:
-                    solve_row(min_parts, inv, 0, strength, A_v, warp, dtype, *A)
+                    solve_row(min_parts, inv, 0, strength, A_v, warp, lane, dtype, *A)
                 T.fence_proxy_async()
                 if warp == 0:
                     T.tma_store_wait(0)  # P has left q's place

@@ -277,18 +277,18 @@ def prepare_channels(
                 A = [T.address_of(P_A[slot, head, 1, 0, 0])] if save else []
                 bound = 0
                 if min_parts < max_parts:
-                    bound = bound_strengths(strength)
+                    bound = bound_strengths(strength, lane)
                     if not l2:
                         bound *= largest(T.address_of(smem.squares[1, 0]))
                 if bound > LIMIT:
-                    begin_inverse(max_parts, rows, smem.inverse, row)
+                    begin_inverse(max_parts, rows, smem.inverse, row, lane)
                 else:
-                    begin_inverse(min_parts, rows, smem.inverse, row)
+                    begin_inverse(min_parts, rows, smem.inverse, row, lane)
                 T.sync_threads(2, 128)
                 if bound > LIMIT:
-                    solve_row(max_parts, smem.inverse, 0, strength, A_v, row, dtype, *A)
+                    solve_row(max_parts, smem.inverse, 0, strength, A_v, row, lane, dtype, *A)
                 else:
-                    solve_row(min_parts, smem.inverse, 0, strength, A_v, row, dtype, *A)
+                    solve_row(min_parts, smem.inverse, 0, strength, A_v, row, lane, dtype, *A)
                 T.fence_proxy_async()
                 T.sync_threads(2, 128)
                 if warp == 4:

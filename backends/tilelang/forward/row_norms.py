@@ -22,9 +22,9 @@ __device__ __forceinline__ void gdn_square(const void *from, float *sums) {
   tl::mma_sync<type, type, tl::DataType::kFloat32, 16, 8, 16, false, true>(sums, x, upper);
   tl::mma_sync<type, type, tl::DataType::kFloat32, 16, 8, 16, false, true>(sums + 4, x, lower);
 }
-__device__ __forceinline__ void gdn_keep_diagonal(void *into, const float *sums) {
-  int row = threadIdx.x / 4 % 8;
-  if (threadIdx.x % 4 == row / 2) {
+__device__ __forceinline__ void gdn_keep_diagonal(void *into, const float *sums, int lane) {
+  int row = lane / 4;
+  if (lane % 4 == row / 2) {
     static_cast<float *>(into)[row] = row % 2 ? sums[1] : sums[0];
     static_cast<float *>(into)[row + 8] = row % 2 ? sums[7] : sums[6];
   }
@@ -47,4 +47,4 @@ def sum_squares(x: Any, first: Any, to: Any, lane: Any) -> None:
             T.address_of(x[0, first + lane % 16, step * 16 + lane // 16 * 8]),
             sums.data,
         )
-    T.call_extern("handle", "gdn_keep_diagonal", to, sums.data)
+    T.call_extern("handle", "gdn_keep_diagonal", to, sums.data, lane)

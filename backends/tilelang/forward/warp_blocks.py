@@ -47,20 +47,18 @@ template <int parts> struct GdnBlock {
       to[2 * n] = pair.x, to[2 * n + 1] = pair.y;
     }
   }
-  __device__ __forceinline__ void load(const uint4 *from) {
+  __device__ __forceinline__ void load(const uint4 *from, unsigned lane) {
 #pragma unroll
-    for (int p = 0; p < parts; ++p) tl::ptx_ldmatrix_x4(from + 32 * p + threadIdx.x % 32, x[p]);
+    for (int p = 0; p < parts; ++p) tl::ptx_ldmatrix_x4(from + 32 * p + lane, x[p]);
   }
-  __device__ __forceinline__ void load_right(const uint4 *from) {
+  __device__ __forceinline__ void load_right(const uint4 *from, unsigned lane) {
+#pragma unroll
+    for (int p = 0; p < parts; ++p) tl::ptx_ldmatrix_x4_trans(from + 32 * p + lane, x[p]);
+  }
+  __device__ __forceinline__ void store(uint4 *to, unsigned lane) const {
 #pragma unroll
     for (int p = 0; p < parts; ++p)
-      tl::ptx_ldmatrix_x4_trans(from + 32 * p + threadIdx.x % 32, x[p]);
-  }
-  __device__ __forceinline__ void store(uint4 *to) const {
-#pragma unroll
-    for (int p = 0; p < parts; ++p)
-      tl::ptx_stmatrix_m8n8_x4(
-          to + 32 * p + threadIdx.x % 32, x[p][0], x[p][1], x[p][2], x[p][3]);
+      tl::ptx_stmatrix_m8n8_x4(to + 32 * p + lane, x[p][0], x[p][1], x[p][2], x[p][3]);
   }
 };
 template <int parts>

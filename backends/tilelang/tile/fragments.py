@@ -18,9 +18,14 @@ PAIRS = {"bfloat16": "__nv_bfloat162", "float16": "half2"}
 PRELUDE = """
 #include <tl_templates/cuda/ldsm.h>
 // x, so that nothing computed from it stays in registers from one use to the next.
-__device__ __forceinline__ int gdn_opaque(int x) {
+template <class T> __device__ __forceinline__ T gdn_opaque(T x) {
   asm volatile("" : "+r"(x));
   return x;
+}
+// The number of a thread in a warpgroup, in a register. Where registers are short, ptxas reads
+// threadIdx again for every use, and each time waits for it. It does not repeat a shuffle.
+__device__ __forceinline__ int gdn_kept_thread() {
+  return __shfl_sync(0xffffffff, threadIdx.x, threadIdx.x % 32) % 128;
 }
 // Two numbers in float32 to and from a type of `PAIRS`.
 template <class Pair> __device__ __forceinline__ Pair gdn_narrow(float2 x);
