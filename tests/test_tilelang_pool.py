@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import gdn
+from gdn.problem import Call
 from gdn.testing.prefill import PREFILLS, PrefillCase, as_prefill, make_prefill
 
 pytest.importorskip("tilelang")
@@ -129,6 +130,25 @@ def test_single_tokens_by_decode(
     assert plan.steps is not None
     assert names == ["list_sequences", "fused_forward"]
     check(case)
+
+
+@pytest.mark.parametrize(
+    ("N", "T", "HV", "expected"),
+    [
+        (260, 8448, 32, True),
+        (5, 319, 16, True),
+        (5, 320, 16, False),  # 64 tokens a sequence
+        (4, 100, 16, False),  # 64 scans leave most SMs idle
+        (64, 9600, 32, False),
+    ],
+)
+def test_when_single_tokens_are_left_to_decode(N: int, T: int, HV: int, expected: bool) -> None:
+    q = torch.empty(1, T, HV, 128, dtype=torch.bfloat16, device="meta")
+    gates = torch.empty(1, T, HV, device="meta")
+    bounds = torch.empty(N + 1, dtype=torch.int32, device="meta")
+    call = Call(q, q, q, gates, gates, 1.0, cu_seqlens=bounds)
+    assert fused_plan.leaves_single_tokens(call) == expected
+    assert not fused_plan.leaves_single_tokens(call._replace(batch_invariant=True))
 
 
 def test_parameters_in_bfloat16_beside_a_pool_in_bfloat16(

@@ -228,6 +228,48 @@ def test_a_function_in_the_place_of_gdns_gets_activated_gates(
         assert watch_step(kind).activated
 
 
+def test_a_function_that_wraps_gdns_gets_activated_gates(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`functools.wraps` hands on the mark of gdn's function."""
+    module, name = models.modelling(kind), "torch_recurrent_gated_delta_rule"
+    own = inspect.unwrap(getattr(module, name))
+    with integration.patch(backend="torch"):
+
+        @functools.wraps(getattr(module, name))
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, wrapped)
+        assert watch_step(kind).activated
+
+
+def test_the_patch_may_end_within_a_layer(kind: str) -> None:
+    layer, x = models.make_layer(kind, "cpu"), torch.randn(2, 5, 32)
+    expected = layer(x)
+    integration.patch(layer, backend="torch")
+    for part in layer.children():
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_hook(lambda *_: integration.unpatch())
+    assert relative_error(layer(x), expected) <= TOLERANCE[torch.float32]
+
+
+def test_what_has_taken_the_place_of_a_patch_stays(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gdn's replacement, put back after its end, is patched and unpatched like any other."""
+    owner = getattr(models.modelling(kind), integration.MODELS[kind].layer)
+    before = owner.forward
+    monkeypatch.setattr(owner, "forward", before)
+    with integration.patch(backend="torch"):
+        ours, owner.forward = owner.forward, lambda *_: None
+    assert owner.forward not in (ours, before)
+    owner.forward = ours
+    with integration.patch(backend="torch"):
+        assert not watch_step(kind).activated
+    assert owner.forward is before
+
+
 def test_compiled_layers_keep_their_gates(kind: str) -> None:
     """In one graph, where Inductor fuses them."""
     layer, x = models.make_layer(kind, "cpu"), torch.randn(2, 5, 32)

@@ -3,7 +3,6 @@ the gated norm, states in place, and decode in one compiled graph."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import Any
 
@@ -76,7 +75,6 @@ def test_a_step_writes_the_caches_state_in_place(
     with integration.patch(model, backend="torch"):
         function = module.torch_recurrent_gated_delta_rule
 
-        @functools.wraps(function)
         def recorded(*args: Any, initial_state: Any, **kw: Any) -> Any:
             before = initial_state.clone()
             o, state = function(*args, initial_state=initial_state, **kw)

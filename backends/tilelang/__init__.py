@@ -95,10 +95,10 @@ class TileLangBackend(Backend):
         return jobs
 
     def warmup_jobs(self, call: Call | PoolCall, backward: bool) -> list[Job]:
-        """The kernels that `gdn.warmup` compiles: `jobs`, of decode for any number of states."""
+        """The kernels that `gdn.warmup` compiles: `jobs`, on a pool for any number of states."""
         plan: Any = self.plan(call)
         jobs: list[Job]
-        jobs = plan.all_jobs() if isinstance(call, Step) else plan.jobs(call, backward)
+        jobs = plan.jobs(call, backward) if isinstance(call, Call) else plan.all_jobs()
         return jobs
 
     def unsupported(self, problem: Problem) -> list[str]:

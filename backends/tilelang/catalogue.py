@@ -99,6 +99,9 @@ def _steps(dtype: torch.dtype, K: int, gates: Gates) -> Iterator[Step]:
     call, HV = _tokens(dtype, (1, 1, 16, 16), K, gates), 16
     if gates.norm or gates.raw:
         yield Step(call, _meta(1, HV, K, K))
+    if gates.raw:  # a model that was loaded in half precision
+        low = _meta(HV, dtype=dtype)
+        yield Step(call._replace(A_log=low, dt_bias=low), _meta(1, HV, K, K))
     if gates.raw:
         for pool, v_first in itertools.product(POOLS, (True, False)):
             state, slots = _meta(8, HV, K, K, dtype=pool), _meta(1, dtype=torch.int32)

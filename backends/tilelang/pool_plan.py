@@ -1,5 +1,5 @@
-"""Prefill on a pool of states: forward's kernels, whose scans read and write slots. Where many
-sequences of a pack are short, decode's kernel computes those of one token."""
+"""Prefill on a pool of states: forward's kernels, whose scans read and write slots. Where the one
+kernel computes a pack of short sequences, decode's computes those of one token."""
 
 from __future__ import annotations
 
@@ -53,9 +53,14 @@ class PoolPlan(Plan):
         return [*steps, *self.forward_pass.all_jobs(save=False)]
 
     def precompile(self, call: Call | PoolCall, backward: bool) -> bool:
-        """See `gdn.backend.Plan.precompile`."""
-        launchers(self.jobs(call, backward))
+        """See `gdn.backend.Plan.precompile`. Also for other numbers of sequences, as decode."""
+        launchers(self.all_jobs())
         return True
+
+    def all_jobs(self) -> list[Job]:
+        """`jobs` for any number of sequences."""
+        steps = [] if self.steps is None else self.steps.all_jobs()
+        return [*steps, *self.forward_pass.all_jobs(save=False)]
 
     def prefill(self, prefill: Prefill) -> Tensor:
         """See `gdn.backend.Plan.prefill`."""

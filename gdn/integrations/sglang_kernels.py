@@ -34,7 +34,10 @@ def split_projection(mixed: Tensor, HV: int, K: int, V: int) -> tuple[Tensor, Te
 
 @functools.cache
 def _numbers(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.arange(n, dtype=dtype, device=device)
+    found = torch.arange(n, dtype=dtype, device=device)
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()  # other streams read it too
+    return found
 
 
 def count(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -22,7 +22,12 @@ from torch import nn
 
 from gdn.dispatch import parse_request
 from gdn.integrations.transformers_functions import run
-from gdn.integrations.transformers_gates import RULE, run_layer, with_raw_gates
+from gdn.integrations.transformers_gates import (
+    RULE,
+    activate_arguments,
+    run_layer,
+    with_raw_gates,
+)
 from gdn.integrations.transformers_models import MODELS, find_layers, import_models, version
 from gdn.integrations.transformers_packed import find_layer_class, find_norm_class, run_forward
 from gdn.integrations.transformers_parts import run_convolution, run_convolution_step, run_norm
@@ -66,6 +71,7 @@ class _Patch:
     original: Callable[..., Any]
     role: Role
     backends: dict[Patched, str | None] = field(default_factory=dict)
+    replacement: Callable[..., Any] | None = None
 
     @property
     def on(self) -> bool:
@@ -77,13 +83,14 @@ class _Patch:
 
         @functools.wraps(self.original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not self.on:
-                return self.original(*args, **kwargs)
+            if not self.on:  # perhaps since the layer that calls began
+                return self.original(*activate_arguments(args, kwargs), **kwargs)
             if not isinstance(self.role, str):
                 return self.role(self.original, *args, **kwargs)
             return run(self.role == _STEP, [*self.backends.values()][-1], *args, **kwargs)
 
         call.gdn_patch = self  # type: ignore[attr-defined]
+        self.replacement = call
         return call
 
 
@@ -145,6 +152,7 @@ def patch(model: nn.Module | None = None, backend: str | None = None) -> Patched
         if entry is None or entry.owner is not owner:
             entry = _Patch(owner, name, holder, original, role)
             setattr(owner, name, entry.make_replacement())
+        if entry not in _installed:  # new, or somebody has put it back after its end
             _installed.append(entry)
         entry.backends[patched] = backend
     return patched
@@ -158,7 +166,8 @@ def unpatch() -> None:
 
 
 def _restore(entry: _Patch) -> None:
-    setattr(entry.owner, entry.name, entry.before)
+    if getattr(entry.owner, entry.name) is entry.replacement:  # else somebody has wrapped it
+        setattr(entry.owner, entry.name, entry.before)
     _installed.remove(entry)
 
 

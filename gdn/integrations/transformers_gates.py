@@ -31,8 +31,9 @@ _EDITS = (  # what the source has, how often, and what takes its place
     (rf"g = {_DECAY}\n", {1}, r"g = \1\n"),
     (rf"if {_GROUPED}:\n{_REPEAT}", {0, 1}, "pass\n"),
     (r"\bg=g,\n( +)beta=beta,\n", {2}, r"g=g,\n\1beta=beta, raw_gates_of=self,\n"),
+    (rf"\b({'|'.join(RULE)})\(", {2}, r'gdn_rule("\1", '),
 )
-_USES = {r"\bbeta\b": 5, r"\bg\b": 5} | {rf"\b{name}\(": 1 for name in RULE}
+_USES = {r"\bbeta\b": 5, r"\bg\b": 5} | {rf"\b{name}\b": 1 for name in RULE}
 """How often the new source has each name: nothing else may be done with the gates."""
 
 
@@ -68,11 +69,21 @@ def _rewrite(function: FunctionType) -> Callable[..., Any] | None:
         return None
     if function.__code__.co_freevars:
         return None
+    name, file = function.__name__, function.__code__.co_filename
+    text = "\n" * (first - 2) + "def make(gdn_rule):\n" + textwrap.indent(source, " ")
+    code = compile(f"{text}\n return {name}", file, "exec", dont_inherit=True)
     made: dict[str, Any] = {}
-    code = compile("\n" * (first - 1) + source, function.__code__.co_filename, "exec")
     exec(code, function.__globals__, made)
-    forward: Callable[..., Any] = made[function.__name__]
+    forward: Callable[..., Any] = made["make"](functools.partial(_call_rule, function.__globals__))
     return forward
+
+
+def _call_rule(module: dict[str, Any], name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of `RULE` with raw gates, or, if it is not gdn's any more, activated ones."""
+    rule = module[name]
+    if not is_patched(rule):
+        args = activate_arguments(args, kwargs)
+    return rule(*args, **kwargs)
 
 
 def _replace(template: str, found: re.Match[str]) -> str:
@@ -91,16 +102,15 @@ def run_layer(
 ) -> Any:
     """A layer's forward: `raw`, but not in compiled code, where Inductor fuses what activates the
     gates, nor where another function has taken the place of gdn's since."""
-    ours = all(is_patched(getattr(module, name)) for name in RULE)
-    if ours and not torch.compiler.is_compiling():
-        return raw(layer, *args, **kwargs)
-    return original(layer, *args, **kwargs)
+    if torch.compiler.is_compiling() or not all(is_patched(getattr(module, n)) for n in RULE):
+        return original(layer, *args, **kwargs)
+    return raw(layer, *args, **kwargs)
 
 
 def is_patched(function: object) -> bool:
-    """Whether gdn stands behind a function of transformers now."""
+    """Whether a function of transformers is gdn's now; what wraps it may do anything."""
     entry = getattr(function, "gdn_patch", None)
-    return entry is not None and bool(entry.on)
+    return entry is not None and entry.replacement is function and bool(entry.on)
 
 
 def raw_options(layer: Any) -> dict[str, Any]:
@@ -112,6 +122,18 @@ def raw_options(layer: Any) -> dict[str, Any]:
         "use_beta_sigmoid_in_kernel": True,
         "allow_neg_eigval": getattr(layer, "allow_neg_eigval", False),
     }
+
+
+def activate_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The positional arguments for a function of transformers itself, and kwargs in place: where a
+    layer hands over raw gates, activated ones, and as many heads of q and k as of v."""
+    layer = kwargs.pop("raw_gates_of", None)
+    if layer is None:
+        return args
+    kwargs["g"], kwargs["beta"] = activate(layer, kwargs["g"], kwargs["beta"])
+    query, key, value, *others = args
+    query, key = (x.repeat_interleave(value.shape[2] // x.shape[2], 2) for x in (query, key))
+    return (query, key, value, *others)
 
 
 def activate(layer: Any, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
