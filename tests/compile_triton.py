@@ -22,6 +22,7 @@ from gdn.backends.triton.forgetting import find_chunks_kernel
 from gdn.backends.triton.key_gradients import key_gradients_kernel
 from gdn.backends.triton.launch import Stage, choose_configuration, prepared_channels
 from gdn.backends.triton.matrix_gradients import matrix_gradients_kernel
+from gdn.backends.triton.norm_gradients import norm_gradients_kernel
 from gdn.backends.triton.pool import POOL_COUNTS
 from gdn.backends.triton.prepare import prepare_kernel
 from gdn.backends.triton.query_gradients import query_gradients_kernel
@@ -36,7 +37,7 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448}
 FLOAT32 = {"transfers", "from_zero", "initial_state", "final_state", "state_in", "state_out"}
 FLOAT32 |= {"piece_states", "grad_final", "grad_initial", "factors", "g", "beta", "A_log"}
 FLOAT32 |= {"dt_bias", "row_scales", "dG_from_o", "dg", "dbeta", "dA_log", "ddt_bias", "state"}
-FLOAT32 |= {"into", "pool", "checkpoints", "channel_decays", "products", "sums"}
+FLOAT32 |= {"into", "pool", "checkpoints", "channel_decays", "products", "grad_rows", "row_sums"}
 INT32 = {"N", "T", "chunks_per_sequence", "pieces_per_sequence", "piece_chunks"}
 INT32 |= {"slot_stride", "into_stride", *POOL_COUNTS, *COUNTS}
 TABLES = {"cu_seqlens", "indices", "accepted", "written"}
@@ -45,7 +46,7 @@ TABLES |= {"checkpoint_offsets", "checkpoint_indices", "first_chunks", "found"}
 # Constants. A kernel takes those that it names.
 COMMON: dict[str, Any] = {"H": 16, "HV": 32, "K": 128, "V": 128, "C": 64, "BK": 128, "VARLEN": True}
 COMMON |= {"L2_NORM": True, "FUSED_GATE": True, "LOWER_BOUND": None, "FUSED_SIGMOID": True}
-COMMON |= {"BETA_SCALE": 1.0, "SAVE": True, "POOL": False, "CHANNELS": False, "BD": 64}
+COMMON |= {"BETA_SCALE": 1.0, "SAVE": True, "POOL": False, "CHANNELS": False, "BD": 32}
 COMMON |= {"WEAK": False}
 COMMON |= {"Q_STRIDES": (0, 2048, 128), "K_STRIDES": (0, 2048, 128), "V_STRIDES": (0, 4096, 128)}
 COMMON |= {"G_STRIDES": (0, 32, 1), "BETA_STRIDES": (0, 32, 1)}
@@ -108,6 +109,8 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (reverse_scan_kernel, REVERSE_SCAN | CHANNELS),
     (matrix_gradients_kernel, CHANNELS),
     (channel_gradients_kernel, CHANNELS),
+    (channel_gradients_kernel, CHANNELS | NO_A_LOG | {"WEAK": True}),
+    (norm_gradients_kernel, CHANNELS),
     (decode_kernel, DECODE | CHANNELS),
 ]
 
@@ -122,6 +125,8 @@ def type_of(name: str, dtype: str) -> str:
         return "*i32"
     if name == "fresh":
         return "*i1"
+    if name == "selectors" or (name == "gate_parts" and dtype != "fp32"):
+        return "*bf16"
     return "*fp32" if name in FLOAT32 else f"*{dtype}"
 
 

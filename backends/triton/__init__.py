@@ -14,7 +14,8 @@ Backward:
 
     With a decay per channel, in place of the last two:
     matrix_gradients.py     per chunk: the gradients of v and of the matrices
-    channel_gradients.py    per chunk: the gradients of q, k, g and beta
+    channel_gradients.py    per chunk and tile of channels: the gradients of g, q and k
+    norm_gradients.py       per chunk: the gradient of beta; those of q and k through their norms
 
 Decode: decode.py.
 
@@ -27,8 +28,9 @@ Shared: `launch.py` chooses configurations and launches, `piece_length.py` decid
 `indexing.py` finds chunks and pieces, `strides.py` says where tokens lie, `chunk_buffers.py` is
 what stages hand to each other and `buffer_shapes.py` its shapes, `channel_decay.py` has the decays
 between tokens per channel, `channel_pairs.py` and `channel_pair_gradients.py` the products with
-them, `tiles.py` loads, stores and products, `activation.py` the fused options, `inverse.py` the
-inverse of a triangular matrix.
+them, `gate_buffers.py` and `grad_matrices.py` what backward's stages keep for these, `tiles.py`
+loads, stores and products, `activation.py` the fused options, `inverse.py` the inverse of a
+triangular matrix.
 """
 
 from __future__ import annotations

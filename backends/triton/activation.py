@@ -110,7 +110,8 @@ def backpropagate_gate(dg, x, A_log, log_decay, LOWER_BOUND: tl.constexpr):
         dx = dg * log_decay * sigmoid(-slope * x) * slope
         terms = x * dx
     else:  # the derivative is -exp(A_log) sigmoid(x)
-        dx = dg * -tl.exp(A_log + tl.minimum(x, 0.0)) / (1 + tl.exp(-tl.abs(x)))
+        dx = dg * -exp_flushed(A_log + tl.minimum(x, 0.0))
+        dx *= reciprocal(1 + exp_flushed(-tl.abs(x)))
         terms = dg * log_decay
     clamped = log_decay <= FLOOR
     return tl.where(clamped, 0.0, dx), tl.where(clamped, 0.0, terms)

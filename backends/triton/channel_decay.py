@@ -29,7 +29,7 @@ from gdn.problem import Call
 
 from .activation import FLOOR, LOG2_E, compute_log_decay, exp2_flushed, load_A_log
 from .launch import ANY_ALIGNMENT
-from .tiles import dot, dot_split, load_input_rows, round_to
+from .tiles import dot, dot_split, load_input_rows, place_like, round_pairs, round_to
 
 LEVELS = tl.constexpr(6)
 """log2 of the tokens of a chunk."""
@@ -53,12 +53,14 @@ def is_weak(call: Call) -> bool:
 def load_channel_gates(
     g, A_log, dt_bias, first_token, tokens, head, first_channel,
     G_STRIDES: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
-    FUSED_GATE: tl.constexpr, LOWER_BOUND: tl.constexpr,
+    FUSED_GATE: tl.constexpr, LOWER_BOUND: tl.constexpr, product=None,
 ):  # fmt: skip
     """Raw gates with dt_bias, and log decays clamped to FLOOR and zero past the end, [C, BD]
-    each."""
+    each; in the layout of a product, if one is given."""
     raw = load_input_rows(g, first_token, tokens, head, G_STRIDES, K, first_channel, C, BD)
     raw = raw.to(tl.float32)
+    if product is not None:
+        raw = place_like(raw, product)
     log_decay = raw
     if FUSED_GATE:
         if dt_bias is not None:
@@ -70,15 +72,15 @@ def load_channel_gates(
 
 
 @triton.jit
-def split_gates(log_decay, dtype: tl.constexpr):
-    """g in base 2 as the sum of two bfloat16 parts, right to 2^-18 of it. In float32 calls the
-    first part is all of it."""
-    g = log_decay * LOG2_E
+def split(x, dtype: tl.constexpr, PAIRED: tl.constexpr = False):
+    """x in float32 as the sum of two bfloat16 parts, right to 2^-18 of it. In float32 calls the
+    first part is all of it. PAIRED: by `round_pairs`."""
     if dtype == tl.float32:
-        high, low = g, g
+        high, low = x, x
     else:
-        high = round_to(g, tl.bfloat16)
-        low = round_to(g - high.to(tl.float32), tl.bfloat16)
+        high = round_pairs(x) if PAIRED else round_to(x, tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        low = round_pairs(rest) if PAIRED else round_to(rest, tl.bfloat16)
     return high, low
 
 
@@ -146,10 +148,16 @@ def block_pairs(level, C: tl.constexpr):
 
 
 @triton.jit
-def round_decayed(x, dtype: tl.constexpr):
+def round_decayed(x, dtype: tl.constexpr, PAIRED: tl.constexpr = False):
     """f * x in float32 as an operand of `dot_decayed`. It stays float32 in float16 calls, since
-    small factors leave the range of float16."""
-    return round_to(x, tl.bfloat16) if dtype == tl.bfloat16 else x
+    small factors leave the range of float16. PAIRED: by `round_pairs`."""
+    if dtype != tl.bfloat16:
+        rounded = x
+    elif PAIRED:
+        rounded = round_pairs(x)
+    else:
+        rounded = round_to(x, tl.bfloat16)
+    return rounded
 
 
 @triton.jit

@@ -21,14 +21,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import EPS, exp2_flushed, exp_flushed, sigmoid
+from .activation import EPS, LOG2_E, exp2_flushed, exp_flushed, sigmoid
 from .channel_decay import (
     NUMBERS,
     dot_decayed,
     load_channel_gates,
     prefix_sums,
     round_decayed,
-    split_gates,
+    split,
     suffix_sums,
 )
 from .channel_pairs import multiply_pairs
@@ -55,6 +55,7 @@ from .chunk_buffers import (
     store_factor,
     store_matrix,
 )
+from .gate_buffers import part_entries, store_selectors
 from .indexing import COUNTS, locate_chunk
 from .inverse import invert_unit_lower
 from .tiles import (
@@ -93,7 +94,7 @@ def load_all_gates(
     )  # fmt: skip
     decay = exp_flushed(tl.sum(log_decay, axis=0))
     tl.store(channel_decays + chunk_head * BK + tl.arange(0, BK), decay)
-    return split_gates(log_decay, dtype)
+    return split(log_decay * LOG2_E, dtype)
 
 
 @triton.jit
@@ -173,7 +174,7 @@ def prepare_channels_kernel(
                 g, A_log, dt_bias, first_token, tokens, head, first_channel, G_STRIDES, K, C, BD,
                 FUSED_GATE, LOWER_BOUND,
             )  # fmt: skip
-            high, low = split_gates(log_decay, dtype)
+            high, low = split(log_decay * LOG2_E, dtype)
         queries = load_input_rows(
             q, first_token, tokens, qk_head, Q_STRIDES, K, first_channel, C, BD
         )
@@ -217,14 +218,16 @@ def prepare_channels_kernel(
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=NUMBERS)
 def decay_rows_kernel(
-    q, k, g, A_log, dt_bias, factors, matrices, decayed_rows, channel_decays, cu_seqlens,
-    scale, N, T, chunks_per_sequence,
+    q, k, g, A_log, dt_bias, factors, matrices, decayed_rows, channel_decays, selectors, gate_parts,
+    cu_seqlens, scale, N, T, chunks_per_sequence,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     VARLEN: tl.constexpr, FUSED_GATE: tl.constexpr, LOWER_BOUND: tl.constexpr,
     Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, G_STRIDES: tl.constexpr,
 ):  # fmt: skip
-    """`decayed_rows`, their scales and `channel_decays` alone, for backward."""
+    """`decayed_rows`, their scales and `channel_decays`, for backward, with `gate_buffers.py`."""
     chunk_head = tl.program_id(0).to(tl.int64)
+    if chunk_head == 0:
+        store_selectors(selectors, C)
     first_token, tokens = locate_chunk(
         chunk_head // HV, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C
     )
@@ -242,6 +245,10 @@ def decay_rows_kernel(
         g, A_log, dt_bias, channel_decays, first_token, tokens, chunk_head, G_STRIDES, HV, K, BK,
         C, FUSED_GATE, LOWER_BOUND, dtype,
     )  # fmt: skip
+    first, second = part_entries(gate_parts, chunk_head, 0, C, BK, BK, dtype)
+    tl.store(first, high)
+    if dtype != tl.float32:
+        tl.store(second, low)
     write_decayed_rows(
         q, k, high, low, rq, rk, A_beta.to(tl.float32), factors, decayed_rows, first_token, tokens,
         chunk_head, scale, H, HV, K, BK, C, Q_STRIDES, K_STRIDES,

@@ -10,8 +10,12 @@ from torch import Tensor
 from gdn.problem import CHUNK, Call
 
 from .channel_gradients import channel_gradients_kernel
+from .channel_prepare import decay_rows_kernel
+from .gate_buffers import new_gate_buffers
+from .grad_matrices import ROW
 from .key_gradients import key_gradients_kernel
 from .matrix_gradients import matrix_gradients_kernel
+from .norm_gradients import NUM_ROW_SUMS, norm_gradients_kernel
 from .query_gradients import query_gradients_kernel
 
 if TYPE_CHECKING:
@@ -37,22 +41,43 @@ def compute_gradients(
     )
 
 
+def prepare_channel_rows(
+    plan: PrefillPlan, call: Call, factors: Tensor, matrices: Tensor
+) -> tuple[Tensors, Tensors]:
+    """With a decay per channel: `decayed_rows` and `channel_decays`, and what is left for
+    `compute_channel_gradients`."""
+    decayed, gates = [new() for new in plan.new_decayed], new_gate_buffers(call)
+    plan.bind(decay_rows_kernel, plan.slots * plan.constants["HV"], plan.chunk_sizes)(
+        (call.q, call.k, call.g, call.A_log, call.dt_bias, factors, matrices, *decayed, *gates,
+         call.cu_seqlens), call.scale
+    )  # fmt: skip
+    return tuple(decayed), (*gates, decayed[1])
+
+
 def compute_channel_gradients(
     plan: PrefillPlan, call: Call, factors: Tensor, matrices: Tensor, given: Tensors, out: Tensors
 ) -> None:
-    """The same with a decay per channel, and dU in place of R."""
-    slots, H, HV, BK = plan.slots, *(plan.constants[n] for n in ("H", "HV", "BK"))
-    (states, grad_states, *of_values), (dq, dk, dv, *rest) = given, out
+    """The same with a decay per channel, and dU in place of R. `given` ends with selectors,
+    gate_parts and channel_decays."""
+    slots, H, HV, K, BK, BD = plan.slots, *(plan.constants[n] for n in ("H", "HV", "K", "BK", "BD"))
+    (states, grad_states, *of_values), gates = given[:6], given[6:]
+    dq, dk, dv, dg, dbeta, dA_log, ddt_bias, cu_seqlens = out
     dtype = torch.bfloat16 if call.q.dtype == torch.bfloat16 else torch.float32
-    grad_matrices = factors.new_empty((slots, HV, 2, CHUNK, CHUNK), dtype=dtype)
+    grad_matrices = factors.new_empty((slots, HV, 2, CHUNK, ROW.value), dtype=dtype)
     products = factors.new_empty((slots, HV, 3, CHUNK))
-    found = (grad_matrices, products)
-    needs_sums = HV > H or call.use_qk_l2norm_in_kernel
-    sums = factors.new_empty((slots, H, 2, CHUNK, BK)) if needs_sums else None
+    tiles = -(-K // BD)
+    row_sums = factors.new_empty((slots, HV, tiles, NUM_ROW_SUMS.value, CHUNK))
+    grad_rows = None
+    if HV > H or call.use_qk_l2norm_in_kernel:
+        grad_rows = factors.new_empty((slots, HV, 2, CHUNK, BK))
     plan.bind(matrix_gradients_kernel, slots * HV, plan.chunk_sizes)(
-        (call.v, factors, matrices, *of_values, dv, *found, call.cu_seqlens), call.scale
+        (call.v, factors, matrices, *of_values, dv, grad_matrices, products, cu_seqlens), call.scale
     )
-    inputs = (call.q, call.k, call.g, factors, states, grad_states, *of_values, *found)
-    plan.bind(channel_gradients_kernel, slots * H, plan.chunk_sizes)(
-        (*inputs, call.A_log, call.dt_bias, sums, dq, dk, *rest), call.scale
+    inputs = (call.q, call.k, call.g, factors, *gates, states, grad_states, *of_values)
+    found = (grad_matrices, products, call.A_log, call.dt_bias, grad_rows, row_sums)
+    plan.bind(channel_gradients_kernel, slots * HV * tiles, plan.chunk_sizes)(
+        (*inputs, *found, dq, dk, dg, ddt_bias, cu_seqlens), call.scale
+    )
+    plan.bind(norm_gradients_kernel, slots * H, plan.chunk_sizes)(
+        (call.q, call.k, factors, products, row_sums, grad_rows, dq, dk, dbeta, dA_log, cu_seqlens)
     )

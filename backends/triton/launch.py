@@ -84,7 +84,9 @@ def choose_configuration(
     if name == "combine_pieces_kernel":
         return Configuration(16, 4, 2 if shared_memory > 150_000 else 1)
     if name == "channel_gradients_kernel":  # without a limit ptxas gives it 32 registers on sm_80
-        return Configuration(64, 8, 1, 255)
+        return Configuration(64 if wide else 128, 4, 1, 255)
+    if name == "norm_gradients_kernel":
+        return Configuration(0, 4, 1)
     if name.endswith("gradients_kernel"):
         narrow = wide or channels or shared_memory < 230_000
         return Configuration(64 if narrow else 128, 8, 1)

@@ -3,11 +3,8 @@
     R = A^T dU,   dV = beta * R,   dP = scale tril(dO U^T),   F = -tril(R U^T, -1)
 
 A program takes a chunk and value head. Reads v, beta, A, dO, U^T and dU^T, which R^T replaces.
-Writes dv and, for `channel_gradients.py`,
-
-grad_matrices [slots, HV, 2, C, C]   dP, with dP^T above the diagonal, and F, with (beta F)^T there;
-                                     in bfloat16, or float32 for other calls
-products [slots, HV, 3, C], float32  rowsum(R * V), rowsum(R * U), the diagonal of dP
+Writes dv, dP and F (see `grad_matrices.py`), and products [slots, HV, 3, C] in float32:
+rowsum(R * V), rowsum(R * U) and the diagonal of dP.
 """
 
 from __future__ import annotations
@@ -26,6 +23,7 @@ from .chunk_buffers import (
     multiply_by_scales,
     store_matrix,
 )
+from .grad_matrices import store_pairs
 from .indexing import COUNTS, locate_chunk
 from .tiles import (
     clear_rows,
@@ -86,10 +84,8 @@ def matrix_gradients_kernel(
         dO_U_T += dot(dO, U_T)
         U_dO_T += dot(tl.trans(U_T), tl.trans(dO))
     dP_diagonal = scale * tl.sum(tl.where(row == column, dO_U_T, 0.0), axis=1)  # [C]
-    dP = scale * tl.where(row > column, dO_U_T, U_dO_T)
-    F = -tl.where(row > column, R_U_T, strength[None, :] * U_R_T)
-    store_matrix(grad_matrices, dP, chunk_head * 2, 0, C, C, C)
-    store_matrix(grad_matrices, F, chunk_head * 2 + 1, 0, C, C, C)
+    store_pairs(grad_matrices, scale * dO_U_T, scale * U_dO_T, chunk_head * 2, C)
+    store_pairs(grad_matrices, -R_U_T, -strength[None, :] * U_R_T, chunk_head * 2 + 1, C)
     at = products + chunk_head * (3 * C) + tl.arange(0, C)
     tl.store(at, R_dot_V)
     tl.store(at + C, R_dot_U)

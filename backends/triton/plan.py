@@ -15,10 +15,15 @@ from ..common.allocation import allocator
 from ..common.chunking import piece_slots
 from .buffer_shapes import decayed_shapes, padded_keys, saved_shapes
 from .channel_decay import is_weak
-from .channel_prepare import decay_rows_kernel, prepare_channels_kernel
+from .channel_prepare import prepare_channels_kernel
 from .combine_pieces import combine_pieces_kernel
 from .forgetting import find_chunks_kernel
-from .input_gradients import Tensors, compute_channel_gradients, compute_gradients
+from .input_gradients import (
+    Tensors,
+    compute_channel_gradients,
+    compute_gradients,
+    prepare_channel_rows,
+)
 from .launch import Stage, choose_configuration, prepared_channels, shared_memory_limit
 from .piece_length import piece_length
 from .prepare import prepare_kernel
@@ -51,7 +56,7 @@ class PrefillPlan(ExchangingPlan):
             "FUSED_SIGMOID": call.use_beta_sigmoid_in_kernel,
             "BETA_SCALE": 2.0 if call.allow_neg_eigval else 1.0,
             "CHANNELS": call.per_channel, "WEAK": is_weak(call),
-            "BD": 64,  # channels that `channel_gradients_kernel` has in registers at a time
+            "BD": 32,  # channels of a program of `channel_gradients_kernel`
         }  # fmt: skip
         self.constants |= contiguous_strides(call) if strides is None else strides
         self.strided: dict[tuple[object, ...], PrefillPlan] = {}
@@ -93,8 +98,8 @@ class PrefillPlan(ExchangingPlan):
     def prepare(
         self, stage: Stage, call: Call, gates: Tensors, factors: Tensor, matrices: Tensor
     ) -> Tensors:
-        """Run forward's first stage, or `decay_rows_kernel`. Return `decayed_rows` and
-        `channel_decays`; None twice with a decay per head."""
+        """Run forward's first stage. Return `decayed_rows` and `channel_decays`; None twice with a
+        decay per head."""
         decayed = [new() for new in self.new_decayed]
         stage((call.q, call.k, *gates, factors, matrices, *decayed, call.cu_seqlens), call.scale)
         return tuple(decayed) or (None, None)
@@ -246,11 +251,9 @@ class PrefillPlan(ExchangingPlan):
             if call.per_channel:  # rounded it would be dbeta's largest error
                 R = torch.empty_like(R, dtype=torch.float32)
         dS = None if call.initial_state is None else torch.empty_like(call.initial_state)
-        decayed, cu_seqlens = NO_POOL[:2], call.cu_seqlens
+        decayed, gates, cu_seqlens = NO_POOL[:2], NO_POOL[:0], call.cu_seqlens
         if call.per_channel:
-            stage = self.bind(decay_rows_kernel, slots * HV, self.chunk_sizes)
-            gates = (call.g, call.A_log, call.dt_bias)
-            decayed = self.prepare(stage, call, gates, factors, matrices)
+            decayed, gates = prepare_channel_rows(self, call, factors, matrices)
         inputs = (call.q, call.k, call.v, factors, matrices, *decayed)
         reverse_inputs = (call.q, call.k, factors, matrices, *decayed, grad_o, row_scales)
 
@@ -286,7 +289,8 @@ class PrefillPlan(ExchangingPlan):
             for x in (call.A_log, call.dt_bias)
         ]
         gradients = (dq, dk, dv, dg, dbeta, *parameter_terms, cu_seqlens)
-        given = (states, grad_states, U, R, row_scales, grad_o)
+        given = (states, grad_states, U, R, row_scales, grad_o, *gates)
+        del decayed, inputs, reverse_inputs  # their memory serves the sums of the last stages
         compute = compute_channel_gradients if call.per_channel else compute_gradients
         compute(self, call, factors, matrices, given, gradients)
         parameter_gradients = (

@@ -33,6 +33,28 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def round_pairs(x):
+    """x in float32 rounded to bfloat16, two numbers at once: one instruction also where the results
+    are numbers again, for which the compiler rounds each in a slow one."""
+    if INTERPRETED:
+        return round_to(x, tl.bfloat16)
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@triton.jit
+def place_like(x, product):
+    """x in the layout of a product of the same shape. Triton would compute with x in the layout in
+    which it is loaded, and exchange the results between threads."""
+    if INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r,r", [x, product], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def dot(a, b):
     """a @ b in float32.
 
