@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import gdn
-from gdn.problem import Call
 from gdn.testing.prefill import PREFILLS, PrefillCase, as_prefill, make_prefill
 
 pytest.importorskip("tilelang")
@@ -101,54 +100,6 @@ def test_one_kernel(
 ) -> None:
     world(late)
     check(replace(case, H=1, HV=2, K=128, V=128))
-
-
-MIXED = replace(
-    EVERYTHING, name="mixed", lengths=(1, 1, 70, 0, 1, 1, 1, 33, 1), H=1, HV=2, K=128, V=128,
-    checkpoints="none", columns=0,
-)  # fmt: skip
-"""Decode takes the sequences of one token, some of which start from zero or have no slot."""
-MIXED_CASES = (
-    MIXED,
-    replace(MIXED, name="mixed-out", dtype=torch.float16, pool=torch.float32, fused=False,
-            state_v_first=False, own=True, fresh=False, out=True),
-    replace(MIXED, name="all-single", lengths=(1,) * 9, padding=7, pool=torch.float32),
-)  # fmt: skip
-
-
-@pytest.mark.usefixtures("poisoned_memory", "one_kernel")
-@WORLDS
-@pytest.mark.parametrize("case", MIXED_CASES, ids=lambda case: case.name)
-def test_single_tokens_by_decode(
-    world: Callable[..., None],  # noqa: F811
-    case: PrefillCase,
-    late: bool,
-) -> None:
-    world(late)
-    plan = PoolPlan(as_prefill(make_prefill(case)))
-    names = [kernel.name for kernel, _ in plan.forward_pass.jobs(save=False)]
-    assert plan.steps is not None
-    assert names == ["list_sequences", "fused_forward"]
-    check(case)
-
-
-@pytest.mark.parametrize(
-    ("N", "T", "HV", "expected"),
-    [
-        (260, 8448, 32, True),
-        (5, 319, 16, True),
-        (5, 320, 16, False),  # 64 tokens a sequence
-        (4, 100, 16, False),  # 64 scans leave most SMs idle
-        (64, 9600, 32, False),
-    ],
-)
-def test_when_single_tokens_are_left_to_decode(N: int, T: int, HV: int, expected: bool) -> None:
-    q = torch.empty(1, T, HV, 128, dtype=torch.bfloat16, device="meta")
-    gates = torch.empty(1, T, HV, device="meta")
-    bounds = torch.empty(N + 1, dtype=torch.int32, device="meta")
-    call = Call(q, q, q, gates, gates, 1.0, cu_seqlens=bounds)
-    assert fused_plan.leaves_single_tokens(call) == expected
-    assert not fused_plan.leaves_single_tokens(call._replace(batch_invariant=True))
 
 
 def test_parameters_in_bfloat16_beside_a_pool_in_bfloat16(
@@ -249,9 +200,7 @@ def test_a_pool_without_slots(world: Callable[..., None]) -> None:  # noqa: F811
 SLOTS = replace(EVERYTHING, checkpoints="none", columns=0)
 
 
-@pytest.mark.parametrize(
-    "case", [SLOTS, EVERYTHING, FLOAT16, MIXED], ids=["slots", "all", "float16", "mixed"]
-)
+@pytest.mark.parametrize("case", [SLOTS, EVERYTHING, FLOAT16], ids=["slots", "all", "float16"])
 @pytest.mark.parametrize("fused", [False, True], ids=["two", "one"])
 def test_neither_spills_in_loops_nor_serialises(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: PrefillCase, fused: bool
@@ -260,24 +209,16 @@ def test_neither_spills_in_loops_nor_serialises(
     it was rounded."""
     monkeypatch.setattr(fused_plan, "MIN_SHARE", 0.0 if fused else 2.0)
     case = replace(case, H=1, HV=2, K=128, V=128)
-    plan = PoolPlan(as_prefill(make_prefill(case)))
-    jobs = plan.forward_pass.jobs(save=False)
-    assert [kernel.name for kernel, _ in jobs][-1] == ("fused_forward" if fused else "scan")
-    if plan.steps is not None:
-        jobs = [*jobs, *plan.steps.all_jobs()]
-    kernels = compile_together(*jobs)
+    kernels = compile_together(
+        *PoolPlan(as_prefill(make_prefill(case))).forward_pass.jobs(save=False)
+    )
+    assert len(kernels) == (1 if fused else 2)
     most = 40 if fused else 16 if case.checkpoints == "none" else 64
     for kernel in kernels:
         compiled.assert_compiles_well(kernel, tmp_path, spilled=most)
 
 
-ON_GPU = [
-    EVERYTHING,
-    FLOAT16,
-    ODD,
-    *MIXED_CASES,
-    replace(LONG, lengths=(2000, 0, 640, 70, 1300, 64)),
-]
+ON_GPU = [EVERYTHING, FLOAT16, ODD, replace(LONG, lengths=(2000, 0, 640, 70, 1300, 64))]
 
 
 @pytest.mark.gpu
