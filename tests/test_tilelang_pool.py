@@ -197,7 +197,7 @@ def test_a_pool_without_slots(world: Callable[..., None]) -> None:  # noqa: F811
     assert not gdn.gated_delta_net_prefill(**inputs, backend="emulated").any()
 
 
-SLOTS = replace(EVERYTHING, checkpoints="none", columns=0)
+SLOTS = replace(EVERYTHING, lengths=(130, 0, 70, 65, 64, 64), checkpoints="none", columns=0)
 
 
 @pytest.mark.parametrize("case", [SLOTS, EVERYTHING, FLOAT16], ids=["slots", "all", "float16"])
