@@ -125,7 +125,9 @@ def compute_reciprocal_norms(x):
 
 
 @triton.jit
-def backpropagate_norm(dy, x, r):
-    """dx of the rows y = r x with r = 1 / sqrt(sum x^2 + eps), from dy."""
+def backpropagate_norm(dy, x, r, y_dot_dy=None):
+    """dx of the rows y = r x with r = 1 / sqrt(sum x^2 + eps), from dy. y_dot_dy: rowsum(y * dy) of
+    whole rows, if these are some of their channels."""
     y = r[:, None] * x
-    return r[:, None] * (dy - y * tl.sum(y * dy, axis=1)[:, None])
+    sums = tl.sum(y * dy, axis=1) if y_dot_dy is None else y_dot_dy
+    return r[:, None] * (dy - y * sums[:, None])

@@ -49,7 +49,6 @@ from .norm_gradients import (
     Q_DOT_DQ,
     THROUGH_PAIRS,
     THROUGH_STATES,
-    row_entries,
     row_sum_entries,
 )
 from .tiles import (
@@ -59,6 +58,7 @@ from .tiles import (
     load_input_rows,
     load_rows,
     load_state_columns,
+    row_entries,
     store_rows,
 )
 

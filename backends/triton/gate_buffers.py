@@ -21,6 +21,7 @@ from gdn.problem import CHUNK, Call
 from ..common.chunking import piece_slots
 from .buffer_shapes import padded_keys
 from .channel_decay import CENTRED_LEVEL, LEVELS, select_to_middle, sum_selected
+from .tiles import row_entries
 
 CENTRED_SUMS, PREFIX_SUMS, SUFFIX_SUMS, FROM_TOKEN = (
     tl.constexpr(LEVELS.value + i) for i in range(4)
@@ -65,7 +66,6 @@ def part_entries(
     dtype: tl.constexpr,
 ):  # fmt: skip
     """Pointers to BD channels of the parts, [C, BD] each."""
-    r, c = tl.arange(0, C)[:, None], first_channel + tl.arange(0, BD)[None, :]
     PARTS: tl.constexpr = 1 if dtype == tl.float32 else 2
-    first = gate_parts + chunk_head * (PARTS * C * BK) + (r * BK + c)
+    first = row_entries(gate_parts, chunk_head * PARTS, first_channel, C, BK, BD)
     return first, first + (PARTS - 1) * (C * BK)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .activation import backpropagate_norm
 from .channel_decay import NUMBERS
 from .chunk_buffers import BETA, RK, RQ, load_factor
 from .indexing import COUNTS, locate_chunk
@@ -26,6 +27,7 @@ from .tiles import (
     clear_scalars,
     find_batch_row,
     load_input_rows,
+    row_entries,
     store_rows,
     store_scalars,
 )
@@ -38,13 +40,6 @@ THROUGH_STATES, THROUGH_PAIRS, A_LOG_TERMS, Q_DOT_DQ, K_DOT_DK = (tl.constexpr(i
 def row_sum_entries(row_sums, tile, which: tl.constexpr, C: tl.constexpr):
     """Pointers to row sums [C] of tile number `tile` of all."""
     return row_sums + (tile * NUM_ROW_SUMS + which) * C + tl.arange(0, C)
-
-
-@triton.jit
-def row_entries(rows, index, first_channel, C: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):
-    """Pointers to BD channels of tile number `index` of rows [.., C, BK]."""
-    r, c = tl.arange(0, C)[:, None], first_channel + tl.arange(0, BD)[None, :]
-    return rows + index * (C * BK) + (r * BK + c)
 
 
 @triton.jit
@@ -63,8 +58,7 @@ def _finish(
             rows = load_input_rows(
                 x, first_token, tokens, qk_head, STRIDES, K, first_channel, C, BD
             )
-            rows = r[:, None] * rows.to(tl.float32)
-            tile = r[:, None] * (tile - rows * x_dot_dx[:, None])
+            tile = backpropagate_norm(tile, rows.to(tl.float32), r, x_dot_dx)
         store_rows(dx, tile, first_token, tokens, qk_head, H, K, first_channel, C, BD)
 
 

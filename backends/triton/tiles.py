@@ -55,6 +55,13 @@ def place_like(x, product):
 
 
 @triton.jit
+def row_entries(rows, index, first_channel, C: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):
+    """Pointers to BD channels of tile number `index` of rows [.., C, BK]."""
+    r, c = tl.arange(0, C)[:, None], first_channel + tl.arange(0, BD)[None, :]
+    return rows + index * (C * BK) + (r * BK + c)
+
+
+@triton.jit
 def dot(a, b):
     """a @ b in float32.
 

@@ -33,9 +33,9 @@ def split_projection(mixed: Tensor, HV: int, K: int, V: int) -> tuple[Tensor, Te
 
 
 @functools.cache
-def _numbers(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _kept(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     found = torch.arange(n, dtype=dtype, device=device)
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # other streams read it too
     return found
 
@@ -43,8 +43,9 @@ def _numbers(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def count(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0 to n - 1, made once. What is made while a graph is captured is not kept, since it holds
     nothing before the graph runs."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return (_numbers.__wrapped__ if capturing else _numbers)(n, dtype, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.arange(n, dtype=dtype, device=device)
+    return _kept(n, dtype, device)
 
 
 class Kernel:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -71,17 +73,13 @@ def run_tokens(
 def run(
     step: bool,
     backend: str | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    *_: object,
+    *args: Any,
     raw_gates_of: nn.Module | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`run_tokens` if step, else `run_sequences`. Kimi's layers pass the bounds of packed sequences
-    on under the name that they were given. g and beta may be raw, those of a layer.
+    on under the name that they were given. g and beta may be raw, those of a layer, which passes
+    them by name.
 
     A step writes to the state that the layer passes: it is the cache's, and the layer replaces it
     by the result at once, which then is a copy onto itself.
@@ -89,14 +87,10 @@ def run(
     if "cu_seqlens" not in kwargs:
         kwargs["cu_seqlens"] = kwargs.get("cu_seq_lens_q")
     check_state(**kwargs)
-    rule: Any = functools.partial(run_tokens, in_place=True) if step else run_sequences
-    call = functools.partial(rule, backend, query, key, value, **kwargs)
-    result: tuple[Tensor, Tensor | None]
-    if raw_gates_of is None:
-        result = call(g, beta)
-        return result
-    try:
-        result = call(g, beta, **raw_options(raw_gates_of))
-    except BackendUnsupportedError:  # perhaps it takes the same call with activated gates
-        result = call(*activate(raw_gates_of, g, beta))
-    return result
+    chosen: Any = functools.partial(run_tokens, in_place=True) if step else run_sequences
+    rule: Callable[..., tuple[Tensor, Tensor | None]] = chosen
+    if raw_gates_of is not None:
+        with suppress(BackendUnsupportedError):  # perhaps it takes activated gates
+            return rule(backend, *args, **kwargs, **raw_options(raw_gates_of))
+        kwargs["g"], kwargs["beta"] = activate(raw_gates_of, kwargs["g"], kwargs["beta"])
+    return rule(backend, *args, **kwargs)
