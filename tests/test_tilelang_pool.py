@@ -206,14 +206,15 @@ def test_neither_spills_in_loops_nor_serialises(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: PrefillCase, fused: bool
 ) -> None:
     """Spilled are addresses and the slot, over the scan, and what is stored as a checkpoint, after
-    it was rounded."""
+    it was rounded; in the one kernel in float16 scales of rows, too."""
     monkeypatch.setattr(fused_plan, "MIN_SHARE", 0.0 if fused else 2.0)
     case = replace(case, H=1, HV=2, K=128, V=128)
     kernels = compile_together(
         *PoolPlan(as_prefill(make_prefill(case))).forward_pass.jobs(save=False)
     )
     assert len(kernels) == (1 if fused else 2)
-    most = 40 if fused else 16 if case.checkpoints == "none" else 64
+    plain, checkpointed = (40, 148 if case.name == FLOAT16.name else 40) if fused else (16, 64)
+    most = plain if case.checkpoints == "none" else checkpointed
     for kernel in kernels:
         compiled.assert_compiles_well(kernel, tmp_path, spilled=most)
 

@@ -10,8 +10,8 @@ Thread block (sequence or piece, and value head; V = 128), alone on an SM. In pa
 sequences are not cut, and in dense ones of many short sequences, there are as many thread blocks as
 SMs, and each takes one sequence and head after another (`fused_tasks.py`). The threads:
 
-    128  the intra-chunk warpgroup: P and A_v of a chunk ahead
-    256  two consumer warpgroups: each holds 64 rows of S^T and computes U, O and S
+    128  the intra-chunk warpgroup: A_v of a chunk ahead
+    256  two consumer warpgroups: each holds 64 rows of S^T and computes half of P, U, O and S
     32   loading warp: prefetches chunks by TMA into a ring of stages
     32   storing warp: copies o to memory by TMA
     32   gate warp: the factors of a chunk's tokens
@@ -33,7 +33,6 @@ from gdn.problem import CHUNK as C
 from ..compile import kernel
 from ..tile.fragments import PRELUDE
 from ..tile.indexing import strided
-from ..tile.largest import largest
 from ..tile.layout import ROWS
 from ..tile.pool import PRELUDE as POOL_PRELUDE
 from ..tile.pool import declare_checkpoints, declare_slots, declare_states
@@ -42,8 +41,10 @@ from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
 from ..tile.row_scales import PRELUDE as ROW_SCALES
-from .block_inverse import LIMIT, bound_strengths, choose_parts, solve_row
+from .block_inverse import LIMIT, choose_parts
 from .block_inverse import PRELUDE as INVERSE_PRELUDE
+from .block_merges import PRELUDE as MERGES_PRELUDE
+from .block_merges import merge
 from .checkpoints import PRELUDE as CHECKPOINTS_PRELUDE
 from .forgetting import ForgettingSmem, skip_forgotten
 from .fused_factors import compute_factors, compute_norms
@@ -52,8 +53,8 @@ from .fused_intra_chunk import (
     STRENGTH,
     apply_key_norms,
     begin_scaled_inverse,
-    store_key_squares,
-    store_P,
+    largest_key_square,
+    store_key_square,
 )
 from .fused_memory import (
     CHUNKS,
@@ -68,7 +69,7 @@ from .fused_memory import (
     store_outputs,
 )
 from .fused_scan import PRELUDE as SCAN_PRELUDE
-from .fused_scan import ScanEnds, consume_chunks
+from .fused_scan import ScanEnds, begin_turns, consume_chunks
 from .fused_tasks import PRELUDE as TASKS_PRELUDE
 from .fused_tasks import Tasks, draw_tasks, for_each_task, task_barriers
 from .list_sequences import COUNT
@@ -77,11 +78,13 @@ from .row_norms import PRELUDE as ROW_NORMS_PRELUDE
 from .scan_step import ScanFragments
 
 PRELUDES = "".join((
-    FENCES, PRELUDE, NORMS_PRELUDE, ROW_NORMS_PRELUDE, INVERSE_PRELUDE, INTRA_CHUNK_PRELUDE,
-    SCAN_PRELUDE, ROW_SCALES, TASKS_PRELUDE,
+    FENCES, PRELUDE, NORMS_PRELUDE, ROW_NORMS_PRELUDE, INVERSE_PRELUDE, MERGES_PRELUDE,
+    INTRA_CHUNK_PRELUDE, SCAN_PRELUDE, ROW_SCALES, TASKS_PRELUDE,
 ))  # fmt: skip
 REGISTERS = 96, 192, 32
 """Registers a thread: the intra-chunk warpgroup, consumer warpgroups, the other warps."""
+REGISTERS_FOR_SCALES = 80, 200, 32
+"""The same where consumers keep scales of rows over checkpoints: with 192 they spill most."""
 
 
 @kernel(own_barriers=True)
@@ -101,11 +104,14 @@ def fused_forward(
     assert not (ring and (cut or transfer))
     listed = pool is not None and pool.apart
     min_parts, max_parts = choose_parts(dtype, l2, sigmoid, double)
+    chooses, norms = min_parts < max_parts, l2 and output
     stages, rows = FusedSmem.STAGES[output], V + K if transfer else V
     ends = ScanEnds(
         initial, final, v_first or (cut and output), v_first or transfer, cut, transfer,
         None if cut and output else pool, pool if output else None,
     )  # fmt: skip
+    keeps_scales = ends.has_checkpoints and dtype == "float16"
+    registers = REGISTERS_FOR_SCALES if keeps_scales else REGISTERS
     shape_in = (V, K) if ends.v_first_in else (K, V)
     shape_out = (rows, K) if ends.v_first_out else (K, rows)
     preludes = PRELUDES + (POOL_PRELUDE if pool else "")
@@ -126,54 +132,45 @@ def fused_forward(
 
     @T.macro
     def begin_intra_chunk(smem):
-        """The blocks above the diagonal, which nobody writes again, are zero."""
+        """The blocks of A_v above the diagonal, which nobody writes again, are zero."""
         for s, i, j in T.Parallel(stages, C, C):
             smem.A_v[s, i, j] = 0
-            if output:
-                smem.P[s, i, j] = 0
         T.sync_threads(4, 128)
 
     @T.macro
     def compute_intra_chunk(
-        task, first, smem, ready, tokens_ready, intra_chunk_ready, thread, M, P
+        task, first, smem, ready, tokens_ready, keys_ready, intra_chunk_ready, thread, M
     ):
         """The intra-chunk warpgroup; for `for_each_task`."""
         inv, tokens = smem.inverse, smem.tokens
         warp, lane = thread // 32, thread % 32
         chunks = T.alloc_var("int32")
         chunks = task[CHUNKS]
-        bound, two_parts = T.alloc_var("float32"), T.alloc_var("bool")
+        two_parts = T.alloc_var("bool")
         ragged = T.alloc_var("int32")
+        W = T.alloc_local((16,), "float32")
         ragged = T.if_then_else(task[LAST] < C, chunks - 1, -1)
         if chunks > 0:
             start_k_kT(M, smem, ready, ragged == 0, task[LAST], first, 0)
             T.wait_wgmma(0)
         for chunk in T.serial(chunks):
-            s, buffer = stage_of(first, chunk, stages), stage_of(first, chunk, 2)
+            s = stage_of(first, chunk, stages)
             T.barrier_wait(tokens_ready[s], parity_of(first, chunk, stages))
             if l2:
                 apply_key_norms(M, smem, s, warp, lane)
-                T.sync_threads(4, 128)
-            elif min_parts < max_parts:
-                store_key_squares(M, smem.key_squares, warp, lane)
-                T.sync_threads(4, 128)
-            if min_parts == max_parts:
-                begin_scaled_inverse(max_parts, M, inv, buffer, tokens, s, warp, lane)
-            else:
-                bound = bound_strengths(T.address_of(tokens[s, STRENGTH, 0]), lane)
-                if not l2:
-                    bound *= largest(T.address_of(smem.key_squares[0]), C, lane)
-                two_parts = bound > LIMIT
-                if two_parts:
-                    begin_scaled_inverse(2, M, inv, buffer, tokens, s, warp, lane)
-                else:
-                    begin_scaled_inverse(1, M, inv, buffer, tokens, s, warp, lane)
             if output:
-                T.wgmma_gemm(
-                    smem.k[s, :, :], smem.q[s, :, :], P, transpose_B=True, clear_accum=True
-                )
-                T.wait_wgmma(0)
-                store_P(P, smem.P, tokens, s, warp, lane)
+                T.barrier_arrive(keys_ready[s])
+            if chooses and not l2:
+                store_key_square(M, smem.key_squares, warp, lane)
+            T.sync_threads(4, 128)
+            if min_parts == max_parts:
+                begin_scaled_inverse(max_parts, M, inv, tokens, s, warp, lane)
+            else:
+                two_parts = smem.strengths[s] * largest_key_square(smem.key_squares, l2) > LIMIT
+                if two_parts:
+                    begin_scaled_inverse(2, M, inv, tokens, s, warp, lane)
+                else:
+                    begin_scaled_inverse(1, M, inv, tokens, s, warp, lane)
             T.sync_threads(4, 128)
             following = T.min(chunk + 1, chunks - 1)  # after the last one, for nothing
             # without a ring that is cleared twice: not to do so takes a register, which is spilled
@@ -182,11 +179,11 @@ def fused_forward(
             beta, A_v = (
                 T.address_of(tokens[s, STRENGTH, 0]), T.address_of(smem.A_v[s, 0, 0])
             )  # fmt: skip
-            solve_row(min_parts, inv, buffer, beta, A_v, warp, lane, dtype)
+            merge(min_parts, inv, beta, A_v, W, warp, lane, dtype)
             if min_parts < max_parts:
                 T.wait_wgmma(0)  # ptxas serialises products that are in flight over a branch
                 if two_parts:  # what was solved in one part is garbage
-                    solve_row(2, inv, buffer, beta, A_v, warp, lane, dtype)
+                    merge(2, inv, beta, A_v, W, warp, lane, dtype)
             fence()
             T.barrier_arrive(intra_chunk_ready[s])
             if min_parts == max_parts:
@@ -217,12 +214,12 @@ def fused_forward(
             ready, v_ready, tokens_ready = (T.alloc_barrier([32] * stages) for _ in range(3))
             norms_ready, v_free = (T.alloc_barrier([32] * stages) for _ in range(2))
             # o_ready: the consumers have read the stage, and o is in v's place
-            intra_chunk_ready, o_ready = (
-                T.alloc_barrier([128] * stages),
-                T.alloc_barrier([256] * stages),
+            # intra_chunk_ready: P is there, too, from the consumers
+            keys_ready, intra_chunk_ready, o_ready = (
+                T.alloc_barrier([n] * stages) for n in (128, 384 if output else 128, 256)
             )
             smem = FusedSmem(K, dtype, max_parts, output)
-            task_ready, task_free = task_barriers(ring, 480 if l2 else 448)
+            task_ready, task_free = task_barriers(ring, 480 if norms else 448)
             tasks = Tasks(FIELDS + 3 * pooled, task_ready, task_free)
             tx, wg = T.get_thread_binding(0), T.get_thread_binding(1)
 
@@ -244,25 +241,28 @@ def fused_forward(
 
             # === warps ===
             if wg == 0:
-                T.set_max_nreg(REGISTERS[0], 0)
-                M_frag, P_frag = (T.alloc_fragment((C, C), "float32") for _ in range(2))
+                T.set_max_nreg(registers[0], 0)
+                M_frag = T.alloc_fragment((C, C), "float32")
                 thread = T.alloc_var("int32")
                 thread = T.call_extern("int32", "gdn_kept_thread")
                 begin_intra_chunk(smem)
                 for_each_task(
-                    tasks, compute_intra_chunk, smem, ready, tokens_ready, intra_chunk_ready,
-                    thread, M_frag, P_frag,
+                    tasks, compute_intra_chunk, smem, ready, tokens_ready, keys_ready,
+                    intra_chunk_ready, thread, M_frag,
                 )  # fmt: skip
             elif wg < 3:
-                T.set_max_nreg(REGISTERS[1], 1)
+                T.set_max_nreg(registers[1], 1)
                 before = tasks[0][NUMBER] * length if cut else 0
+                if output:
+                    begin_turns(wg - 1)
                 for_each_task(
-                    tasks, consume_chunks, S_in, S_out, smem, ready, intra_chunk_ready, v_ready,
-                    o_ready, block, wg - 1, tx, ScanFragments(K, dtype), V, ends,
+                    tasks, consume_chunks, S_in, S_out, smem, ready, keys_ready,
+                    intra_chunk_ready, v_ready, o_ready, block, wg - 1, tx,
+                    ScanFragments(K, dtype), T.alloc_fragment((C, C // 2), "float32"), V, ends,
                     (checkpoint_offsets, checkpoint_indices, checkpoints, null_index, before),
                 )  # fmt: skip
             else:
-                T.set_max_nreg(REGISTERS[2], 0)
+                T.set_max_nreg(registers[2], 0)
                 if tx < 32:
                     drawn = (counter[COUNT] if listed else sequences) * HV
                     draw_tasks(
@@ -279,9 +279,9 @@ def fused_forward(
                     for_each_task(
                         tasks, compute_factors, g, beta, A_log, dt_bias, smem, norms_ready,
                         tokens_ready, o_ready, scale, tx - 64, varlen, l2, gate, bias, sigmoid,
-                        double, output,
+                        double, output, chooses,
                     )  # fmt: skip
-                elif l2 and output:
+                elif norms:
                     for_each_task(tasks, compute_norms, smem, ready, norms_ready)
 
     return fused_kernel

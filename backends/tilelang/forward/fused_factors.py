@@ -13,6 +13,7 @@ from gdn.problem import CHUNK as C
 from ..tile.gate_math import load_gates, sum_gates
 from ..tile.indexing import SEQUENCE, START, STOP
 from ..tile.layout import BETA, KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR, G
+from .block_inverse import bound_strengths
 from .fused_intra_chunk import (
     EXPONENT,
     FROM,
@@ -22,7 +23,6 @@ from .fused_intra_chunk import (
     STRENGTH,
     SUM,
     TO_M,
-    TO_P,
 )
 from .fused_memory import CHUNKS, HEAD, parity_of, stage_of
 from .query_norms import sum_squares
@@ -56,28 +56,24 @@ def compute_token_factors(smem: Any, s: Any, lane: Any) -> None:
 
 @T.macro
 def compute_query_factors(smem: Any, s: Any, scale: Any, lane: Any, l2: bool) -> None:
-    """The factors of two tokens a lane that have rq, from the sums of squares."""
-    at = T.alloc_local((2,), "float32")  # scale rq, e^{G - R_(a-1)}
+    """The factors of two tokens a lane that have rq, from the sums of squares of q."""
+    factor = T.alloc_local((1,), "float32")  # scale rq
     for n in T.unroll(2):
         token = lane * 2 + n
-        at[0] = scale
+        factor[0] = scale
         if l2:
-            at[0] = scale * T.rsqrt(smem.tokens[s, SQUARES, token] + L2_EPS)
-        smem.scan_factors[s, QS_FACTOR, token] = -smem.scan_factors[s, KS_FACTOR, token] * at[0]
-        smem.tokens[s, P_FACTOR, token] = at[0]
-        at[1] = T.exp2(smem.gates[0, G, token])
-        if token >= BLOCK:
-            at[1] = T.exp2(smem.gates[0, G, token] - smem.gates[0, G, token // BLOCK * BLOCK - 1])
-        smem.tokens[s, TO_P, token] = at[0] * at[1]
+            factor[0] = scale * T.rsqrt(smem.tokens[s, SQUARES, token] + L2_EPS)
+        smem.scan_factors[s, QS_FACTOR, token] = -smem.scan_factors[s, KS_FACTOR, token] * factor[0]
+        smem.tokens[s, P_FACTOR, token] = factor[0]
 
 
 @T.macro
 def compute_factors(
     task: Any, first: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, smem: Any,
     norms_ready: Any, tokens_ready: Any, o_ready: Any, scale: Any, lane: Any, varlen: bool,
-    l2: bool, gate: bool, bias: bool, sigmoid: bool, double: bool, output: bool,
+    l2: bool, gate: bool, bias: bool, sigmoid: bool, double: bool, output: bool, chooses: bool,
 ) -> None:  # fmt: skip
-    """The gate warp; for `for_each_task`."""
+    """The gate warp; for `for_each_task`. chooses: whether the bound of strengths is wanted."""
     raw = T.alloc_local((6,), "float32")
     batch = 0 if varlen else task[SEQUENCE]
     for chunk in T.serial(task[CHUNKS]):
@@ -88,6 +84,8 @@ def compute_factors(
         T.sync_warp()
         T.barrier_wait(o_ready[s], parity ^ 1)
         compute_token_factors(smem, s, lane)
+        if chooses:
+            smem.strengths[s] = bound_strengths(T.address_of(smem.tokens[s, STRENGTH, 0]), lane)
         if output:
             if l2:
                 T.barrier_wait(norms_ready[s], parity)

@@ -1,7 +1,8 @@
 """The scan in `fused.py`, by one consumer warpgroup; `scan_step.py` has the equations.
 
-K S and Q S are computed together, before U: then S in half precision, an operand of both, is not
-needed any more, and a thread needs 192 registers instead of 208.
+A consumer warpgroup computes half of P too. K S and Q S are computed together, before U: then S in
+half precision, an operand of both, is not needed any more, and a thread needs 192 registers instead
+of 208.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
 from ..tile.row_scales import rescale
 from .checkpoints import scan_to_checkpoints
+from .fused_intra_chunk import store_P
 from .fused_memory import (
     CHUNKS,
     FORGETS,
@@ -44,6 +46,10 @@ from .scan_step import (
     store_state,
 )
 
+TURNS = 5, 7
+"""Named barriers, two each. With output, the consumer warpgroups start K S and Q S, and then the
+products for S and O, in turn. Started together, the products of both would end together, when all
+had been computed. In turn, those of one are computed while the other is busy with registers."""
 PRELUDE = """
 // Of the 16 columns number `pair` of a fragment: the transpose of 16 rows of shared memory, plus x
 // times a factor for each column. The rows are never in registers as a whole. `scales`,
@@ -93,18 +99,53 @@ def add_scaled(
 
 
 @T.macro
-def start_chunk(frag: ScanFragments, smem: Any, s: Any, output: bool) -> None:
+def begin_turns(wg: Any) -> None:
+    """The first turn of each kind is the first consumer warpgroup's."""
+    if wg == 1:
+        for turn in T.unroll(len(TURNS)):
+            T.named_barrier_arrive(TURNS[0] + 2 * turn, 256)
+
+
+@T.macro
+def take_turn(first: int, wg: Any) -> None:
+    """Wait until the other consumer warpgroup has passed the turn."""
+    T.sync_threads(first + wg, 256)
+
+
+@T.macro
+def pass_turn(first: int, wg: Any) -> None:
+    """Let the other consumer warpgroup go on."""
+    T.named_barrier_arrive(first + 1 - wg, 256)
+
+
+@T.macro
+def compute_P(kqT: Any, smem: Any, s: Any, wg: Any, thread: Any) -> None:
+    """Half of the rows of P, for both consumer warpgroups."""
+    T.wgmma_gemm(
+        smem.k[s, :, :], smem.q[s, wg * (C // 2) : (wg + 1) * (C // 2), :], kqT,
+        transpose_B=True, clear_accum=True,
+    )  # fmt: skip
+    T.wait_wgmma(0)
+    store_P(kqT, smem.P, smem.tokens, s, wg, thread // 32, thread % 32)
+    fence()
+
+
+@T.macro
+def start_chunk(frag: ScanFragments, smem: Any, s: Any, wg: Any, output: bool) -> None:
     """Start K S and Q S of the chunk in stage s; meanwhile compute e^gamma S."""
+    if output:
+        take_turn(TURNS[0], wg)
     T.wgmma_gemm(frag.S_half, smem.k[s, :, :], frag.KS, transpose_B=True, clear_accum=True)
     if output:
         T.wgmma_gemm(frag.S_half, smem.q[s, :, :], frag.O, transpose_B=True, clear_accum=True)
+        pass_turn(TURNS[0], wg)
     for i, j in T.Parallel(*frag.S.shape):
         frag.S[i, j] *= smem.scan_factors[s, S_FACTOR, 0]
 
 
 @T.macro
 def finish_chunk(
-    frag: ScanFragments, smem: Any, s: Any, v_tile: Any, thread: Any, output: bool
+    frag: ScanFragments, smem: Any, s: Any, v_tile: Any, wg: Any, thread: Any, output: bool
 ) -> None:
     """O (output), and S after the chunk. U is computed in K S's place."""
     T.wait_wgmma(0)
@@ -120,10 +161,13 @@ def finish_chunk(
     T.wait_wgmma(0)
     for i, j in T.Parallel(ROWS, C):
         frag.scaled_U[i, j] = frag.KS[i, j] * smem.scan_factors[s, U_FACTOR, j]
-    T.wgmma_gemm(frag.scaled_U, smem.k[s, :, :], frag.S)
     if output:
         T.copy(frag.KS, frag.half)
+        take_turn(TURNS[1], wg)
+    T.wgmma_gemm(frag.scaled_U, smem.k[s, :, :], frag.S)
+    if output:
         T.wgmma_gemm(frag.half, smem.P[s, :, :], frag.O, transpose_B=True)
+        pass_turn(TURNS[1], wg)
     T.wait_wgmma(1 if output else 0)
     if frag.rows is not None:
         rescale(frag.rows, frag.S)
@@ -154,21 +198,27 @@ class ScanEnds(NamedTuple):
 
 @T.macro
 def consume_chunk(
-    chunk: Any, frag: Any, smem: Any, ready: Any, intra_chunk_ready: Any, v_ready: Any,
-    o_ready: Any, task: Any, first: Any, chunks: Any, wg: Any, thread: Any, output: bool,
+    chunk: Any, frag: Any, kqT: Any, smem: Any, ready: Any, keys_ready: Any, intra_chunk_ready: Any,
+    v_ready: Any, o_ready: Any, task: Any, first: Any, chunks: Any, wg: Any, thread: Any,
+    output: bool,
 ) -> None:  # fmt: skip
     """One chunk: O, in v's place, and S."""
     stages = smem.stages
     s, parity = stage_of(first, chunk, stages), parity_of(first, chunk, stages)
     v_tile = s * 2 + wg
-    T.barrier_wait(ready[s], parity)
+    if output:
+        T.barrier_wait(keys_ready[s], parity)  # so q and k are there, too
+        compute_P(kqT, smem, s, wg, thread)
+        T.barrier_arrive(intra_chunk_ready[s])
+    else:
+        T.barrier_wait(ready[s], parity)
     T.barrier_wait(intra_chunk_ready[s], parity)
-    start_chunk(frag, smem, s, output)
+    start_chunk(frag, smem, s, wg, output)
     T.barrier_wait(v_ready[s], parity)
     if chunk == chunks - 1 and task[LAST] < C:  # the rows past the end may hold anything
         clear_rows_past_end((smem.v,), v_tile, task[LAST])
         T.sync_threads(1 + wg, 128)
-    finish_chunk(frag, smem, s, v_tile, thread, output)
+    finish_chunk(frag, smem, s, v_tile, wg, thread, output)
     if output:
         stage_output(frag, smem.v, v_tile, thread)
         fence()
@@ -177,9 +227,9 @@ def consume_chunk(
 
 @T.macro
 def consume_chunks(
-    task: Any, first: Any, S_in: Any, S_out: Any, smem: Any, ready: Any, intra_chunk_ready: Any,
-    v_ready: Any, o_ready: Any, block: Any, wg: Any, thread: Any, frag: Any, V: int,
-    ends: ScanEnds, checkpoints: tuple[Any, ...],
+    task: Any, first: Any, S_in: Any, S_out: Any, smem: Any, ready: Any, keys_ready: Any,
+    intra_chunk_ready: Any, v_ready: Any, o_ready: Any, block: Any, wg: Any, thread: Any, frag: Any,
+    kqT: Any, V: int, ends: ScanEnds, checkpoints: tuple[Any, ...],
 ) -> None:  # fmt: skip
     """A consumer warpgroup: 64 rows of S^T; for `for_each_task`. checkpoints: as for
     `scan_to_checkpoints`."""
@@ -214,8 +264,8 @@ def consume_chunks(
     chunks = T.alloc_var("int32")
     chunks = task[CHUNKS]
     scanned = (
-        frag, smem, ready, intra_chunk_ready, v_ready, o_ready, task, first, chunks, wg, thread,
-        output,
+        frag, kqT, smem, ready, keys_ready, intra_chunk_ready, v_ready, o_ready, task, first,
+        chunks, wg, thread, output,
     )  # fmt: skip
     if ends.has_checkpoints:
         scan_to_checkpoints(
