@@ -119,10 +119,16 @@ def test_decode_in_a_cuda_graph(how: str) -> None:
 
 
 UNPATCHED = """
-import fla, layers, torch
+import fla.ops.gated_delta_rule.chunk as chunk, layers, torch
 stack = layers.make_engines(1, torch.device("cuda"), torch.bfloat16)["transformers"].stack
 x = torch.randn(1, 128, layers.WIDTH, device="cuda", dtype=torch.bfloat16)
+inner = chunk.chunk_gated_delta_rule_fwd
+def called(*args, **kwargs):
+    print("fla is in use", flush=True)
+    return inner(*args, **kwargs)
+chunk.chunk_gated_delta_rule_fwd = called
 with torch.no_grad():
+    stack(x)
     torch.compile(stack, fullgraph=True)(x)
 """
 
@@ -136,7 +142,9 @@ def test_fla_breaks_the_graph_of_whole_sequences() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", UNPATCHED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode, f"fla's function was compiled, or is not in use: {done.stderr[-2000:]}"
+    if "fla is in use" not in done.stdout:
+        pytest.skip("transformers does not take fla's function here")
+    assert done.returncode, f"fla's function was compiled: {done.stderr[-2000:]}"
     assert "torch._dynamo.exc.Unsupported" in done.stderr
 
 
