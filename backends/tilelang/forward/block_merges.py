@@ -4,9 +4,9 @@
     W_2k = A_22 N_2k,  W_3k = A_33 N_3k + A_32 N_2k    for k = 0, 1
     A_r1 = W_r1 A_11,  A_r0 = W_r0 A_00 + W_r1 A_10    for r = 2, 3
 
-`block_inverse.py` begins, and `gdn_solve_row` there computes the same, each warp for itself. Here
-warps wait for each other after the first line and share the rest. That is a third fewer
-instructions, in the warpgroup that the others of `fused.py` wait for.
+`fused_intra_chunk.py` begins. `gdn_solve_row` of `block_inverse.py` computes the same, each warp
+for itself. Here warps wait for each other once, for the first line, and share the work. That is a
+third fewer instructions, in the warpgroup that the others of `fused.py` wait for.
 """
 
 from __future__ import annotations

@@ -74,12 +74,11 @@ from .fused_tasks import PRELUDE as TASKS_PRELUDE
 from .fused_tasks import Tasks, draw_tasks, for_each_task, task_barriers
 from .list_sequences import COUNT
 from .query_norms import PRELUDE as NORMS_PRELUDE
-from .row_norms import PRELUDE as ROW_NORMS_PRELUDE
 from .scan_step import ScanFragments
 
 PRELUDES = "".join((
-    FENCES, PRELUDE, NORMS_PRELUDE, ROW_NORMS_PRELUDE, INVERSE_PRELUDE, MERGES_PRELUDE,
-    INTRA_CHUNK_PRELUDE, SCAN_PRELUDE, ROW_SCALES, TASKS_PRELUDE,
+    FENCES, PRELUDE, NORMS_PRELUDE, INVERSE_PRELUDE, MERGES_PRELUDE, INTRA_CHUNK_PRELUDE,
+    SCAN_PRELUDE, ROW_SCALES, TASKS_PRELUDE,
 ))  # fmt: skip
 REGISTERS = 96, 192, 32
 """Registers a thread: the intra-chunk warpgroup, consumer warpgroups, the other warps."""

@@ -22,8 +22,8 @@ from ..tile.fragments import PAIRS
 
 SUM, EXPONENT, FROM, TO_M, SQUARES, M_FACTOR, P_FACTOR, STRENGTH = range(8)
 """Rows of `tokens` [stages, 8, C], of each token: G; G - log2 rk; e^{R_b - G} rk;
-e^{G - R_(a-1)} times the factor of M; the sum of squares of q or k, for the gate warp; the factors
-of M and P, -beta rk and scale rq; beta. The gate warp knows no rk: the intra-chunk warpgroup
+e^{G - R_(a-1)} times the factor of M; the sum of squares of q, for the gate warp; the factors of
+M and P, -beta rk and scale rq; beta. The gate warp knows no rk: the intra-chunk warpgroup
 multiplies it in, since k k^T has the norms of k."""
 
 PRELUDE = """
@@ -163,8 +163,7 @@ def begin_scaled_inverse(
     )  # fmt: skip
     T.call_extern(
         "handle", f"gdn_invert<{parts}>", M.data, T.address_of(tokens[s, 0, 0]),
-        T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[0, 0, 0]), warp,
-        lane,
+        T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[0, 0, 0]), warp, lane,
     )  # fmt: skip
 
 
