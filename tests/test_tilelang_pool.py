@@ -213,8 +213,9 @@ def test_neither_spills_in_loops_nor_serialises(
         *PoolPlan(as_prefill(make_prefill(case))).forward_pass.jobs(save=False)
     )
     assert len(kernels) == (1 if fused else 2)
-    plain, checkpointed = (40, 148 if case.name == FLOAT16.name else 40) if fused else (16, 64)
-    most = plain if case.checkpoints == "none" else checkpointed
+    one = 148 if case.name == FLOAT16.name else 40
+    two = 16 if case.checkpoints == "none" else 64
+    most = one if fused else two
     for kernel in kernels:
         compiled.assert_compiles_well(kernel, tmp_path, spilled=most)
 

@@ -133,6 +133,13 @@ __device__ __forceinline__ void gdn_begin_inverse(
   gdn_diagonal(M, warp, y);
   gdn_invert_diagonal<parts>(y, scratch, static_cast<uint4 *>(diagonal) + 32 * parts * warp, lane);
 }
+// Where a lane's row of 8 numbers begins, of block (row, column) of a tile [64][64] that has the
+// swizzle of 128 bytes; for `gdn_put_block`.
+__device__ __forceinline__ uint4 *gdn_row_of_block(
+    void *tile, unsigned row, unsigned column, unsigned lane) {
+  unsigned token = 16 * row + lane % 16;
+  return static_cast<uint4 *>(tile) + 8 * token + (2 * column + lane / 16 ^ token % 8);
+}
 // A lane's 8 numbers of a block, times beta of their columns, to `to`, where the lane's row of 8
 // numbers begins.
 template <class Pair>
@@ -171,7 +178,6 @@ __device__ __forceinline__ void gdn_solve_row(
     unsigned lane, void *A = nullptr) {
   auto M = static_cast<const uint4 *>(below), X = static_cast<const uint4 *>(diagonal);
   row = gdn_opaque(row);
-  unsigned token = 16 * row + lane % 16;
   float sum[4][8];
 #pragma unroll
   for (int n = 0; n < 32; ++n) sum[n / 8][n % 8] = 0;
@@ -196,7 +202,7 @@ __device__ __forceinline__ void gdn_solve_row(
           M + 32 * parts * (row < e ? 0 : column * (column - 1) / 2 + row - e), lane);
       for (int half = 0; half < 2; ++half) gdn_multiply(sum[e], left, right, half);
     }
-    uint4 *place = static_cast<uint4 *>(tile) + 8 * token + (2 * column + lane / 16 ^ token % 8);
+    uint4 *place = gdn_row_of_block(tile, row, column, lane);
     gdn_put_block<Pair>(
         sum[d], static_cast<const float *>(beta) + 16 * column,
         row < d ? static_cast<uint4 *>(dump) + lane : place, lane);
@@ -210,12 +216,12 @@ __device__ __forceinline__ void gdn_solve_row(
 
 
 class BlockInverseSmem:
-    """Shared memory of the inverses of `chunks` chunks at a time."""
+    """Shared memory of the inverse of a chunk. parts: the most parts of operands."""
 
-    def __init__(self, parts: int, chunks: int) -> None:
+    def __init__(self, parts: int) -> None:
         stored = parts * BLOCK * BLOCK
-        self.below = T.alloc_shared((chunks, BELOW, stored), "float16")  # -M, below the diagonal
-        self.A_diagonal = T.alloc_shared((chunks, BLOCKS, stored), "float16")
+        self.below = T.alloc_shared((BELOW, stored), "float16")  # -M, below the diagonal
+        self.A_diagonal = T.alloc_shared((BLOCKS, stored), "float16")
         self.scratch = T.alloc_shared((BLOCKS, 2 * 8 * 8), "float32")  # a warp's own
 
 
@@ -229,8 +235,8 @@ def choose_parts(dtype: str, l2: bool, sigmoid: bool, double: bool) -> tuple[int
 def begin_inverse(parts: int, M: Any, inv: Any, warp: Any, lane: Any) -> None:
     """Store a warp's blocks of M below the diagonal, and of A on the diagonal; M is a fragment."""
     T.call_extern(
-        "handle", f"gdn_begin_inverse<{parts}>", M.data, T.address_of(inv.below[0, 0, 0]),
-        T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[0, 0, 0]), warp, lane,
+        "handle", f"gdn_begin_inverse<{parts}>", M.data, T.address_of(inv.below[0, 0]),
+        T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[0, 0]), warp, lane,
     )  # fmt: skip
 
 
@@ -242,13 +248,12 @@ def bound_strengths(beta: Any, lane: Any) -> Any:
 
 @T.macro
 def solve_row(
-    parts: int, inv: Any, buffer: Any, beta: Any, A_v: Any, warp: Any, lane: Any, dtype: str,
-    *A: Any,
-) -> None:  # fmt: skip
+    parts: int, inv: Any, beta: Any, A_v: Any, warp: Any, lane: Any, dtype: str, *A: Any
+) -> None:
     """A warp's rows of A diag(beta), up to the diagonal block. beta: address of C numbers; A_v: of
     a tile [C, C] of `dtype` with the swizzle of 128 bytes; A: of a matrix in memory for A."""
     T.call_extern(
         "handle", f"gdn_solve_row<{parts}, {PAIRS[dtype]}>",
-        T.address_of(inv.below[buffer, 0, 0]), T.address_of(inv.A_diagonal[buffer, 0, 0]), beta,
-        A_v, T.address_of(inv.scratch[warp, 0]), warp, lane, *A,
+        T.address_of(inv.below[0, 0]), T.address_of(inv.A_diagonal[0, 0]), beta, A_v,
+        T.address_of(inv.scratch[warp, 0]), warp, lane, *A,
     )  # fmt: skip

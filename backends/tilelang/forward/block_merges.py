@@ -25,13 +25,6 @@ __device__ __forceinline__ void gdn_multiply_blocks(
   gdn_multiply(sum, a, b, 0);
   gdn_multiply(sum, a, b, 1);
 }
-// Where a lane's row of 8 numbers begins, of block (row, column) of a tile [64][64] that has the
-// swizzle of 128 bytes; for `gdn_put_block`.
-__device__ __forceinline__ uint4 *gdn_row_of_block(
-    void *tile, unsigned row, unsigned column, unsigned lane) {
-  unsigned token = 16 * row + lane % 16;
-  return static_cast<uint4 *>(tile) + 8 * token + (2 * column + lane / 16 ^ token % 8);
-}
 // By warp `warp`: A_ww to the tile; half of the columns of A_10 or A_32 to `merged` and to the
 // tile; and W without A_32: 8 numbers of W_r0, then of W_r1, for r = 2 + warp / 2.
 template <int parts, class Pair>
@@ -131,7 +124,7 @@ def merge(
     """A diag(beta), up to the diagonal block. beta: address of C numbers; A_v: of a tile [C, C] of
     `dtype` with the swizzle of 128 bytes; W: 16 registers."""
     arguments = (
-        T.address_of(inv.below[0, 0, 0]), T.address_of(inv.A_diagonal[0, 0, 0]),
+        T.address_of(inv.below[0, 0]), T.address_of(inv.A_diagonal[0, 0]),
         T.address_of(inv.scratch[0, 0]), beta, A_v, W.data, warp, lane,
     )  # fmt: skip
     T.call_extern("handle", f"gdn_begin_merge<{parts}, {PAIRS[dtype]}>", *arguments)

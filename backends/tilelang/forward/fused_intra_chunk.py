@@ -159,11 +159,11 @@ def begin_scaled_inverse(
     """`begin_inverse` from k k^T, which is in the fragment M."""
     T.call_extern(
         "handle", f"gdn_store_M<{parts}>", M.data, T.address_of(tokens[s, 0, 0]),
-        T.address_of(inv.below[0, 0, 0]), warp, lane,
+        T.address_of(inv.below[0, 0]), warp, lane,
     )  # fmt: skip
     T.call_extern(
         "handle", f"gdn_invert<{parts}>", M.data, T.address_of(tokens[s, 0, 0]),
-        T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[0, 0, 0]), warp, lane,
+        T.address_of(inv.scratch[warp, 0]), T.address_of(inv.A_diagonal[0, 0]), warp, lane,
     )  # fmt: skip
 
 
@@ -193,5 +193,6 @@ def store_key_square(M: Any, squares: Any, warp: Any, lane: Any) -> None:
 
 def largest_key_square(squares: Any, l2: bool) -> Any:
     """The largest of all warps; 1 if keys are normalised."""
-    pairs = (T.max(squares[n], squares[n + 1]) for n in (0, 2))
-    return 1.0 if l2 else T.max(*pairs)
+    if l2:
+        return 1.0
+    return T.max(T.max(squares[0], squares[1]), T.max(squares[2], squares[3]))

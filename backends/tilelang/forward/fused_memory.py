@@ -62,7 +62,7 @@ class FusedSmem:
         self.tokens = T.alloc_shared((stages, 8, C), "float32")
         self.scan_factors = T.alloc_shared((stages, 4, C), "float32")
         self.gates = T.alloc_shared((1, 2, C), "float32")
-        self.inverse = BlockInverseSmem(parts, 1)
+        self.inverse = BlockInverseSmem(parts)
         self.strengths = T.alloc_shared((stages,), "float32")  # a bound of |beta|
         self.key_squares = T.alloc_shared((4,), "float32")  # the largest of a warp's keys
         T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in swizzled})

@@ -99,14 +99,6 @@ def add_scaled(
 
 
 @T.macro
-def begin_turns(wg: Any) -> None:
-    """The first turn of each kind is the first consumer warpgroup's."""
-    if wg == 1:
-        for turn in T.unroll(len(TURNS)):
-            T.named_barrier_arrive(TURNS[0] + 2 * turn, 256)
-
-
-@T.macro
 def take_turn(first: int, wg: Any) -> None:
     """Wait until the other consumer warpgroup has passed the turn."""
     T.sync_threads(first + wg, 256)
@@ -116,6 +108,14 @@ def take_turn(first: int, wg: Any) -> None:
 def pass_turn(first: int, wg: Any) -> None:
     """Let the other consumer warpgroup go on."""
     T.named_barrier_arrive(first + 1 - wg, 256)
+
+
+@T.macro
+def begin_turns(wg: Any) -> None:
+    """The first turn of each kind is the first consumer warpgroup's."""
+    if wg == 1:
+        pass_turn(TURNS[0], wg)
+        pass_turn(TURNS[1], wg)
 
 
 @T.macro

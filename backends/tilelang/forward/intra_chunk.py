@@ -42,7 +42,7 @@ class IntraChunkSmem:
 
     def __init__(self, K: int, dtype: str, parts: int) -> None:
         self.q, self.k = (T.alloc_shared((1, C, K), dtype) for _ in range(2))
-        self.inverse = BlockInverseSmem(parts, 1)
+        self.inverse = BlockInverseSmem(parts)
         self.gates = T.alloc_shared((2, 2, C), "float32")  # G and beta; of this chunk and the next
         self.token_factors = T.alloc_shared((KEY_SQUARES + 1, C), "float32")
         self.P = self.q  # [1, C, C] in q's place

@@ -252,9 +252,9 @@ def prepare(
                 A_v = T.address_of(smem.A_v[0, 0, 0])
                 A = [T.address_of(A_out[slot, head, 0, 0])] if save else []
                 if bound > LIMIT:
-                    solve_row(max_parts, inv, 0, strength, A_v, warp, lane, dtype, *A)
+                    solve_row(max_parts, inv, strength, A_v, warp, lane, dtype, *A)
                 else:
-                    solve_row(min_parts, inv, 0, strength, A_v, warp, lane, dtype, *A)
+                    solve_row(min_parts, inv, strength, A_v, warp, lane, dtype, *A)
                 T.fence_proxy_async()
                 if warp == 0:
                     T.tma_store_wait(0)  # P has left q's place

@@ -91,7 +91,7 @@ class ChannelSmem:
             T.alloc_shared((parts, C, K), "bfloat16") for _ in range(3)
         )
         self.fast = T.alloc_shared((8,), "uint32")
-        self.inverse = BlockInverseSmem(max_parts, 1)
+        self.inverse = BlockInverseSmem(max_parts)
         self.P, self.A_v = (T.alloc_shared((1, C, C), dtype) for _ in range(2))
         T.annotate_layout({x: make_full_bank_swizzled_layout(x) for x in (self.P, self.A_v)})
 
@@ -286,9 +286,9 @@ def prepare_channels(
                     begin_inverse(min_parts, rows, smem.inverse, row, lane)
                 T.sync_threads(2, 128)
                 if bound > LIMIT:
-                    solve_row(max_parts, smem.inverse, 0, strength, A_v, row, lane, dtype, *A)
+                    solve_row(max_parts, smem.inverse, strength, A_v, row, lane, dtype, *A)
                 else:
-                    solve_row(min_parts, smem.inverse, 0, strength, A_v, row, lane, dtype, *A)
+                    solve_row(min_parts, smem.inverse, strength, A_v, row, lane, dtype, *A)
                 T.fence_proxy_async()
                 T.sync_threads(2, 128)
                 if warp == 4:

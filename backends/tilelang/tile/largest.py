@@ -8,9 +8,8 @@ import tilelang.language as T
 
 PRELUDE = """
 // The largest of the first `live` of 64 numbers, without their signs; for all lanes of a warp.
-__device__ __forceinline__ float gdn_largest(
-    const void *x, int live = 64, int lane = threadIdx.x % 32) {
-  int first = lane * 2;
+__device__ __forceinline__ float gdn_largest(const void *x, int live = 64) {
+  int first = threadIdx.x % 32 * 2;
   float2 pair = static_cast<const float2 *>(x)[first / 2];
   float larger = fmaxf(first < live ? fabsf(pair.x) : 0, first + 1 < live ? fabsf(pair.y) : 0);
   return __uint_as_float(__reduce_max_sync(0xffffffff, __float_as_uint(larger)));
