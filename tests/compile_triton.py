@@ -1,7 +1,7 @@
-"""compile_triton.py SM DTYPE: compile every Triton kernel for sm_<SM> in bf16 or fp32, with no GPU.
+"""compile_triton.py SM DTYPE: compile every Triton kernel for sm_<SM>, in bf16, fp16 or fp32.
 
-Prints a line for each: name, dtype, bytes of shared memory, registers a thread, and bytes of stack
-a thread.
+It needs no GPU. It prints a line for each: name, dtype, bytes of shared memory, registers a thread,
+bytes of stack a thread, and instructions that read a uniform register that nothing wrote.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from gdn.backends.triton.reverse_scan import reverse_scan_kernel
 from gdn.backends.triton.scan import scan_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from uniform_registers import disassemble, unset_registers
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
 
@@ -115,7 +116,7 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-def type_of(name: str, dtype: str) -> str:
+def type_of(name: str, dtype: str, channels: bool) -> str:
     """Triton's name for the type of a run-time argument."""
     if name in INT32:
         return "i32"
@@ -127,12 +128,14 @@ def type_of(name: str, dtype: str) -> str:
         return "*i1"
     if name == "selectors" or (name == "gate_parts" and dtype != "fp32"):
         return "*bf16"
+    if name == "grad_matrices" or (name == "R" and channels):
+        return "*bf16" if dtype == "bf16" else "*fp32"
     return "*fp32" if name in FLOAT32 else f"*{dtype}"
 
 
 def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
     """One line of the output."""
-    name, itemsize = kernel.fn.__name__, {"bf16": 2, "fp32": 4}[dtype]
+    name, itemsize = kernel.fn.__name__, {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]
     configuration = choose_configuration(
         name, COMMON["BK"], itemsize, 32, SHARED_MEMORY[sm], "CHANNELS" in flags
     )
@@ -142,7 +145,8 @@ def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
     stage = Stage(kernel, 1, configuration, **taken)
     constants = stage.kernel_constants
     arguments = [n for n in kernel.arg_names if n not in constants]
-    signature = {n: type_of(n, dtype) for n in arguments} | dict.fromkeys(constants, "constexpr")
+    signature = {n: type_of(n, dtype, "CHANNELS" in flags) for n in arguments}
+    signature |= dict.fromkeys(constants, "constexpr")
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(kernel.arg_names)
@@ -159,7 +163,8 @@ def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
         usage = subprocess.check_output([tool, "-res-usage", file.name], text=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    return f"{name} {dtype} {compiled.metadata.shared} {found[1]} {found[2]}"
+    unset = len(unset_registers(disassemble(compiled.asm["cubin"])))
+    return f"{name} {dtype} {compiled.metadata.shared} {found[1]} {found[2]} {unset}"
 
 
 if __name__ == "__main__":

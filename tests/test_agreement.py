@@ -17,7 +17,8 @@ HALF = (torch.bfloat16, torch.float16)
 # cases that run every stage; the others repeat the stages at other lengths
 SHORT_NAMES = (
     "grouped-heads", "packed-v-first-fused", "head-dim-128", "correlated-keys", "fused",
-    "channels-grouped-heads", "channels-packed-fused", "channels-at-lower-bound",
+    "channels-grouped-heads", "channels-packed-fused", "channels-bounded-128",
+    "channels-at-lower-bound",
 )  # fmt: skip
 PARAMETERS = [
     pytest.param(replace(case, dtype=dtype), id=f"{case.name}-{str(dtype).removeprefix('torch.')}")

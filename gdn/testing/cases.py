@@ -113,6 +113,7 @@ CASES = (
             Case("model", T=70, K=128, V=64, H=1, fused=True, gates="model"),
             Case("wide-values", T=70, H=1, HV=2, K=96, V=256, fused=True, gates="model"),
             Case("lower-bound", T=70, HV=4, K=32, V=32, fused=True, gate_lower_bound=-5.0),
+            Case("bounded-128", T=70, H=1, K=128, V=128, fused=True, gate_lower_bound=-5.0),
             Case("at-lower-bound", T=70, fused=True, gates="strong", gate_lower_bound=-5.0),
             Case("no-decay", T=70, gates="none"),
             Case("weak-decay", T=70, gates="weak"),

@@ -1,0 +1,78 @@
+"""Uniform registers of SASS that instructions read before any instruction writes them.
+
+ptxas 12.8.93, which Triton 3.6 brings, computed addresses of WGMMA's operands from such a register:
+gradients in float16 with a decay per channel were off by 1e30. ptxas 12.9 and 13.0 compile the same
+PTX right.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s*(.*?)\s*;")
+WRITES = re.compile(r"(?:U(?!STP|BRA)|R2UR|S2UR|VOTEU|REDUX)")
+"""Instructions whose first operands, up to one uniform register, are results."""
+
+
+def disassemble(cubin: bytes) -> str:
+    """SASS of a cubin."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "-c", file.name]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+
+
+def unset_registers(sass: str) -> list[str]:
+    """Instructions that read a uniform register that no instruction before them in the text writes.
+    Such a register may hold anything. One that holds an older value is not found."""
+    written: set[int] = set()
+    found = []
+    for line in sass.splitlines():
+        if instruction := INSTRUCTION.search(line):
+            name, operands = instruction[1], instruction[2].split(", ")
+            results = _count_results(operands) if WRITES.match(name) else 0
+            if not _numbers(name, operands[results:]) <= written:
+                found.append(instruction[0])
+            written |= _widen(name, operands[:results])
+    return found
+
+
+def _count_results(operands: list[str]) -> int:
+    """Predicates and one register: `UIADD3 UR6, UP0, UR7, 0x40, URZ` has two results."""
+    registers = count = 0
+    for operand in operands:
+        registers += operand.startswith("UR")
+        if not re.fullmatch(r"UR\d+|URZ|UP\d|UPT", operand) or registers > 1:
+            break
+        count += 1
+    return count
+
+
+def _widen(name: str, results: list[str]) -> set[int]:
+    """The registers that hold results."""
+    size = 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
+    numbers = [int(x[2:]) for x in results if re.fullmatch(r"UR\d+", x)]
+    return {n + i for n in numbers for i in range(size)}
+
+
+def _numbers(name: str, sources: list[str]) -> set[int]:
+    """The registers that are read."""
+    found = set()
+    for source in sources:
+        for text in re.findall(r"\bUR(\d+)\b", source):
+            first, last = int(text), int(text)
+            if name.startswith("HGMMA") and "gdesc" in source:  # addresses of A and of B
+                first, last = first + (2 if re.match(r"R\d", sources[1]) else 0), first + 3
+            elif "desc[" in source or (
+                name.startswith("U") and ".64" in name and "c[" not in source
+            ):
+                last = first + 1
+            found |= set(range(first, last + 1))
+    return found
