@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,13 +44,23 @@ class Setting(NamedTuple):
         )  # fmt: skip
 
 
-def measure(settings: list[Setting], ranks: int, folder: Path, rounds: int) -> dict[Setting, Any]:
-    """What `_time` finds of each setting, on so many processes."""
-    here = [setting for setting in settings if setting.ranks == ranks]
-    (folder / "results.json").unlink(missing_ok=True)
-    arguments = (here, ranks, folder, rounds)
-    mp.spawn(_rank, arguments, ranks)  # type: ignore[attr-defined, no-untyped-call]
-    return dict(zip(here, json.loads((folder / "results.json").read_text()), strict=True))
+def measure(
+    settings: list[Setting], ranks: int, folder: Path, rounds: int
+) -> Iterator[tuple[Setting, Any]]:
+    """Each setting with what `_time` finds of it on so many processes, as soon as it is found."""
+    results, arguments = folder / f"results-{ranks}", (settings, ranks, folder, rounds)
+    results.touch()
+    processes = mp.spawn(_rank, arguments, ranks, join=False)  # type: ignore[attr-defined, no-untyped-call]
+    with results.open() as lines:
+        for setting in settings:
+            line = ""
+            while not line.endswith("\n"):
+                if not (rest := lines.readline()):
+                    processes.join(timeout=0.1)  # raises what a process raised
+                line += rest
+            yield setting, json.loads(line)
+    while not processes.join():
+        pass
 
 
 def _rank(rank: int, settings: list[Setting], ranks: int, folder: Path, rounds: int) -> None:
@@ -63,11 +73,13 @@ def _rank(rank: int, settings: list[Setting], ranks: int, folder: Path, rounds: 
     compile_side_by_side()  # fla tunes for minutes otherwise
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", init_method=f"file://{folder}/group-{ranks}", rank=rank,
-        world_size=ranks, timeout=timedelta(minutes=2),
+        world_size=ranks, timeout=timedelta(minutes=10),
     )  # fmt: skip
-    found = [_time(setting, device, rounds) for setting in settings]
-    if rank == 0:
-        (folder / "results.json").write_text(json.dumps(found))
+    for setting in settings:
+        found = _time(setting, device, rounds)
+        if rank == 0:
+            with (folder / f"results-{ranks}").open("a") as results:
+                results.write(json.dumps(found) + "\n")
     dist.destroy_process_group()
 
 

@@ -48,6 +48,7 @@ def test_cold_start(
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
     if size(request.config) != "quick":
         environment |= {name: str(caches / backend / name) for name in CACHES}
+        environment.pop("GDN_KERNELS", None)
     elif kernels != "warm cache":
         pytest.skip("not in the quick set")
     command = [sys.executable, str(HERE / "first_call.py"), backend, DEVICE.type]

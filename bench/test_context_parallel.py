@@ -3,6 +3,7 @@ Run with --ranks. A row's efficiency is the time on one rank over ranks times th
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def times(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`context_ranks.measure` of each setting: one group of processes for each number of ranks."""
+    """A function that waits for what is found of a setting. One group of processes after another
+    measures all settings of a number of ranks."""
     every, folder = settings_of(request.config), tmp_path_factory.mktemp("ranks")
+    groups = itertools.groupby(every, lambda setting: setting.ranks)
+    measured = itertools.chain.from_iterable(
+        measure(list(group), ranks, Path(folder), 10 if ON_GPU else 3) for ranks, group in groups
+    )
     found: dict[Setting, Any] = {}
-    for ranks in sorted({setting.ranks for setting in every}):
-        found |= measure(every, ranks, Path(folder), 10 if ON_GPU else 3)
-    return found
+
+    def wait_for(setting: Setting) -> Any:
+        while setting not in found:
+            found.update([next(measured)])
+        return found[setting]
+
+    return wait_for
 
 
 def test_context_parallel(benchmark: Any, times: Any, setting: Setting) -> None:
-    found, alone = times[setting], times[setting._replace(ranks=1)]
+    alone, found = times(setting._replace(ranks=1)), times(setting)
     benchmark.pedantic(lambda: None)  # the ranks have measured it
     if isinstance(found, str):
         pytest.skip(found)
