@@ -6,6 +6,8 @@ trains the same model from the same seed on the same batches: the loss curves sh
 other. No model has a lower loss than the exact predictor, which is printed too.
 
     python examples/train_hybrid.py --json curves.json --plot curves.png
+    python examples/train_hybrid.py --runs fla.json tilelang.json --plot curves.png
+                                                           of two runs with --backends and --json
     python examples/train_hybrid.py --backends torch --steps 200 --warmup 20 --lr 3e-3 \
         --width 64 --layers 4 --length 128 --tokens 8 --successors 2      small, on a CPU
 """
@@ -143,7 +145,18 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", default=[], metavar="FILE",
+        help="what --json wrote with the same options: its backends are not trained again",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
+    if args.runs and args.json:
+        parser.error("--json is for runs of this machine, not for those of --runs")
+    known: dict[str, Any] = {}
+    for file in args.runs:
+        known |= json.loads(file.read_text())["runs"]
+    if wrong := [name for name, run in known.items() if len(run["losses"]) != args.steps]:
+        parser.error(f"--runs must have {args.steps} steps, which {', '.join(wrong)} has not")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     first, *others = args.backends.split(",")
     with torch.device("meta"):
@@ -156,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     runs, apart = {}, {}
     with Progress(transient=True) as bar:
         for name in (first, *others):
-            runs[name] = run = train(name, args, device, bar)
+            runs[name] = run = known.get(name) or train(name, args, device, bar)
             difference = torch.tensor(run["losses"]) - torch.tensor(runs[first]["losses"])
             apart[name] = difference.unfold(0, min(WINDOW, args.steps), 1).mean(-1).tolist()
             text = f"{name:>9}: loss {statistics.mean(run['losses'][-100:]):.4f} at the end, "

@@ -163,6 +163,16 @@ def test_hybrid_trains(
     (printed,) = re.findall(r"torch: loss (\d+\.\d+)", out)
     assert float(printed) == pytest.approx(sum(losses) / 3, abs=2e-4)  # four digits of each
     assert picture.stat().st_size > 10_000
+    monkeypatch.setattr(hybrid, "train", None)  # not called
+    hybrid.main([*sizes, "--backends", "auto,torch", "--runs", str(file)])
+    assert f"torch: loss {printed} at the end" in " ".join(capsys.readouterr().out.split())
+    for wrong, why in (
+        (["--steps", "2"], "must have 2 steps"),
+        (["--json", "x"], "of this machine"),
+    ):
+        with pytest.raises(SystemExit):
+            hybrid.main([*sizes, *wrong, "--runs", str(file)])
+        assert why in capsys.readouterr().err
 
 
 def test_exact_predictor_of_the_chains_of_the_hybrid() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import triton
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s*(.*?)\s*;")
-WRITES = re.compile(r"(?:U(?!STP|BRA)|R2UR|S2UR|VOTEU|REDUX)")
+WRITES = re.compile(r"(?:U(?!STP|BRA)|R2UR|S2UR|VOTEU|REDUX|ELECT)")
 """Instructions whose first operands, up to one uniform register, are results."""
 
 
@@ -49,7 +49,7 @@ def _count_results(operands: list[str]) -> int:
     registers = count = 0
     for operand in operands:
         registers += operand.startswith("UR")
-        if not re.fullmatch(r"UR\d+|URZ|UP\d|UPT", operand) or registers > 1:
+        if not re.fullmatch(r"UR\d+|URZ|U?P\d|U?PT", operand) or registers > 1:
             break
         count += 1
     return count
