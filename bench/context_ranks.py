@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
@@ -47,20 +47,35 @@ class Setting(NamedTuple):
 def measure(
     settings: list[Setting], ranks: int, folder: Path, rounds: int
 ) -> Iterator[tuple[Setting, Any]]:
-    """Each setting with what `_time` finds of it on so many processes, as soon as it is found."""
-    results, arguments = folder / f"results-{ranks}", (settings, ranks, folder, rounds)
+    """Each setting with what `_time` finds of it on so many processes, as soon as it is found; if
+    they end before, with the error."""
+    results, arguments, count = folder / f"results-{ranks}", (settings, ranks, folder, rounds), 0
     results.touch()
-    processes = mp.spawn(_rank, arguments, ranks, join=False)  # type: ignore[attr-defined, no-untyped-call]
-    with results.open() as lines:
-        for setting in settings:
-            line = ""
-            while not line.endswith("\n"):
-                if not (rest := lines.readline()):
-                    processes.join(timeout=0.1)  # raises what a process raised
-                line += rest
-            yield setting, json.loads(line)
-    while not processes.join():
-        pass
+    spawn: Any = mp.spawn  # type: ignore[attr-defined]
+    processes = spawn(_rank, arguments, ranks, join=False, daemon=True)
+    try:
+        with results.open() as lines:
+            for setting in settings:
+                line = _wait_for_line(lines, processes)
+                count += 1
+                yield setting, json.loads(line)
+    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:  # type: ignore[attr-defined]
+        for setting in settings[count:]:
+            yield setting, f"{type(error).__name__}: {error}"[:500]
+    finally:
+        for process in processes.processes:
+            process.terminate()
+
+
+def _wait_for_line(lines: TextIO, processes: Any) -> str:
+    """The next line that a process writes. What a process raises is raised here."""
+    line = ""
+    while not line.endswith("\n"):
+        ended = processes.join(timeout=0.1)
+        line += (rest := lines.readline())
+        if ended and not rest:
+            raise RuntimeError(f"the ranks ended after {lines.name} was written in part")
+    return line
 
 
 def _rank(rank: int, settings: list[Setting], ranks: int, folder: Path, rounds: int) -> None:
@@ -73,7 +88,7 @@ def _rank(rank: int, settings: list[Setting], ranks: int, folder: Path, rounds: 
     compile_side_by_side()  # fla tunes for minutes otherwise
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", init_method=f"file://{folder}/group-{ranks}", rank=rank,
-        world_size=ranks, timeout=timedelta(minutes=10),
+        world_size=ranks, timeout=timedelta(minutes=5),
     )  # fmt: skip
     for setting in settings:
         found = _time(setting, device, rounds)

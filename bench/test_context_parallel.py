@@ -47,7 +47,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def times(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def described() -> dict[str, Any]:
+    """The machine, asked before the ranks measure."""
+    return about()
+
+
+@pytest.fixture(scope="module")
+def times(
+    described: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     """A function that waits for what is found of a setting. One group of processes after another
     measures all settings of a number of ranks."""
     every, folder = settings_of(request.config), tmp_path_factory.mktemp("ranks")
@@ -65,7 +73,7 @@ def times(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return wait_for
 
 
-def test_context_parallel(benchmark: Any, times: Any, setting: Setting) -> None:
+def test_context_parallel(benchmark: Any, described: Any, times: Any, setting: Setting) -> None:
     alone, found = times(setting._replace(ranks=1)), times(setting)
     benchmark.pedantic(lambda: None)  # the ranks have measured it
     if isinstance(found, str):
@@ -75,7 +83,7 @@ def test_context_parallel(benchmark: Any, times: Any, setting: Setting) -> None:
         "kind": "ranks", "shape": f"{setting.heads}:1x{setting.T}", "gates": setting.gates,
         "norm": "no", "pass": setting.which, "backend": setting.backend,
         "ranks": str(setting.ranks), "latency_ms": graph or eager, "eager_ms": eager,
-        "clock": "graph" if graph else "events" if ON_GPU else "wall", "environment": about(),
+        "clock": "graph" if graph else "events" if ON_GPU else "wall", "environment": described,
     }  # fmt: skip
     if not isinstance(alone, str) and bool(graph) == bool(alone[1]):
         row["efficiency"] = (alone[1] or alone[0]) / (setting.ranks * (graph or eager))

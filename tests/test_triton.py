@@ -269,3 +269,5 @@ def test_sees_uniform_registers_that_nothing_wrote() -> None:
     assert unset_registers("\n".join((start, before, right, high, product))) == []
     assert unset_registers("\n".join((start, before, fault, high, product))) == [fault]
     assert unset_registers("\n".join((start, before, right, product))) == [product]
+    compare = "/*0020*/ UISETP.GE.AND UP0, UPT, UR7, 0x1, UPT ;"
+    assert unset_registers("\n".join((start, before, compare, fault))) == [compare, fault]

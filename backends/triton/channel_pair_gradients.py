@@ -110,10 +110,10 @@ def add_pairs(
         )  # fmt: skip
     else:
         exponents = sum_by(selectors, CENTRED_SUMS, high, low, C, dtype)
-        # in float16 ptxas 12.8 (Triton 3.6) computes addresses of the code without the slow branch
-        # from a register that nothing writes; tests/uniform_registers.py looks for such
-        ASK: tl.constexpr = not WEAK or dtype == tl.float16
-        weak = tl.max(tl.abs(exponents)) <= CENTRED_RANGE if ASK else True
+        # without the slow branch ptxas 12.8 (Triton 3.6) miscompiles float16: it computes addresses
+        # from a register that nothing writes, for which tests/uniform_registers.py looks
+        SLOW_BRANCH: tl.constexpr = not WEAK or dtype == tl.float16
+        weak = tl.max(tl.abs(exponents)) <= CENTRED_RANGE if SLOW_BRANCH else True
         if weak:
             dQ, dK, terms, products = _add_centred(
                 dQ, dK, terms, products, queries, keys, strength, grad_matrices, chunk_head,
