@@ -219,6 +219,7 @@ def test_compiles_for(sm: int, dtype: str) -> None:
     """Every kernel fits into the GPU's shared memory, reads no uniform register that nothing wrote
     and, in bfloat16, spills little. The GPU need not be present."""
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, str(COMPILE), str(sm), dtype]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
