@@ -7,10 +7,8 @@ bytes of stack a thread, and instructions that read a uniform register that noth
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -30,7 +28,7 @@ from gdn.backends.triton.reverse_scan import reverse_scan_kernel
 from gdn.backends.triton.scan import scan_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from uniform_registers import disassemble, unset_registers
+from uniform_registers import run_tool, unset_registers
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
 
@@ -159,11 +157,10 @@ def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+        unset = len(unset_registers(run_tool("nvdisasm", "-c", file.name)))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    unset = len(unset_registers(disassemble(compiled.asm["cubin"])))
     return f"{name} {dtype} {compiled.metadata.shared} {found[1]} {found[2]} {unset}"
 
 

@@ -4,7 +4,6 @@ and through ptxas."""
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from test_agreement import SHORT_NAMES  # noqa: E402
 from test_close_keys import check_against_rounding  # noqa: E402
 from test_float16_ranges import LARGE_STATES, LARGE_VALUES, RAW_ROWS, check_ranges  # noqa: E402
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: E402, F401
+from uniform_registers import run_tool  # noqa: E402
 
 CASES = {
     case.name: case
@@ -166,8 +166,8 @@ def test_serialises_no_product_and_spills_outside_of_loops(name: str, tmp_path: 
     plan, _ = compiled.plan_of(CASES[name])
     (kernel,) = compile_together(*plan.jobs(save=False))
     compiled.assert_compiles_well(kernel, tmp_path, spilled=16 if name == "dense" else 48)
-    tool = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
-    code = subprocess.check_output([tool, "-sass", tmp_path / "kernel.out"], text=True)
+    pytest.importorskip("triton")
+    code = run_tool("cuobjdump", "-sass", tmp_path / "kernel.out")
     after_barriers = code[: code.rindex("HMMA")].split("BAR.SYNC.DEFER_BLOCKING 0x4,")
     merges = "".join(after_barriers[-3:])  # in one part and in two
     assert merges.count("HMMA") > 40

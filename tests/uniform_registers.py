@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s*(.*?)\s*;")
@@ -17,16 +16,12 @@ WRITES = re.compile(r"(?:U(?!STP|BRA)|R2UR|S2UR|VOTEU|REDUX|ELECT)")
 """Instructions whose first operands are results."""
 
 
-def disassemble(cubin: bytes) -> str:
-    """SASS of a cubin."""
+def run_tool(name: str, *arguments: str | Path) -> str:
+    """What a tool of CUDA that Triton brings prints: `nvdisasm -c CUBIN` prints SASS."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tool, "-c", file.name]
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def unset_registers(sass: str) -> list[str]:
