@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tuning import compile_side_by_side
+from tuning import tune_quickly
 
 import gdn
 from gdn.compare.timing import capture
@@ -85,7 +85,7 @@ def _rank(rank: int, settings: list[Setting], ranks: int, folder: Path, rounds: 
     if on_gpu:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
-    compile_side_by_side()  # fla tunes for minutes otherwise
+    tune_quickly()  # fla tunes for minutes otherwise
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", init_method=f"file://{folder}/group-{ranks}", rank=rank,
         world_size=ranks, timeout=timedelta(minutes=5),

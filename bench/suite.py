@@ -11,7 +11,7 @@ import adapters
 import pytest
 import torch
 from shapes import SELECTIONS, Decay, Norm, Selection, expand, make_step_case
-from tuning import compile_side_by_side
+from tuning import tune_quickly
 
 import gdn
 from gdn.compare.comparison import Comparison, Row
@@ -28,7 +28,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 PEERS = {peer.name: peer for peer in adapters.register()}
 if ON_GPU:
-    compile_side_by_side()
+    tune_quickly()
 
 
 def size(config: pytest.Config) -> str:

@@ -1,4 +1,4 @@
-"""`bench/tuning.py`: the configurations of a tuned kernel compile before they are timed."""
+"""`bench/tuning.py`: what a tuned kernel chooses from compiles first, and is timed briefly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from tuning import compiling
+from tuning import MILLISECONDS, compiling, timing_briefly
 
 CONFIGS = [SimpleNamespace(all_kwargs=lambda n=n: {"num_warps": n}) for n in (2, 4, 8)]
 
@@ -30,3 +30,11 @@ def test_what_is_left_to_time_compiles_in_one_mode() -> None:
     assert prune(tuner, {"N": 3, "warmup": False}) == CONFIGS
     assert ran == [{"x": 1, "N": 3, "warmup": True, "num_warps": n} for n in (2, 4, 8)]
     assert modes == [3]
+
+
+def test_a_configuration_is_timed_briefly_unless_its_tuner_has_a_timer() -> None:
+    do_bench = timing_briefly(lambda: lambda run, **options: (run(), options))
+    timed, options = do_bench(SimpleNamespace(_do_bench=None))(lambda: 3, quantiles=(0.5,))
+    assert (timed, options) == (3, MILLISECONDS | {"quantiles": (0.5,)})
+    own = object()
+    assert do_bench(SimpleNamespace(_do_bench=own)) is own
