@@ -186,6 +186,24 @@ def test_files_are_named_from_the_root_and_shown_together(
     assert command_line.main(["--document", str(target)]) == 2  # every row appears twice
 
 
+def test_older_results_add_the_peers_that_newer_ones_lack(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    """A setting that both files have counts once for each pair, with the times of the first."""
+    settings = [row["extra_info"] for row in document["benchmarks"]]
+    forward = [row for row in settings if row.get("pass") == "fwd" and row["backend"] != "torch"]
+    newer = [prefill("mine", "fwd", 64, 0.1), prefill("flashinfer", "fwd", 64, 0.2)]
+    older = [*forward, prefill("flashinfer", "fwd", 64, 9.0)]
+    for name, rows in (("newer", newer), ("older", older)):
+        found = [{"extra_info": row, "stats": {"median": 0.5}} for row in rows]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"benchmarks": found, "not_timed": []}))
+    target = tmp_path / "doc.md"
+    target.write_text(section("newer.json,older.json", "standing"))
+    text = documents.rewritten(target)
+    assert "| fwd | model | fused | mine | flashinfer | 1 | 2.00x | 2.00x | 2.00x |" in text
+    assert "| fwd | model | fused | mine | fla | 2 | 0.50x | 1.22x | 3.00x |" in text
+
+
 def test_standing_is_beside_the_fastest_peer(document: dict[str, Any]) -> None:
     """For each choice of sequences, one number per choice of heads; rows without a peer are left
     out."""

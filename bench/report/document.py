@@ -5,9 +5,9 @@
 
 A section names a file, a folder of several runs, or several of both with commas between, from the
 root of the repository. It is "speed" (milliseconds of prefill and decode, a column a backend),
-"standing" (how many times faster than each peer, over all settings), a kind of row ("prefill",
-"decode", "same bits", "cold start", ...), or "plot NAME" (a figure of `plots.FIGURES`, saved
-beside the first file).
+"standing" (how many times faster than each peer, over all settings; of several files the first
+that has both on a setting counts), a kind of row ("prefill", "decode", "same bits", "cold start",
+...), or "plot NAME" (a figure of `plots.FIGURES`, saved beside the first file).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gdn.compare import tables
 
@@ -74,22 +74,28 @@ def _speed(found: Results) -> Table:
 
 def _standing(runs: Sequence[Results]) -> Table:
     """How many times faster each of ours is than each peer, a row a pass; the device too, where
-    there are several."""
+    there are several. Two backends are compared on a setting once, in the first run that has both:
+    a later run of older rows adds what newer ones lack."""
     headers = ["pass", "gates", "norm", "decay", "backend", "over", "settings"]
     headers += ["at worst", "geometric mean", "at best"]
     devices = {run.environment["device"] for run in runs}
-    lines = []
+    compared, found = set[tuple[Any, ...]](), dict[tuple[str, ...], list[tuple[str, float]]]()
     for run in runs:
-        rows = run.of("prefill") + run.of("decode")
         device = results.device_name(run.environment) if len(devices) > 1 else "-"
-        for key, ratios in results.over_each_peer(rows).items():
-            *kind, ours, peer = key
-            same = [r for r in rows if [r["pass"], r["norm"], r.get("decay")] == kind]
-            gates = ", ".join(dict.fromkeys(row["gates"] for row in same))
-            some = min(ratios), statistics.geometric_mean(ratios), max(ratios)
-            which, norm, decay = (str(x or "-") for x in kind)
-            cells = [which, gates, norm, decay, str(ours), str(peer), str(len(ratios))]
-            lines.append([device, *cells, *(f"{x:.2f}x" for x in some)])
+        for row, peer in results.beside_peers(run.of("prefill") + run.of("decode")):
+            pair = device, *results.identity(row), peer["backend"]
+            if pair not in compared:
+                compared.add(pair)
+                kind = (str(x or "-") for x in (row["norm"], row.get("decay")))
+                key = device, row["pass"], *kind, row["backend"], peer["backend"]
+                ratio = peer["latency_ms"] / row["latency_ms"]
+                found.setdefault(key, []).append((row["gates"], ratio))
+    lines = []
+    for (device, which, *rest), pairs in found.items():
+        gates, ratios = zip(*pairs, strict=True)
+        some = min(ratios), statistics.geometric_mean(ratios), max(ratios)
+        cells = [which, ", ".join(dict.fromkeys(gates)), *rest, str(len(ratios))]
+        lines.append([device, *cells, *(f"{x:.2f}x" for x in some)])
     return columns.without_empty(["device", *headers], lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
@@ -139,17 +139,12 @@ def over_peers(rows: Iterable[Row]) -> float | None:
     return times[True] / times[False] if len(times) == 2 else None
 
 
-def over_each_peer(rows: Iterable[Row]) -> dict[tuple[str | None, ...], list[float]]:
-    """How many times faster ours is, by pass, norm, decay, backend of ours and peer: a number for
-    each setting where both were timed."""
-    found: dict[tuple[str | None, ...], list[float]] = {}
+def beside_peers(rows: Iterable[Row]) -> Iterator[tuple[Row, Row]]:
+    """Each row of ours with each row of a peer on the same setting."""
     for here in by_setting(rows).values():
         for row, peer in itertools.product(here, here):
             if row["backend"] not in PEERS and peer["backend"] in PEERS:
-                names = row["backend"], peer["backend"]
-                key = row["pass"], row["norm"], row.get("decay"), *names
-                found.setdefault(key, []).append(peer["latency_ms"] / row["latency_ms"])
-    return found
+                yield row, peer
 
 
 class Regression(NamedTuple):
