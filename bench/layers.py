@@ -1,5 +1,5 @@
-"""Stacks of linear attention layers of Qwen3.5-4B's shape, without MLPs: transformers' layers, as
-they are and patched, and gdn.nn's, with the same weights."""
+"""Stacks of linear attention layers of Qwen3.5-4B's shape, without MLPs or with one after each:
+transformers' layers, as they are and patched, and gdn.nn's, with the same weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from gdn.compare.timing import Timing
 from gdn.integrations.transformers import patch
 from gdn.parts import load
 
-WIDTH = 2560
+WIDTH, INNER = 2560, 9216
+"""Of the residual stream and of an MLP."""
 HEADS = {"num_k_heads": 16, "num_v_heads": 32, "head_k_dim": 128, "head_v_dim": 128}
 SMALL = {"num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 16, "head_v_dim": 16}
 ENGINES = ("transformers", "patched", "gdn.nn")
@@ -76,12 +77,27 @@ def use_plain_transformers() -> None:
         setattr(module, name, inspect.unwrap(getattr(module, name)))
 
 
-class Stack(nn.Module):
-    """Layers on a residual stream, each after a norm without weights."""
+class MLP(nn.Module):
+    """down(silu(gate) * up), as in the models."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.up = nn.Linear(width, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, -1)
+        y: Tensor = self.down(F.silu(gate) * up)
+        return y
+
+
+class Stack(nn.Module):
+    """Layers on a residual stream, with or without MLPs between, each after a norm without
+    weights."""
+
+    def __init__(self, layers: list[nn.Module], mlps: list[MLP]) -> None:
+        super().__init__()
+        self.layers, self.mlps = nn.ModuleList(layers), nn.ModuleList(mlps)
 
     def run(self, layer: nn.Module, number: int, x: Tensor, cache: Any) -> Tensor:
         raise NotImplementedError
@@ -92,6 +108,8 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, cache: Any = None) -> Tensor:
         for number, layer in enumerate(self.layers):
             x = x + self.run(layer, number, F.rms_norm(x, x.shape[-1:]), cache)
+            if self.mlps:
+                x = x + self.mlps[number](F.rms_norm(x, x.shape[-1:]))
         return x
 
 
@@ -110,7 +128,7 @@ class Native(Stack):
 class Transformers(Stack):
     """transformers' layers of Qwen3.5."""
 
-    def __init__(self, layers: int, width: int, heads: Mapping[str, int]) -> None:
+    def __init__(self, layers: int, width: int, heads: Mapping[str, int], mlps: list[MLP]) -> None:
         from transformers.models.qwen3_5 import configuration_qwen3_5, modeling_qwen3_5
 
         make_config: Any = configuration_qwen3_5.Qwen3_5TextConfig
@@ -120,7 +138,7 @@ class Transformers(Stack):
             layer_types=["linear_attention"] * layers,
             **{f"linear_{new}": heads[old] for new, old in _QWEN_NAMES.items()},
         )  # fmt: skip
-        super().__init__([make_layer(self.config, n) for n in range(layers)])
+        super().__init__([make_layer(self.config, n) for n in range(layers)], mlps)
         accepted = inspect.signature(make_layer.forward).parameters
         self.name = "cache" if "cache" in accepted else "cache_params"
 
@@ -148,15 +166,17 @@ class Engine(NamedTuple):
 
 
 def make_engines(
-    layers: int, device: torch.device, dtype: torch.dtype, small: bool = False
+    layers: int, device: torch.device, dtype: torch.dtype, small: bool = False, mlps: bool = False
 ) -> dict[str, Engine]:
-    """The `ENGINES`, with equal weights. small: sizes for a CPU."""
-    width, heads = (64, SMALL) if small else (WIDTH, HEADS)
+    """The `ENGINES`, with equal weights. small: sizes for a CPU; mlps: with an MLP a layer, which
+    the engines share."""
+    width, inner, heads = (64, 128, SMALL) if small else (WIDTH, INNER, HEADS)
     make_layer: Any = gdn.nn.GatedDeltaNet
     torch.manual_seed(0)
     with torch.device(device):
-        theirs = Transformers(layers, width, heads).to(dtype)
-        ours = Native([make_layer(width, **heads, dtype=dtype) for _ in range(layers)])
+        between: list[MLP] = [MLP(width, inner).to(dtype) for _ in range(layers if mlps else 0)]
+        theirs = Transformers(layers, width, heads, between).to(dtype)
+        ours = Native([make_layer(width, **heads, dtype=dtype) for _ in range(layers)], between)
     ours.load_state_dict(theirs.state_dict())
     return {
         "transformers": Engine(theirs, nullcontext),

@@ -1,6 +1,7 @@
 """A user's layers end to end: prefill, a training step and decode of a stack of linear attention
-layers. Rows of kind "layer": transformers' layers as they are (with fla, and a kernel for the
-convolution), patched, and gdn.nn's. Run with --layers N (24 for Qwen3.5-4B's)."""
+layers, alone and with an MLP after each. Rows of kind "layer": transformers' layers as they are
+(with fla, and a kernel for the convolution), patched, and gdn.nn's. Run with --layers N (24 for
+Qwen3.5-4B's)."""
 
 from __future__ import annotations
 
@@ -18,8 +19,11 @@ from suite import DEVICE, DTYPE, ON_GPU
 from gdn.compare.timing import peak_memory
 from gdn.testing import TOLERANCE, relative_error
 
-PASSES = ("prefill 1x8192", "prefill 1x32768", "train 1x8192", "decode 1x1", "decode 64x1")
-ON_CPU = ("prefill 1x128", "train 1x128", "decode 2x1")
+PASSES = (
+    "prefill 1x8192", "prefill 1x32768", "train 1x8192", "decode 1x1", "decode 64x1",
+    "prefill 1x8192 with MLPs", "train 1x8192 with MLPs", "decode 1x1 with MLPs",
+)  # fmt: skip
+ON_CPU = ("prefill 1x128", "train 1x128", "decode 2x1", "train 1x128 with MLPs")
 STEPS = 16
 """Decode steps that make a sample."""
 
@@ -33,13 +37,13 @@ def depth(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("layers"))
 
 
-@functools.cache
-def engines(depth: int) -> dict[str, layers.Engine]:
+@functools.lru_cache(maxsize=1)
+def engines(depth: int, mlps: bool) -> dict[str, layers.Engine]:
     if ON_GPU:
         layers.install_convolution()
     else:
         layers.use_plain_transformers()
-    return layers.make_engines(depth, DEVICE, DTYPE, small=not ON_GPU)
+    return layers.make_engines(depth, DEVICE, DTYPE, small=not ON_GPU, mlps=mlps)
 
 
 def make_input(shape: str) -> torch.Tensor:
@@ -60,8 +64,8 @@ class Measured(NamedTuple):
 def measure(depth: int, which: str) -> dict[str, Measured]:
     """Every engine in a pass: times, launches and peak memory, and how far its result is from that
     of unpatched transformers."""
-    name, shape = which.split()
-    made, x = engines(depth), make_input(shape)
+    name, shape, *mlps = which.split()
+    made, x = engines(depth, bool(mlps)), make_input(shape)
     runs = {engine: layers.make_run(made[engine], name, x) for engine in layers.ENGINES}
     found = {engine: Measured(run, made[engine].context, {}) for engine, run in runs.items()}
     first = runs["transformers"]()
