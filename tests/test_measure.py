@@ -97,7 +97,7 @@ def test_backward_alone_fits_in_a_graph() -> None:
 
 
 def test_the_command_is_recorded_without_folders(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["--shapes", "16/32:1x8192", "--benchmark-json=/some/where/a.json"]
+    arguments = ["--shapes", "16/32:1x8192|8x1024", "--benchmark-json=/some/where/a.json"]
     monkeypatch.setattr("sys.argv", ["/lib/pytest/__main__.py", *arguments])
     command = environment(torch.device("cpu"))["command"]
-    assert command == "pytest --shapes 16/32:1x8192 --benchmark-json=a.json"
+    assert command == "pytest --shapes '16/32:1x8192|8x1024' --benchmark-json=a.json"

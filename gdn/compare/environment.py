@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -63,10 +64,10 @@ def gpu_state(device: torch.device, *fields: str) -> dict[str, str]:
 
 
 def _command() -> str:
-    """The command line, with absolute paths reduced to their last part."""
+    """The command line as a shell takes it, with absolute paths reduced to their last part."""
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name
-    return " ".join([name, *(re.sub(r"(?<!\w)/\S*/", "", word) for word in sys.argv[1:])])
+    return shlex.join([name, *(re.sub(r"(?<!\w)/\S*/", "", word) for word in sys.argv[1:])])
 
 
 def environment(device: torch.device) -> dict[str, Any]:
