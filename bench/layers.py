@@ -24,7 +24,7 @@ from gdn.integrations.transformers import patch
 from gdn.parts import load
 
 WIDTH, INNER = 2560, 9216
-"""Of the residual stream and of an MLP."""
+"""Of the residual stream and of an MLP, as in Qwen3.5-4B."""
 HEADS = {"num_k_heads": 16, "num_v_heads": 32, "head_k_dim": 128, "head_v_dim": 128}
 SMALL = {"num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 16, "head_v_dim": 16}
 ENGINES = ("transformers", "patched", "gdn.nn")
@@ -78,22 +78,22 @@ def use_plain_transformers() -> None:
 
 
 class MLP(nn.Module):
-    """down(silu(gate) * up), as in the models."""
+    """down(silu(gate) * up). One product computes gate and up."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 2 * inner, bias=False)
+        self.gate_up = nn.Linear(width, 2 * inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, -1)
+        gate, up = self.gate_up(x).chunk(2, -1)
         y: Tensor = self.down(F.silu(gate) * up)
         return y
 
 
 class Stack(nn.Module):
-    """Layers on a residual stream, with or without MLPs between, each after a norm without
-    weights."""
+    """Layers on a residual stream, each with an MLP behind it or none. A norm without weights
+    precedes each of them."""
 
     def __init__(self, layers: list[nn.Module], mlps: list[MLP]) -> None:
         super().__init__()
@@ -166,17 +166,21 @@ class Engine(NamedTuple):
 
 
 def make_engines(
-    layers: int, device: torch.device, dtype: torch.dtype, small: bool = False, mlps: bool = False
+    layers: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    small: bool = False,
+    with_mlps: bool = False,
 ) -> dict[str, Engine]:
-    """The `ENGINES`, with equal weights. small: sizes for a CPU; mlps: with an MLP a layer, which
-    the engines share."""
+    """The `ENGINES`, with equal weights. small: sizes for a CPU; with_mlps: one a layer,
+    which the engines share."""
     width, inner, heads = (64, 128, SMALL) if small else (WIDTH, INNER, HEADS)
     make_layer: Any = gdn.nn.GatedDeltaNet
     torch.manual_seed(0)
     with torch.device(device):
-        between: list[MLP] = [MLP(width, inner).to(dtype) for _ in range(layers if mlps else 0)]
-        theirs = Transformers(layers, width, heads, between).to(dtype)
-        ours = Native([make_layer(width, **heads, dtype=dtype) for _ in range(layers)], between)
+        mlps: list[MLP] = [MLP(width, inner).to(dtype) for _ in range(layers if with_mlps else 0)]
+        theirs = Transformers(layers, width, heads, mlps).to(dtype)
+        ours = Native([make_layer(width, **heads, dtype=dtype) for _ in range(layers)], mlps)
     ours.load_state_dict(theirs.state_dict())
     return {
         "transformers": Engine(theirs, nullcontext),

@@ -43,7 +43,7 @@ def engines(depth: int, mlps: bool) -> dict[str, layers.Engine]:
         layers.install_convolution()
     else:
         layers.use_plain_transformers()
-    return layers.make_engines(depth, DEVICE, DTYPE, small=not ON_GPU, mlps=mlps)
+    return layers.make_engines(depth, DEVICE, DTYPE, small=not ON_GPU, with_mlps=mlps)
 
 
 def make_input(shape: str) -> torch.Tensor:
@@ -60,7 +60,7 @@ class Measured(NamedTuple):
     columns: dict[str, Any]
 
 
-@functools.lru_cache(maxsize=1)  # one pass's tensors at a time
+@functools.lru_cache(maxsize=1)  # one pass's tensors at a time, two where one follows another
 def measure(depth: int, which: str) -> dict[str, Measured]:
     """Every engine in a pass: times, launches and peak memory, and how far its result is from that
     of unpatched transformers."""

@@ -18,8 +18,8 @@ Prune = Callable[[Any, dict[str, Any]], list[Any]]
 
 
 def tune_quickly() -> None:
-    """From now on, in this process. Nothing changes where Triton is not installed, or older than
-    3.5."""
+    """From now on Triton compiles the configurations of a kernel side by side in this process, and
+    times each briefly. Nothing changes where it is not installed, or older than 3.5."""
     with contextlib.suppress(ImportError):
         from triton.runtime import driver
         from triton.runtime._async_compile import AsyncCompileMode

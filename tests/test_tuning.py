@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from tuning import MILLISECONDS, compiling, timing_briefly
+import pytest
+from tuning import MILLISECONDS, compiling, timing_briefly, tune_quickly
 
 CONFIGS = [SimpleNamespace(all_kwargs=lambda n=n: {"num_warps": n}) for n in (2, 4, 8)]
 
@@ -38,3 +39,21 @@ def test_a_configuration_is_timed_briefly_unless_its_tuner_has_a_timer() -> None
     assert (timed, options) == (3, MILLISECONDS | {"quantiles": (0.5,)})
     own = object()
     assert do_bench(SimpleNamespace(_do_bench=own)) is own
+
+
+def test_triton_tunes_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the names of the installed Triton, which are not public."""
+    module = pytest.importorskip("triton.runtime.autotuner")
+    for name in ("prune_configs", "do_bench"):
+        monkeypatch.setattr(module.Autotuner, name, vars(module.Autotuner)[name])
+    active = SimpleNamespace(get_benchmarker=lambda: print)
+    monkeypatch.setattr(module.driver, "_active", active)
+    tune_quickly()
+
+    def make(**given: Any) -> Any:
+        return module.Autotuner(lambda: None, [], [], [], None, None, **given)
+
+    found = make().do_bench
+    assert (found.func, found.keywords) == (print, MILLISECONDS)
+    assert make(do_bench=len).do_bench is len
+    assert make().prune_configs.__name__ == "prune_and_compile"

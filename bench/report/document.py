@@ -6,8 +6,8 @@
 A section names a file, a folder of several runs, or several of both with commas between, from the
 root of the repository. It is "speed" (milliseconds of prefill and decode, a column a backend),
 "standing" (how many times faster than each peer, over all settings; of several files the first
-that has both on a setting counts), a kind of row ("prefill", "decode", "same bits", "cold start",
-...), or "plot NAME" (a figure of `plots.FIGURES`, saved beside the first file).
+that timed both backends on a setting counts), a kind of row ("prefill", "decode", "same bits",
+"cold start", ...), or "plot NAME" (a figure of `plots.FIGURES`, saved beside the first file).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Results(NamedTuple):
     @property
     def environment(self) -> Row:
         """Device, versions, commit and command; of several runs, those of the first. `UNKNOWN` if
-        no row holds them (rows of dispatch and of cold starts do not)."""
+        no row holds them (rows of dispatch do not)."""
         return next((row["environment"] for row in self.rows if "environment" in row), UNKNOWN)
 
     def every(self, field: str) -> list[str]:
