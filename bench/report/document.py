@@ -79,17 +79,17 @@ def _standing(runs: Sequence[Results]) -> Table:
     headers = ["pass", "gates", "norm", "decay", "backend", "over", "settings"]
     headers += ["at worst", "geometric mean", "at best"]
     devices = {run.environment["device"] for run in runs}
-    compared, found = set[tuple[Any, ...]](), dict[tuple[str, ...], list[tuple[str, float]]]()
+    first: dict[tuple[Any, ...], tuple[str, results.Row, results.Row]] = {}
     for run in runs:
         device = results.device_name(run.environment) if len(devices) > 1 else "-"
         for row, peer in results.beside_peers(run.of("prefill") + run.of("decode")):
             pair = device, *results.identity(row), peer["backend"]
-            if pair not in compared:
-                compared.add(pair)
-                kind = (str(x or "-") for x in (row["norm"], row.get("decay")))
-                key = device, row["pass"], *kind, row["backend"], peer["backend"]
-                ratio = peer["latency_ms"] / row["latency_ms"]
-                found.setdefault(key, []).append((row["gates"], ratio))
+            first.setdefault(pair, (device, row, peer))
+    found: dict[tuple[str, ...], list[tuple[str, float]]] = {}
+    for device, row, peer in first.values():
+        kind = (str(x or "-") for x in (row["norm"], row.get("decay")))
+        key = device, row["pass"], *kind, row["backend"], peer["backend"]
+        found.setdefault(key, []).append((row["gates"], peer["latency_ms"] / row["latency_ms"]))
     lines = []
     for (device, which, *rest), pairs in found.items():
         gates, ratios = zip(*pairs, strict=True)
