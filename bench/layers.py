@@ -77,27 +77,13 @@ def use_plain_transformers() -> None:
         setattr(module, name, inspect.unwrap(getattr(module, name)))
 
 
-class MLP(nn.Module):
-    """down(silu(gate) * up). One product computes gate and up."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(width, 2 * inner, bias=False)
-        self.down = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        y: Tensor = self.down(F.silu(gate) * up)
-        return y
-
-
 class Stack(nn.Module):
     """Layers on a residual stream, each with an MLP behind it or none. A norm without weights
     precedes each of them."""
 
-    def __init__(self, layers: list[nn.Module], mlps: list[MLP]) -> None:
+    def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
-        self.layers, self.mlps = nn.ModuleList(layers), nn.ModuleList(mlps)
+        self.layers, self.mlps = nn.ModuleList(layers), nn.ModuleList()
 
     def run(self, layer: nn.Module, number: int, x: Tensor, cache: Any) -> Tensor:
         raise NotImplementedError
@@ -128,7 +114,7 @@ class Native(Stack):
 class Transformers(Stack):
     """transformers' layers of Qwen3.5."""
 
-    def __init__(self, layers: int, width: int, heads: Mapping[str, int], mlps: list[MLP]) -> None:
+    def __init__(self, layers: int, width: int, heads: Mapping[str, int]) -> None:
         from transformers.models.qwen3_5 import configuration_qwen3_5, modeling_qwen3_5
 
         make_config: Any = configuration_qwen3_5.Qwen3_5TextConfig
@@ -138,9 +124,16 @@ class Transformers(Stack):
             layer_types=["linear_attention"] * layers,
             **{f"linear_{new}": heads[old] for new, old in _QWEN_NAMES.items()},
         )  # fmt: skip
-        super().__init__([make_layer(self.config, n) for n in range(layers)], mlps)
+        super().__init__([make_layer(self.config, n) for n in range(layers)])
         accepted = inspect.signature(make_layer.forward).parameters
         self.name = "cache" if "cache" in accepted else "cache_params"
+
+    def add_mlps(self, inner: int) -> None:
+        """Put the model's own MLP after each layer."""
+        from transformers.models.qwen3_5 import modeling_qwen3_5
+
+        make_mlp: Any = modeling_qwen3_5.Qwen3_5MLP
+        self.mlps.extend(make_mlp(self.config, inner) for _ in self.layers)
 
     def run(self, layer: nn.Module, number: int, x: Tensor, cache: Any) -> Tensor:
         found: Tensor = layer(x, **{self.name: cache})
@@ -178,9 +171,12 @@ def make_engines(
     make_layer: Any = gdn.nn.GatedDeltaNet
     torch.manual_seed(0)
     with torch.device(device):
-        mlps: list[MLP] = [MLP(width, inner).to(dtype) for _ in range(layers if with_mlps else 0)]
-        theirs = Transformers(layers, width, heads, mlps).to(dtype)
-        ours = Native([make_layer(width, **heads, dtype=dtype) for _ in range(layers)], mlps)
+        theirs = Transformers(layers, width, heads)
+        if with_mlps:
+            theirs.add_mlps(inner)
+        theirs.to(dtype)
+        ours = Native([make_layer(width, **heads, dtype=dtype) for _ in range(layers)])
+    ours.mlps = theirs.mlps
     ours.load_state_dict(theirs.state_dict())
     return {
         "transformers": Engine(theirs, nullcontext),
