@@ -113,6 +113,7 @@ def compute_KS(
         for i, j in T.Parallel(*frag.S.shape):
             frag.S[i, j] *= smem.scan_factors[s, S_FACTOR + j // C, j % C]
     else:
+        T.sync_warp()  # else ptxas puts multiplications between the products, which then end later
         for i, j in T.Parallel(*frag.S.shape):
             frag.S[i, j] *= smem.scan_factors[s, S_FACTOR, 0]
         T.wait_wgmma(0)
