@@ -32,6 +32,7 @@ HELD_TO_PLAIN = ("o", "final_state", "q", "k", "v")
 DEVIATIONS = {
     ("fla", "correlated-keys", torch.float16): "TF32 merges of its inverse: state off by 2.4e-3",
     ("fla", "channels-at-lower-bound", torch.float16): "failed on an H200; docs/log/open.md",
+    ("fla", "channels-bounded-128", torch.float16): "o 2.1 times plain PyTorch's error on an H200",
     ("fla", "channels-grouped-heads", torch.float16): "one element of 16384 off by 1.2e-3",
     ("fla", "channels-packed-fused", torch.float16): "A_log off by 2.1e-3",
     ("tilelang", "channels-at-lower-bound", torch.float16): "dbeta off by 1.2e-3; docs/log/open.md",

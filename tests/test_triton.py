@@ -37,8 +37,10 @@ HALF = (torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("decay", ["head", "channel", "bounded"])
 def test_head_dims(decay: str, K: int, dtype: torch.dtype, device: str) -> None:
     """Every output and gradient. At these widths Triton 3.4 to 3.7.0 is known to miscompile
-    transposed operands on Hopper."""
-    case = Case(f"K{K}", T=150, H=1, HV=2, K=K, V=K, per_channel=decay != "head", dtype=dtype)
+    transposed operands on Hopper. Of two heads the sums for A_log, one number a head, and for beta
+    of the last token may nearly cancel: plain PyTorch in the same dtype is too far off, too."""
+    HV = 8 if device == "cuda" else 2  # the interpreter takes minutes for eight
+    case = Case(f"K{K}", T=150, H=1, HV=HV, K=K, V=K, per_channel=decay != "head", dtype=dtype)
     if decay == "bounded":
         case = replace(case, fused=True, gate_lower_bound=-5.0)
     slow = case.per_channel and (K, dtype) != (100, torch.bfloat16)
