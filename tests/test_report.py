@@ -221,7 +221,8 @@ def test_standing_is_beside_the_fastest_peer(document: dict[str, Any]) -> None:
     assert forward["1x64"] == pytest.approx([0.6, 1.0])
     assert backward["1x64"] == pytest.approx([3.0])
     (group, *_) = groups
-    assert group.title({"fla", "mine"}) == "Forward, model gates, a <GPU>, beside fla"
+    assert group.title({"fla", "mine"}, True) == "Forward, model gates, a <GPU>, beside fla"
+    assert group.title({"fla", "mine"}, False) == "Forward, model gates, beside fla"
     assert standing.standing(results.Results(found.rows[:1], [])) is None
 
 

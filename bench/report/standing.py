@@ -22,11 +22,12 @@ class Group(NamedTuple):
     gates: str
     device: str
 
-    def title(self, peers: set[str]) -> str:
+    def title(self, peers: set[str], with_device: bool) -> str:
         """The group in words."""
         beside = ", ".join(name for name in PEERS if name in peers)
         which = WORDS.get(self.which, self.which.capitalize())
-        return f"{which}, {self.gates}, {self.device}, beside {beside}"
+        device = [self.device] if with_device else []
+        return ", ".join([which, self.gates, *device, f"beside {beside}"])
 
 
 def _group(row: Row) -> Group:
@@ -71,8 +72,9 @@ def standing(results: Results) -> Any:
     lines = sum(map(len, groups.values())) + len(groups)
     figure, axes = panels(1, 1, WIDE, 0.9 + 0.19 * lines)
     panel, labels, places = axes[0, 0], dict[int, str](), iter(range(lines))
+    several = len({group.device for group in groups}) > 1
     for group, bars in groups.items():
-        title, above = group.title(_peers(results, group)), next(places)
+        title, above = group.title(_peers(results, group), several), next(places)
         panel.annotate(
             title, (1, above), (4, 0), textcoords="offset points", va="center", weight="bold"
         )
