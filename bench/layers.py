@@ -112,9 +112,11 @@ class Native(Stack):
 
 
 class Transformers(Stack):
-    """transformers' layers of Qwen3.5."""
+    """transformers' layers of Qwen3.5. After each is the model's own MLP, unless inner is None."""
 
-    def __init__(self, layers: int, width: int, heads: Mapping[str, int]) -> None:
+    def __init__(
+        self, layers: int, width: int, heads: Mapping[str, int], inner: int | None
+    ) -> None:
         from transformers.models.qwen3_5 import configuration_qwen3_5, modeling_qwen3_5
 
         make_config: Any = configuration_qwen3_5.Qwen3_5TextConfig
@@ -125,15 +127,11 @@ class Transformers(Stack):
             **{f"linear_{new}": heads[old] for new, old in _QWEN_NAMES.items()},
         )  # fmt: skip
         super().__init__([make_layer(self.config, n) for n in range(layers)])
+        if inner is not None:
+            make_mlp: Any = modeling_qwen3_5.Qwen3_5MLP
+            self.mlps.extend(make_mlp(self.config, inner) for _ in range(layers))
         accepted = inspect.signature(make_layer.forward).parameters
         self.name = "cache" if "cache" in accepted else "cache_params"
-
-    def add_mlps(self, inner: int) -> None:
-        """Put the model's own MLP after each layer."""
-        from transformers.models.qwen3_5 import modeling_qwen3_5
-
-        make_mlp: Any = modeling_qwen3_5.Qwen3_5MLP
-        self.mlps.extend(make_mlp(self.config, inner) for _ in self.layers)
 
     def run(self, layer: nn.Module, number: int, x: Tensor, cache: Any) -> Tensor:
         found: Tensor = layer(x, **{self.name: cache})
@@ -171,10 +169,7 @@ def make_engines(
     make_layer: Any = gdn.nn.GatedDeltaNet
     torch.manual_seed(0)
     with torch.device(device):
-        theirs = Transformers(layers, width, heads)
-        if with_mlps:
-            theirs.add_mlps(inner)
-        theirs.to(dtype)
+        theirs = Transformers(layers, width, heads, inner if with_mlps else None).to(dtype)
         ours = Native([make_layer(width, **heads, dtype=dtype) for _ in range(layers)])
     ours.mlps = theirs.mlps
     ours.load_state_dict(theirs.state_dict())

@@ -150,8 +150,9 @@ def test_fla_is_in_no_graph_of_whole_sequences() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if "eager 1" not in done.stdout:
         pytest.skip("transformers does not take fla's function here")
-    left_out = "compiled 0" in done.stdout or "torch._dynamo.exc.Unsupported" in done.stderr
-    assert left_out, f"fla's function was compiled: {done.stdout}{done.stderr[-2000:]}"
+    stopped = done.returncode and "torch._dynamo.exc.Unsupported" in done.stderr
+    said = done.stdout + done.stderr[-2000:]
+    assert stopped or "compiled 0" in done.stdout, f"fla's function was compiled: {said}"
 
 
 @pytest.mark.gpu

@@ -32,20 +32,31 @@ pytest.importorskip("triton")
 HALF = (torch.float16, torch.bfloat16)
 
 
+NEARLY_CANCELLING = {
+    ("bounded", 100, torch.float16): "A_log off by 1.8e-3 on an H200; docs/log/open.md",
+    ("bounded", 256, torch.float16): "dbeta off by 1.9e-3 on an H200; docs/log/open.md",
+    ("bounded", 256, torch.bfloat16): "dbeta off by 2.5e-2 on an H200; docs/log/open.md",
+}
+"""With two value heads; with eight they agree."""
+
+
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
 @pytest.mark.parametrize("K", [64, 100, 128, 256])
 @pytest.mark.parametrize("decay", ["head", "channel", "bounded"])
-def test_head_dims(decay: str, K: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("HV", [2, 8])
+def test_head_dims(
+    request: pytest.FixtureRequest, HV: int, decay: str, K: int, dtype: torch.dtype, device: str
+) -> None:
     """Every output and gradient. At these widths Triton 3.4 to 3.7.0 is known to miscompile
-    transposed operands on Hopper. Of two heads the sums for A_log, one number a head, and for beta
-    of the last token may nearly cancel: plain PyTorch in the same dtype is too far off, too."""
-    HV = 8 if device == "cuda" else 2  # the interpreter takes minutes for eight
+    transposed operands on Hopper."""
     case = Case(f"K{K}", T=150, H=1, HV=HV, K=K, V=K, per_channel=decay != "head", dtype=dtype)
     if decay == "bounded":
         case = replace(case, fused=True, gate_lower_bound=-5.0)
     slow = case.per_channel and (K, dtype) != (100, torch.bfloat16)
-    if device == "cpu" and (K == 256 or dtype == torch.float16 or slow):
+    if device == "cpu" and (K == 256 or dtype == torch.float16 or slow or HV == 8):
         pytest.skip("too slow under the interpreter; runs on a GPU")
+    if HV == 2 and (reason := NEARLY_CANCELLING.get((decay, K, dtype))):
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
     expected = truth(case)
     got = run("triton", case, with_gradients(make_inputs(case, device)))
     for name, value in got.items():
