@@ -147,11 +147,12 @@ def scan_step(smem: Any, frag: Any, bars: Any, chunk: Any, s: Any, tx: Any, chan
     """Stage S^T and U^T of the chunk in stage s, and update S; by the consumer warpgroup."""
     # === K S ===
     T.copy(frag.S, frag.S_half)
+    T.wgmma_gemm(frag.S_half, smem.k[s, :, :], frag.KS, transpose_B=True, clear_accum=True)
+    T.sync_warp()  # else ptxas puts what follows between the products, which then end later
     if not channels:
         frag.e_gamma[0] = T.exp2(smem.factors[s, Factor.G, C - 1] * LOG2_E)
         for i, j in T.Parallel(*frag.S.shape):
             frag.S[i, j] *= frag.e_gamma[0]
-    T.wgmma_gemm(frag.S_half, smem.k[s, :, :], frag.KS, transpose_B=True, clear_accum=True)
     load_transposed(smem.v, s, frag.v, tx)
     store(frag.S_half, smem.S, chunk % 2, tx)
     T.wait_wgmma(0)

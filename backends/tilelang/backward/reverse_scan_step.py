@@ -134,7 +134,10 @@ def scan_step(
     # === K dS, P^T dO, and dS += Q^T (scale e^G rq * dO): three products in flight ===
     T.copy(frag.dS, frag.dS_half)
     T.wgmma_gemm(frag.dS_half, smem.k_out[s, :, :], frag.KdS, transpose_B=True, clear_accum=True)
+    T.sync_warp()  # here and below: else ptxas puts what follows between a product's instructions
     load_transposed(smem.do, s, frag.dO, thread)
+    T.wgmma_gemm(frag.dO, smem.P[s if channels else 0, :, :], frag.dU, clear_accum=True)
+    T.sync_warp()
     frag.e_gamma[0] = 1.0 if channels else T.exp2(smem.factors[s, Factor.G, C - 1] * LOG2_E)
     if smem.up_down is not None:
         frag.e_gamma[0] *= smem.up_down[s, 0]
@@ -145,8 +148,8 @@ def scan_step(
             frag.dS[i, j] *= frag.e_gamma[0]
     for i, j in T.Parallel(ROWS, C):
         frag.dO_scaled[i, j] = smem.dO_factor[s, j] * frag.dO[i, j]
-    T.wgmma_gemm(frag.dO, smem.P[s if channels else 0, :, :], frag.dU, clear_accum=True)
     T.wgmma_gemm(frag.dO_scaled, smem.q[s, :, :], frag.dS)
+    T.sync_warp()
     if outputs:
         T.barrier_wait(bars.dS_R_free, parity)
         store(frag.dS_half, smem.dS, 0, thread)
@@ -157,6 +160,7 @@ def scan_step(
     for i, j in T.Parallel(ROWS, C):
         frag.dU_half[i, j] = frag.dU[i, j] + smem.KdS_factor[s, j] * frag.KdS[i, j]
     T.wgmma_gemm(frag.dU_half, smem.A[s, :, :], frag.R, clear_accum=True)
+    T.sync_warp()
     if outputs:
         load_transposed(smem.v, s, frag.v, thread)
     T.wait_wgmma(0)
@@ -165,6 +169,7 @@ def scan_step(
     for i, j in T.Parallel(ROWS, C):
         frag.R_half[i, j] = smem.R_factor[s, j] * frag.R[i, j]
     T.wgmma_gemm(frag.R_half, smem.k[s, :, :], frag.dS)
+    T.sync_warp()
     if outputs:
         for i, j in T.Parallel(ROWS, C):
             frag.dU_half[i, j] = smem.R_scale[s, j] * frag.R[i, j]

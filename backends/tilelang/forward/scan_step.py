@@ -107,13 +107,13 @@ def compute_KS(
 ) -> None:
     """K S of the chunk in stage s, and e^gamma S. Load V from its tile, which is not read again."""
     T.wgmma_gemm(frag.S_half, smem.k[s, :, :], frag.KS, transpose_B=True, clear_accum=True)
+    T.sync_warp()  # else ptxas puts what follows between the products, which then end later
     load_transposed(smem.v, v_tile, frag.V, thread)
     if channels:
         T.wait_wgmma(0)  # beside the product, the factors would not fit in registers
         for i, j in T.Parallel(*frag.S.shape):
             frag.S[i, j] *= smem.scan_factors[s, S_FACTOR + j // C, j % C]
     else:
-        T.sync_warp()  # else ptxas puts multiplications between the products, which then end later
         for i, j in T.Parallel(*frag.S.shape):
             frag.S[i, j] *= smem.scan_factors[s, S_FACTOR, 0]
         T.wait_wgmma(0)
