@@ -58,6 +58,11 @@ ON_GPUS = {  # cases of a group share kernels, but for the last one
         Parallel("blocks of heads", (300, 280), options=NORM | {"K": 96, "V": 192}),
         Parallel("channels", (700, 600), options=LONG | {"per_channel": True}),
     ],
+    "four GPUs": [
+        Parallel("four", (600, 700, 500, 300), options=LONG),
+        Parallel("four, packed", (400, 600, 500, 600), (30, 900, 70, 1100), options=NORM),
+        Parallel("four, zigzag", (600, 700, 500, 300), None, "zigzag", options=LONG),
+    ],
 }
 
 
@@ -66,10 +71,11 @@ ON_GPUS = {  # cases of a group share kernels, but for the last one
 @pytest.mark.parametrize("group", ON_GPUS)
 def test_gpus_agree_with_the_whole_sequences(tmp_path: Path, group: str, backend: str) -> None:
     """NCCL, a GPU for each rank."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    arguments = (ON_GPUS[group], (torch.bfloat16,), backend, "cuda")
-    start(run_cases, 2, tmp_path, 300, *arguments, device="cuda")
+    cases = ON_GPUS[group]
+    ranks = cases[0].ranks
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    start(run_cases, ranks, tmp_path, 300, cases, (torch.bfloat16,), backend, "cuda", device="cuda")
 
 
 @pytest.mark.gpu
