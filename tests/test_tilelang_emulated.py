@@ -64,6 +64,7 @@ CUT = replace(LARGE, name="cut", T=1550, B=1, H=1, HV=2, gates="weak")
 GROUPED = Case(
     "grouped", T=250, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16, fused=True, gates="model"
 )
+ALONE = replace(GROUPED, name="alone", H=3, HV=3, T=200, fused=False)
 DECODED = (
     "one-token", "packed", "speculative", "float16-pool", "padded-pack", "padded-pack-out",
     "sixteen-tokens", "no-leading-column-packed", "last-elsewhere", "each-elsewhere",
@@ -220,12 +221,13 @@ def test_backward_in_rounds(
     check(case, inputs)
 
 
+@pytest.mark.parametrize("case", [GROUPED, ALONE], ids=lambda case: case.name)
 @pytest.mark.parametrize("slow", [0, 5, 8, 9, 10, 12, 13, 14])
-def test_a_warp_may_be_slow(world: Callable[..., None], slow: int) -> None:
+def test_a_warp_may_be_slow(world: Callable[..., None], slow: int, case: Case) -> None:
     """Warps of every role. In `gradients`: warps of both inter-chunk warpgroups and of the
     intra-chunk warpgroup, the producer warp, the storing warp and a dv warp."""
     world(late=True, slow=slow)
-    check(GROUPED, with_gradients(make_inputs(GROUPED)))
+    check(case, with_gradients(make_inputs(case)))
 
 
 @pytest.mark.usefixtures("poisoned_memory")

@@ -17,7 +17,7 @@ from gdn.problem import CHUNK, Call
 from ..common.chunking import piece_length, piece_slots, sm_count
 from .tile.layout import ROWS
 
-MIN_ROUND_BYTES, MAX_ROUNDS = 400 << 20, 4
+MIN_ROUND_BYTES, MAX_ROUNDS = 320 << 20, 4
 """Bytes of S, dS and U in a round, at least, and rounds, at most: for a whole batch, or for each
 sequence where sequences go one by one."""
 

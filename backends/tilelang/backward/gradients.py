@@ -36,7 +36,6 @@ from ..tile.indexing import Fields, rolled_loop, strided
 from ..tile.largest import PRELUDE as LARGEST
 from ..tile.layout import ROWS
 from ..tile.ragged_rows import clear_past_end, clear_rows_past_end
-from .factors import Factor
 from .gradients_gates import store_gate_gradients, store_weak_dv
 from .gradients_inter import (
     InterFragments,
@@ -64,6 +63,7 @@ from .gradients_memory import (
     largest_scale,
     load_rows,
     load_state,
+    load_tokens,
     locate_chunk,
 )
 
@@ -122,13 +122,14 @@ def gradients(
             T.barrier_arrive(bars.sums_ready[n % 2])
             T.barrier_arrive(bars.tokens_free[n % 2])
         T.sync_threads(TILES_READY, consumers)
-        add_intra_chunk(smem, frag, h)
-        T.barrier_arrive(bars.S_free)  # not before: the tiles may have the memory of S
+        last = (chunk.heads_done + group - 1) % 2
+        add_intra_chunk(smem, frag, last, h)
         if l2:
             apply_norms(smem, frag, chunk.chunks_done % 2, h, bars.qk_free, INTER, thread)
         else:
             T.barrier_arrive(bars.qk_free)
-        stage_dq_dk(smem, frag, (chunk.heads_done + group - 1) % 2, h, INTER)
+            T.sync_threads(INTER, inter_threads)  # dq takes the place of the tiles of F
+        stage_dq_dk(smem, frag, last, h)
         T.barrier_arrive(bars.dq_dk_ready)
 
     @T.macro
@@ -167,7 +168,8 @@ def gradients(
             T.barrier_arrive(bars.tokens_free[b])
         T.barrier_wait(bars.tiles_free, parity)
         T.barrier_wait(bars.dq_dk_free, parity ^ 1)
-        stage_tiles(smem, frag, parity, scale)
+        T.sync_threads(INTRA, 128)  # all of it has read U, kk and qk, whose memory tiles take
+        stage_tiles(smem, frag, (before + group - 1) % 2, parity, scale)
         T.sync_threads(TILES_READY, consumers)
 
     @T.macro
@@ -179,33 +181,19 @@ def gradients(
             b = n % 2
             T.barrier_wait(bars.tokens_free[b], n // 2 % 2 ^ 1)
             T.barrier_wait(bars.sums_free[b], n // 2 % 2 ^ 1)
-            for source, target in (
-                (do[batch, token : token + C, head, :], smem.do[b, :, :]),
-                (R[batch, token : token + C, head, :], smem.R[b, :, :]),
-                (U[slot, head, :, :], smem.U[b, :, :]),
-                (G_beta[slot, head, :, :], smem.factors[b, Factor.G_BETA, :]),
-                (norms[slot, key_head, :, :], smem.factors[b, Factor.NORMS, :]),
-                (
-                    rowsum_RV[slot, head, :, :],
-                    smem.factors[b, Factor.RV : Factor.RV + V // ROWS, :],
-                ),
-            ):
-                T.tma_copy(source, target, barrier=bars.tokens_ready[b], leader_scope_threads=32)
-            if smem.has_scales:
-                T.tma_copy(
-                    row_scales[slot, head, :, :], smem.factors[b, smem.first_scales :, :],
-                    barrier=bars.tokens_ready[b], leader_scope_threads=32,
-                )  # fmt: skip
-            T.barrier_arrive(bars.tokens_ready[b])
+            load_tokens(
+                do, R, G_beta, norms, rowsum_RV, U, row_scales, smem, bars, b, batch, token, slot,
+                head, key_head,
+            )  # fmt: skip
             T.barrier_wait(bars.dS_free, n % 2 ^ 1)
             load_state(dS, smem.dS, bars.dS_ready, slot, head)
-            if g == 0:
+            T.barrier_wait(bars.S_free, n % 2 ^ 1)
+            load_state(S, smem.S, bars.S_ready, slot, head)
+            if g == 0:  # last, since the chunk before keeps q and k to its end
                 T.barrier_wait(bars.qk_free, chunk.chunks_done % 2 ^ 1)
                 load_rows(q, smem.q, bars.qk_ready, batch, token, key_head)
                 load_rows(k, smem.k, bars.qk_ready, batch, token, key_head)
                 T.barrier_arrive(bars.qk_ready)
-            T.barrier_wait(bars.S_free, n % 2 ^ 1)
-            load_state(S, smem.S, bars.S_ready, slot, head)
 
     @T.macro
     def store_chunk(

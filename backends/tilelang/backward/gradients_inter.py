@@ -139,11 +139,14 @@ def accumulate_inter_chunk(
         T.barrier_wait(bars.qk_ready, parity)
     T.copy(smem.k[h, :, :], frag.rows)
     T.wait_wgmma(0)
+    if g == group - 1:
+        T.barrier_arrive(bars.tiles_free)
     add_U_dS(smem, frag, b, h, thread)
 
     # === dO S^T ===
     T.barrier_wait(bars.S_ready, n % 2)
     T.wgmma_gemm(smem.do[b, :, :], smem.S[h, :, :], frag.product, clear_accum=True)
+    T.sync_warp()  # else ptxas puts what follows between the product's instructions
     sum_S_dS(smem, frag, b, h, thread)
     T.copy(smem.q[h, :, :], frag.rows)
     T.wait_wgmma(0)
@@ -153,25 +156,23 @@ def accumulate_inter_chunk(
     # === R S^T ===
     T.wgmma_gemm(smem.R[b, :, :], smem.S[h, :, :], frag.product, clear_accum=True)
     T.wait_wgmma(0)
+    T.barrier_arrive(bars.S_free)
     T.copy(smem.k[h, :, :], frag.rows)
-    if g < group - 1:
-        T.barrier_arrive(bars.S_free)
-    else:
-        T.barrier_arrive(bars.tiles_free)
     add_R_S(smem, frag, b, h, thread)
 
 
 @T.macro
-def add_intra_chunk(smem: Any, frag: Any, h: Any) -> None:
-    """Add what F and D contribute to dQ and dK. In float16 they are over their scale."""
+def add_intra_chunk(smem: Any, frag: Any, b: Any, h: Any) -> None:
+    """Add what F and D contribute to dQ and dK. In float16 they are over their scale. b: buffer of
+    the chunk's last value head."""
     if smem.has_scales:
         down = T.alloc_var("float32")
         down = reciprocal_power(frag.largest_scales[1])
         for i, j in T.Parallel(C, COLUMNS):
             frag.dq[i, j] *= down
             frag.dk[i, j] *= down
-    T.wgmma_gemm(smem.F_q, smem.k[h, :, :], frag.dq)
-    T.wgmma_gemm(smem.F_k, smem.q[h, :, :], frag.dk, transpose_A=True)
+    T.wgmma_gemm(smem.F_tile(0, b), smem.k[h, :, :], frag.dq)
+    T.wgmma_gemm(smem.F_tile(1, b), smem.q[h, :, :], frag.dk, transpose_A=True)
     T.wgmma_gemm(smem.D, smem.k[h, :, :], frag.dk)
     T.wgmma_gemm(smem.D_t, smem.k[h, :, :], frag.dk, transpose_A=True)
     T.wait_wgmma(0)
@@ -205,11 +206,8 @@ def apply_norms(
 
 
 @T.macro
-def stage_dq_dk(smem: Any, frag: Any, b: Any, h: Any, named_barrier: int) -> None:
+def stage_dq_dk(smem: Any, frag: Any, b: Any, h: Any) -> None:
     """Write 64 columns of dq and dk to shared memory. b: buffer of the chunk's last value head."""
-    if not smem.stage_in_inputs:
-        # dq and dk take the memory of the tiles, which the other warpgroup may still read
-        T.sync_threads(named_barrier, smem.q.shape[0] * 128)
     for which, dx in enumerate((frag.dq, frag.dk)):
         T.copy(dx, frag.rows)
         to, first, row, column = smem.staging(which, b, h)

@@ -62,13 +62,13 @@ def compute_kk_qk(smem: Any, frag: Any, parity: Any, scale: Any) -> None:
     multiply_raw_rows(smem.k, smem.k, frag.product)
     for i, j in T.Parallel(C, C):
         frag.product[i, j] *= smem.norms[parity, 1, i] * smem.norms[parity, 1, j]
-    put_aside(frag.product, smem.kk)
+    put_aside(frag.product, smem.pair_products(0), smem.products)
     multiply_raw_rows(smem.q, smem.k, frag.product)
     for i, j in T.Parallel(C, C):
         frag.product[i, j] *= T.if_then_else(
             i > j, scale * smem.norms[parity, 0, i] * smem.norms[parity, 1, j], 0.0
         )
-    put_aside(frag.product, smem.qk)
+    put_aside(frag.product, smem.pair_products(1), smem.products)
 
 
 @T.macro
@@ -92,7 +92,7 @@ def accumulate_D(smem: Any, frag: Any, b: Any, thread: Any) -> None:
         frag.row_factor[i] = remaining_beta(smem.factors[b, Factor.BETA, i])
     for i, j in T.Parallel(C, C):
         frag.D[i, j] -= frag.row_factor[i] * frag.product[i, j]
-    multiply(frag.product, smem.kk)
+    multiply(frag.product, smem.pair_products(0), smem.products)
     # before beta: dbeta needs the sums over rows without it
     sum_rows(frag.product, T.address_of(smem.pair_row_sums[b, PairSum.R_U, thread // 32 * 16]))
     for i, j in T.Parallel(C, C):
@@ -110,7 +110,7 @@ def accumulate_F(smem: Any, frag: Any, b: Any, thread: Any) -> None:
         frag.product[i, j] = T.if_then_else(i >= j, frag.product[i, j], 0.0)
     for i, j in T.Parallel(C, C):
         frag.F[i, j] += frag.product[i, j]
-    multiply(frag.product, smem.qk)
+    multiply(frag.product, smem.pair_products(1), smem.products)
     sum_rows(frag.product, T.address_of(smem.pair_row_sums[b, PairSum.DO_U, thread // 32 * 16]))
     sum_columns(frag.product, T.address_of(smem.pair_column_sums[b, PairSum.DO_U, thread // 32, 0]))
 
@@ -125,9 +125,10 @@ def multiply_by_scales(smem: Any, b: Any) -> None:
 
 
 @T.macro
-def stage_tiles(smem: Any, frag: Any, parity: Any, scale: Any) -> None:
+def stage_tiles(smem: Any, frag: Any, b: Any, parity: Any, scale: Any) -> None:
     """Write scale F and D to shared memory as operands, in float16 over their scale. The rows of q
-    and k that they are multiplied by are not normalised, so rq and rk go into the tiles."""
+    and k that they are multiplied by are not normalised, so rq and rk go into the tiles. b: buffer
+    of the chunk's last value head."""
     if smem.has_scales:
         down = T.alloc_var("float32")
         down = reciprocal_power(frag.largest_scales[1])
@@ -138,10 +139,10 @@ def stage_tiles(smem: Any, frag: Any, parity: Any, scale: Any) -> None:
         frag.F[i, j] *= scale
     for i, j in T.Parallel(C, C):
         frag.half[i, j] = frag.F[i, j] * smem.norms[parity, 1, j]
-    T.copy(frag.half, smem.F_q)
+    T.copy(frag.half, smem.F_tile(0, b))
     for i, j in T.Parallel(C, C):
         frag.half[i, j] = frag.F[i, j] * smem.norms[parity, 0, i]
-    T.copy(frag.half, smem.F_k)
+    T.copy(frag.half, smem.F_tile(1, b))
     for i, j in T.Parallel(C, C):
         frag.half[i, j] = frag.D[i, j] * smem.norms[parity, 1, j]
     T.copy(frag.half, smem.D)

@@ -58,16 +58,14 @@ class GradientsSmem:
         # S^T and dS^T [V, K], blocks of 64 columns
         self.S, self.dS = (T.alloc_shared((blocks, V, COLUMNS), dtype) for _ in range(2))
         # === computed by the intra-chunk warpgroup ===
-        # The tiles [C, C] have the memory of S if they fit: by then no warp reads S any more.
-        self.tiles = self.S if blocks * V == 4 * C else T.alloc_shared((2, 2 * C, C), dtype)
-        self.F_q = self.tiles[0, 0:C, :]  # scale F_ij rk_j, for dQ
-        self.F_k = self.tiles[0, C : 2 * C, :]  # scale F_ij rq_i, transposed for dK
-        self.D = self.tiles[1, 0:C, :]  # D_ij rk_j
-        self.D_t = self.tiles[1, C : 2 * C, :]  # D_ij rk_i, transposed for dK
-        # Products of rows, as `put_aside` stores them. Those of normalised rows are at most 1:
-        # there float16 has smaller errors.
-        products = "float16" if l2 else dtype
-        self.kk, self.qk = (T.alloc_shared((C * C,), products) for _ in range(2))
+        # kk and qk, as `put_aside` stores them, then D_ij rk_j, and D_ij rk_i, transposed for dK.
+        # Products of normalised rows are at most 1: there float16 has smaller errors.
+        self.pairs = T.alloc_shared((2 * C, C), dtype)
+        self.D, self.D_t = self.pairs[0:C, :], self.pairs[C : 2 * C, :]
+        self.products = "float16" if l2 else dtype
+        # scale F_ij rk_j, for dQ, and scale F_ij rq_i, transposed for dK: in the memory of U of the
+        # chunk's last value head, if they fit
+        self.own_F = None if V == 2 * C else T.alloc_shared((1, 2 * C, C), dtype)
         self.norms = T.alloc_shared((2, 2, C), "float32")  # rq and rk
         # === sums, of which the storing warp computes the gradients of gates and beta ===
         self.row_dots = T.alloc_shared((2, 5, blocks, C), "float32")
@@ -75,13 +73,24 @@ class GradientsSmem:
         self.pair_column_sums = T.alloc_shared((2, 2, 4, C), "float32")  # one row a warp
         self.S_dS = T.alloc_shared((2, 4 * blocks), "float32")  # shares of <S, dS>, one a warp
         self.stage_in_inputs = V >= K  # whether dq and dk fit where U and dO were
+        if not self.stage_in_inputs:
+            self.staged = T.alloc_shared((2, blocks * C, COLUMNS), dtype)
+
+    def pair_products(self, which: int) -> Any:
+        """Address of kk (which = 0) or qk (1)."""
+        return T.address_of(self.pairs[which * C, 0])
+
+    def F_tile(self, which: int, b: Any) -> Any:
+        """The tile of F for dQ (which = 0) or dK (1). b: buffer of the chunk's last value head."""
+        tiles, first = (self.U, b) if self.own_F is None else (self.own_F, 0)
+        return tiles[first, which * C : (which + 1) * C, :]
 
     def staging(self, which: int, b: Any, h: Any) -> tuple[Any, Any, Any, Any]:
         """Where block h of dq (which = 0) or dk (1), [C, 64], is staged for the storing warp: a
         buffer and the indices of the first element. It is the memory of U and dO of the chunk's
-        last value head (in buffer b) or, if those are too small, that of the tiles."""
+        last value head (in buffer b) or, if those are too small, memory of its own."""
         if not self.stage_in_inputs:
-            return self.tiles, which, h * C, 0
+            return self.staged, which, h * C, 0
         return (self.do, b, 0, h * COLUMNS) if which else (self.U, b, h * C, 0)
 
 
@@ -116,15 +125,36 @@ class Barriers:
         self.qk_ready, self.S_ready, self.dS_ready = (T.alloc_barrier(32) for _ in range(3))
         self.qk_free, self.dq_dk_ready = (T.alloc_barrier(inter) for _ in range(2))
         self.dq_dk_free = T.alloc_barrier(32)  # dq and dk are in memory
-        # S of the chunk's last value head has been read, and its memory is free for the tiles. A
-        # barrier of its own: S_free has `group` phases a chunk, and a wait for one of them only can
-        # take an earlier phase of the same parity for it.
+        # U of the chunk's last value head has been read, and its memory is free for the tiles of F
         self.tiles_free = T.alloc_barrier(inter)
         self.tokens_ready = T.alloc_barrier([32] * 2)  # dO, R, U and the factors
         self.S_free, self.dS_free = (T.alloc_barrier(inter) for _ in range(2))
         readers = inter + 128 + 64
         self.tokens_free, self.sums_ready = (T.alloc_barrier([readers] * 2) for _ in range(2))
         self.sums_free = T.alloc_barrier([32] * 2)  # and the factors and staged dq, dk
+
+
+@T.macro
+def load_tokens(
+    do: Any, R: Any, G_beta: Any, norms: Any, rowsum_RV: Any, U: Any, row_scales: Any, smem: Any,
+    bars: Any, b: Any, batch: Any, token: Any, slot: Any, head: Any, key_head: Any,
+) -> None:  # fmt: skip
+    """Load dO, R, U and the factors of a value head into buffer b; by one warp."""
+    for source, target in (
+        (do[batch, token : token + C, head, :], smem.do[b, :, :]),
+        (R[batch, token : token + C, head, :], smem.R[b, :, :]),
+        (U[slot, head, :, :], smem.U[b, :, :]),
+        (G_beta[slot, head, :, :], smem.factors[b, Factor.G_BETA, :]),
+        (norms[slot, key_head, :, :], smem.factors[b, Factor.NORMS, :]),
+        (rowsum_RV[slot, head, :, :], smem.factors[b, Factor.RV : smem.first_scales, :]),
+    ):
+        T.tma_copy(source, target, barrier=bars.tokens_ready[b], leader_scope_threads=32)
+    if smem.has_scales:
+        T.tma_copy(
+            row_scales[slot, head, :, :], smem.factors[b, smem.first_scales :, :],
+            barrier=bars.tokens_ready[b], leader_scope_threads=32,
+        )  # fmt: skip
+    T.barrier_arrive(bars.tokens_ready[b])
 
 
 @T.macro

@@ -85,20 +85,16 @@ C_TYPES = {"bfloat16": "bfloat16_t", "float16": "half_t"}
 
 
 @T.macro
-def put_aside(x: Any, stored: Any) -> None:
-    """Store the fragment x to `stored`, shared memory for as many numbers, a thread's side by side
-    in fours."""
-    T.call_extern(
-        "handle", f"gdn_put_aside<{C_TYPES[stored.dtype]}, {x.shape[1]}>", x.data, stored.data
-    )
+def put_aside(x: Any, to: Any, dtype: str) -> None:
+    """Store the fragment x in dtype, a thread's numbers side by side in fours. to: address of as
+    much shared memory."""
+    T.call_extern("handle", f"gdn_put_aside<{C_TYPES[dtype]}, {x.shape[1]}>", x.data, to)
 
 
 @T.macro
-def multiply(x: Any, stored: Any) -> None:
-    """x *= the fragment that `put_aside` stored."""
-    T.call_extern(
-        "handle", f"gdn_multiply<{C_TYPES[stored.dtype]}, {x.shape[1]}>", x.data, stored.data
-    )
+def multiply(x: Any, stored: Any, dtype: str) -> None:
+    """x *= the fragment that `put_aside` stored there."""
+    T.call_extern("handle", f"gdn_multiply<{C_TYPES[dtype]}, {x.shape[1]}>", x.data, stored)
 
 
 @T.macro
