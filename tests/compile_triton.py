@@ -12,8 +12,10 @@ import tempfile
 from typing import Any
 
 import triton
+from gdn.backends.triton.channel_forward import chunk_matrices_kernel, chunk_rows_kernel
 from gdn.backends.triton.channel_gradients import channel_gradients_kernel
 from gdn.backends.triton.channel_prepare import decay_rows_kernel, prepare_channels_kernel
+from gdn.backends.triton.channel_sums import sum_gates_kernel
 from gdn.backends.triton.combine_pieces import combine_pieces_kernel
 from gdn.backends.triton.decode import COUNTS, decode_kernel
 from gdn.backends.triton.forgetting import find_chunks_kernel
@@ -112,6 +114,14 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (norm_gradients_kernel, CHANNELS),
     (decode_kernel, DECODE | CHANNELS),
 ]
+BFLOAT16_KERNELS: list[tuple[Any, dict[str, Any]]] = [
+    (sum_gates_kernel, CHANNELS),
+    (sum_gates_kernel, CHANNELS | NO_A_LOG | {"WEAK": True}),
+    (chunk_matrices_kernel, CHANNELS),
+    (chunk_matrices_kernel, CHANNELS | {"WEAK": True}),
+    (chunk_rows_kernel, CHANNELS),
+]
+"""Kernels for calls in bfloat16 alone."""
 
 
 def type_of(name: str, dtype: str, channels: bool) -> str:
@@ -165,5 +175,5 @@ def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
 
 
 if __name__ == "__main__":
-    for kernel, flags in KERNELS:
+    for kernel, flags in KERNELS + (BFLOAT16_KERNELS if sys.argv[2] == "bf16" else []):
         print(compile_for(int(sys.argv[1]), kernel, flags, sys.argv[2]), flush=True)

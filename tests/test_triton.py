@@ -17,14 +17,7 @@ from uniform_registers import unset_registers
 
 import gdn
 from gdn import calls, dispatch
-from gdn.testing import (
-    Case,
-    gradients,
-    make_inputs,
-    make_output_gradients,
-    run_definition,
-    with_gradients,
-)
+from gdn.testing import Case, make_inputs, run_definition, with_gradients
 from gdn.testing.decode import StepCase, make_step
 
 pytest.importorskip("triton")
@@ -61,25 +54,6 @@ def test_head_dims(
     got = run("triton", case, with_gradients(make_inputs(case, device)))
     for name, value in got.items():
         assert_close(name, value, expected[name], dtype)
-
-
-@pytest.mark.parametrize("g", [-4.9, -5.1])
-def test_decays_around_the_range_of_one_product(g: float, device: str) -> None:
-    """Pairs of 16 tokens take one product up to e^40 from their middle, else four levels."""
-    case = Case("range", T=64, H=1, HV=1, K=64, V=64, per_channel=True, dtype=torch.bfloat16)
-
-    def inputs(device: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        given = make_inputs(case, device)
-        given["g"][..., ::2] = g
-        given["g"][..., 1::2] *= 0.01
-        return with_gradients(given, dtype)
-
-    leaves, exact = inputs(device), inputs("cpu", torch.float64)
-    got, expected = gdn.gated_delta_net(**leaves, backend="triton"), run_definition(exact)
-    found = gradients(got, leaves, make_output_gradients(case, device))
-    true = gradients(expected, exact, make_output_gradients(case))
-    for name, value in {"o": got.o, **found}.items():
-        assert_close(name, value, {"o": expected[0], **true}[name], torch.bfloat16)
 
 
 PIECE_CASES = (
@@ -238,7 +212,7 @@ def test_compiles_for(sm: int, dtype: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     shared_memory = {80: 166_912, 90: 232_448}[sm]
-    assert len(rows) == 27
+    assert len(rows) == (32 if dtype == "bf16" else 27)
     for name, _, shared, registers, stack, unset in rows:
         assert int(shared) <= shared_memory, name
         assert int(unset) == 0, name
@@ -253,6 +227,7 @@ MAX_STACK = {80: 2048, 90: 512}
 the last, partial chunk. That copy spills; the loop over full chunks only reloads a few values."""
 MAX_STACK_OF = {
     "prepare_channels_kernel": {80: 1280, 90: 896},
+    "chunk_matrices_kernel": {80: 384, 90: 128},
     "channel_gradients_kernel": {80: 896, 90: 256},
 }
 """The same, of the stages with loops over levels. Most of their spills are outside these loops."""

@@ -3,6 +3,9 @@
 Forward (`plan.py` launches the kernels in this order):
     prepare.py          per chunk: gates, norms, and the matrices that need no state;
     channel_prepare.py  in its place with a decay per channel: also rows of q and k with decays
+    channel_sums.py, channel_forward.py
+                        in place of both with a decay per channel in bfloat16: sums of gates, then
+                        matrices, then rows
     scan.py             per sequence or piece: the state, chunk by chunk, and o
     combine_pieces.py   per sequence: the state before each piece, where sequences are cut
 
@@ -26,11 +29,12 @@ The gated norm of layers, which is not part of the op: `gated_norm.py`.
 
 Shared: `launch.py` chooses configurations and launches, `piece_length.py` decides when to cut,
 `indexing.py` finds chunks and pieces, `strides.py` says where tokens lie, `chunk_buffers.py` is
-what stages hand to each other and `buffer_shapes.py` its shapes, `channel_decay.py` has the decays
-between tokens per channel, `channel_pairs.py` and `channel_pair_gradients.py` the products with
-them, `gate_buffers.py` and `grad_matrices.py` what backward's stages keep for these, `tiles.py`
-loads, stores and products, `activation.py` the fused options, `inverse.py` the inverse of a
-triangular matrix.
+what stages hand to each other and `buffer_shapes.py` its shapes, `first_stages.py` has the stages
+before forward's scans, `channel_decay.py` the decays between tokens per channel,
+`channel_pairs.py`, `channel_blocks.py` and `channel_pair_gradients.py` the products with them,
+`gate_buffers.py` and `grad_matrices.py` what backward's stages keep for these, `tiles.py` loads,
+stores and products, `activation.py` the fused options, `inverse.py` and, in memory,
+`channel_inverse.py` the inverse of a triangular matrix.
 """
 
 from __future__ import annotations

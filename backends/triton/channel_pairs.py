@@ -1,4 +1,4 @@
-"""Forward's products of pairs of tokens with a decay per channel.
+"""Forward's products of pairs of tokens with a decay per channel, in float16 and float32 calls.
 
     P_ij = sum_c q_ic k_jc D_ijc,   M_ij = sum_c k_ic k_jc D_ijc        for i > j
 

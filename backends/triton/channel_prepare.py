@@ -1,5 +1,7 @@
-"""Forward, stage 1 with a decay per channel: everything in a chunk that does not depend on the
-state. Backward runs its last part again, since those results take too much memory to be saved.
+"""Forward, stage 1 of float16 and float32 calls with a decay per channel: everything in a chunk
+that does not depend on the state. bfloat16 calls have `channel_sums.py` and `channel_forward.py`
+in its place. Backward runs its last part again in all dtypes, since those results take too much
+memory to be saved.
 
     M_ij = beta_i sum_c k_ic k_jc D_ijc for i > j,     A = (I + M)^-1
     P_ij = scale sum_c q_ic k_jc D_ijc for i >= j

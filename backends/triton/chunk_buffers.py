@@ -17,7 +17,7 @@ matrices [slots, HV, NUM_MATRICES, C, C], in the call's dtype
     SCORES             P
     INVERSE            A, written for backward only
 
-With a decay per channel, `channel_prepare.py` writes
+With a decay per channel, `channel_prepare.py` or, in bfloat16, `channel_forward.py` writes
 
 factors                BETA, RQ and RK as above. U_TO_STATE, QS_TO_O and KS_TO_E are the scales of
                        the rows of K_OUT, Q_IN and W. GATE_SUM and GATE_SUM_RESIDUAL are 0.

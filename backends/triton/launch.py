@@ -50,7 +50,8 @@ AUTOTUNE_CANDIDATES: dict[str, list[tuple[int, ...]]] = {
 AUTOTUNE_CANDIDATES["reverse_scan_kernel"] = AUTOTUNE_CANDIDATES["scan_kernel"]
 AUTOTUNE_CANDIDATES["key_gradients_kernel"] = AUTOTUNE_CANDIDATES["query_gradients_kernel"]
 """Configurations that GDN_TRITON_AUTOTUNE=1 times. Decode is not among them, since every run of it
-changes the states."""
+changes the states, nor are `chunk_matrices_kernel` and `chunk_rows_kernel`, which write in place of
+what they read."""
 
 
 @functools.cache
@@ -77,6 +78,12 @@ def choose_configuration(
         return Configuration(0, 4, 1, None if wide else 168)
     if name in ("prepare_channels_kernel", "decay_rows_kernel"):  # on sm_80 ptxas gives them fewer
         return Configuration(0, 8 if wide else 4, 1, 255)
+    if name == "sum_gates_kernel":  # a thread a channel
+        return Configuration(0, BK // 32, 1, 80)
+    if name == "chunk_rows_kernel":  # on sm_80 it and the next would spill more
+        return Configuration(0, 4, 1, 64 if shared_memory > 230_000 else 96)
+    if name == "chunk_matrices_kernel":
+        return Configuration(0, 4, 1, 128 if shared_memory > 230_000 else 168)
     if name == "find_chunks_kernel":
         return Configuration(0, 4, 1)
     if name == "decode_kernel":

@@ -15,8 +15,8 @@ from ..common.allocation import allocator
 from ..common.chunking import piece_slots
 from .buffer_shapes import decayed_shapes, padded_keys, saved_shapes
 from .channel_decay import is_weak
-from .channel_prepare import prepare_channels_kernel
 from .combine_pieces import combine_pieces_kernel
+from .first_stages import FirstStage, bind_first_stage
 from .forgetting import find_chunks_kernel
 from .input_gradients import (
     Tensors,
@@ -24,9 +24,8 @@ from .input_gradients import (
     compute_gradients,
     prepare_channel_rows,
 )
-from .launch import Stage, choose_configuration, prepared_channels, shared_memory_limit
+from .launch import Stage, choose_configuration, shared_memory_limit
 from .piece_length import piece_length
-from .prepare import prepare_kernel
 from .reverse_scan import reverse_scan_kernel
 from .scan import scan_kernel
 from .strides import Strides, contiguous_strides, read_in_place
@@ -56,7 +55,9 @@ class PrefillPlan(ExchangingPlan):
             "FUSED_SIGMOID": call.use_beta_sigmoid_in_kernel,
             "BETA_SCALE": 2.0 if call.allow_neg_eigval else 1.0,
             "CHANNELS": call.per_channel, "WEAK": is_weak(call),
-            "BD": 32,  # channels of a program of `channel_gradients_kernel`
+            # channels of a program of `channel_gradients_kernel`, and of a step of
+            # `chunk_matrices_kernel`
+            "BD": 32,
         }  # fmt: skip
         self.constants |= contiguous_strides(call) if strides is None else strides
         self.strided: dict[tuple[object, ...], PrefillPlan] = {}
@@ -69,7 +70,7 @@ class PrefillPlan(ExchangingPlan):
         self.new_final = allocator(call.state_shape, torch.float32, self.device)
         self.new_decayed = [allocator(*kind, self.device) for kind in decayed_shapes(call)]
         self.stages: dict[tuple[object, ...], Stage] = {}
-        self.forward_stages: dict[bool, list[Stage]] = {}
+        self.forward_stages: dict[bool, tuple[FirstStage, list[Stage]]] = {}
         # the sizes that kernels take, and what they mean where sequences are not packed
         chunks_per_sequence = -(-T // CHUNK)
         self.scans = call.sequences * HV
@@ -96,7 +97,7 @@ class PrefillPlan(ExchangingPlan):
         return self.stages[key]
 
     def prepare(
-        self, stage: Stage, call: Call, gates: Tensors, factors: Tensor, matrices: Tensor
+        self, stage: FirstStage, call: Call, gates: Tensors, factors: Tensor, matrices: Tensor
     ) -> Tensors:
         """Run forward's first stage. Return `decayed_rows` and `channel_decays`; None twice with a
         decay per head."""
@@ -147,21 +148,14 @@ class PrefillPlan(ExchangingPlan):
             REVERSE=reverse, POOL=self.pool_flags["POOL"],
         )  # fmt: skip
 
-    def bind_forward(self, call: Call, save: bool) -> list[Stage]:
-        """Forward's stages, in their order."""
-        programs = self.slots * self.constants["HV"]
-        kernel, flags = prepare_kernel, dict[str, int](SAVE=save)
-        if call.per_channel:
-            BK, limit = self.constants["BK"], shared_memory_limit(self.device)
-            BD = prepared_channels(BK, self.itemsize, limit)
-            kernel, flags = prepare_channels_kernel, flags | {"BD": BD}
-        prepare = self.bind(kernel, programs, self.chunk_sizes, **flags)
+    def bind_forward(self, call: Call, save: bool) -> tuple[FirstStage, list[Stage]]:
+        """Forward's stages, in their order: the first one, and the scans."""
+        prepare = bind_first_stage(self, call, save)
         initial, final = call.initial_state is not None, call.output_final_state
         if self.piece_length is None:
             scan = self.bind_scan(call, o=True, final=final, states=False, transfer=False)
-            return [prepare, scan]
-        return [
-            prepare,
+            return prepare, [scan]
+        return prepare, [
             self.bind_scan(call, o=False, final=True, states=False, transfer=True),
             self.bind_combine_pieces(call, initial, final, reverse=False),
             self.bind_scan(call, o=True, final=False, states=False, transfer=False),
@@ -196,7 +190,7 @@ class PrefillPlan(ExchangingPlan):
         o = self.new_o()
         if save not in self.forward_stages:
             self.forward_stages[save] = self.bind_forward(call, save)
-        prepare, *scans = self.forward_stages[save]
+        prepare, scans = self.forward_stages[save]
         gates = (call.g, call.beta, call.A_log, call.dt_bias)
         decayed = self.prepare(prepare, call, gates, factors, matrices)
         inputs = (call.q, call.k, call.v, factors, matrices, *decayed)

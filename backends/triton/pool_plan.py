@@ -48,7 +48,7 @@ class PoolPlan(PrefillPlan):
         )  # fmt: skip
         factors, matrices, *piece_buffers = (new() for new in self.new_saved)
         o = self.new_o() if prefill.out is None else prefill.out
-        prepare, *scans = self.prefill_stages
+        prepare, scans = self.prefill_stages
         gates, cu_seqlens = (call.g, call.beta, call.A_log, call.dt_bias), call.cu_seqlens
         decayed = self.prepare(prepare, call, gates, factors, matrices)
         inputs = (call.q, call.k, call.v, factors, matrices, *decayed)

@@ -1,0 +1,201 @@
+"""Products of pairs of tokens with a decay per channel, in bfloat16 calls.
+
+    P_ij = sum_c q_ic k_jc D_ijc,   M_ij = sum_c k_ic k_jc D_ijc        for i > j
+
+D_ij = 2^{G_i - G_j} of the sums of `channel_sums.py`. A chunk has three blocks of pairs, of 32 rows
+i and 32 columns j: its second half by its first half, and each half by itself. A block is one
+product,
+
+    D_ij = 2^{G_i - G_m} 2^{G_m - G_j}
+
+with rows of q above rows of k on its left side. In the first block m is the last token of the
+first half, so that both factors are at most 1. In the others it is the middle of the half, and a
+factor may exceed 1: with a bound of -5 it is 2^115 at most. Where gates are stronger, pairs of a
+half are sorted by the levels of `channel_decay.py`, one product for each. Without the fused L2 norm
+rows may be large or tiny, so they leave less of float32's range to these factors, and the limit is
+2^64. With it rows are divided by their norms after the product: next to a factor of 2^116 their
+elements may be 2^11.
+
+Differences of sums are off by 2^-11 at most, since no gate is below FLOOR: relative to bfloat16's
+2^-9 that is little.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gdn.problem import Call
+
+from .activation import LOG2_E, exp2_flushed
+from .channel_sums import sum_entries
+from .chunk_buffers import BETA, INVERSE, NUM_FACTORS, NUM_MATRICES, RK, RQ, SCORES
+from .tiles import INTERPRETED, dot, round_to
+
+NORMALISED_RANGE, RAW_RANGE = tl.constexpr(116.0), tl.constexpr(64.0)
+"""The largest |G_i - G_m| for which a half is one product, with the L2 norm fused and without."""
+
+
+def is_weak_by_halves(call: Call) -> bool:
+    """Whether the bound of a call's gate keeps |G_i - G_m| in the range of the call's rows."""
+    if not call.use_gate_in_kernel or call.gate_lower_bound is None:
+        return False
+    limit = NORMALISED_RANGE if call.use_qk_l2norm_in_kernel else RAW_RANGE
+    return bool(-call.gate_lower_bound * LOG2_E.value * 16 <= limit.value)
+
+
+@triton.jit
+def _multiply(rows, f):
+    """rows * f in bfloat16. Triton would pass float32 exponents through shared memory to another
+    layout first. It does not move code that is not pure, so they stay in the layout of the rows."""
+    if INTERPRETED:
+        return round_to(rows.to(tl.float32) * f, tl.bfloat16)
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [rows.to(tl.float32) * f], dtype=tl.bfloat16,
+        is_pure=False, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_half(
+    q, k, decayed_rows, chunk_head, tokens, first_row, first_channel, K: tl.constexpr,
+    BK: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, Q_STRIDES: tl.constexpr,
+    K_STRIDES: tl.constexpr,
+):  # fmt: skip
+    """BD channels of half of a chunk: rows of q and of k [HALF, 2, BD], rows of k alone and sums
+    [HALF, BD]."""
+    HALF: tl.constexpr = C // 2
+    row, c = first_row + tl.arange(0, HALF)[:, None], first_channel + tl.arange(0, BD)[None, :]
+    mask = (row < tokens) & (c < K)
+    keys = k + (row * K_STRIDES[1] + c)
+    queries = q + (row * Q_STRIDES[1] + c)
+    is_query = tl.arange(0, 2)[None, :, None] == 0
+    both = tl.load(
+        tl.where(is_query, queries[:, None, :], keys[:, None, :]), mask=mask[:, None, :], other=0.0
+    )
+    G = tl.load(sum_entries(decayed_rows, chunk_head, row, c, BK, C))
+    return both, tl.load(keys, mask=mask, other=0.0), G
+
+
+@triton.jit
+def _multiply_rows(both, f_row, keys, f_column, C: tl.constexpr, BD: tl.constexpr):
+    """The product [C, C // 2] of rows of q and k times f_row, and keys times f_column."""
+    left = _multiply(both, f_row[:, None, :])
+    left = tl.reshape(tl.permute(left, [1, 0, 2]), [C, BD])
+    return dot(left, tl.trans(_multiply(keys, f_column)))
+
+
+@triton.jit
+def _multiply_level(
+    q, k, decayed_rows, chunk_head, tokens, first_row, first_column, shift, K: tl.constexpr,
+    BK: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, Q_STRIDES: tl.constexpr,
+    K_STRIDES: tl.constexpr,
+):  # fmt: skip
+    """The product [C, C // 2] of a block, of pairs of a level with blocks of 2 << shift tokens."""
+    r = tl.arange(0, C // 2)[:, None]
+    row_middle = (((first_row + r) >> shift | 1) << shift) - 1
+    column_middle = (((first_column + r) >> shift | 1) << shift) - 1
+    product = tl.zeros([C, C // 2], tl.float32)
+    for first_channel in range(0, K, BD):
+        both, _, G = _load_half(
+            q, k, decayed_rows, chunk_head, tokens, first_row, first_channel, K, BK, BD, C,
+            Q_STRIDES, K_STRIDES,
+        )  # fmt: skip
+        c = first_channel + tl.arange(0, BD)[None, :]
+        G -= tl.load(sum_entries(decayed_rows, chunk_head, row_middle, c, BK, C))
+        f_row = exp2_flushed(-tl.abs(G))
+        _, keys, G = _load_half(
+            q, k, decayed_rows, chunk_head, tokens, first_column, first_channel, K, BK, BD, C,
+            Q_STRIDES, K_STRIDES,
+        )  # fmt: skip
+        G -= tl.load(sum_entries(decayed_rows, chunk_head, column_middle, c, BK, C))
+        product += _multiply_rows(both, f_row, keys, exp2_flushed(-tl.abs(G)), C, BD)
+    return product
+
+
+@triton.jit
+def product_entries(matrices, chunk_head, i, j, C: tl.constexpr):
+    """Pointers to M_ij in float32. Its halves lie in the memory of A_BETA and INVERSE."""
+    HALF: tl.constexpr = C // 2
+    start = matrices.to(tl.pointer_type(tl.float32)) + chunk_head * (NUM_MATRICES * C * HALF)
+    return start + (i // HALF * (INVERSE * C * HALF) + i % HALF * C + j)
+
+
+@triton.jit
+def _store_block(
+    product, matrices, factors, chunk_head, first_row, first_column, scale, C: tl.constexpr
+):
+    """Store P and M of a block, with their factors of rows and columns, below the diagonal."""
+    HALF: tl.constexpr = C // 2
+    r, j = tl.arange(0, C), first_column + tl.arange(0, HALF)
+    i, is_query = first_row + r % HALF, r < HALF
+    factors += chunk_head * (NUM_FACTORS * C)
+    rk = tl.load(factors + RK * C + j)[None, :]
+    of_row = tl.load(factors + tl.where(is_query, RQ, RK) * C + i)
+    of_row *= tl.where(is_query, scale, tl.load(factors + BETA * C + i))
+    value = of_row[:, None] * product * rk
+    i, j, is_query = i[:, None], j[None, :], is_query[:, None]
+    P = matrices + (chunk_head * NUM_MATRICES + SCORES) * (C * C) + (i * C + j)
+    value = tl.where(i > j, value, 0.0)
+    tl.store(P, round_to(value, tl.bfloat16), mask=is_query & (i != j))
+    tl.store(product_entries(matrices, chunk_head, i, j, C), value, mask=is_query == 0)
+
+
+@triton.jit
+def multiply_blocks(
+    q, k, decayed_rows, matrices, factors, chunk_head, tokens, scale, K: tl.constexpr,
+    BK: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, Q_STRIDES: tl.constexpr,
+    K_STRIDES: tl.constexpr,
+):  # fmt: skip
+    """Write P below its diagonal, and the lower triangle of M by `product_entries`. q and k are
+    the first rows of the chunk and head; `factors` has RQ, RK and BETA."""
+    HALF: tl.constexpr = C // 2
+    below, first = tl.zeros([C, HALF], tl.float32), tl.zeros([C, HALF], tl.float32)
+    second = tl.zeros([C, HALF], tl.float32)
+    middle = tl.full([1, 1], HALF - 1, tl.int32)
+    for first_channel in range(0, K, BD):
+        above, above_keys, above_G = _load_half(
+            q, k, decayed_rows, chunk_head, tokens, 0, first_channel, K, BK, BD, C, Q_STRIDES,
+            K_STRIDES,
+        )  # fmt: skip
+        under, under_keys, under_G = _load_half(
+            q, k, decayed_rows, chunk_head, tokens, HALF, first_channel, K, BK, BD, C, Q_STRIDES,
+            K_STRIDES,
+        )  # fmt: skip
+        c = first_channel + tl.arange(0, BD)[None, :]
+        G = tl.load(sum_entries(decayed_rows, chunk_head, middle, c, BK, C))
+        f_row, f_column = exp2_flushed(under_G - G), exp2_flushed(G - above_G)
+        above_G -= tl.load(sum_entries(decayed_rows, chunk_head, middle - HALF // 2, c, BK, C))
+        under_G -= tl.load(sum_entries(decayed_rows, chunk_head, middle + HALF // 2, c, BK, C))
+        first += _multiply_rows(
+            above, exp2_flushed(above_G), above_keys, exp2_flushed(-above_G), C, BD
+        )
+        second += _multiply_rows(
+            under, exp2_flushed(under_G), under_keys, exp2_flushed(-under_G), C, BD
+        )
+        below += _multiply_rows(under, f_row, above_keys, f_column, C, BD)
+    _store_block(below, matrices, factors, chunk_head, HALF, 0, scale, C)
+    _store_block(first, matrices, factors, chunk_head, 0, 0, scale, C)
+    _store_block(second, matrices, factors, chunk_head, HALF, HALF, scale, C)
+
+
+@triton.jit
+def multiply_levels(
+    q, k, decayed_rows, matrices, factors, chunk_head, tokens, scale, K: tl.constexpr,
+    BK: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, Q_STRIDES: tl.constexpr,
+    K_STRIDES: tl.constexpr,
+):  # fmt: skip
+    """`multiply_blocks` by levels, for any sums."""
+    HALF: tl.constexpr = C // 2
+    for block in range(3):
+        first_row, first_column = tl.where(block == 1, 0, HALF), tl.where(block == 2, HALF, 0)
+        i = first_row + tl.arange(0, C)[:, None] % HALF
+        j = first_column + tl.arange(0, HALF)[None, :]
+        product = tl.zeros([C, HALF], tl.float32)
+        for shift in range(tl.where(block == 0, 5, 0), tl.where(block == 0, 6, 5)):
+            of_level = _multiply_level(
+                q, k, decayed_rows, chunk_head, tokens, first_row, first_column, shift, K, BK, BD,
+                C, Q_STRIDES, K_STRIDES,
+            )  # fmt: skip
+            product = tl.where((i ^ j) >> shift == 1, of_level, product)
+        _store_block(product, matrices, factors, chunk_head, first_row, first_column, scale, C)

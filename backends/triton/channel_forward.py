@@ -1,0 +1,209 @@
+"""Forward, stages 2 and 3 of bfloat16 calls with a decay per channel: a chunk's matrices and rows,
+which `channel_prepare.py` explains, from the sums of `channel_sums.py`.
+
+    P, M by `channel_blocks.py`,     A = (I + M)^-1
+    W = A diag(beta) (2^G rk * K),   Q_in = scale rq 2^G * Q,   K_out = 2^{G_last - G} rk * K
+
+A program takes a chunk and value head. It loads again what it needs again, and M goes through
+memory, so that few registers are in use at a time: four programs of stage 2 and eight of stage 3
+share an SM.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .activation import EPS, exp2_flushed, sigmoid
+from .channel_blocks import NORMALISED_RANGE, RAW_RANGE, multiply_blocks, multiply_levels
+from .channel_inverse import invert_in_memory
+from .channel_prepare import dot_rows
+from .channel_sums import BLOCK, STRONG, sum_entries
+from .chunk_buffers import (
+    A_BETA,
+    BETA,
+    GATE_SUM,
+    GATE_SUM_RESIDUAL,
+    INVERSE,
+    K_OUT,
+    KS_TO_E,
+    NUM_DECAYED_ROWS,
+    NUM_FACTORS,
+    NUM_MATRICES,
+    Q_IN,
+    QS_TO_O,
+    RK,
+    RQ,
+    SCORES,
+    U_TO_STATE,
+    W,
+    clear_saved,
+    load_factor,
+    load_matrix,
+    store_factor,
+    store_matrix,
+)
+from .indexing import COUNTS, locate_chunk
+from .launch import ANY_ALIGNMENT
+from .tiles import dot, find_batch_row, load_input_scalars, round_to, row_entries
+
+
+@triton.jit
+def _load_head_rows(
+    x, tokens, first_channel, STRIDES: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """BD channels of a chunk's rows of q or k, [C, BD]; x is its first row."""
+    r, c = tl.arange(0, C)[:, None], first_channel + tl.arange(0, BD)[None, :]
+    return tl.load(x + (r * STRIDES[1] + c), mask=(r < tokens) & (c < K), other=0.0)
+
+
+@triton.jit
+def _write_norms(
+    q, k, matrices, factors, chunk_head, tokens, scale, K: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr, L2_NORM: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
+):  # fmt: skip
+    """Write RQ and RK, the diagonal of P, and the block of zeros above it."""
+    queries = _load_head_rows(q, tokens, 0, Q_STRIDES, K, BK, C)
+    keys = _load_head_rows(k, tokens, 0, K_STRIDES, K, BK, C)
+    rq, rk = tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32)
+    if L2_NORM:
+        rq = tl.rsqrt(dot_rows(queries, queries, C) + EPS)
+        rk = tl.rsqrt(dot_rows(keys, keys, C) + EPS)
+    store_factor(factors, rq, chunk_head, RQ, C)
+    store_factor(factors, rk, chunk_head, RK, C)
+    i = tl.arange(0, C)
+    diagonal = matrices + (chunk_head * NUM_MATRICES + SCORES) * (C * C) + i * (C + 1)
+    tl.store(diagonal, round_to(scale * rq * rk * dot_rows(queries, keys, C), tl.bfloat16))
+    HALF: tl.constexpr = C // 2
+    zeros = matrices + (chunk_head * NUM_MATRICES + SCORES) * (C * C) + HALF
+    zeros += tl.arange(0, HALF)[:, None] * C + tl.arange(0, HALF)[None, :]
+    tl.store(zeros, tl.zeros([HALF, HALF], tl.bfloat16))
+
+
+@triton.jit
+def _write_inverse(
+    matrices, factors, chunk_head, C: tl.constexpr, SMALL: tl.constexpr, SAVE: tl.constexpr
+):  # fmt: skip
+    """Write A_BETA and, with SAVE, INVERSE, in place of M."""
+    A = invert_in_memory(matrices, chunk_head, C, SMALL)
+    tl.debug_barrier()  # M is read
+    strength = load_factor(factors, chunk_head, BETA, C)
+    A_beta = round_to(A * strength[None, :], tl.bfloat16)
+    store_matrix(matrices, A_beta, chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C)
+    if SAVE:
+        store_matrix(matrices, A, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
+
+
+@triton.jit
+def _write_rows(
+    q, k, A_beta, factors, decayed_rows, chunk_head, tokens, scale, K: tl.constexpr,
+    BK: tl.constexpr, C: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
+):  # fmt: skip
+    """Write W, Q_IN and K_OUT. The first two replace the sums of the same channels."""
+    rq = (scale * load_factor(factors, chunk_head, RQ, C))[:, None]
+    rk = load_factor(factors, chunk_head, RK, C)[:, None]
+    r, c = tl.arange(0, C)[:, None], tl.arange(0, BLOCK)[None, :]
+    last = tl.full([1, 1], C - 1, tl.int32)
+    rows = chunk_head * NUM_DECAYED_ROWS
+    for first_channel in range(0, BK, BLOCK):
+        G = tl.load(sum_entries(decayed_rows, chunk_head, r, first_channel + c, BK, C))
+        gamma = tl.load(sum_entries(decayed_rows, chunk_head, last, first_channel + c, BK, C))
+        keys = _load_head_rows(k, tokens, first_channel, K_STRIDES, K, BLOCK, C).to(tl.float32)
+        keys = rk * keys
+        K_out = round_to(keys * exp2_flushed(gamma - G), tl.bfloat16)
+        tl.store(row_entries(decayed_rows, rows + K_OUT, first_channel, C, BK, BLOCK), K_out)
+        prefix = exp2_flushed(G)
+        W_rows = dot(A_beta, round_to(keys * prefix, tl.bfloat16))
+        queries = _load_head_rows(q, tokens, first_channel, Q_STRIDES, K, BLOCK, C).to(tl.float32)
+        Q_in = round_to(rq * queries * prefix, tl.bfloat16)
+        tl.debug_barrier()  # the sums are read
+        tl.store(row_entries(decayed_rows, rows + Q_IN, first_channel, C, BK, BLOCK), Q_in)
+        W_rows = round_to(W_rows, tl.bfloat16)
+        tl.store(row_entries(decayed_rows, rows + W, first_channel, C, BK, BLOCK), W_rows)
+
+
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
+def chunk_matrices_kernel(
+    q, k, beta, factors, matrices, decayed_rows, cu_seqlens, scale, N, T, chunks_per_sequence,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr, VARLEN: tl.constexpr, L2_NORM: tl.constexpr, WEAK: tl.constexpr,
+    FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr, SAVE: tl.constexpr,
+    Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, BETA_STRIDES: tl.constexpr,
+):  # fmt: skip
+    """Write `factors` and `matrices`. BD: channels of a step of the products. WEAK:
+    `is_weak_by_halves` holds for the call. SAVE: backward follows, so INVERSE is written too, and
+    all of `factors` and `matrices` is defined."""
+    chunk_head = tl.program_id(0).to(tl.int64)
+    slot, head = chunk_head // HV, chunk_head % HV
+    first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
+    if tokens <= 0:
+        if SAVE:
+            clear_saved(factors, matrices, chunk_head, C)
+        return
+    tokens = tl.minimum(tokens, C).to(tl.int32)
+    qk_head = head // (HV // H)
+    q = find_batch_row(q, first_token, T, Q_STRIDES)
+    k = find_batch_row(k, first_token, T, K_STRIDES)
+    q += first_token * Q_STRIDES[1] + qk_head * Q_STRIDES[2]
+    k += first_token * K_STRIDES[1] + qk_head * K_STRIDES[2]
+    beta = find_batch_row(beta, first_token, T, BETA_STRIDES)
+    strength = load_input_scalars(beta, first_token, tokens, head, BETA_STRIDES, C)  # beta, [C]
+    if FUSED_SIGMOID:
+        strength = BETA_SCALE * sigmoid(strength)
+    strength = tl.where(tl.arange(0, C) < tokens, strength, 0.0)
+    if WEAK:
+        strong: tl.constexpr = False
+    else:
+        LIMIT: tl.constexpr = NORMALISED_RANGE if L2_NORM else RAW_RANGE
+        strong = tl.load(factors + (chunk_head * NUM_FACTORS + STRONG) * C) > LIMIT
+    store_factor(factors, strength, chunk_head, BETA, C)
+    _write_norms(
+        q, k, matrices, factors, chunk_head, tokens, scale, K, BK, C, L2_NORM, Q_STRIDES, K_STRIDES
+    )  # fmt: skip
+    tl.debug_barrier()  # factors are written
+    multiply_blocks(
+        q, k, decayed_rows, matrices, factors, chunk_head, tokens, scale, K, BK, BD, C, Q_STRIDES,
+        K_STRIDES,
+    )  # fmt: skip
+    if strong:  # seldom: once more
+        tl.debug_barrier()
+        multiply_levels(
+            q, k, decayed_rows, matrices, factors, chunk_head, tokens, scale, K, BK, BD, C,
+            Q_STRIDES, K_STRIDES,
+        )  # fmt: skip
+    tl.debug_barrier()  # M is written
+    # |M_ij| <= beta_i of normalised rows
+    SMALL: tl.constexpr = L2_NORM and FUSED_SIGMOID and BETA_SCALE <= 1
+    _write_inverse(matrices, factors, chunk_head, C, SMALL, SAVE)
+    if SAVE:
+        store_factor(factors, tl.zeros([C], tl.float32), chunk_head, GATE_SUM, C)
+        store_factor(factors, tl.zeros([C], tl.float32), chunk_head, GATE_SUM_RESIDUAL, C)
+        store_factor(factors, tl.full([C], 1.0, tl.float32), chunk_head, U_TO_STATE, C)
+        store_factor(factors, tl.full([C], 1.0, tl.float32), chunk_head, QS_TO_O, C)
+        store_factor(factors, tl.full([C], 1.0, tl.float32), chunk_head, KS_TO_E, C)
+
+
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=ANY_ALIGNMENT)
+def chunk_rows_kernel(
+    q, k, factors, matrices, decayed_rows, cu_seqlens, scale, N, T, chunks_per_sequence,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    VARLEN: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
+):  # fmt: skip
+    """Write `decayed_rows` in place of the sums."""
+    chunk_head = tl.program_id(0).to(tl.int64)
+    slot, head = chunk_head // HV, chunk_head % HV
+    first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
+    if tokens <= 0:
+        return
+    tokens = tl.minimum(tokens, C).to(tl.int32)
+    qk_head = head // (HV // H)
+    q = find_batch_row(q, first_token, T, Q_STRIDES)
+    k = find_batch_row(k, first_token, T, K_STRIDES)
+    q += first_token * Q_STRIDES[1] + qk_head * Q_STRIDES[2]
+    k += first_token * K_STRIDES[1] + qk_head * K_STRIDES[2]
+    A_beta = load_matrix(matrices, chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C)
+    _write_rows(
+        q, k, A_beta, factors, decayed_rows, chunk_head, tokens, scale, K, BK, C, Q_STRIDES,
+        K_STRIDES,
+    )  # fmt: skip

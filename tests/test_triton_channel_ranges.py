@@ -1,0 +1,77 @@
+"""Decays and rows around the ranges in which the Triton backend takes many pairs of tokens in one
+product, with a decay per channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import assert_close
+
+import gdn
+from gdn.testing import (
+    Case,
+    gradients,
+    make_inputs,
+    make_output_gradients,
+    run_definition,
+    with_gradients,
+)
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "l2norm", "g"),
+    [
+        (torch.float16, False, -4.9),
+        (torch.float16, False, -5.1),
+        (torch.bfloat16, True, -4.9),
+        (torch.bfloat16, True, -5.1),
+        (torch.bfloat16, False, -2.7),
+        (torch.bfloat16, False, -2.9),
+    ],
+    ids=str,
+)
+def test_decays_around_the_range_of_one_product(
+    dtype: torch.dtype, l2norm: bool, g: float, device: str
+) -> None:
+    """Backward and forward of float16 take pairs of 16 tokens in one product up to e^40 from their
+    middle, forward of bfloat16 pairs of 32 tokens up to 2^116, and 2^64 of raw rows."""
+    case = Case(
+        "range", T=64, H=1, HV=1, K=64, V=64, per_channel=True, l2norm=l2norm, dtype=dtype
+    )  # fmt: skip
+
+    def inputs(device: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        given = make_inputs(case, device)
+        given["g"][..., ::2] = g
+        given["g"][..., 1::2] *= 0.01
+        return with_gradients(given, dtype)
+
+    leaves, exact = inputs(device), inputs("cpu", torch.float64)
+    got, expected = gdn.gated_delta_net(**leaves, backend="triton"), run_definition(exact)
+    found = gradients(got, leaves, make_output_gradients(case, device))
+    true = gradients(expected, exact, make_output_gradients(case))
+    for name, value in {"o": got.o, **found}.items():
+        assert_close(name, value, {"o": expected[0], **true}[name], dtype)
+
+
+@pytest.mark.parametrize("size", [2.0**36, 2.0**-60], ids=["large", "tiny"])
+def test_raw_rows_at_a_lower_bound(size: float, device: str) -> None:
+    """Elements of q times decays of 2^115 leave float32's range. k of the token before a query is
+    what the query reads, so that decays of neighbours matter."""
+    case = Case(
+        "raw", T=70, H=1, HV=1, per_channel=True, fused=True, gates="strong",
+        gate_lower_bound=-5.0, initial_state=False, dtype=torch.bfloat16,
+    )  # fmt: skip
+    given = make_inputs(case, device) | {"use_qk_l2norm_in_kernel": False}
+    k = F.normalize(given["k"].float(), dim=-1)
+    before = k.roll(1, dims=1)
+    q = size * F.normalize(before - (before * k).sum(-1, keepdim=True) * k, dim=-1)
+    given |= {"q": q.to(case.dtype), "k": k.to(case.dtype)}
+    got = gdn.gated_delta_net(**given, backend="triton")
+    expected = run_definition({n: x.cpu() if hasattr(x, "cpu") else x for n, x in given.items()})
+    assert_close("o", got.o / size, expected[0] / size, case.dtype)
+    assert_close("final_state", got.final_state, expected[1], case.dtype)
