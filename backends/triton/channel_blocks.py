@@ -11,10 +11,9 @@ product,
 with rows of q above rows of k on its left side. In the first block m is the last token of the
 first half, so that both factors are at most 1. In the others it is the middle of the half, and a
 factor may exceed 1: with a bound of -5 it is 2^115 at most. Where gates are stronger, pairs of a
-half are sorted by the levels of `channel_decay.py`, one product for each. Without the fused L2 norm
-rows may be large or tiny, so they leave less of float32's range to these factors, and the limit is
-2^64. With it rows are divided by their norms after the product: next to a factor of 2^116 their
-elements may be 2^11.
+half are sorted by the levels of `channel_decay.py`, one product for each. Products take rows as
+they are given, before the L2 norm, and so leave less than float32's range to these factors: see
+`NORMALISED_RANGE`.
 
 Differences of sums are off by 2^-11 at most, since no gate is below FLOOR: relative to bfloat16's
 2^-9 that is little.
@@ -32,16 +31,20 @@ from .channel_sums import sum_entries
 from .chunk_buffers import BETA, INVERSE, NUM_FACTORS, NUM_MATRICES, RK, RQ, SCORES
 from .tiles import INTERPRETED, dot, round_to
 
-NORMALISED_RANGE, RAW_RANGE = tl.constexpr(116.0), tl.constexpr(64.0)
-"""The largest |G_i - G_m| for which a half is one product, with the L2 norm fused and without."""
+NORMALISED_RANGE, RAW_RANGE = tl.constexpr(100.0), tl.constexpr(64.0)
+"""The largest |G_i - G_m| for which a half is one product, with the L2 norm fused and without. Rows
+may then have elements of up to 2^26 and 2^62."""
+BOUNDED_RANGE = 116.0
+"""The same with the L2 norm fused and a bound of the gate which guarantees it, so that no sum is
+looked at: -5, for one. In chunks that are at this bound throughout, elements may be up to 2^16."""
 
 
 def is_weak_by_halves(call: Call) -> bool:
     """Whether the bound of a call's gate keeps |G_i - G_m| in the range of the call's rows."""
     if not call.use_gate_in_kernel or call.gate_lower_bound is None:
         return False
-    limit = NORMALISED_RANGE if call.use_qk_l2norm_in_kernel else RAW_RANGE
-    return bool(-call.gate_lower_bound * LOG2_E.value * 16 <= limit.value)
+    limit = BOUNDED_RANGE if call.use_qk_l2norm_in_kernel else RAW_RANGE.value
+    return bool(-call.gate_lower_bound * LOG2_E.value * 16 <= limit)
 
 
 @triton.jit
