@@ -43,7 +43,7 @@ CASES = [
 ]
 LONG: dict[str, Any] = {"HV": 4, "H": 2, "K": 128, "V": 128, "gates": "weak"}
 NORM = LONG | {"l2norm": True}
-ON_GPUS = {  # cases of a group share kernels, but for the last one
+ON_GPUS = {  # most cases of a group share kernels
     "dense": [
         Parallel("one sequence", (1100, 1000), options=LONG),
         Parallel("forgetting", (1100, 1000), options=LONG | {"gates": "fast"}),

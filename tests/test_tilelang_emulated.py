@@ -224,7 +224,7 @@ def test_backward_in_rounds(
 @pytest.mark.parametrize("case", [GROUPED, ALONE], ids=lambda case: case.name)
 @pytest.mark.parametrize("slow", [0, 5, 8, 9, 10, 12, 13, 14])
 def test_a_warp_may_be_slow(world: Callable[..., None], slow: int, case: Case) -> None:
-    """Warps of every role; in `gradients` one of each warpgroup, and each of the other four."""
+    """Warps of every role; in `gradients` those of all warpgroups, the producer and a dv warp."""
     world(late=True, slow=slow)
     check(case, with_gradients(make_inputs(case)))
 

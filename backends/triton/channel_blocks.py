@@ -15,8 +15,9 @@ half are sorted by the levels of `channel_decay.py`, one product for each. Produ
 they are given, before the L2 norm, and so leave less than float32's range to these factors: see
 `NORMALISED_RANGE`.
 
-Differences of sums are off by 2^-11 at most, since no gate is below FLOOR: relative to bfloat16's
-2^-9 that is little.
+A sum is rounded by 2^-11 a token at most, since no gate is below FLOOR, and by far less where gates
+are usual: bfloat16 rounds factors by 2^-9. Tens of gates at FLOOR before tokens that hardly decay
+add up to 2^-7.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .tiles import INTERPRETED, dot, round_to
 
 NORMALISED_RANGE, RAW_RANGE = tl.constexpr(100.0), tl.constexpr(64.0)
 """The largest |G_i - G_m| for which a half is one product, with the L2 norm fused and without. Rows
-may then have elements of up to 2^26 and 2^62."""
+may then have elements of up to 2^26 and 2^62, and down to their inverses."""
 BOUNDED_RANGE = 116.0
 """The same with the L2 norm fused and a bound of the gate which guarantees it, so that no sum is
 looked at: -5, for one. In chunks that are at this bound throughout, elements may be up to 2^16."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ChannelStages:
-    """Three stages that take the place of `prepare_channels_kernel`, and its arguments."""
+    """Three stages, called together with the arguments of `prepare_channels_kernel`."""
 
     def __init__(self, sum_gates: Stage, compute_matrices: Stage, write_rows: Stage) -> None:
         self.sum_gates, self.compute_matrices = sum_gates, compute_matrices

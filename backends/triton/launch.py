@@ -67,7 +67,7 @@ def choose_configuration(
     name: str, BK: int, itemsize: int, scans: int, shared_memory: int, channels: bool = False
 ) -> Configuration:
     """The configuration of a kernel, as measured on an H200 with bfloat16 and K = V = 128; of the
-    kernels with a decay per channel only the scan's is.
+    kernels with a decay per channel only the scan's was compared with others.
 
     BK is K padded to a tile, and itemsize the bytes of an element. scans is the number of sequences
     (or pieces) times value heads. shared_memory is `shared_memory_limit`. channels: a decay per

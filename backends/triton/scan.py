@@ -4,7 +4,7 @@
     O = scale e^G rq * (Q S) + P U                 with OUTPUT
     S <- e^gamma S + K^T (e^{gamma - G} rk * U)
 
-With a decay per channel (CHANNELS), of `channel_prepare.py`:
+With a decay per channel (CHANNELS), of `channel_prepare.py` or `channel_forward.py`:
 
     U = A beta V - W S,   O = Q_in S + P U,   S <- e^gamma * S + K_out^T U
 
