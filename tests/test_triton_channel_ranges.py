@@ -3,6 +3,7 @@ product, with a decay per channel."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,11 +24,33 @@ from gdn.testing import (
 pytest.importorskip("triton")
 
 
+Inputs = dict[str, Any]
+
+
+def inputs_with_gates(case: Case, g: float, device: str) -> Inputs:
+    """Inputs of a case in which every other channel decays by g a token, and the others little."""
+    given = make_inputs(case, device)
+    given["g"][..., ::2] = g
+    given["g"][..., 1::2] *= 0.01
+    return given
+
+
+def check_forward(given: Callable[[str], Inputs], device: str, size: float = 1.0) -> None:
+    """Forward of the inputs that `given` makes on a device agrees with the definition. size: of o,
+    which is divided by it."""
+    inputs = given(device)
+    got, expected = gdn.gated_delta_net(**inputs, backend="triton"), run_definition(given("cpu"))
+    assert_close("o", got.o / size, expected[0] / size, inputs["q"].dtype)
+    assert_close("final_state", got.final_state, expected[1], inputs["q"].dtype)
+
+
 @pytest.mark.parametrize(
     ("dtype", "l2norm", "g"),
     [
         (torch.float16, False, -4.9),
         (torch.float16, False, -5.1),
+        (torch.bfloat16, False, -4.9),
+        (torch.bfloat16, False, -5.1),
         (torch.bfloat16, True, -4.3),
         (torch.bfloat16, True, -4.4),
         (torch.bfloat16, False, -2.7),
@@ -45,13 +68,8 @@ def test_decays_around_the_range_of_one_product(
         "range", T=64, H=1, HV=1, K=64, V=64, per_channel=True, l2norm=l2norm, dtype=dtype
     )  # fmt: skip
 
-    def inputs(device: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        given = make_inputs(case, device)
-        given["g"][..., ::2] = g
-        given["g"][..., 1::2] *= 0.01
-        return with_gradients(given, dtype)
-
-    leaves, exact = inputs(device), inputs("cpu", torch.float64)
+    leaves = with_gradients(inputs_with_gates(case, g, device))
+    exact = with_gradients(inputs_with_gates(case, g, "cpu"), torch.float64)
     got, expected = gdn.gated_delta_net(**leaves, backend="triton"), run_definition(exact)
     found = gradients(got, leaves, make_output_gradients(case, device))
     true = gradients(expected, exact, make_output_gradients(case))
@@ -67,15 +85,17 @@ def test_raw_rows_at_a_lower_bound(size: float, device: str) -> None:
         "raw", T=70, H=1, HV=1, per_channel=True, fused=True, gates="strong",
         gate_lower_bound=-5.0, initial_state=False, dtype=torch.bfloat16,
     )  # fmt: skip
-    given = make_inputs(case, device) | {"use_qk_l2norm_in_kernel": False}
+    given = make_inputs(case)
     k = F.normalize(given["k"].float(), dim=-1)
     before = k.roll(1, dims=1)
     q = size * F.normalize(before - (before * k).sum(-1, keepdim=True) * k, dim=-1)
-    given |= {"q": q.to(case.dtype), "k": k.to(case.dtype)}
-    got = gdn.gated_delta_net(**given, backend="triton")
-    expected = run_definition({n: x.cpu() if hasattr(x, "cpu") else x for n, x in given.items()})
-    assert_close("o", got.o / size, expected[0] / size, case.dtype)
-    assert_close("final_state", got.final_state, expected[1], case.dtype)
+    rows = {"q": q.to(case.dtype), "k": k.to(case.dtype)}
+
+    def raw(device: str) -> Inputs:
+        moved = {name: x.to(device) for name, x in rows.items()}
+        return make_inputs(case, device) | moved | {"use_qk_l2norm_in_kernel": False}
+
+    check_forward(raw, device, size)
 
 
 @pytest.mark.parametrize("size", [2.0**24, 2.0**-16], ids=["large", "small"])
@@ -86,11 +106,9 @@ def test_long_and_short_rows_under_the_norm(g: float, size: float, device: str) 
     case = Case(
         "long", T=70, H=1, HV=1, K=64, V=64, per_channel=True, dtype=torch.bfloat16, l2norm=True
     )
-    given = make_inputs(case, device)
-    given["g"][..., ::2] = g
-    given["g"][..., 1::2] *= 0.01
-    given |= {name: size * given[name] for name in ("q", "k")}
-    got = gdn.gated_delta_net(**given, backend="triton")
-    expected = run_definition({n: x.cpu() if hasattr(x, "cpu") else x for n, x in given.items()})
-    assert_close("o", got.o, expected[0], case.dtype)
-    assert_close("final_state", got.final_state, expected[1], case.dtype)
+
+    def scaled(device: str) -> Inputs:
+        given = inputs_with_gates(case, g, device)
+        return given | {name: size * given[name] for name in ("q", "k")}
+
+    check_forward(scaled, device)

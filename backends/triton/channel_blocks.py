@@ -27,10 +27,11 @@ import triton.language as tl
 
 from gdn.problem import Call
 
-from .activation import LOG2_E, exp2_flushed
+from .activation import exp2_flushed
+from .channel_decay import bound_keeps_within
 from .channel_sums import sum_entries
 from .chunk_buffers import BETA, INVERSE, NUM_FACTORS, NUM_MATRICES, RK, RQ, SCORES
-from .tiles import INTERPRETED, dot, round_to
+from .tiles import dot, round_pairs, round_to
 
 NORMALISED_RANGE, RAW_RANGE = tl.constexpr(100.0), tl.constexpr(64.0)
 """The largest |G_i - G_m| for which a half is one product, with the L2 norm fused and without. Rows
@@ -42,22 +43,15 @@ looked at: -5, for one. In chunks that are at this bound throughout, elements ma
 
 def is_weak_by_halves(call: Call) -> bool:
     """Whether the bound of a call's gate keeps |G_i - G_m| in the range of the call's rows."""
-    if not call.use_gate_in_kernel or call.gate_lower_bound is None:
-        return False
     limit = BOUNDED_RANGE if call.use_qk_l2norm_in_kernel else RAW_RANGE.value
-    return bool(-call.gate_lower_bound * LOG2_E.value * 16 <= limit)
+    return bound_keeps_within(call, 16, limit)
 
 
 @triton.jit
 def _multiply(rows, f):
-    """rows * f in bfloat16. Triton would pass float32 exponents through shared memory to another
-    layout first. It does not move code that is not pure, so they stay in the layout of the rows."""
-    if INTERPRETED:
-        return round_to(rows.to(tl.float32) * f, tl.bfloat16)
-    return tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [rows.to(tl.float32) * f], dtype=tl.bfloat16,
-        is_pure=False, pack=2,
-    )  # fmt: skip
+    """rows * f in bfloat16, in the layout of the rows. Triton would pass float32 exponents through
+    shared memory to another one first."""
+    return round_pairs(rows.to(tl.float32) * f, False)
 
 
 @triton.jit

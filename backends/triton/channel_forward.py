@@ -14,17 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import EPS, exp2_flushed, sigmoid
+from .activation import EPS, exp2_flushed
 from .channel_blocks import NORMALISED_RANGE, RAW_RANGE, multiply_blocks, multiply_levels
 from .channel_inverse import invert_in_memory
-from .channel_prepare import dot_rows
+from .channel_prepare import dot_rows, load_strength
 from .channel_sums import BLOCK, STRONG, sum_entries
 from .chunk_buffers import (
     A_BETA,
     BETA,
     GATE_SUM,
     GATE_SUM_RESIDUAL,
-    INVERSE,
     K_OUT,
     KS_TO_E,
     NUM_DECAYED_ROWS,
@@ -41,11 +40,18 @@ from .chunk_buffers import (
     load_factor,
     load_matrix,
     store_factor,
-    store_matrix,
+    store_inverse,
 )
 from .indexing import COUNTS, locate_chunk
 from .launch import ANY_ALIGNMENT
-from .tiles import dot, find_batch_row, load_input_scalars, round_to, row_entries
+from .tiles import dot, find_batch_row, round_to, row_entries
+
+
+@triton.jit
+def _find_rows(x, first_token, T, head, STRIDES: tl.constexpr):
+    """x, moved to a head of a chunk's first token."""
+    x = find_batch_row(x, first_token, T, STRIDES)
+    return x + (first_token * STRIDES[1] + head * STRIDES[2])
 
 
 @triton.jit
@@ -90,9 +96,7 @@ def _write_inverse(
     tl.debug_barrier()  # M is read
     strength = load_factor(factors, chunk_head, BETA, C)
     A_beta = round_to(A * strength[None, :], tl.bfloat16)
-    store_matrix(matrices, A_beta, chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C)
-    if SAVE:
-        store_matrix(matrices, A, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
+    store_inverse(matrices, A, A_beta, chunk_head, C, SAVE)
 
 
 @triton.jit
@@ -142,16 +146,11 @@ def chunk_matrices_kernel(
             clear_saved(factors, matrices, chunk_head, C)
         return
     tokens = tl.minimum(tokens, C).to(tl.int32)
-    qk_head = head // (HV // H)
-    q = find_batch_row(q, first_token, T, Q_STRIDES)
-    k = find_batch_row(k, first_token, T, K_STRIDES)
-    q += first_token * Q_STRIDES[1] + qk_head * Q_STRIDES[2]
-    k += first_token * K_STRIDES[1] + qk_head * K_STRIDES[2]
-    beta = find_batch_row(beta, first_token, T, BETA_STRIDES)
-    strength = load_input_scalars(beta, first_token, tokens, head, BETA_STRIDES, C)  # beta, [C]
-    if FUSED_SIGMOID:
-        strength = BETA_SCALE * sigmoid(strength)
-    strength = tl.where(tl.arange(0, C) < tokens, strength, 0.0)
+    q = _find_rows(q, first_token, T, head // (HV // H), Q_STRIDES)
+    k = _find_rows(k, first_token, T, head // (HV // H), K_STRIDES)
+    strength = load_strength(
+        beta, first_token, tokens, T, head, BETA_STRIDES, C, FUSED_SIGMOID, BETA_SCALE
+    )
     if WEAK:
         strong: tl.constexpr = False
     else:
@@ -197,11 +196,8 @@ def chunk_rows_kernel(
     if tokens <= 0:
         return
     tokens = tl.minimum(tokens, C).to(tl.int32)
-    qk_head = head // (HV // H)
-    q = find_batch_row(q, first_token, T, Q_STRIDES)
-    k = find_batch_row(k, first_token, T, K_STRIDES)
-    q += first_token * Q_STRIDES[1] + qk_head * Q_STRIDES[2]
-    k += first_token * K_STRIDES[1] + qk_head * K_STRIDES[2]
+    q = _find_rows(q, first_token, T, head // (HV // H), Q_STRIDES)
+    k = _find_rows(k, first_token, T, head // (HV // H), K_STRIDES)
     A_beta = load_matrix(matrices, chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C)
     _write_rows(
         q, k, A_beta, factors, decayed_rows, chunk_head, tokens, scale, K, BK, C, Q_STRIDES,

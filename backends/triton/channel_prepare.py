@@ -39,7 +39,6 @@ from .chunk_buffers import (
     BETA,
     GATE_SUM,
     GATE_SUM_RESIDUAL,
-    INVERSE,
     K_OUT,
     KS_TO_E,
     NUM_DECAYED_ROWS,
@@ -55,6 +54,7 @@ from .chunk_buffers import (
     load_factor,
     load_matrix,
     store_factor,
+    store_inverse,
     store_matrix,
 )
 from .gate_buffers import part_entries, store_selectors
@@ -97,6 +97,19 @@ def load_all_gates(
     decay = exp_flushed(tl.sum(log_decay, axis=0))
     tl.store(channel_decays + chunk_head * BK + tl.arange(0, BK), decay)
     return split(log_decay * LOG2_E, dtype)
+
+
+@triton.jit
+def load_strength(
+    beta, first_token, tokens, T, head, STRIDES: tl.constexpr, C: tl.constexpr,
+    FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr,
+):  # fmt: skip
+    """beta of a chunk and head in float32, zero past the end, [C]."""
+    beta = find_batch_row(beta, first_token, T, STRIDES)
+    strength = load_input_scalars(beta, first_token, tokens, head, STRIDES, C)
+    if FUSED_SIGMOID:
+        strength = BETA_SCALE * sigmoid(strength)
+    return tl.where(tl.arange(0, C) < tokens, strength, 0.0)
 
 
 @triton.jit
@@ -154,11 +167,9 @@ def prepare_channels_kernel(
         find_batch_row(q, first_token, T, Q_STRIDES), find_batch_row(k, first_token, T, K_STRIDES)
     )  # fmt: skip
     g = find_batch_row(g, first_token, T, G_STRIDES)
-    beta = find_batch_row(beta, first_token, T, BETA_STRIDES)
-    strength = load_input_scalars(beta, first_token, tokens, head, BETA_STRIDES, C)  # beta, [C]
-    if FUSED_SIGMOID:
-        strength = BETA_SCALE * sigmoid(strength)
-    strength = tl.where(tl.arange(0, C) < tokens, strength, 0.0)
+    strength = load_strength(
+        beta, first_token, tokens, T, head, BETA_STRIDES, C, FUSED_SIGMOID, BETA_SCALE
+    )
 
     # === matrices, of raw rows ===
     P, M = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
@@ -197,9 +208,8 @@ def prepare_channels_kernel(
     M = (strength * rk)[:, None] * M * rk[None, :]
     A = invert_unit_lower(mask_strictly_lower(M, C), C, dtype)
     A_beta = round_to(A * strength[None, :], dtype)
-    store_matrix(matrices, A_beta, chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C)
+    store_inverse(matrices, A, A_beta, chunk_head, C, SAVE)
     if SAVE:
-        store_matrix(matrices, A, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
         store_factor(factors, tl.zeros([C], tl.float32), chunk_head, GATE_SUM, C)
         store_factor(factors, tl.zeros([C], tl.float32), chunk_head, GATE_SUM_RESIDUAL, C)
     store_factor(factors, strength, chunk_head, BETA, C)

@@ -132,6 +132,14 @@ def store_matrix(x, value, index, first_row, ROWS: tl.constexpr, BR: tl.constexp
 
 
 @triton.jit
+def store_inverse(matrices, A, A_beta, chunk_head, C: tl.constexpr, SAVE: tl.constexpr):
+    """Store A_BETA and, with SAVE, INVERSE."""
+    store_matrix(matrices, A_beta, chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C)
+    if SAVE:
+        store_matrix(matrices, A, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
+
+
+@triton.jit
 def clear_saved(factors, matrices, chunk_head, C: tl.constexpr):
     """Zero what is saved of a chunk without tokens: saved tensors are outputs of a torch op, which
     must not hold uninitialised data."""

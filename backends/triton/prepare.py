@@ -20,11 +20,9 @@ import triton.language as tl
 
 from .activation import FLOOR, compute_log_decay, compute_reciprocal_norms, load_A_log
 from .chunk_buffers import (
-    A_BETA,
     BETA,
     GATE_SUM,
     GATE_SUM_RESIDUAL,
-    INVERSE,
     KS_TO_E,
     NUM_MATRICES,
     QS_TO_O,
@@ -34,6 +32,7 @@ from .chunk_buffers import (
     U_TO_STATE,
     clear_saved,
     store_factor,
+    store_inverse,
     store_matrix,
 )
 from .indexing import COUNTS, locate_chunk
@@ -114,9 +113,7 @@ def prepare_kernel(
     P = (scale * rq)[:, None] * P
     store_matrix(matrices, P, chunk_head * NUM_MATRICES + SCORES, 0, C, C, C)
     A = invert_unit_lower(mask_strictly_lower((strength * rk)[:, None] * M, C), C, dtype)
-    store_matrix(matrices, A * strength[None, :], chunk_head * NUM_MATRICES + A_BETA, 0, C, C, C)
-    if SAVE:
-        store_matrix(matrices, A, chunk_head * NUM_MATRICES + INVERSE, 0, C, C, C)
+    store_inverse(matrices, A, A * strength[None, :], chunk_head, C, SAVE)
 
     # === factors ===
     store_factor(factors, G, chunk_head, GATE_SUM, C)

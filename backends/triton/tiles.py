@@ -33,13 +33,13 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def round_pairs(x):
-    """x in float32 rounded to bfloat16, two numbers at once: one instruction also where the results
-    are numbers again, for which the compiler rounds each in a slow one."""
+def round_pairs(x, MOVABLE: tl.constexpr = True):
+    """x in float32 rounded to bfloat16, two numbers at once: one fast instruction also where the
+    results are numbers again. Not MOVABLE: in the layout that x has, as code that is not pure."""
     if INTERPRETED:
         return round_to(x, tl.bfloat16)
     return tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=MOVABLE, pack=2
     )
 
 
