@@ -102,8 +102,6 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (decode_kernel, DECODE | {"V_FIRST": True}),
     (decode_kernel, DECODE | {"UNIT": 1}),
     (decode_kernel, SPECULATIVE),
-    (prepare_channels_kernel, CHANNELS),
-    (prepare_channels_kernel, CHANNELS | NO_A_LOG | {"WEAK": True}),
     (decay_rows_kernel, CHANNELS),
     (scan_kernel, SCAN | CHANNELS),
     (scan_kernel, SCAN_FOR_STATES | CHANNELS),
@@ -114,14 +112,17 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (norm_gradients_kernel, CHANNELS),
     (decode_kernel, DECODE | CHANNELS),
 ]
+OTHER_KERNELS: list[tuple[Any, dict[str, Any]]] = [
+    (prepare_channels_kernel, CHANNELS),
+    (prepare_channels_kernel, CHANNELS | NO_A_LOG | {"WEAK": True}),
+]
 BFLOAT16_KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (sum_gates_kernel, CHANNELS),
-    (sum_gates_kernel, CHANNELS | NO_A_LOG | {"WEAK": True}),
+    (sum_gates_kernel, CHANNELS | NO_A_LOG),
     (chunk_matrices_kernel, CHANNELS),
-    (chunk_matrices_kernel, CHANNELS | {"WEAK": True}),
     (chunk_rows_kernel, CHANNELS),
 ]
-"""Kernels for calls in bfloat16 alone."""
+"""What float16 and float32 calls run, and what bfloat16 calls run in its place."""
 
 
 def type_of(name: str, dtype: str, channels: bool) -> str:
@@ -175,5 +176,5 @@ def compile_for(sm: int, kernel: Any, flags: dict[str, Any], dtype: str) -> str:
 
 
 if __name__ == "__main__":
-    for kernel, flags in KERNELS + (BFLOAT16_KERNELS if sys.argv[2] == "bf16" else []):
+    for kernel, flags in KERNELS + (BFLOAT16_KERNELS if sys.argv[2] == "bf16" else OTHER_KERNELS):
         print(compile_for(int(sys.argv[1]), kernel, flags, sys.argv[2]), flush=True)

@@ -213,7 +213,7 @@ def test_compiles_for(sm: int, dtype: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     shared_memory = {80: 166_912, 90: 232_448}[sm]
-    assert len(rows) == (32 if dtype == "bf16" else 27)
+    assert len(rows) == (29 if dtype == "bf16" else 27)
     for name, _, shared, registers, stack, unset in rows:
         assert int(shared) <= shared_memory, name
         assert int(unset) == 0, name
@@ -227,8 +227,7 @@ MAX_STACK = {80: 2048, 90: 512}
 """Bytes of stack a thread with bfloat16 and K = V = 128. A scan has a second copy of its step for
 the last, partial chunk. That copy spills; the loop over full chunks only reloads a few values."""
 MAX_STACK_OF = {
-    "prepare_channels_kernel": {80: 1280, 90: 896},
-    "chunk_matrices_kernel": {80: 384, 90: 128},
+    "chunk_matrices_kernel": {80: 256, 90: 64},
     "channel_gradients_kernel": {80: 896, 90: 256},
 }
 """The same, of the stages with loops over levels. Most of their spills are outside these loops."""

@@ -2,22 +2,19 @@
 
     P_ij = sum_c q_ic k_jc D_ijc,   M_ij = sum_c k_ic k_jc D_ijc        for i > j
 
-D_ij = 2^{G_i - G_j} of the sums of `channel_sums.py`. A chunk has three blocks of pairs, of 32 rows
-i and 32 columns j: its second half by its first half, and each half by itself. A block is one
+D_ij = 2^{G_i - G_j} with G the sums of g over a chunk. A chunk has three blocks of pairs, of 32
+rows i and 32 columns j: its second half by its first half, and each half by itself. A block is one
 product,
 
     D_ij = 2^{G_i - G_m} 2^{G_m - G_j}
 
 with rows of q above rows of k on its left side. In the first block m is the last token of the
 first half, so that both factors are at most 1. In the others it is the middle of the half, and a
-factor may exceed 1: with a bound of -5 it is 2^115 at most. Where gates are stronger, pairs of a
-half are sorted by the levels of `channel_decay.py`, one product for each. Products take rows as
-they are given, before the L2 norm, and so leave less than float32's range to these factors: see
-`NORMALISED_RANGE`.
+factor may exceed 1: with a bound of -5 it is 2^115 at most. Products take rows as they are given,
+before the L2 norm, so `fit_one_product` looks at sums and rows together. Where a half does not fit,
+its pairs are sorted by the levels of `channel_decay.py`, one product for each.
 
-A sum is rounded by 2^-11 a token at most, since no gate is below FLOOR, and by far less where gates
-are usual: bfloat16 rounds factors by 2^-9. Tens of gates at FLOOR before tokens that hardly decay
-add up to 2^-7.
+In memory G starts again at each half (`channel_sums.py`), which is what the factors need.
 """
 
 from __future__ import annotations
@@ -25,26 +22,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gdn.problem import Call
-
 from .activation import exp2_flushed
-from .channel_decay import bound_keeps_within
 from .channel_sums import sum_entries
 from .chunk_buffers import BETA, INVERSE, NUM_FACTORS, NUM_MATRICES, RK, RQ, SCORES
 from .tiles import dot, round_pairs, round_to
 
-NORMALISED_RANGE, RAW_RANGE = tl.constexpr(100.0), tl.constexpr(64.0)
-"""The largest |G_i - G_m| for which a half is one product, with the L2 norm fused and without. Rows
-may then have elements of up to 2^26 and 2^62, and down to their inverses."""
-BOUNDED_RANGE = 116.0
-"""The same with the L2 norm fused and a bound of the gate which guarantees it, so that no sum is
-looked at: -5, for one. In chunks that are at this bound throughout, elements may be up to 2^16."""
+RANGE = tl.constexpr(122.0)
+"""log2 of how far sums and norms of rows may reach together. Elements of a row of 128 channels are
+about 2^-4 of its norm, and bfloat16 has all its digits down to 2^-126."""
+ROOM = tl.constexpr(5.0)
+"""log2 of how much farther they may reach upwards: float32 ends at 2^128."""
 
 
-def is_weak_by_halves(call: Call) -> bool:
-    """Whether the bound of a call's gate keeps |G_i - G_m| in the range of the call's rows."""
-    limit = BOUNDED_RANGE if call.use_qk_l2norm_in_kernel else RAW_RANGE.value
-    return bound_keeps_within(call, 16, limit)
+@triton.jit
+def _reach(squared_norms):
+    """How far log2 of a norm is from 0, less ROOM above it, [C]. Rows of zeros count as 0."""
+    log2_norm = 0.5 * tl.log2(squared_norms)
+    return tl.where(squared_norms > 0, tl.maximum(log2_norm - ROOM, -log2_norm), 0.0)
+
+
+@triton.jit
+def fit_one_product(farthest, QQ, KK):
+    """Whether a half may be one product: its factors times rows of q and k, whose squared norms are
+    QQ and KK [C], stay in the range of bfloat16. farthest: the largest |G_i - G_m|."""
+    return farthest + tl.max(tl.maximum(_reach(QQ), _reach(KK)), axis=0) <= RANGE
 
 
 @triton.jit
@@ -85,29 +86,23 @@ def _multiply_rows(both, f_row, keys, f_column, C: tl.constexpr, BD: tl.constexp
 
 @triton.jit
 def _multiply_level(
-    q, k, decayed_rows, chunk_head, tokens, first_row, first_column, shift, K: tl.constexpr,
-    BK: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, Q_STRIDES: tl.constexpr,
-    K_STRIDES: tl.constexpr,
+    q, k, decayed_rows, chunk_head, tokens, first_row, shift, K: tl.constexpr, BK: tl.constexpr,
+    BD: tl.constexpr, C: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
 ):  # fmt: skip
-    """The product [C, C // 2] of a block, of pairs of a level with blocks of 2 << shift tokens."""
-    r = tl.arange(0, C // 2)[:, None]
-    row_middle = (((first_row + r) >> shift | 1) << shift) - 1
-    column_middle = (((first_column + r) >> shift | 1) << shift) - 1
+    """The product [C, C // 2] of half of a chunk, of pairs of a level with blocks of 2 << shift
+    tokens."""
+    row = first_row + tl.arange(0, C // 2)[:, None]
+    middle = ((row >> shift | 1) << shift) - 1
     product = tl.zeros([C, C // 2], tl.float32)
     for first_channel in range(0, K, BD):
-        both, _, G = _load_half(
+        both, keys, G = _load_half(
             q, k, decayed_rows, chunk_head, tokens, first_row, first_channel, K, BK, BD, C,
             Q_STRIDES, K_STRIDES,
         )  # fmt: skip
         c = first_channel + tl.arange(0, BD)[None, :]
-        G -= tl.load(sum_entries(decayed_rows, chunk_head, row_middle, c, BK, C))
-        f_row = exp2_flushed(-tl.abs(G))
-        _, keys, G = _load_half(
-            q, k, decayed_rows, chunk_head, tokens, first_column, first_channel, K, BK, BD, C,
-            Q_STRIDES, K_STRIDES,
-        )  # fmt: skip
-        G -= tl.load(sum_entries(decayed_rows, chunk_head, column_middle, c, BK, C))
-        product += _multiply_rows(both, f_row, keys, exp2_flushed(-tl.abs(G)), C, BD)
+        G -= tl.load(sum_entries(decayed_rows, chunk_head, middle, c, BK, C))
+        f = exp2_flushed(-tl.abs(G))
+        product += _multiply_rows(both, f, keys, f, C, BD)
     return product
 
 
@@ -150,7 +145,7 @@ def multiply_blocks(
     HALF: tl.constexpr = C // 2
     below, first = tl.zeros([C, HALF], tl.float32), tl.zeros([C, HALF], tl.float32)
     second = tl.zeros([C, HALF], tl.float32)
-    middle = tl.full([1, 1], HALF - 1, tl.int32)
+    last = tl.full([1, 1], HALF - 1, tl.int32)  # of the first half
     for first_channel in range(0, K, BD):
         above, above_keys, above_G = _load_half(
             q, k, decayed_rows, chunk_head, tokens, 0, first_channel, K, BK, BD, C, Q_STRIDES,
@@ -161,10 +156,10 @@ def multiply_blocks(
             K_STRIDES,
         )  # fmt: skip
         c = first_channel + tl.arange(0, BD)[None, :]
-        G = tl.load(sum_entries(decayed_rows, chunk_head, middle, c, BK, C))
-        f_row, f_column = exp2_flushed(under_G - G), exp2_flushed(G - above_G)
-        above_G -= tl.load(sum_entries(decayed_rows, chunk_head, middle - HALF // 2, c, BK, C))
-        under_G -= tl.load(sum_entries(decayed_rows, chunk_head, middle + HALF // 2, c, BK, C))
+        G = tl.load(sum_entries(decayed_rows, chunk_head, last, c, BK, C))
+        f_row, f_column = exp2_flushed(under_G), exp2_flushed(G - above_G)
+        above_G -= tl.load(sum_entries(decayed_rows, chunk_head, last - HALF // 2, c, BK, C))
+        under_G -= tl.load(sum_entries(decayed_rows, chunk_head, last + HALF // 2, c, BK, C))
         first += _multiply_rows(
             above, exp2_flushed(above_G), above_keys, exp2_flushed(-above_G), C, BD
         )
@@ -177,23 +172,21 @@ def multiply_blocks(
     _store_block(second, matrices, factors, chunk_head, HALF, HALF, scale, C)
 
 
-@triton.jit
+@triton.jit(noinline=True)  # seldom called: what it needs stays out of registers until then
 def multiply_levels(
     q, k, decayed_rows, matrices, factors, chunk_head, tokens, scale, K: tl.constexpr,
     BK: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, Q_STRIDES: tl.constexpr,
     K_STRIDES: tl.constexpr,
 ):  # fmt: skip
-    """`multiply_blocks` by levels, for any sums."""
+    """`multiply_blocks` of both halves by themselves again, by levels, for any sums."""
     HALF: tl.constexpr = C // 2
-    for block in range(3):
-        first_row, first_column = tl.where(block == 1, 0, HALF), tl.where(block == 2, HALF, 0)
-        i = first_row + tl.arange(0, C)[:, None] % HALF
-        j = first_column + tl.arange(0, HALF)[None, :]
+    for half in range(2):
+        i, j = tl.arange(0, C)[:, None] % HALF, tl.arange(0, HALF)[None, :]
         product = tl.zeros([C, HALF], tl.float32)
-        for shift in range(tl.where(block == 0, 5, 0), tl.where(block == 0, 6, 5)):
+        for shift in range(5):
             of_level = _multiply_level(
-                q, k, decayed_rows, chunk_head, tokens, first_row, first_column, shift, K, BK, BD,
-                C, Q_STRIDES, K_STRIDES,
+                q, k, decayed_rows, chunk_head, tokens, HALF * half, shift, K, BK, BD, C,
+                Q_STRIDES, K_STRIDES,
             )  # fmt: skip
             product = tl.where((i ^ j) >> shift == 1, of_level, product)
-        _store_block(product, matrices, factors, chunk_head, first_row, first_column, scale, C)
+        _store_block(product, matrices, factors, chunk_head, HALF * half, HALF * half, scale, C)

@@ -42,16 +42,11 @@ NUMBERS = tuple(name for name in ANY_ALIGNMENT if name not in ("g", "dt_bias"))
 """Pointers that kernels with a decay per channel read one number at a time."""
 
 
-def bound_keeps_within(call: Call, tokens: float, limit: float) -> bool:
-    """Whether the bound of a call's gate keeps sums of so many tokens within a limit in base 2."""
-    if not call.use_gate_in_kernel or call.gate_lower_bound is None:
-        return False
-    return bool(-call.gate_lower_bound * LOG2_E.value * tokens <= limit)
-
-
 def is_weak(call: Call) -> bool:
     """Whether the bound of a call's gate keeps |G_i - G_m| in CENTRED_RANGE."""
-    return bound_keeps_within(call, CENTRED.value / 2, CENTRED_RANGE.value)
+    if not call.use_gate_in_kernel or call.gate_lower_bound is None:
+        return False
+    return bool(-call.gate_lower_bound * LOG2_E.value * CENTRED.value / 2 <= CENTRED_RANGE.value)
 
 
 @triton.jit

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 
 from .activation import EPS, exp2_flushed
-from .channel_blocks import NORMALISED_RANGE, RAW_RANGE, multiply_blocks, multiply_levels
+from .channel_blocks import fit_one_product, multiply_blocks, multiply_levels
 from .channel_inverse import invert_in_memory
 from .channel_prepare import dot_rows, load_strength
-from .channel_sums import BLOCK, STRONG, sum_entries
+from .channel_sums import BLOCK, FARTHEST, sum_entries
 from .chunk_buffers import (
     A_BETA,
     BETA,
@@ -44,7 +44,7 @@ from .chunk_buffers import (
 )
 from .indexing import COUNTS, locate_chunk
 from .launch import ANY_ALIGNMENT
-from .tiles import dot, find_batch_row, round_to, row_entries
+from .tiles import dot, find_batch_row, load_input_rows, round_to, row_entries
 
 
 @triton.jit
@@ -55,27 +55,19 @@ def _find_rows(x, first_token, T, head, STRIDES: tl.constexpr):
 
 
 @triton.jit
-def _load_head_rows(
-    x, tokens, first_channel, STRIDES: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
-    C: tl.constexpr,
-):  # fmt: skip
-    """BD channels of a chunk's rows of q or k, [C, BD]; x is its first row."""
-    r, c = tl.arange(0, C)[:, None], first_channel + tl.arange(0, BD)[None, :]
-    return tl.load(x + (r * STRIDES[1] + c), mask=(r < tokens) & (c < K), other=0.0)
-
-
-@triton.jit
 def _write_norms(
-    q, k, matrices, factors, chunk_head, tokens, scale, K: tl.constexpr, BK: tl.constexpr,
-    C: tl.constexpr, L2_NORM: tl.constexpr, Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr,
+    q, k, matrices, factors, chunk_head, tokens, scale, farthest, K: tl.constexpr,
+    BK: tl.constexpr, C: tl.constexpr, L2_NORM: tl.constexpr, Q_STRIDES: tl.constexpr,
+    K_STRIDES: tl.constexpr,
 ):  # fmt: skip
-    """Write RQ and RK, the diagonal of P, and the block of zeros above it."""
-    queries = _load_head_rows(q, tokens, 0, Q_STRIDES, K, BK, C)
-    keys = _load_head_rows(k, tokens, 0, K_STRIDES, K, BK, C)
+    """Write RQ and RK, the diagonal of P, and the block of zeros above it. Return whether each half
+    may be one product."""
+    queries = load_input_rows(q, 0, tokens, 0, Q_STRIDES, K, 0, C, BK)
+    keys = load_input_rows(k, 0, tokens, 0, K_STRIDES, K, 0, C, BK)
+    QQ, KK = dot_rows(queries, queries, C), dot_rows(keys, keys, C)
     rq, rk = tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32)
     if L2_NORM:
-        rq = tl.rsqrt(dot_rows(queries, queries, C) + EPS)
-        rk = tl.rsqrt(dot_rows(keys, keys, C) + EPS)
+        rq, rk = tl.rsqrt(QQ + EPS), tl.rsqrt(KK + EPS)
     store_factor(factors, rq, chunk_head, RQ, C)
     store_factor(factors, rk, chunk_head, RK, C)
     i = tl.arange(0, C)
@@ -85,6 +77,7 @@ def _write_norms(
     zeros = matrices + (chunk_head * NUM_MATRICES + SCORES) * (C * C) + HALF
     zeros += tl.arange(0, HALF)[:, None] * C + tl.arange(0, HALF)[None, :]
     tl.store(zeros, tl.zeros([HALF, HALF], tl.bfloat16))
+    return fit_one_product(farthest, QQ, KK)
 
 
 @triton.jit
@@ -111,16 +104,20 @@ def _write_rows(
     last = tl.full([1, 1], C - 1, tl.int32)
     rows = chunk_head * NUM_DECAYED_ROWS
     for first_channel in range(0, BK, BLOCK):
-        G = tl.load(sum_entries(decayed_rows, chunk_head, r, first_channel + c, BK, C))
-        gamma = tl.load(sum_entries(decayed_rows, chunk_head, last, first_channel + c, BK, C))
-        keys = _load_head_rows(k, tokens, first_channel, K_STRIDES, K, BLOCK, C).to(tl.float32)
-        keys = rk * keys
-        K_out = round_to(keys * exp2_flushed(gamma - G), tl.bfloat16)
+        channel = first_channel + c
+        G = tl.load(sum_entries(decayed_rows, chunk_head, r, channel, BK, C))
+        first_half = tl.load(sum_entries(decayed_rows, chunk_head, last // 2, channel, BK, C))
+        second_half = tl.load(sum_entries(decayed_rows, chunk_head, last, channel, BK, C))
+        in_first = r < C // 2
+        keys = load_input_rows(k, 0, tokens, 0, K_STRIDES, K, first_channel, C, BLOCK)
+        keys = rk * keys.to(tl.float32)
+        end = second_half + tl.where(in_first, first_half, 0.0)
+        K_out = round_to(keys * exp2_flushed(end - G), tl.bfloat16)
         tl.store(row_entries(decayed_rows, rows + K_OUT, first_channel, C, BK, BLOCK), K_out)
-        prefix = exp2_flushed(G)
+        prefix = exp2_flushed(G + tl.where(in_first, 0.0, first_half))
         W_rows = dot(A_beta, round_to(keys * prefix, tl.bfloat16))
-        queries = _load_head_rows(q, tokens, first_channel, Q_STRIDES, K, BLOCK, C).to(tl.float32)
-        Q_in = round_to(rq * queries * prefix, tl.bfloat16)
+        queries = load_input_rows(q, 0, tokens, 0, Q_STRIDES, K, first_channel, C, BLOCK)
+        Q_in = round_to(rq * queries.to(tl.float32) * prefix, tl.bfloat16)
         tl.debug_barrier()  # the sums are read
         tl.store(row_entries(decayed_rows, rows + Q_IN, first_channel, C, BK, BLOCK), Q_in)
         W_rows = round_to(W_rows, tl.bfloat16)
@@ -131,13 +128,12 @@ def _write_rows(
 def chunk_matrices_kernel(
     q, k, beta, factors, matrices, decayed_rows, cu_seqlens, scale, N, T, chunks_per_sequence,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-    C: tl.constexpr, VARLEN: tl.constexpr, L2_NORM: tl.constexpr, WEAK: tl.constexpr,
-    FUSED_SIGMOID: tl.constexpr, BETA_SCALE: tl.constexpr, SAVE: tl.constexpr,
-    Q_STRIDES: tl.constexpr, K_STRIDES: tl.constexpr, BETA_STRIDES: tl.constexpr,
+    C: tl.constexpr, VARLEN: tl.constexpr, L2_NORM: tl.constexpr, FUSED_SIGMOID: tl.constexpr,
+    BETA_SCALE: tl.constexpr, SAVE: tl.constexpr, Q_STRIDES: tl.constexpr,
+    K_STRIDES: tl.constexpr, BETA_STRIDES: tl.constexpr,
 ):  # fmt: skip
-    """Write `factors` and `matrices`. BD: channels of a step of the products. WEAK:
-    `is_weak_by_halves` holds for the call. SAVE: backward follows, so INVERSE is written too, and
-    all of `factors` and `matrices` is defined."""
+    """Write `factors` and `matrices`. BD: channels of a step of the products. SAVE: backward
+    follows, so INVERSE is written too, and all of `factors` and `matrices` is defined."""
     chunk_head = tl.program_id(0).to(tl.int64)
     slot, head = chunk_head // HV, chunk_head % HV
     first_token, tokens = locate_chunk(slot, cu_seqlens, N, T, chunks_per_sequence, VARLEN, C)
@@ -151,21 +147,18 @@ def chunk_matrices_kernel(
     strength = load_strength(
         beta, first_token, tokens, T, head, BETA_STRIDES, C, FUSED_SIGMOID, BETA_SCALE
     )
-    if WEAK:
-        strong: tl.constexpr = False
-    else:
-        LIMIT: tl.constexpr = NORMALISED_RANGE if L2_NORM else RAW_RANGE
-        strong = tl.load(factors + (chunk_head * NUM_FACTORS + STRONG) * C) > LIMIT
+    farthest = tl.load(factors + (chunk_head * NUM_FACTORS + FARTHEST) * C)
     store_factor(factors, strength, chunk_head, BETA, C)
-    _write_norms(
-        q, k, matrices, factors, chunk_head, tokens, scale, K, BK, C, L2_NORM, Q_STRIDES, K_STRIDES
+    fits = _write_norms(
+        q, k, matrices, factors, chunk_head, tokens, scale, farthest, K, BK, C, L2_NORM, Q_STRIDES,
+        K_STRIDES,
     )  # fmt: skip
     tl.debug_barrier()  # factors are written
     multiply_blocks(
         q, k, decayed_rows, matrices, factors, chunk_head, tokens, scale, K, BK, BD, C, Q_STRIDES,
         K_STRIDES,
     )  # fmt: skip
-    if strong:  # seldom: once more
+    if not fits:  # seldom
         tl.debug_barrier()
         multiply_levels(
             q, k, decayed_rows, matrices, factors, chunk_head, tokens, scale, K, BK, BD, C,

@@ -22,8 +22,8 @@ With a decay per channel, `channel_prepare.py` or, in bfloat16, `channel_forward
 factors                BETA, RQ and RK as above. U_TO_STATE, QS_TO_O and KS_TO_E are the scales of
                        the rows of K_OUT, Q_IN and W. GATE_SUM and GATE_SUM_RESIDUAL are 0. In
                        bfloat16 these five are written for backward only, and before that
-                       GATE_SUM has STRONG of `channel_sums.py`. M lies in A_BETA and INVERSE,
-                       and G in W and Q_IN, until those are written.
+                       GATE_SUM has FARTHEST of `channel_sums.py`. M lies in A_BETA and INVERSE,
+                       and sums of g in W and Q_IN, until those are written.
 
 decayed_rows [slots, HV, NUM_DECAYED_ROWS, C, BK], in the call's dtype, rows over their scales,
 which are 1 unless it is float16. BK is K padded with zeros.

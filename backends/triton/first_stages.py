@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gdn.problem import Call
 
-from .channel_blocks import is_weak_by_halves
 from .channel_forward import chunk_matrices_kernel, chunk_rows_kernel
 from .channel_prepare import prepare_channels_kernel
 from .channel_sums import sum_gates_kernel
@@ -49,9 +48,8 @@ def bind_first_stage(plan: PrefillPlan, call: Call, save: bool) -> FirstStage:
         limit = shared_memory_limit(plan.device)
         BD = prepared_channels(plan.constants["BK"], plan.itemsize, limit)
         return plan.bind(prepare_channels_kernel, programs, sizes, SAVE=save, BD=BD)
-    weak = is_weak_by_halves(call)
     return ChannelStages(
-        plan.bind(sum_gates_kernel, programs, sizes, WEAK=weak),
-        plan.bind(chunk_matrices_kernel, programs, sizes, SAVE=save, WEAK=weak),
+        plan.bind(sum_gates_kernel, programs, sizes),
+        plan.bind(chunk_matrices_kernel, programs, sizes, SAVE=save),
         plan.bind(chunk_rows_kernel, programs, sizes),
     )

@@ -81,7 +81,7 @@ def choose_configuration(
     if name == "sum_gates_kernel":  # a thread a channel
         return Configuration(0, BK // 32, 1, 80)
     if name == "chunk_rows_kernel":  # on sm_80 it and the next would spill more
-        return Configuration(0, 4, 1, 64 if shared_memory > 230_000 else 96)
+        return Configuration(0, 4, 1, 80 if shared_memory > 230_000 else 96)
     if name == "chunk_matrices_kernel":
         return Configuration(0, 4, 1, 128 if shared_memory > 230_000 else 168)
     if name == "find_chunks_kernel":
