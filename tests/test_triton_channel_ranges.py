@@ -3,6 +3,7 @@ product, with a decay per channel."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -136,3 +137,27 @@ def test_sums_after_resets(device: str) -> None:
     got = gdn.gated_delta_net(**with_resets(device), backend="triton").o[0, -1, 0]
     expected = run_definition(with_resets("cpu"))[0][0, -1, 0]
     torch.testing.assert_close(got.cpu().double(), expected.double(), rtol=2.0**-9, atol=0)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter")
+@pytest.mark.parametrize("K", [64, 96])
+@pytest.mark.parametrize("bound", [None, -5.0])
+@pytest.mark.parametrize("strong", [False, True])
+def test_levels_are_computed_only_where_gates_are_strong(
+    monkeypatch: pytest.MonkeyPatch, strong: bool, bound: float | None, K: int
+) -> None:
+    """Weak gates fit one product, and so do any with a bound of -5. With this A_log a channel past
+    K, whose g counts as 0, would be strong."""
+    from gdn.backends.triton import channel_forward
+
+    levels: list[str] = []
+    monkeypatch.setattr(channel_forward, "multiply_levels", lambda *args: levels.append("computed"))
+    case = Case(
+        "levels", T=64, H=1, HV=1, K=K, per_channel=True, fused=True, gate_lower_bound=bound,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    given = make_inputs(case)
+    given["A_log"][:] = 3.0
+    given["g"] += 5.0 if strong else -15.0
+    gdn.gated_delta_net(**given, backend="triton")
+    assert bool(levels) is (strong and bound is None)
