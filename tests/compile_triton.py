@@ -122,7 +122,7 @@ BFLOAT16_KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (chunk_matrices_kernel, CHANNELS),
     (chunk_rows_kernel, CHANNELS),
 ]
-"""What float16 and float32 calls run, and what bfloat16 calls run in its place."""
+"""What float16 and float32 calls run (OTHER_KERNELS), and bfloat16 calls in place of it."""
 
 
 def type_of(name: str, dtype: str, channels: bool) -> str:

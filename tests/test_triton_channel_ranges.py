@@ -54,8 +54,9 @@ def check_forward(given: Callable[[str], Inputs], device: str, size: float = 1.0
         (torch.bfloat16, False, -4.9),
         (torch.bfloat16, False, -5.1),
         (torch.bfloat16, True, -4.9),
-        (torch.bfloat16, True, -5.3),
-        (torch.bfloat16, False, -5.3),
+        (torch.bfloat16, True, -5.4),
+        (torch.bfloat16, False, -2.7),
+        (torch.bfloat16, False, -2.9),
     ],
     ids=str,
 )
@@ -63,8 +64,8 @@ def test_decays_around_the_range_of_one_product(
     dtype: torch.dtype, l2norm: bool, g: float, device: str
 ) -> None:
     """Backward, and forward in float16, take pairs of 16 tokens in one product while decays from
-    their middle are within e^40. Forward in bfloat16 takes pairs of 32 tokens, within 2^118 or so
-    for rows of norm 1."""
+    their middle are within e^40. Forward in bfloat16 takes pairs of 32 tokens, within 2^122 for
+    rows of norm 1 under the L2 norm, and within 2^64 without it."""
     case = Case(
         "range", T=64, H=1, HV=1, K=64, V=64, per_channel=True, l2norm=l2norm, dtype=dtype
     )  # fmt: skip
@@ -78,7 +79,7 @@ def test_decays_around_the_range_of_one_product(
         assert_close(name, value, {"o": expected[0], **true}[name], dtype)
 
 
-@pytest.mark.parametrize("size", [2.0**36, 2.0**-60], ids=["large", "tiny"])
+@pytest.mark.parametrize("size", [2.0**36, 2.0**-60, 2.0**-80], ids=["large", "tiny", "tiniest"])
 def test_raw_rows_at_a_lower_bound(size: float, device: str) -> None:
     """Elements of q times decays of 2^115 leave float32's range. k of the token before a query is
     what the query reads, so that decays of neighbours matter."""
@@ -130,7 +131,7 @@ def test_sums_after_resets(device: str) -> None:
         given["q"], given["k"] = (torch.full_like(given[name], 0.125) for name in ("q", "k"))
         given["v"] = torch.ones_like(given["v"])
         given["beta"] = (torch.arange(64, device=device) == 31).float()[None, :, None]
-        given["g"][:] = torch.linspace(-1.68e-4, -1.4e-4, case.K, device=device)
+        given["g"][:] = torch.linspace(-8.4e-5, -8.0e-5, case.K, device=device)
         given["g"][:, :31] = -float("inf")
         return given
 

@@ -11,8 +11,9 @@ product,
 with rows of q above rows of k on its left side. In the first block m is the last token of the
 first half, so that both factors are at most 1. In the others it is the middle of the half, and a
 factor may exceed 1: with a bound of -5 it is 2^115 at most. Products take rows as they are given,
-before the L2 norm, so `fit_one_product` looks at sums and rows together. Where a half does not fit,
-its pairs are sorted by the levels of `channel_decay.py`, one product for each.
+before the L2 norm, so `fit_normalised` looks at sums and rows together. Without that norm rows may
+have any elements, so sums are at most RAW_RANGE. In chunks that do not fit, the pairs of both
+halves are sorted by the levels of `channel_decay.py`, one product for each.
 
 In memory G starts again at each half (`channel_sums.py`), which is what the factors need.
 """
@@ -27,25 +28,30 @@ from .channel_sums import sum_entries
 from .chunk_buffers import BETA, INVERSE, NUM_FACTORS, NUM_MATRICES, RK, RQ, SCORES
 from .tiles import dot, round_pairs, round_to
 
-RANGE = tl.constexpr(122.0)
-"""log2 of how far sums and norms of rows may reach together. Elements of a row of 128 channels are
-about 2^-4 of its norm, and bfloat16 has all its digits down to 2^-126."""
+RAW_RANGE = tl.constexpr(64.0)
+"""The largest |G_i - G_m| of one product without the L2 norm. Rows may then have elements from
+2^-62 to 2^62."""
+NORMALISED_RANGE = tl.constexpr(122.0)
+"""With the L2 norm: log2 of how far sums and norms of rows may reach together. Elements of a row of
+128 channels are about 2^-4 of its norm, and bfloat16 has all its digits down to 2^-126."""
 ROOM = tl.constexpr(5.0)
 """log2 of how much farther they may reach upwards: float32 ends at 2^128."""
 
 
 @triton.jit
 def _reach(squared_norms):
-    """How far log2 of a norm is from 0, less ROOM above it, [C]. Rows of zeros count as 0."""
+    """How far log2 of a norm lies below 0 or above ROOM, [C]; negative in between. Rows of zeros
+    count as 0, and so do rows whose squares are 0 in float32."""
     log2_norm = 0.5 * tl.log2(squared_norms)
     return tl.where(squared_norms > 0, tl.maximum(log2_norm - ROOM, -log2_norm), 0.0)
 
 
 @triton.jit
-def fit_one_product(farthest, QQ, KK):
-    """Whether a half may be one product: its factors times rows of q and k, whose squared norms are
-    QQ and KK [C], stay in the range of bfloat16. farthest: the largest |G_i - G_m|."""
-    return farthest + tl.max(tl.maximum(_reach(QQ), _reach(KK)), axis=0) <= RANGE
+def fit_normalised(farthest, QQ, KK):
+    """Whether both halves of a chunk may be one product each: factors times rows of q and k, whose
+    squared norms are QQ and KK [C], stay in the range of bfloat16. farthest: the largest
+    |G_i - G_m|."""
+    return farthest + tl.max(tl.maximum(_reach(QQ), _reach(KK)), axis=0) <= NORMALISED_RANGE
 
 
 @triton.jit
@@ -178,7 +184,7 @@ def multiply_levels(
     BK: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, Q_STRIDES: tl.constexpr,
     K_STRIDES: tl.constexpr,
 ):  # fmt: skip
-    """`multiply_blocks` of both halves by themselves again, by levels, for any sums."""
+    """Write the blocks of each half by itself once more, by levels, which is right for any sums."""
     HALF: tl.constexpr = C // 2
     for half in range(2):
         i, j = tl.arange(0, C)[:, None] % HALF, tl.arange(0, HALF)[None, :]

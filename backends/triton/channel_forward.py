@@ -5,7 +5,7 @@ which `channel_prepare.py` explains, from the sums of `channel_sums.py`.
     W = A diag(beta) (2^G rk * K),   Q_in = scale rq 2^G * Q,   K_out = 2^{G_last - G} rk * K
 
 A program takes a chunk and value head. It loads again what it needs again, and M goes through
-memory, so that few registers are in use at a time: four programs of stage 2 and eight of stage 3
+memory, so that few registers are in use at a time: four programs of stage 2 and six of stage 3
 share an SM.
 """
 
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .activation import EPS, exp2_flushed
-from .channel_blocks import fit_one_product, multiply_blocks, multiply_levels
+from .channel_blocks import RAW_RANGE, fit_normalised, multiply_blocks, multiply_levels
 from .channel_inverse import invert_in_memory
 from .channel_prepare import dot_rows, load_strength
 from .channel_sums import BLOCK, FARTHEST, sum_entries
@@ -60,14 +60,15 @@ def _write_norms(
     BK: tl.constexpr, C: tl.constexpr, L2_NORM: tl.constexpr, Q_STRIDES: tl.constexpr,
     K_STRIDES: tl.constexpr,
 ):  # fmt: skip
-    """Write RQ and RK, the diagonal of P, and the block of zeros above it. Return whether each half
-    may be one product."""
+    """Write RQ and RK, the diagonal of P, and the block of zeros above it. Return whether both
+    halves of the chunk may be one product each."""
     queries = load_input_rows(q, 0, tokens, 0, Q_STRIDES, K, 0, C, BK)
     keys = load_input_rows(k, 0, tokens, 0, K_STRIDES, K, 0, C, BK)
-    QQ, KK = dot_rows(queries, queries, C), dot_rows(keys, keys, C)
-    rq, rk = tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32)
     if L2_NORM:
+        QQ, KK = dot_rows(queries, queries, C), dot_rows(keys, keys, C)
         rq, rk = tl.rsqrt(QQ + EPS), tl.rsqrt(KK + EPS)
+    else:
+        rq, rk = tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32)
     store_factor(factors, rq, chunk_head, RQ, C)
     store_factor(factors, rk, chunk_head, RK, C)
     i = tl.arange(0, C)
@@ -77,7 +78,11 @@ def _write_norms(
     zeros = matrices + (chunk_head * NUM_MATRICES + SCORES) * (C * C) + HALF
     zeros += tl.arange(0, HALF)[:, None] * C + tl.arange(0, HALF)[None, :]
     tl.store(zeros, tl.zeros([HALF, HALF], tl.bfloat16))
-    return fit_one_product(farthest, QQ, KK)
+    if L2_NORM:  # noqa: SIM108, Triton compiles both sides of an expression
+        fits = fit_normalised(farthest, QQ, KK)
+    else:
+        fits = farthest <= RAW_RANGE
+    return fits
 
 
 @triton.jit

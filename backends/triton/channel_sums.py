@@ -38,7 +38,7 @@ BLOCK = tl.constexpr(32)
 """Channels whose sums and rows share memory."""
 FARTHEST = GATE_SUM
 FORGOTTEN = tl.constexpr(-128.0)
-"""A log decay in base 2 that `exp2_flushed` makes 0. Smaller ones count as this."""
+"""A log decay in base 2 that `exp2_flushed` makes 0 on a GPU. Smaller ones count as this."""
 MODEST = tl.constexpr(40.0)
 """The largest A_log with which e^A_log and e^-|x| do not leave float32's range one by one."""
 
