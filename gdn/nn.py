@@ -18,6 +18,7 @@ from gdn.definition import initialize_gates
 from gdn.distributed import conv_halo
 from gdn.gated_norm import GatedRMSNorm
 from gdn.parts import LayerExplanation
+from gdn.recomputation import copy_state, refuse_recomputation
 from gdn.serving import gated_delta_net_decode
 
 __all__ = ["Cache", "GatedDeltaNet", "GatedRMSNorm", "LayerExplanation"]
@@ -164,12 +165,8 @@ class GatedDeltaNet(nn.Module):
             )
         if cache is not None and cu_seqlens is not None:
             raise ValueError("cache must come without cu_seqlens, got both; pad to a batch instead")
-        if cache is not None and _in_backward():
-            raise RuntimeError(
-                "cache must come outside of backward passes, got a forward within one, as "
-                "activation checkpointing makes it, from the state that the first forward left; "
-                "leave out the cache or the checkpointing"
-            )
+        if cache is not None:
+            refuse_recomputation()
         step = self._is_step(x, cache)
         tensors, z = self._split(self.in_proj(x), cache, cu_seqlens, cp, step)
         if cache is not None and step:
@@ -177,7 +174,7 @@ class GatedDeltaNet(nn.Module):
         else:
             start = None if cache is None else cache.state
             if start is not None and torch.is_grad_enabled():
-                start = start.clone()  # backward reads it, after the cache has changed
+                start = copy_state(start)
             o, state = gated_delta_net(
                 **tensors, **self.options, cu_seqlens=cu_seqlens, cp=cp, initial_state=start,
                 output_final_state=cache is not None,
@@ -286,8 +283,3 @@ class GatedDeltaNet(nn.Module):
         if all(name in state_dict for name in names):
             state_dict[f"{prefix}in_proj.weight"] = torch.cat([state_dict.pop(n) for n in names])
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _in_backward() -> bool:
-    """Whether a backward pass runs this; compiled code, which cannot know, counts as outside."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

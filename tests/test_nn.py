@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
+from typing import Any
 
 import models
 import pytest
@@ -16,6 +18,7 @@ from gdn.testing import TOLERANCE, relative_error
 
 HEADS = {"num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 16, "head_v_dim": 24}
 TIGHT = TOLERANCE[torch.float32]
+COMPILED: dict[str, Any] = {"backend": "aot_eager"}
 
 
 @pytest.fixture
@@ -161,6 +164,37 @@ def test_a_cache_under_checkpointing_is_refused(
     assert relative_error(got, expected) <= TIGHT
     got = gradient(layer(x, cache=layer.make_cache(2)))
     assert relative_error(got, expected) <= TIGHT
+
+
+@pytest.mark.parametrize("T", [5, 70])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("around", [True, False], ids=["compiled-around", "compiled-inside"])
+def test_a_compiled_cache_under_checkpointing_is_refused(
+    layer: GatedDeltaNet, device: str, around: bool, use_reentrant: bool, T: int
+) -> None:
+    """Compiled code cannot ask when it is compiled whether it will run in a backward pass."""
+    x = torch.randn(2, T, 32, device=device, requires_grad=True)
+    cache, run = layer.make_cache(2), functools.partial(checkpoint, use_reentrant=use_reentrant)
+    if around:
+        compiled = torch.compile(lambda x: run(lambda x: layer(x, cache=cache), x), **COMPILED)
+        out = compiled(x)
+    else:
+        compiled = torch.compile(layer, **COMPILED)
+        out = run(lambda x: compiled(x, cache=cache), x)
+    with pytest.raises(RuntimeError, match=r"cache must come outside of backward.*got a forward"):
+        out.square().sum().backward()
+
+
+def test_a_compiled_cache_has_the_same_gradients(layer: GatedDeltaNet, device: str) -> None:
+    x = torch.randn(2, 20, 32, device=device, requires_grad=True)
+    found = []
+    for run in (layer, torch.compile(layer, fullgraph=True, **COMPILED)):
+        cache = layer.make_cache(2)
+        cache.state += 1.0
+        out = run(x, cache=cache)
+        found.append((*torch.autograd.grad(out.square().sum(), x), cache.state, cache.conv))
+    for got, expected in zip(*found, strict=True):
+        assert relative_error(got, expected) <= TIGHT
 
 
 def test_a_cache_compiles_into_one_graph(layer: GatedDeltaNet, device: str) -> None:
