@@ -77,7 +77,7 @@ def load_A_log(A_log, head):
 
 
 @triton.jit
-def _bounded_gate_input(x, A_log):
+def bounded_gate_input(x, A_log):
     """x without infinities, since 0 inf is NaN, and its factor exp(A_log)."""
     x = tl.minimum(x, LARGE, propagate_nan=tl.PropagateNan.ALL)
     x = tl.maximum(x, -LARGE, propagate_nan=tl.PropagateNan.ALL)
@@ -93,7 +93,7 @@ def compute_log_decay(x, A_log, LOWER_BOUND: tl.constexpr):
     That e^x is merged into exp(A_log), since one of them may overflow where the other vanishes.
     """
     if LOWER_BOUND is not None:
-        x, slope = _bounded_gate_input(x, A_log)
+        x, slope = bounded_gate_input(x, A_log)
         return LOWER_BOUND * sigmoid(slope * x)
     y = exp_flushed(-tl.abs(x))
     log_over_y = log1p_over(y)
@@ -106,7 +106,7 @@ def backpropagate_gate(dg, x, A_log, log_decay, LOWER_BOUND: tl.constexpr):
     """dx, and the terms of dA_log, from dg of log_decay = `compute_log_decay`. Both are zero where
     log_decay is at most FLOOR, since kernels clamp it there."""
     if LOWER_BOUND is not None:
-        x, slope = _bounded_gate_input(x, A_log)
+        x, slope = bounded_gate_input(x, A_log)
         dx = dg * log_decay * sigmoid(-slope * x) * slope
         terms = x * dx
     else:  # the derivative is -exp(A_log) sigmoid(x)

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 
 from .activation import (
-    LARGE,
     LOG2_E,
+    bounded_gate_input,
     compute_log_decay,
     exp2_flushed,
     load_A_log,
@@ -85,14 +85,10 @@ def _log1p_over(y):
 
 
 @triton.jit
-def _log2_decay(raw, A_log, LOWER_BOUND: tl.constexpr):
-    """`compute_log_decay` in base 2; without a bound, for A_log up to MODEST."""
-    if LOWER_BOUND is not None:
-        decay = (LOWER_BOUND * LOG2_E) * sigmoid(tl.exp(tl.minimum(A_log, 80.0)) * raw)
-    else:
-        y = exp2_flushed(-LOG2_E * tl.abs(raw))
-        decay = (-LOG2_E * tl.exp(A_log)) * (tl.maximum(raw, 0.0) + y * _log1p_over(y))
-    return decay
+def _quick_log2_decay(x, A_log):
+    """`compute_log_decay` without a bound in base 2, for A_log up to MODEST."""
+    y = exp2_flushed(-LOG2_E * tl.abs(x))
+    return (-LOG2_E * tl.exp(A_log)) * (tl.maximum(x, 0.0) + y * _log1p_over(y))
 
 
 @triton.jit
@@ -120,11 +116,10 @@ def _load_log2_decays(
             bias = tl.load(dt_bias + head * K + channel, mask=channel < K, other=0.0)
             raw += bias.to(tl.float32)
         if LOWER_BOUND is not None:
-            raw = tl.minimum(raw, LARGE, propagate_nan=tl.PropagateNan.ALL)
-            raw = tl.maximum(raw, -LARGE, propagate_nan=tl.PropagateNan.ALL)
-            log2_decay = _log2_decay(raw, A_log, LOWER_BOUND)
+            x, slope = bounded_gate_input(raw, A_log)
+            log2_decay = (LOWER_BOUND * LOG2_E) * sigmoid(slope * x)
         elif QUICK:
-            log2_decay = _log2_decay(raw, A_log, None)
+            log2_decay = _quick_log2_decay(raw, A_log)
         else:
             log2_decay = LOG2_E * compute_log_decay(raw, A_log, None)
     else:
