@@ -227,16 +227,9 @@ def test_what_is_not_there_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "pieces"])
 def test_neither_spills_nor_serialises(
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    dtype: torch.dtype,
-    cut: bool,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype, cut: bool
 ) -> None:
     """Scans in float16 spill up to 28 registers, where those of a decay per head spill 11."""
-    if cut and dtype == torch.float16:
-        reason = "the final scan spills 184 bytes, for 112; docs/log/open.md"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
     if cut:
         monkeypatch.setattr(pieces, "piece_length", lambda call, rows: 128)
     plan, _ = plan_of(replace(FUSED, T=256, B=40, dtype=dtype))
