@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from itertools import pairwise
-from typing import Any
 
 import models
 import pytest
@@ -14,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from gdn.nn import GatedDeltaNet
 from gdn.parts import refuse_kernels
+from gdn.recomputation import copy_state
 from gdn.testing import TOLERANCE, relative_error
 
 HEADS = {"num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 16, "head_v_dim": 24}
 TIGHT = TOLERANCE[torch.float32]
-COMPILED: dict[str, Any] = {"backend": "aot_eager"}
 
 
 @pytest.fixture
@@ -176,10 +175,12 @@ def test_a_compiled_cache_under_checkpointing_is_refused(
     x = torch.randn(2, T, 32, device=device, requires_grad=True)
     cache, run = layer.make_cache(2), functools.partial(checkpoint, use_reentrant=use_reentrant)
     if around:
-        compiled = torch.compile(lambda x: run(lambda x: layer(x, cache=cache), x), **COMPILED)
+        compiled = torch.compile(
+            lambda x: run(lambda x: layer(x, cache=cache), x), backend="aot_eager"
+        )
         out = compiled(x)
     else:
-        compiled = torch.compile(layer, **COMPILED)
+        compiled = torch.compile(layer, backend="aot_eager")
         out = run(lambda x: compiled(x, cache=cache), x)
     with pytest.raises(RuntimeError, match=r"cache must come outside of backward.*got a forward"):
         out.square().sum().backward()
@@ -188,13 +189,17 @@ def test_a_compiled_cache_under_checkpointing_is_refused(
 def test_a_compiled_cache_has_the_same_gradients(layer: GatedDeltaNet, device: str) -> None:
     x = torch.randn(2, 20, 32, device=device, requires_grad=True)
     found = []
-    for run in (layer, torch.compile(layer, fullgraph=True, **COMPILED)):
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         cache = layer.make_cache(2)
         cache.state += 1.0
         out = run(x, cache=cache)
         found.append((*torch.autograd.grad(out.square().sum(), x), cache.state, cache.conv))
     for got, expected in zip(*found, strict=True):
         assert relative_error(got, expected) <= TIGHT
+
+
+def test_opcheck_of_the_copy_of_a_state(device: str) -> None:
+    torch.library.opcheck(copy_state, (torch.randn(2, 3, 4, 5, device=device, requires_grad=True),))
 
 
 def test_a_cache_compiles_into_one_graph(layer: GatedDeltaNet, device: str) -> None:

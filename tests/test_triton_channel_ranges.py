@@ -53,6 +53,8 @@ def check_forward(given: Callable[[str], Inputs], device: str, size: float = 1.0
         (torch.float16, False, -5.1),
         (torch.bfloat16, False, -4.9),
         (torch.bfloat16, False, -5.1),
+        (torch.bfloat16, True, -4.3),
+        (torch.bfloat16, True, -4.4),
         (torch.bfloat16, True, -4.9),
         (torch.bfloat16, True, -5.4),
         (torch.bfloat16, False, -2.7),
@@ -100,20 +102,28 @@ def test_raw_rows_at_a_lower_bound(size: float, device: str) -> None:
     check_forward(raw, device, size)
 
 
-@pytest.mark.parametrize("size", [2.0**40, 2.0**20, 2.0**12, 2.0**-8, 2.0**-16, 2.0**-40])
-@pytest.mark.parametrize("bounded", [True, False])
-def test_long_and_short_rows_under_the_norm(bounded: bool, size: float, device: str) -> None:
+SIZES = [2.0**40, 2.0**20, 2.0**12, 2.0**-8, 2.0**-16, 2.0**-40]
+
+
+@pytest.mark.parametrize(
+    ("g", "size"),
+    [
+        *((g, size) for g in (None, -4.9) for size in SIZES),
+        *((g, size) for g in (-4.3, -5.0) for size in (2.0**24, 2.0**-16)),
+    ],
+)
+def test_long_and_short_rows_under_the_norm(g: float | None, size: float, device: str) -> None:
     """The products take rows before the L2 norm, beside decays of 2^115 on both sides of a middle,
-    or by levels where rows are too long or too short for that. Gates are all at a bound of -5, or
-    at -4.9 in every other channel."""
+    or by levels where rows are too long or too short for that. Every other channel decays by g a
+    token, or every gate is at a bound of -5 (None)."""
     case = Case(
-        "long", T=70, H=1, HV=1, per_channel=True, dtype=torch.bfloat16, l2norm=True
-    )  # fmt: skip
-    if bounded:
+        "long", T=70, H=1, HV=1, K=64, V=64, per_channel=True, dtype=torch.bfloat16, l2norm=True
+    )
+    if g is None:
         case = replace(case, fused=True, gates="strong", gate_lower_bound=-5.0)
 
     def scaled(device: str) -> Inputs:
-        given = make_inputs(case, device) if bounded else inputs_with_gates(case, -4.9, device)
+        given = make_inputs(case, device) if g is None else inputs_with_gates(case, g, device)
         return given | {name: size * given[name] for name in ("q", "k")}
 
     check_forward(scaled, device)
