@@ -19,9 +19,9 @@ from . import prebuilt
 from .kernels import Job
 
 SEQUENCES = ((1, 64, 16), (5, 64, 16), (16, 64, 16), (1, 4096, 32), (1, 2048, 4), (1, 32768, 16),
-             (1, 32768, 20), (1, 32768, 32))  # fmt: skip
+             (1, 32768, 20), (1, 32768, 32), (1, 32768, 48))  # fmt: skip
 """B, T and HV: short, many, more scans than SMs, in segments, in pieces, in pieces of one kernel,
-in halved pieces, and in memory rounds of backward."""
+in halved pieces, in memory rounds of backward, and in rounds of stretches."""
 SHORT = (16, 32, 16)
 """Of prefill on pools: packs in which decode takes the sequences of one token."""
 GROUPS = (1, 2, 3, 4)

@@ -2,12 +2,17 @@
 
 Backward keeps S, dS and U of every chunk between its scans and `gradients`. A memory round covers
 whole sequences, or one part of a sequence, and the next round uses the same buffers. The parts of a
-sequence go from the last to the first; forward saves the states between them. All of this follows
-from shapes alone.
+sequence go from the last to the first; forward saves the states between them.
+
+`recompute_states` and `reverse_scan` of a round run side by side. Where the thread blocks of both
+would not find room on the SMs at the same time, parts are divided into stretches: forward saves the
+states between these too, and `recompute_states` scans the stretches of a round in parallel, in more
+and shorter thread blocks. All of this follows from shapes alone.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -20,11 +25,30 @@ from .tile.layout import ROWS
 MIN_ROUND_BYTES, MAX_ROUNDS = 320 << 20, 4
 """Bytes of S, dS and U in a round, at least, and rounds, at most: for a whole batch, or for each
 sequence where sequences go one by one."""
+MIN_STRETCH_CHUNKS = 8
+"""Chunks that a stretch has at least: each is two more launches in forward."""
 
 
 def sequence_chunks(call: Call) -> int:
     """Chunks of each sequence of a dense batch; of all tokens together if they are packed."""
     return -(-call.q.shape[1] // CHUNK)
+
+
+def fills_badly(call: Call) -> bool:
+    """Whether the scans of one sequence would take turns instead of running side by side.
+
+    A sequence has equally many thread blocks of `recompute_states` and of `reverse_scan`, which
+    needs an SM for each. If these are more than half of the SMs, some blocks of one scan wait until
+    the other one ends; from three quarters on, `reverse_scan` leaves too few SMs for it to matter.
+    Calls with packed sequences or pieces are one round, and batch-invariant ones are not divided
+    (`round_shape`). With a decay per channel `recompute_states`, too, may need an SM for a block.
+    """
+    if call.cu_seqlens is not None or call.batch_invariant or call.per_channel:
+        return False
+    if piece_length(call, ROWS) is not None:
+        return False
+    blocks, sms = call.v.shape[2] * call.v.shape[3] // ROWS, sm_count(call.q.device)
+    return 2 * blocks > sms and 4 * blocks <= 3 * sms
 
 
 def round_shape(call: Call) -> tuple[int, int]:
@@ -41,6 +65,8 @@ def round_shape(call: Call) -> tuple[int, int]:
     rounds = max(1, min(size // MIN_ROUND_BYTES, MAX_ROUNDS))
     # so many sequences that `recompute_states` and `reverse_scan` fill half of the SMs each
     filling = sm_count(call.q.device) // (2 * HV * V // ROWS)
+    if rounds <= N and fills_badly(call):
+        filling = 2  # in place of stretches, which need sequences one by one
     together = max(min(max(-(-N // rounds), filling), N), 1)
     parts = 1 if together > 1 or call.batch_invariant else -(-rounds // max(N, 1))
     return together, parts
@@ -53,14 +79,40 @@ def sequence_parts(call: Call) -> list[tuple[int, int]]:
     return [(first, min(each, chunks - first)) for first in range(0, max(chunks, 1), each)]
 
 
+def stretch_length(call: Call) -> int | None:
+    """Tokens of a stretch, if parts are divided into stretches, else None: two stretches a part, or
+    four where the call is one round. The last one of a part may be shorter."""
+    together, parts = round_shape(call)
+    if together > 1 or not fills_badly(call):
+        return None
+    part = sequence_parts(call)[0][1]
+    each = max(-(-part // (4 if parts == 1 else 2)), MIN_STRETCH_CHUNKS)
+    return each * CHUNK if each < part else None
+
+
+def stretches(call: Call) -> list[tuple[int, int]]:
+    """The stretches of a sequence, at least one a part: first chunk and number of chunks of each.
+    Forward saves the states between them."""
+    parts, length = sequence_parts(call), stretch_length(call)
+    if length is None:
+        return parts
+    each = length // CHUNK
+    return [
+        (at, min(each, first + number - at))
+        for first, number in parts
+        for at in range(first, first + number, each)
+    ]
+
+
 class MemoryRound(NamedTuple):
-    """One memory round: of the sequences from `first` to `last` (exclusive) the part number `part`,
-    which is the chunks from `start` to `stop` of `chunks`. `slots` counts its chunks over all
-    sequences. With `all` the round is the whole call."""
+    """One memory round: of the sequences from `first` to `last` (exclusive) a part, which is the
+    stretches from number `stretch` to `end`, the chunks from `start` to `stop` of `chunks`. `slots`
+    counts its chunks over all sequences. With `all` the round is the whole call."""
 
     first: int
     last: int
-    part: int
+    stretch: int
+    end: int
     start: int
     stop: int
     chunks: int
@@ -91,13 +143,21 @@ class MemoryRound(NamedTuple):
 
 def memory_rounds(call: Call) -> list[MemoryRound]:
     """The rounds in the order in which backward takes them; of a sequence, the last part first."""
-    together, parts = round_shape(call)[0], list(enumerate(sequence_parts(call)))
-    found = [
-        (first, min(first + together, call.sequences), part, start, start + number)
-        for first in range(0, max(call.sequences, 1), together)
-        for part, (start, number) in reversed(parts)
+    together, N = round_shape(call)[0], call.sequences
+    parts, starts = sequence_parts(call), [first for first, _ in stretches(call)]
+    alone = len(parts) == 1 and together >= N
+    return [
+        MemoryRound(
+            first=first,
+            last=(last := min(first + together, N)),
+            stretch=bisect_left(starts, start),
+            end=bisect_left(starts, start + number),
+            start=start,
+            stop=start + number,
+            chunks=sequence_chunks(call),
+            slots=piece_slots(call, CHUNK) if alone else (last - first) * number,
+            all=alone,
+        )
+        for first in range(0, max(N, 1), together)
+        for start, number in reversed(parts)
     ]
-    chunks = sequence_chunks(call)
-    if len(found) == 1:
-        return [MemoryRound(*found[0], chunks, piece_slots(call, CHUNK), True)]
-    return [MemoryRound(*r, chunks, (r[1] - r[0]) * (r[4] - r[3]), False) for r in found]

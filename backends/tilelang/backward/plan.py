@@ -6,10 +6,12 @@
     gradients          all other gradients, from these
 
 The last three run once a memory round, since S, dS and U take most of backward's memory
-(`memory_rounds.py`). If forward cut sequences into pieces, there is one round, and reverse_scan
-runs twice: over the chunks that matter before their piece (`forward/first_chunks.py`), and, after
-`combine_pieces.py`, over all. With a decay per channel, `prepare_channels` takes the place of
-gate_sums, in every round, and `channel_gradients` that of gradients.
+(`memory_rounds.py`). Where a round has stretches, recompute_states scans them in parallel, from the
+states that forward saved between them, in what SMs reverse_scan leaves. If forward cut sequences
+into pieces, there is one round, and reverse_scan runs twice: over the chunks that matter before
+their piece (`forward/first_chunks.py`), and, after `combine_pieces.py`, over all. With a decay per
+channel, `prepare_channels` takes the place of gate_sums, in every round, and `channel_gradients`
+that of gradients.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from ..kernels import (
     reverse_scan,
 )
 from ..launch import launchers
-from ..memory_rounds import memory_rounds, sequence_parts
+from ..memory_rounds import MemoryRound, memory_rounds, stretch_length, stretches
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
 from ..tile.pool_kind import NO_TABLES, slot_tables
@@ -74,7 +76,8 @@ class BackwardPass:
         self.cut = self.length is not None
         self.pieces = self.sequences if self.length is None else piece_slots(call, self.length)
         self.rounds = memory_rounds(call)
-        self.split = len(sequence_parts(call)) > 1  # whether a round has a part of a sequence
+        self.stretch = stretch_length(call)  # tokens of a stretch; None: parts are not divided
+        self.split = len(stretches(call)) > 1  # whether forward saved states inside of sequences
         self.round_slots = max(r.slots for r in self.rounds)
         # As many thread blocks as SMs, or a multiple: otherwise some SMs would have more to do.
         work, sms = self.round_slots * H, sm_count(call.q.device)
@@ -98,7 +101,7 @@ class BackwardPass:
     def jobs(self, initial: bool, final: bool) -> list[Job]:
         """The kernels in the order of their launches; `clear_tail` last. initial: whether
         the call has an initial state; final: whether the final state has a gradient."""
-        if self.split:  # a round starts from states and gradients of its neighbours
+        if self.split:  # scans start from saved states, and from gradients of the round before
             initial = final = True
         if self.channels:
             prepare = {name: x for name, x in self.shape.items() if name != "group"} | {
@@ -112,9 +115,10 @@ class BackwardPass:
             last = (gradients, self.shape | self.gate_options)
         scan = self.scan_options
         if not self.cut:
+            stretched = self.stretch is not None
             return [
                 first,
-                (recompute_states, scan | {"initial": initial}),
+                (recompute_states, scan | {"initial": initial, "cut": stretched}),
                 (reverse_scan, scan | {"final": final, "initial": initial, "outputs": True}),
                 last,
                 *self.clear_jobs,
@@ -201,7 +205,7 @@ class BackwardPass:
             chunks = Chunks(*map(r.of_slots, (G_beta, norms, A, dA_log, ddt_bias)))
             states = States(*map(r.of_states, (begin, d_end, d_begin)))
             if r.start > 0:  # forward saved the state between two parts of a sequence
-                part_begin = states_saved[0][r.part - 1, r.first : r.last]
+                part_begin = states_saved[0][r.stretch - 1, r.first : r.last]
                 states = states._replace(begin=part_begin, d_begin=d_between)
             if r.stop < r.chunks:  # the round before wrote the gradient of the state there
                 states = states._replace(d_end=d_between)
@@ -213,9 +217,8 @@ class BackwardPass:
                     r.slots, 0, r.slots, call.scale,
                 )  # fmt: skip
             self._run_round(
-                launch_round, r.last - r.first, tokens, chunks, states, buffers, states_saved,
-                common, exchange,
-            )  # fmt: skip
+                launch_round, r, tokens, chunks, states, buffers, states_saved, common, exchange
+            )
 
         # === sums and dtypes ===
         d_initial_state, dA_log, ddt_bias = (
@@ -229,27 +232,40 @@ class BackwardPass:
         return Gradients(dq, dk, dv, dg, dbeta, d_initial_state, dA_log, ddt_bias)
 
     def _run_round(
-        self, launch: list[Any], N: int, tokens: Tokens, chunks: Chunks, states: States,
+        self, launch: list[Any], r: MemoryRound, tokens: Tokens, chunks: Chunks, states: States,
         scratch: Scratch, states_saved: list[Tensor], common: Common, exchange: Exchange | None,
     ) -> None:  # fmt: skip
-        """Launch the kernels of a round of N sequences. states_saved: if sequences are cut, the
-        transfer matrices of all pieces and the states before them."""
+        """Launch the kernels of a round. states_saved: the states between stretches; if sequences
+        are cut, the transfer matrices of all pieces and the states before them."""
         launch_states, *launch_reverse, launch_gradients = launch
         q, k, v, g, do, dq, dk, dv, dg, dbeta, beta = tokens
         G_beta, norms, A, dA_log, ddt_bias = chunks
         A_log, dt_bias, cu_seqlens, chunk_spans, scale = common
         S, dS, U, rowsum_RV, scales, *decayed = scratch
         row_scales = scales if q.dtype == torch.float16 else None
+        N = r.last - r.first
         grid = (N, self.pieces if self.cut else N, self.length or 0)
-        begin = states_saved[1] if self.cut else states.begin
-        with side_stream(q.device):
+
+        def recompute() -> None:
+            begin, pieces = states.begin, grid
+            if self.cut:
+                begin = states_saved[1]
+            elif self.stretch:
+                assert begin is not None  # zeros, if the call has none
+                begin = torch.cat((begin, states_saved[0][r.stretch : r.end - 1, r.first]))
+                pieces = (N, r.end - r.stretch, self.stretch)
             launch_states(
-                k, v, G_beta, norms, A, *decayed, begin, cu_seqlens, S, U, row_scales, *grid
+                k, v, G_beta, norms, A, *decayed, begin, cu_seqlens, S, U, row_scales, *pieces
             )
 
-        inputs = (q, k, v, do, G_beta, norms, A, *decayed)
-        outputs = (dS, dv, rowsum_RV)
-        if self.cut:
+        def reverse() -> None:
+            inputs = (q, k, v, do, G_beta, norms, A, *decayed)
+            outputs = (dS, dv, rowsum_RV)
+            if not self.cut:
+                (launch_scan,) = launch_reverse
+                ends = states.d_begin, None
+                launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, *ends, scale, *grid)
+                return
             transfer, begins = states_saved
             dN, d_ends = torch.empty_like(begins), torch.empty_like(begins)
             launch_search, launch_first, launch_combine, launch_second = launch_reverse
@@ -267,10 +283,12 @@ class BackwardPass:
                 *slot_tables(NO_TABLES), N, q.shape[1], self.length,
             )  # fmt: skip
             launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, None, scale, *grid)
-        else:
-            (launch_scan,) = launch_reverse
-            ends = states.d_begin, None
-            launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, *ends, scale, *grid)
+
+        # Stretches fill what `reverse_scan` leaves: it comes first then, with priority.
+        aside, beside = (reverse, recompute) if self.stretch else (recompute, reverse)
+        with side_stream(q.device):
+            aside()
+        beside()
         join_side_stream(q.device)
         factors = decayed[1:] if self.channels else [G_beta, norms]
         work = U.shape[0] * q.shape[2]  # a thread block of `channel_gradients` must have some

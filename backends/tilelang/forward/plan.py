@@ -33,7 +33,7 @@ from ..arguments import (
 )
 from ..kernels import Job, clear_tail, prepare, prepare_channels, scan
 from ..launch import launchers
-from ..memory_rounds import sequence_chunks, sequence_parts
+from ..memory_rounds import sequence_chunks, stretches
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import BLOCKS_PER_SM, ROWS, factor_rows
 from ..tile.pool_kind import NO_TABLES, PoolKind
@@ -52,12 +52,12 @@ def choose_warpgroups(V: int, scans: int, device: torch.device) -> int:
 def choose_segments(call: Call, scans: int, save: bool) -> list[tuple[int, int]]:
     """First chunk and number of chunks of each segment; an empty list means whole sequences.
 
-    The parts of backward's memory rounds become segments, since forward saves the states between
-    them. Else there are segments where `scans` thread blocks leave a quarter of the SMs idle and
-    sequences are long.
+    The stretches of backward's memory rounds become segments, since forward saves the states
+    between them. Else there are segments where `scans` thread blocks leave a quarter of the SMs
+    idle and sequences are long.
     """
-    if save and len(sequence_parts(call)) > 1:
-        return sequence_parts(call)
+    if save and len(stretches(call)) > 1:
+        return stretches(call)
     chunks = sequence_chunks(call)
     span = max(MIN_SEGMENT_CHUNKS, -(-chunks // MAX_SEGMENTS))
     packed = call.cu_seqlens is not None
@@ -84,8 +84,8 @@ def prepare_grid(call: Call, chunks: int) -> tuple[int, ...]:
 
 def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """What forward saves for backward: the norms rq and rk of every chunk and q/k head, and A of
-    every chunk and value head, or P and A with a decay per channel; the states between the parts of
-    memory rounds, if there are parts; and `piece_shapes`."""
+    every chunk and value head, or P and A with a decay per channel; the states between the
+    stretches of memory rounds, if there are several; and `piece_shapes`."""
     slots, H, HV = piece_slots(call, CHUNK), call.q.shape[2], call.v.shape[2]
     if call.per_channel:
         matrices: list[Any] = [((slots, HV, 2, CHUNK, CHUNK), call.q.dtype)]
@@ -93,7 +93,7 @@ def saved_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
         matrices = [
             ((slots, H, 2, CHUNK), torch.float32), ((slots, HV, CHUNK, CHUNK), call.q.dtype)
         ]  # fmt: skip
-    boundaries = len(sequence_parts(call)) - 1
+    boundaries = len(stretches(call)) - 1
     states = [((boundaries, *call.state_shape), torch.float32)] if boundaries else []
     return [*matrices, *states, *piece_shapes(call, True)]
 
@@ -239,7 +239,7 @@ class ForwardPass:
         inputs = (q, k, v, P_A_v, scan_factors, decayed_rows)
         N, T = self.sequences, q.shape[1]
         if self.segments[save]:
-            # the states between parts, if backward has parts, are the final states of segments
+            # the states between stretches, if backward has several, are final states of segments
             between = others[0] if others else None
             self._run_segments(
                 save, call.scale, run_prepare, run_scans, prepared, inputs, initial, between,
