@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import TOKENS, assert_close, compile_together, run, truth
+from support import TOKENS, compile_together, run, truth
 
 from gdn.problem import Call
 from gdn.testing import TOLERANCE, Case, make_inputs, relative_error, with_gradients
@@ -26,7 +26,6 @@ if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
 
 from gdn.backends.tilelang import compile as compilation  # noqa: E402
-from gdn.backends.tilelang import memory_rounds as rounds  # noqa: E402
 from gdn.backends.tilelang.backward.plan import BackwardPass  # noqa: E402
 from gdn.backends.tilelang.forward import pieces as forward_pieces  # noqa: E402
 from gdn.backends.tilelang.forward.plan import ForwardPass, choose_pieces, saved_shapes  # noqa: E402
@@ -208,36 +207,6 @@ def test_little_is_saved_for_backward() -> None:
     assert sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds) <= 148e6
 
 
-@pytest.mark.parametrize(
-    ("H", "HV", "B", "T", "shares"),
-    [
-        (16, 32, 1, 32768, (1, 4)),
-        (16, 32, 1, 8192, (1, 1)),  # 336 MB
-        (16, 16, 16, 2048, (8, 1)),  # 671 MB
-        (16, 32, 4, 8192, (1, 1)),
-        (16, 64, 1, 131072, (1, 4)),
-        (16, 16, 2, 131072, (2, 1)),  # one alone leaves SMs idle
-        (8, 16, 1, 131072, (1, 1)),  # in pieces
-    ],
-)
-def test_rounds_of_backward(H: int, HV: int, B: int, T: int, shares: tuple[int, int]) -> None:
-    call = call_of(H, HV, B, T)
-    found = rounds.memory_rounds(call)
-    assert rounds.round_shape(call) == shares
-    chunks = [(n, c) for r in found for n in range(r.first, r.last) for c in range(r.start, r.stop)]
-    assert sorted(chunks) == [(n, c) for n in range(B) for c in range(T // 64)]
-    assert [r.part for r in found if r.first == 0] == list(reversed(range(shares[1])))
-
-
-def test_rounds_bound_the_memory_of_backward() -> None:
-    """16/32 1x32768: forward and backward take no more than FlashQLA's 1.58 GB."""
-    call = call_of(16, 32, 1, 32768)
-    outputs = (call.v, call.q, call.k, call.v, call.g, call.beta)  # o, and gradients
-    kept = [math.prod(shape) * dtype.itemsize for shape, dtype in saved_shapes(call)]
-    between = max(r.slots for r in rounds.memory_rounds(call)) * 32 * 128 * 2 * (2 * 128 + 64)
-    assert sum(x.nbytes for x in outputs) + sum(kept) + between <= 1.58e9
-
-
 @pytest.mark.parametrize("name", ["dense", "packed", "cut"])
 def test_calls_bind_their_arguments(name: str) -> None:
     """Shapes, strides and dtypes are accepted, down to the device."""
@@ -278,23 +247,3 @@ def test_pieces_scanned_in_parallel(
     for name, value in run("tilelang", case, inputs).items():
         # not element by element: where little decays they are not of order 1
         assert relative_error(value, expected[name]) < TOLERANCE[case.dtype], name
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("B", "T", "shares"), [(1, 1000, (1, 4)), (3, 300, (1, 2))], ids=["parts", "both"]
-)
-def test_backward_in_rounds(
-    monkeypatch: pytest.MonkeyPatch, B: int, T: int, shares: tuple[int, int]
-) -> None:
-    """Each memory round reuses the buffers of the one before."""
-    monkeypatch.setattr(rounds, "MIN_ROUND_BYTES", 1)
-    case = Case(
-        "rounds", T=T, B=B, H=16, HV=32, K=128, V=128, dtype=torch.bfloat16, fused=True,
-        gates="model",
-    )  # fmt: skip
-    inputs = with_gradients(make_inputs(case, "cuda"))
-    assert rounds.round_shape(Call(**{"scale": 1.0} | inputs)) == shares
-    expected = truth(case)
-    for name, value in run("tilelang", case, inputs).items():
-        assert_close(name, value, expected[name], case.dtype)
