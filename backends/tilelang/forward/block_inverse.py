@@ -140,15 +140,16 @@ __device__ __forceinline__ uint4 *gdn_row_of_block(
   unsigned token = 16 * row + lane % 16;
   return static_cast<uint4 *>(tile) + 8 * token + (2 * column + lane / 16 ^ token % 8);
 }
-// A lane's 8 numbers of a block, times beta of their columns, to `to`, where the lane's row of 8
-// numbers begins.
-template <class Pair>
+// A lane's 8 numbers of a block, times beta of their columns if they are scaled, to `to`, where the
+// lane's row of 8 numbers begins.
+template <class Pair, bool scaled = true>
 __device__ __forceinline__ void gdn_put_block(
     const float *x, const float *beta, void *to, unsigned lane) {
   unsigned word[4];
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    float2 b = reinterpret_cast<const float2 *>(beta + 8 * n)[lane % 4];
+    float2 b = make_float2(1, 1);
+    if (scaled) b = reinterpret_cast<const float2 *>(beta + 8 * n)[lane % 4];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       const float *from = x + 4 * n + 2 * m;

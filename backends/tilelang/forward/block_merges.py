@@ -26,11 +26,12 @@ __device__ __forceinline__ void gdn_multiply_blocks(
   gdn_multiply(sum, a, b, 1);
 }
 // By warp `warp`: A_ww to the tile; half of the columns of A_10 or A_32 to `merged` and to the
-// tile; and W without A_32: 8 numbers of W_r0, then of W_r1, for r = 2 + warp / 2.
+// tile; and W without A_32: 8 numbers of W_r0, then of W_r1, for r = 2 + warp / 2. If there is a
+// tile A, it gets A itself.
 template <int parts, class Pair>
 __device__ __forceinline__ void gdn_begin_merge(
     const void *below, const void *diagonal, void *merged, const void *strengths, void *tile,
-    float *W, unsigned warp, unsigned lane) {
+    float *W, unsigned warp, unsigned lane, void *A = nullptr) {
   auto N = static_cast<const uint4 *>(below), X = static_cast<const uint4 *>(diagonal);
   auto beta = static_cast<const float *>(strengths);
   warp = gdn_opaque(warp);
@@ -59,14 +60,20 @@ __device__ __forceinline__ void gdn_begin_merge(
     GdnBlock<parts>::narrow(x[2 * m], x[2 * m + 1], word, 1);
 #pragma unroll
     for (int p = 0; p < parts; ++p) to[128 * p + 32 * m + lane] = word[p];
+    unsigned place = 8 * token + (4 * pair + half ^ token % 8);
     Pair scaled = gdn_narrow<Pair>(make_float2(x[2 * m] * b.x, x[2 * m + 1] * b.y));
-    reinterpret_cast<unsigned *>(
-        static_cast<uint4 *>(tile) + 8 * token + (4 * pair + half ^ token % 8))[lane % 4] =
+    reinterpret_cast<unsigned *>(static_cast<uint4 *>(tile) + place)[lane % 4] =
         *reinterpret_cast<unsigned *>(&scaled);
+    if (A) {
+      Pair own = gdn_narrow<Pair>(make_float2(x[2 * m], x[2 * m + 1]));
+      reinterpret_cast<unsigned *>(static_cast<uint4 *>(A) + place)[lane % 4] =
+          *reinterpret_cast<unsigned *>(&own);
+    }
   }
   left.load(X + 32 * parts * warp, lane);
   left.get(x);
   gdn_put_block<Pair>(x, beta + 16 * warp, gdn_row_of_block(tile, warp, warp, lane), lane);
+  if (A) gdn_put_block<Pair, false>(x, beta, gdn_row_of_block(A, warp, warp, lane), lane);
   left.load(X + 32 * parts * (2 + pair), lane);
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
@@ -76,11 +83,11 @@ __device__ __forceinline__ void gdn_begin_merge(
     gdn_multiply_blocks(W + 8 * k, left, right);
   }
 }
-// By warp `warp`, after all have begun: block (2 + warp / 2, warp % 2) to the tile.
+// By warp `warp`, after all have begun: block (2 + warp / 2, warp % 2) to the tile, or tiles.
 template <int parts, class Pair>
 __device__ __forceinline__ void gdn_end_merge(
     const void *below, const void *diagonal, const void *merged, const void *strengths, void *tile,
-    float *W, unsigned warp, unsigned lane) {
+    float *W, unsigned warp, unsigned lane, void *A = nullptr) {
   auto N = static_cast<const uint4 *>(below), X = static_cast<const uint4 *>(diagonal);
   auto Y = static_cast<const uint4 *>(merged);
   warp = gdn_opaque(warp);
@@ -112,6 +119,8 @@ __device__ __forceinline__ void gdn_end_merge(
   gdn_put_block<Pair>(
       x, static_cast<const float *>(strengths) + 16 * column,
       gdn_row_of_block(tile, 2 + pair, column, lane), lane);
+  if (A)
+    gdn_put_block<Pair, false>(x, nullptr, gdn_row_of_block(A, 2 + pair, column, lane), lane);
 }
 """
 """CUDA that goes before a kernel, after that of `block_inverse.py`."""
@@ -119,13 +128,13 @@ __device__ __forceinline__ void gdn_end_merge(
 
 @T.macro
 def merge(
-    parts: int, inv: Any, beta: Any, A_v: Any, W: Any, warp: Any, lane: Any, dtype: str
+    parts: int, inv: Any, beta: Any, A_v: Any, W: Any, warp: Any, lane: Any, dtype: str, *A: Any
 ) -> None:
     """A diag(beta), up to the diagonal block. beta: address of C numbers; A_v: of a tile [C, C] of
-    `dtype` with the swizzle of 128 bytes; W: 16 registers."""
+    `dtype` with the swizzle of 128 bytes; W: 16 registers; A: of another such tile, for A."""
     arguments = (
         T.address_of(inv.below[0, 0]), T.address_of(inv.A_diagonal[0, 0]),
-        T.address_of(inv.scratch[0, 0]), beta, A_v, W.data, warp, lane,
+        T.address_of(inv.scratch[0, 0]), beta, A_v, W.data, warp, lane, *A,
     )  # fmt: skip
     T.call_extern("handle", f"gdn_begin_merge<{parts}, {PAIRS[dtype]}>", *arguments)
     T.sync_threads(4, 128)

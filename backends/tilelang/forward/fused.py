@@ -4,7 +4,7 @@
 states goes through memory.
 
     reads   q, k [B, L, H, K]; v [B, L, HV, V]; g, beta [B, L, HV]; S_in, the states to start from
-    writes  o [B, L, HV, V]; S_out, the final states
+    writes  o [B, L, HV, V]; S_out, the final states; for backward (save) `Kept`
 
 Thread block (sequence or piece, and value head; V = 128), alone on an SM. In packed calls whose
 sequences are not cut, and in dense ones of many short sequences, there are as many thread blocks as
@@ -72,6 +72,7 @@ from .fused_scan import PRELUDE as SCAN_PRELUDE
 from .fused_scan import ScanEnds, begin_turns, consume_chunks
 from .fused_tasks import PRELUDE as TASKS_PRELUDE
 from .fused_tasks import Tasks, draw_tasks, for_each_task, task_barriers
+from .kept import Kept, place_of_norms, store_A
 from .list_sequences import COUNT
 from .query_norms import PRELUDE as NORMS_PRELUDE
 from .scan_step import ScanFragments
@@ -90,20 +91,21 @@ REGISTERS_FOR_SCALES = 80, 200, 32
 def fused_forward(
     *, dtype: str, gates: str, strengths: str, offsets: str, K: int, V: int, varlen: bool, l2: bool,
     gate: bool, bias: bool, sigmoid: bool, double: bool, initial: bool, final: bool, v_first: bool,
-    cut: bool, transfer: bool, pool: PoolKind | None = None, ring: bool = False,
+    cut: bool, transfer: bool, pool: PoolKind | None = None, ring: bool = False, save: bool = False,
 ) -> Any:  # fmt: skip
     """Build the kernel. gates, strengths, offsets: dtypes of g, beta and cu_seqlens; initial,
     final: whether S_in is read and S_out written; cut: into pieces; transfer: the transfer scan,
     which must have cut and final; pool: S_in and S_out are a pool, but for the states between
-    pieces; ring: whether a thread block takes one whole sequence after another."""
+    pieces; ring: whether a thread block takes one whole sequence after another; save: whether to
+    keep what backward needs, which is of whole sequences."""
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
-    bounds, entries = T.dynamic("bounds"), T.dynamic("entries")
+    bounds, entries, slots = (T.dynamic(name) for name in ("bounds", "entries", "slots"))
     output, blocks = not transfer, 1 + transfer
     assert V == 2 * ROWS
-    assert not (ring and (cut or transfer))
+    assert not ((ring or save) and (cut or transfer))
     listed = pool is not None and pool.apart
     min_parts, max_parts = choose_parts(dtype, l2, sigmoid, double)
-    chooses, norms = min_parts < max_parts, l2 and output
+    chooses, has_norms = min_parts < max_parts, l2 and output
     stages, rows = FusedSmem.STAGES[output], V + K if transfer else V
     ends = ScanEnds(
         initial, final, v_first or (cut and output), v_first or transfer, cut, transfer,
@@ -131,14 +133,15 @@ def fused_forward(
 
     @T.macro
     def begin_intra_chunk(smem):
-        """The blocks of A_v above the diagonal, which nobody writes again, are zero."""
-        for s, i, j in T.Parallel(stages, C, C):
-            smem.A_v[s, i, j] = 0
+        """The blocks of A_v and A above the diagonal, which nobody writes again, are zero."""
+        for tiles in smem.inverses:
+            for s, i, j in T.Parallel(*tiles.shape):
+                tiles[s, i, j] = 0
         T.sync_threads(4, 128)
 
     @T.macro
     def compute_intra_chunk(
-        task, first, smem, ready, tokens_ready, keys_ready, intra_chunk_ready, thread, M
+        task, first, smem, ready, tokens_ready, keys_ready, intra_chunk_ready, thread, M, kept
     ):
         """The intra-chunk warpgroup; for `for_each_task`."""
         inv, tokens = smem.inverse, smem.tokens
@@ -149,6 +152,7 @@ def fused_forward(
         ragged = T.alloc_var("int32")
         W = T.alloc_local((16,), "float32")
         ragged = T.if_then_else(task[LAST] < C, chunks - 1, -1)
+        own_A = [T.address_of(smem.A[0, 0, 0])] if save else []
         if chunks > 0:
             start_k_kT(M, smem, ready, ragged == 0, task[LAST], first, 0)
             T.wait_wgmma(0)
@@ -156,12 +160,14 @@ def fused_forward(
             s = stage_of(first, chunk, stages)
             T.barrier_wait(tokens_ready[s], parity_of(first, chunk, stages))
             if l2:
-                apply_key_norms(M, smem, s, warp, lane)
+                apply_key_norms(M, smem, s, warp, lane, *place_of_norms(task, kept, chunk))
             if output:
                 T.barrier_arrive(keys_ready[s])
             if chooses and not l2:
                 store_key_square(M, smem.key_squares, warp, lane)
             T.sync_threads(4, 128)
+            if save and chunk > 0:
+                store_A(task, kept, smem, chunk - 1, warp)
             if min_parts == max_parts:
                 begin_scaled_inverse(max_parts, M, inv, tokens, s, warp, lane)
             else:
@@ -170,23 +176,27 @@ def fused_forward(
                     begin_scaled_inverse(2, M, inv, tokens, s, warp, lane)
                 else:
                     begin_scaled_inverse(1, M, inv, tokens, s, warp, lane)
+            if save and warp == 0:
+                T.tma_store_wait(0)  # A of the chunk before has left
             T.sync_threads(4, 128)
             following = T.min(chunk + 1, chunks - 1)  # after the last one, for nothing
             # without a ring that is cleared twice: not to do so takes a register, which is spilled
             clears = (chunk + 1 if ring else following) == ragged
             start_k_kT(M, smem, ready, clears, task[LAST], first, following)
-            beta, A_v = (
-                T.address_of(tokens[s, STRENGTH, 0]), T.address_of(smem.A_v[s, 0, 0])
-            )  # fmt: skip
-            merge(min_parts, inv, beta, A_v, W, warp, lane, dtype)
+            beta = T.address_of(tokens[s, STRENGTH, 0])
+            A_v = T.address_of(smem.A_v[s, 0, 0])
+            merge(min_parts, inv, beta, A_v, W, warp, lane, dtype, *own_A)
             if min_parts < max_parts:
                 T.wait_wgmma(0)  # ptxas serialises products that are in flight over a branch
                 if two_parts:  # what was solved in one part is garbage
-                    merge(2, inv, beta, A_v, W, warp, lane, dtype)
+                    merge(2, inv, beta, A_v, W, warp, lane, dtype, *own_A)
             fence()
             T.barrier_arrive(intra_chunk_ready[s])
             if min_parts == max_parts:
                 T.wait_wgmma(0)
+        if save and chunks > 0:
+            T.sync_threads(4, 128)
+            store_A(task, kept, smem, chunks - 1, warp)
 
     @T.prim_func
     def fused_kernel(
@@ -197,7 +207,8 @@ def fused_forward(
         S_in: declare_states("S_in", (N, HV, *shape_in), ends.pool_in),
         cu_seqlens: T.Tensor((bounds,), offsets), o: T.Tensor((B, L, HV, V), dtype),
         S_out: declare_states("S_out", (M, HV, *shape_out), ends.pool_out),
-        forgets: T.Tensor((M, HV), "int32"), state_indices: declared_slots[0],
+        forgets: T.Tensor((M, HV), "int32"), norms: T.Tensor((slots, H, 2, C), "float32"),
+        A_out: T.Tensor((slots, HV, C, C), dtype), state_indices: declared_slots[0],
         fresh: declared_slots[1], checkpoint_offsets: declared_checkpoints[0],
         checkpoint_indices: declared_checkpoints[1], checkpoints: declared_checkpoints[2],
         counter: T.Tensor((entries,), "int32"), null_index: T.int64, sequences: T.int32,
@@ -217,8 +228,9 @@ def fused_forward(
             keys_ready, intra_chunk_ready, o_ready = (
                 T.alloc_barrier([n] * stages) for n in (128, 384 if output else 128, 256)
             )
-            smem = FusedSmem(K, dtype, max_parts, output)
-            task_ready, task_free = task_barriers(ring, 480 if norms else 448)
+            smem = FusedSmem(K, dtype, max_parts, output, save)
+            kept = Kept(norms, A_out, HV // H) if save else None
+            task_ready, task_free = task_barriers(ring, 480 if has_norms else 448)
             tasks = Tasks(FIELDS + 3 * pooled, task_ready, task_free)
             tx, wg = T.get_thread_binding(0), T.get_thread_binding(1)
 
@@ -247,8 +259,10 @@ def fused_forward(
                 begin_intra_chunk(smem)
                 for_each_task(
                     tasks, compute_intra_chunk, smem, ready, tokens_ready, keys_ready,
-                    intra_chunk_ready, thread, M_frag,
+                    intra_chunk_ready, thread, M_frag, kept,
                 )  # fmt: skip
+                if save and thread < 32:
+                    T.tma_store_wait(0)
             elif wg < 3:
                 T.set_max_nreg(registers[1], 1)
                 before = tasks[0][NUMBER] * length if cut else 0
@@ -278,9 +292,9 @@ def fused_forward(
                     for_each_task(
                         tasks, compute_factors, g, beta, A_log, dt_bias, smem, norms_ready,
                         tokens_ready, o_ready, scale, tx - 64, varlen, l2, gate, bias, sigmoid,
-                        double, output, chooses,
+                        double, output, chooses, kept,
                     )  # fmt: skip
-                elif norms:
+                elif has_norms:
                     for_each_task(tasks, compute_norms, smem, ready, norms_ready)
 
     return fused_kernel

@@ -11,7 +11,7 @@ from gdn.definition import L2_EPS
 from gdn.problem import CHUNK as C
 
 from ..tile.gate_math import load_gates, sum_gates
-from ..tile.indexing import SEQUENCE, START, STOP
+from ..tile.indexing import SEQUENCE, SLOT, START, STOP
 from ..tile.layout import BETA, KS_FACTOR, QS_FACTOR, S_FACTOR, U_FACTOR, G
 from .block_inverse import bound_strengths
 from .fused_intra_chunk import (
@@ -24,7 +24,8 @@ from .fused_intra_chunk import (
     SUM,
     TO_M,
 )
-from .fused_memory import CHUNKS, HEAD, parity_of, stage_of
+from .fused_memory import CHUNKS, HEAD, KEY_HEAD, parity_of, stage_of
+from .kept import Kept, keeps_norms
 from .query_norms import sum_squares
 from .warp_blocks import BLOCK
 
@@ -55,14 +56,22 @@ def compute_token_factors(smem: Any, s: Any, lane: Any) -> None:
 
 
 @T.macro
-def compute_query_factors(smem: Any, s: Any, scale: Any, lane: Any, l2: bool) -> None:
-    """The factors of two tokens a lane that have rq, from the sums of squares of q."""
+def compute_query_factors(
+    smem: Any, s: Any, scale: Any, lane: Any, l2: bool, task: Any, chunk: Any, kept: Kept | None
+) -> None:
+    """The factors of two tokens a lane that have rq, from the sums of squares of q. They keep rq
+    and, where there is no L2 norm, rk."""
     factor = T.alloc_local((1,), "float32")  # scale rq
     for n in T.unroll(2):
         token = lane * 2 + n
-        factor[0] = scale
+        factor[0] = 1.0
         if l2:
-            factor[0] = scale * T.rsqrt(smem.tokens[s, SQUARES, token] + L2_EPS)
+            factor[0] = T.rsqrt(smem.tokens[s, SQUARES, token] + L2_EPS)
+        if kept is not None:  # noqa: SIM102, known before the kernel is; the next is not
+            if keeps_norms(task, kept):
+                for which in T.unroll(1 if l2 else 2):
+                    kept.norms[task[SLOT] + chunk, task[KEY_HEAD], which, token] = factor[0]
+        factor[0] *= scale
         smem.scan_factors[s, QS_FACTOR, token] = -smem.scan_factors[s, KS_FACTOR, token] * factor[0]
         smem.tokens[s, P_FACTOR, token] = factor[0]
 
@@ -72,6 +81,7 @@ def compute_factors(
     task: Any, first: Any, g: Any, beta: Any, A_log: Any, dt_bias: Any, smem: Any,
     norms_ready: Any, tokens_ready: Any, o_ready: Any, scale: Any, lane: Any, varlen: bool,
     l2: bool, gate: bool, bias: bool, sigmoid: bool, double: bool, output: bool, chooses: bool,
+    kept: Kept | None,
 ) -> None:  # fmt: skip
     """The gate warp; for `for_each_task`. chooses: whether the bound of strengths is wanted."""
     raw = T.alloc_local((6,), "float32")
@@ -89,7 +99,7 @@ def compute_factors(
         if output:
             if l2:
                 T.barrier_wait(norms_ready[s], parity)
-            compute_query_factors(smem, s, scale, lane, l2)
+            compute_query_factors(smem, s, scale, lane, l2, task, chunk, kept)
         T.barrier_arrive(tokens_ready[s])
         T.sync_warp()
 

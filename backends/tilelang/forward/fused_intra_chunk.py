@@ -45,9 +45,11 @@ __device__ __forceinline__ void gdn_scale(
     y[4 * n + 2] = x[4 * n + 2] * (row1 * f.x), y[4 * n + 3] = x[4 * n + 3] * (row1 * f.y);
   }
 }
-// Multiply the factors of the warp's tokens by rk, which the diagonal of k k^T gives.
+// Multiply the factors of the warp's tokens by rk, which the diagonal of k k^T gives; and keep rk
+// in `norms`, for all tokens.
 __device__ __forceinline__ void gdn_apply_key_norms(
-    const float *x, void *tokens, void *scan_factors, float eps, unsigned warp, unsigned lane) {
+    const float *x, void *tokens, void *scan_factors, float eps, unsigned warp, unsigned lane,
+    void *norms = nullptr, bool keep = false) {
   unsigned row = lane % 16, upper = lane < 16;
   float y[8];
   gdn_diagonal(x, warp, y);
@@ -62,6 +64,7 @@ __device__ __forceinline__ void gdn_apply_key_norms(
   *to[0] = upper ? *to[0] * rk : *to[0] - log2f(rk);
   *to[1] *= rk;
   *to[2] *= rk;
+  if (keep && upper) static_cast<float *>(norms)[16 * warp + row] = rk;
 }
 // Store the blocks of -M below the diagonal, from those of k k^T.
 template <int parts>
@@ -177,11 +180,12 @@ def store_P(kqT: Any, P: Any, tokens: Any, s: Any, half: Any, warp: Any, lane: A
 
 
 @T.macro
-def apply_key_norms(M: Any, smem: Any, s: Any, warp: Any, lane: Any) -> None:
-    """Multiply the factors of a warp's tokens by rk; the fragment M is k k^T."""
+def apply_key_norms(M: Any, smem: Any, s: Any, warp: Any, lane: Any, *kept: Any) -> None:
+    """Multiply the factors of a warp's tokens by rk; the fragment M is k k^T. kept: the address
+    that C numbers rk are written to, and whether they are."""
     T.call_extern(
         "handle", "gdn_apply_key_norms", M.data, T.address_of(smem.tokens[s, 0, 0]),
-        T.address_of(smem.scan_factors[s, 0, 0]), T.float32(L2_EPS), warp, lane,
+        T.address_of(smem.scan_factors[s, 0, 0]), T.float32(L2_EPS), warp, lane, *kept,
     )  # fmt: skip
 
 

@@ -44,12 +44,12 @@ def parity_of(first: Any, chunk: Any, stages: int) -> Any:
 
 class FusedSmem:
     """Shared memory: a ring of stages, a chunk each. o takes the place of v. Without output there
-    is neither q nor P nor o, and there is space for more stages. parts: of the inverse's
-    operands."""
+    is neither q nor P nor o, and there is space for more stages. parts: of the inverse's operands;
+    save: whether A is kept."""
 
     STAGES: ClassVar = {True: 3, False: 4}
 
-    def __init__(self, K: int, dtype: str, parts: int, output: bool) -> None:
+    def __init__(self, K: int, dtype: str, parts: int, output: bool, save: bool) -> None:
         self.stages = stages = self.STAGES[output]
         self.k = T.alloc_shared((stages, C, K), dtype)
         self.v = T.alloc_shared((stages * 2, C, ROWS), dtype)
@@ -59,6 +59,10 @@ class FusedSmem:
             self.q = T.alloc_shared((stages, C, K), dtype)
             self.P = T.alloc_shared((stages, C, C), dtype)
             swizzled.append(self.P)
+        if save:
+            self.A = T.alloc_shared((1, C, C), dtype)
+            swizzled.append(self.A)
+        self.inverses = [self.A_v, self.A] if save else [self.A_v]
         self.tokens = T.alloc_shared((stages, 8, C), "float32")
         self.scan_factors = T.alloc_shared((stages, 4, C), "float32")
         self.gates = T.alloc_shared((1, 2, C), "float32")

@@ -1,9 +1,10 @@
-"""When one kernel computes a forward that saves nothing (`fused.py`), and its launches.
+"""When one kernel computes forward (`fused.py`), and its launches.
 
 Where whole sequences fill the GPU, there is one launch. Else sequences are cut into pieces: the
 kernel's transfer scan, `combine_pieces`, and the kernel again, which starts each piece from its
 real state. Chosen from shapes alone, since what forgets (`forgetting.py`) only the device knows:
-where nothing does, pieces must hardly take longer than `prepare` and `scan`.
+where nothing does, pieces must hardly take longer than `prepare` and `scan`. A forward that saves
+takes the one launch or other kernels, since backward has pieces of its own.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ class FusedPass:
     """What all forward calls of one kind have in common. length: tokens of a piece, None if
     sequences are not cut; draws: whether thread blocks take sequence after sequence."""
 
-    def __init__(self, call: Call, options: dict[str, Any], length: int | None) -> None:
-        """options: those of `fused_forward`, without cut and transfer."""
+    def __init__(self, call: Call, options: dict[str, Any], length: int | None, save: bool) -> None:
+        """options: those of `fused_forward`, without cut, transfer and save."""
         self.length = length
         self.jobs: list[Job] = []
         self.sequences = self.pieces = call.sequences
@@ -111,28 +112,31 @@ class FusedPass:
             self.new_counter = allocator((entries,), torch.int32, call.q.device)
         if self.listed:
             self.jobs.append((list_sequences, {"offsets": options["offsets"]}))
-        last = {"cut": length is not None, "transfer": False, "ring": self.draws}
+        last = {"cut": length is not None, "transfer": False, "ring": self.draws, "save": save}
         last |= {"initial": True} if length is not None else {}
         self.jobs.append((fused_forward, options | last))
 
     @classmethod
-    def of(cls, call: Call, options: dict[str, Any]) -> FusedPass | None:
-        """None if other kernels compute the call."""
+    def of(cls, call: Call, options: dict[str, Any], save: bool) -> FusedPass | None:
+        """None if other kernels compute the call. save: whether it saves tensors for backward, and
+        no states among them."""
         if not computes(call):
             return None
-        length = choose_piece_length(call)
-        return cls(call, options, length) if length is not None or fills_gpu(call) else None
+        length = None if save else choose_piece_length(call)
+        fits = length is not None or fills_gpu(call)
+        return cls(call, options, length, save) if fits else None
 
     def run(
         self, launchers: list[Any], q: Tensor, k: Tensor, v: Tensor, gates: tuple[Any, ...],
         initial: Tensor | None, cu_seqlens: Tensor | None, o: Tensor, final: Tensor | None,
-        tables: tuple[Any, ...], counter: Tensor | None, scale: float,
+        tables: tuple[Any, ...], counter: Tensor | None, scale: float, saved: list[Tensor],
     ) -> None:  # fmt: skip
         """Launch the kernels of `jobs`. gates: g, beta, A_log, dt_bias; tables: of a pool; counter:
-        from `new_counter`, or None; zero if no kernel of `jobs` makes it so."""
+        from `new_counter`, or None; zero if no kernel of `jobs` makes it so; saved: filled."""
         N, inputs = self.sequences, (q, k, v)
         sizes = (
-            *tables[:-1], counter, tables[-1], N, self.pieces, self.blocks, self.length or 0, scale
+            *(saved or (None, None)), *tables[:-1], counter, tables[-1], N, self.pieces,
+            self.blocks, self.length or 0, scale,
         )  # fmt: skip
         if self.length is not None:
             transfer, forgets = self.new_transfer(), self.new_forgets()

@@ -139,8 +139,11 @@ class ForwardPass:
             "v_first": call.state_v_first,
         }
         states["pool"] = pool
-        self.fused = FusedPass.of(call, self.prepare_options | states)
-        self.counts = self.fused is not None and self.fused.draws and not self.fused.listed
+        whole = len(self.new_saved[True]) == self.matrices  # no states of parts or pieces
+        self.fused = {
+            save: FusedPass.of(call, self.prepare_options | states, save)
+            for save in ((False, True) if whole and pool is None else (False,))
+        }
         if pool is not None and call.cu_seqlens is not None:
             self.prepare_options["unchecked"] = True
         self.segments: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
@@ -167,14 +170,20 @@ class ForwardPass:
         self.clear_jobs: dict[bool, list[Job]] = {False: [], True: []}
         if call.cu_seqlens is not None and clears_tail:
             clear = clear_tail_options(call, backward=False)
-            self.clear_jobs[True] = [(clear_tail, clear)]
-            self.clear_jobs[False] = [(clear_tail, clear | {"counter": self.counts})]
+            for save, jobs in self.clear_jobs.items():
+                jobs.append((clear_tail, clear | {"counter": self.counts(save)}))
         self.launchers: dict[bool, tuple[list[Any], Any]] = {}
+
+    def counts(self, save: bool) -> bool:
+        """Whether thread blocks draw sequences from a counter, which must be zero."""
+        fused = self.fused.get(save)
+        return fused is not None and fused.draws and not fused.listed
 
     def jobs(self, save: bool) -> list[Job]:
         """The kernels in the order of their launches, without `clear_tail`."""
-        if self.fused and not save:
-            return self.fused.jobs
+        fused = self.fused.get(save)
+        if fused:
+            return fused.jobs
         options = self.prepare_options | {"save": save}
         if self.channels:
             return [(prepare_channels, options), *self.scan_jobs[save]]
@@ -214,21 +223,23 @@ class ForwardPass:
         if call.initial_state is not None:  # else it may be a pool, in a dtype of its own
             initial = tma_ready(call.initial_state.float())
         launch, run_clear = self.launchers.get(save) or self._launchers(save)
-        counter = self.fused.new_counter() if self.fused and not save else None
+        fused, counts = self.fused.get(save), self.counts(save)
+        counter = fused.new_counter() if fused else None
         if run_clear is not None:
-            run_clear(o, None, None, None, None, cu_seqlens, counter if self.counts else None)
-        elif counter is not None and self.counts:
+            run_clear(o, None, None, None, None, cu_seqlens, counter if counts else None)
+        elif counter is not None and counts:
             counter.zero_()
-        if self.fused and not save:
+        saved = [new() for new in self.new_saved[save]] if save or not fused else []
+        if fused:
             gates = (g, beta, A_log, dt_bias)
-            self.fused.run(
-                launch, q, k, v, gates, initial, cu_seqlens, o, final, tables, counter, call.scale
-            )
-            return []
+            fused.run(
+                launch, q, k, v, gates, initial, cu_seqlens, o, final, tables, counter, call.scale,
+                saved,
+            )  # fmt: skip
+            return saved
         run_prepare, *run_scans = launch
         P_A_v, scan_factors = self.new_P_A_v(), self.new_scan_factors()
         decayed_rows = self.new_decayed_rows()
-        saved = [new() for new in self.new_saved[save]]
         matrices, others = saved[: self.matrices], saved[self.matrices :]
         prepared = (
             q, k, g, beta, A_log, dt_bias, cu_seqlens, P_A_v, scan_factors,
