@@ -158,7 +158,7 @@ def test_packed_calls_and_many_short_sequences_are_taken_in_turn(
     forward_pass = forward.ForwardPass(call)
     ((_, options),) = forward_pass.jobs(save=False)
     assert options["ring"] == rings
-    assert (forward_pass.fused.new_counter() is not None) == packed
+    assert (forward_pass.fused[False].new_counter() is not None) == packed
 
 
 @pytest.mark.gpu
