@@ -46,7 +46,7 @@ def forgets(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         return fill
 
     monkeypatch.setattr(fused_plan, "allocator", allocator)
-    monkeypatch.setattr(fused_plan, "choose_piece_length", lambda call: LENGTH)
+    monkeypatch.setattr(fused_plan, "one_kernel_length", lambda call: LENGTH)
     return found
 
 

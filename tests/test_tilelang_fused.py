@@ -57,7 +57,7 @@ ON_GPU = [
 def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call takes the one kernel that it can."""
     monkeypatch.setattr(fused_plan, "MIN_SHARE", 0.0)
-    monkeypatch.setattr(fused_plan, "choose_piece_length", lambda call: None)
+    monkeypatch.setattr(fused_plan, "one_kernel_length", lambda call: None)
 
 
 @WORLDS

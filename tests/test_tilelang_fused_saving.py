@@ -20,6 +20,8 @@ emulated = pytest.importorskip("test_tilelang_emulated")
 compiled = pytest.importorskip("test_tilelang")
 
 from gdn.backends.tilelang import memory_rounds as rounds  # noqa: E402
+from gdn.backends.tilelang import piece_lengths  # noqa: E402
+from gdn.backends.tilelang.backward.plan import BackwardPass  # noqa: E402
 from gdn.backends.tilelang.forward import fused_plan  # noqa: E402
 from gdn.backends.tilelang.forward import plan as forward  # noqa: E402
 from support import (  # noqa: E402
@@ -31,6 +33,7 @@ from support import (  # noqa: E402
     with_gradients,
 )
 from test_close_keys import check_against_rounding  # noqa: E402
+from test_padded_packs import check as check_padded  # noqa: E402
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: E402, F401
 from test_tilelang_fused import CASES, ON_GPU, one_kernel  # noqa: E402, F401
 
@@ -75,6 +78,20 @@ def test_keeps_what_prepare_keeps(
     assert not A.float().triu(1).any()
 
 
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_what_lies_past_the_end_reaches_no_gradient(
+    world: Callable[..., None],  # noqa: F811
+    tokens: int,
+) -> None:
+    """The rows of q past the end are cleared by a warp that may come after the one that sums their
+    squares."""
+    world(late=True, slow=0)
+    case = Case(
+        "padded", lengths=(70, 3), H=1, HV=1, K=64, V=128, l2norm=True, dtype=torch.bfloat16
+    )
+    check_padded("emulated", case, "cpu", tokens)
+
+
 @WORLDS
 def test_thread_blocks_with_many_sequences(
     world: Callable[..., None],  # noqa: F811
@@ -86,6 +103,44 @@ def test_thread_blocks_with_many_sequences(
     monkeypatch.setattr(fused_plan, "sm_count", lambda device: 2)
     for case in (CASES["packed"], replace(CASES["dense"], B=5, T=70)):
         forward_and_backward(case)
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward's one kernel and backward have pieces of three chunks."""
+    for module in (fused_plan, piece_lengths):
+        monkeypatch.setattr(module, "one_kernel_length", lambda call: 192)
+    for module in (piece_lengths, rounds):
+        monkeypatch.setattr(module, "piece_length", lambda call, rows: 384)
+
+
+@WORLDS
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("none-forgets", T=500, H=1, HV=2, K=128, V=128, dtype=torch.bfloat16, gates="weak"),
+        Case(
+            "some-forget", lengths=(450, 0, 70, 193), H=1, HV=2, K=128, V=128, fused=True,
+            dtype=torch.bfloat16, gates="mixed", initial_state=False,
+        ),
+        Case(
+            "all-forget", T=400, B=2, H=1, HV=1, K=64, V=128, dtype=torch.bfloat16, l2norm=True,
+            gates="fast", state_v_first=True,
+        ),
+    ],
+    ids=lambda case: case.name,
+)  # fmt: skip
+def test_pieces(
+    world: Callable[..., None],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    cut: None,
+    case: Case,
+    late: bool,
+) -> None:
+    """Backward scans the pieces of the one kernel, from its states and transfer matrices."""
+    world(late)
+    monkeypatch.setattr(forward, "prepare", None)  # not used
+    forward_and_backward(case)
 
 
 @pytest.mark.parametrize("slow", [0, 1, 3, 8, 14])
@@ -139,6 +194,9 @@ def test_serialises_no_product_and_spills_outside_of_loops(name: str, tmp_path: 
         (1, 8192, 32, False),  # too few scans
         (1, 2048, 96, True),
         (3, 32768, 32, False),  # backward needs states between parts of sequences
+        (1, 32768, 16, True),  # in pieces
+        (1, 32768, 20, False),  # `prepare` and `scan` have pieces, the one kernel has none
+        (1, 8192, 16, False),
     ],
 )
 def test_is_chosen_where_no_state_is_saved(
@@ -148,9 +206,12 @@ def test_is_chosen_where_no_state_is_saved(
     monkeypatch.undo()
     x = torch.empty((B, T, HV, 128), device="meta", dtype=torch.bfloat16)
     call = Call(x, x, x, x[..., 0], x[..., 0])
-    assert (len(rounds.sequence_parts(call)) > 1) == (T > 8192)
-    names = [job.name for job, _ in forward.ForwardPass(call).jobs(save=True)]
-    assert (names == ["fused_forward"]) is chosen
+    plan = forward.ForwardPass(call)
+    jobs = plan.jobs(save=True)
+    assert (jobs[-1][0].name == "fused_forward") is chosen
+    assert all(options["save"] for job, options in jobs if job.name == "fused_forward")
+    assert BackwardPass(call).length == plan.pieces[True][0]
+    assert (plan.pieces[True][0] is not None) == ("combine_pieces" in {x.name for x, _ in jobs})
 
 
 @pytest.mark.gpu

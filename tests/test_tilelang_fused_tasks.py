@@ -42,7 +42,7 @@ def two_sms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls take the one kernel, in two thread blocks."""
     monkeypatch.setattr(forward, "prepare", None)  # not used
     monkeypatch.setattr(fused_plan, "MIN_SHARE", 0.0)
-    monkeypatch.setattr(fused_plan, "choose_piece_length", lambda call: None)
+    monkeypatch.setattr(fused_plan, "one_kernel_length", lambda call: None)
     monkeypatch.setattr(fused_plan, "sm_count", lambda device: 2)
 
 

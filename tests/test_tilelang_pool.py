@@ -87,7 +87,7 @@ def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls take the one kernel that they can."""
     monkeypatch.setattr(forward, "prepare", None)  # not used
     monkeypatch.setattr(fused_plan, "MIN_SHARE", 0.0)
-    monkeypatch.setattr(fused_plan, "choose_piece_length", lambda call: None)
+    monkeypatch.setattr(fused_plan, "one_kernel_length", lambda call: None)
 
 
 @pytest.mark.usefixtures("poisoned_memory", "one_kernel")
@@ -127,7 +127,7 @@ def test_one_kernel_in_pieces(
 ) -> None:
     """Mixed gates forget pieces."""
     world(late=True)
-    monkeypatch.setattr(fused_plan, "choose_piece_length", lambda call: 192)
+    monkeypatch.setattr(fused_plan, "one_kernel_length", lambda call: 192)
     kv = pool == torch.float32
     check(replace(LONG, pool=pool, gates=gates, fused=False, state_v_first=not kv, out=kv))
 
@@ -230,7 +230,7 @@ ON_GPU = [EVERYTHING, FLOAT16, ODD, replace(LONG, lengths=(2000, 0, 640, 70, 130
 def test_one_kernel_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, one_kernel: None, case: PrefillCase, length: int | None
 ) -> None:
-    monkeypatch.setattr(fused_plan, "choose_piece_length", lambda call: length)
+    monkeypatch.setattr(fused_plan, "one_kernel_length", lambda call: length)
     monkeypatch.setattr(fused_plan, "sm_count", lambda device: 2)  # many sequences a thread block
     case = replace(case, H=4, HV=8, K=128, V=128)
     test_prefill.test_agrees_with_the_definition("tilelang", "cuda", case, case.dtype)

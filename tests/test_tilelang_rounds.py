@@ -129,18 +129,26 @@ def test_kernels_of_stretches(initial: bool, final: bool) -> None:
         assert names == ["gate_sums", "recompute_states", "reverse_scan", "gradients"]
         states, reverse = jobs[1][1], jobs[2][1]
         assert (states["cut"], states["initial"]) == (stretched, stretched or initial)
-        assert (reverse["cut"], states["v_first"]) == (False, False)
+        assert (reverse["cut"], reverse["v_first"]) == (False, False)
         starts = reverse["final"], reverse["initial"]
         assert starts == ((True, True) if stretched else (final, initial))
 
 
-def test_kernels_of_stretches_are_prebuilt() -> None:
+def test_kernels_of_rounds_and_batches_are_prebuilt() -> None:
     full_name = catalogue.prebuilt.full_name
     wanted = catalogue.wanted_jobs(("training",), ("bfloat16",), (128,))
     names = {full_name(kernel.name, options) for kernel, options in wanted}
-    call = changed(output_final_state=True, use_qk_l2norm_in_kernel=True)
-    needed = BACKEND.jobs(call, backward=True)
-    assert {full_name(kernel.name, options) for kernel, options in needed} <= names
+    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    for H, HV, B, T in (
+        (16, 48, 1, 8192),
+        (16, 48, 4, 8192),
+        (16, 64, 2, 32768),
+        (16, 32, 4, 8192),
+    ):
+        for invariant in (False, True):
+            call = call_of(H, HV, B, T)._replace(**options, batch_invariant=invariant)
+            needed = {full_name(kernel.name, x) for kernel, x in BACKEND.jobs(call, backward=True)}
+            assert needed <= names, (H, HV, B, T, invariant, needed - names)
 
 
 def stretch(monkeypatch: pytest.MonkeyPatch, size: int, sms: int | None = 3) -> None:

@@ -19,9 +19,14 @@ from . import prebuilt
 from .kernels import Job
 
 SEQUENCES = ((1, 64, 16), (5, 64, 16), (16, 64, 16), (1, 4096, 32), (1, 2048, 4), (1, 32768, 16),
-             (1, 32768, 20), (1, 32768, 32), (1, 32768, 48))  # fmt: skip
+             (1, 32768, 20), (1, 32768, 32), (1, 32768, 48), (2, 32768, 64),
+             (2, 64, 48))  # fmt: skip
 """B, T and HV: short, many, more scans than SMs, in segments, in pieces, in pieces of one kernel,
-in halved pieces, in memory rounds of backward, and in rounds of stretches."""
+in halved pieces, in memory rounds of backward, in rounds of stretches, and in rounds with more
+scans than SMs; three value heads a q/k head, whole."""
+INVARIANT = (16, 64, 16)
+"""Of batch-invariant calls, which take other kernels than these where there are more scans than
+SMs."""
 SHORT = (16, 32, 16)
 """Of prefill on pools: packs in which decode takes the sequences of one token."""
 GROUPS = (1, 2, 3, 4)
@@ -92,6 +97,8 @@ def _sequences(dtype: torch.dtype, K: int, gates: Gates, backward: bool) -> Iter
                 if initial:
                     found = found._replace(initial_state=_meta(*found.state_shape))
                 yield found
+                if (B, T, HV) == INVARIANT:
+                    yield found._replace(batch_invariant=True)
 
 
 def _steps(dtype: torch.dtype, K: int, gates: Gates) -> Iterator[Step]:

@@ -25,7 +25,7 @@ from gdn.backend import Gradients
 from gdn.exchange import Exchange, PieceMaps
 from gdn.problem import CHUNK, Call
 
-from ...common.chunking import piece_length, piece_slots, sm_count
+from ...common.chunking import piece_slots, sm_count
 from ..arguments import (
     channel_options,
     clear_tail_options,
@@ -48,6 +48,7 @@ from ..kernels import (
 )
 from ..launch import launchers
 from ..memory_rounds import MemoryRound, memory_rounds, stretch_length, stretches
+from ..piece_lengths import saved_length
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
 from ..tile.pool_kind import NO_TABLES, slot_tables
@@ -72,7 +73,7 @@ class BackwardPass:
             "group": HV // H,
             "varlen": call.cu_seqlens is not None,
         }
-        self.length = piece_length(call, ROWS)  # tokens of a piece; None: sequences are not cut
+        self.length = saved_length(call)  # tokens of a piece; None: sequences are not cut
         self.cut = self.length is not None
         self.pieces = self.sequences if self.length is None else piece_slots(call, self.length)
         self.rounds = memory_rounds(call)

@@ -40,7 +40,7 @@ def find_piece(
     if thread == 0:
         find_task(
             task, piece, head, 0, cu_seqlens, sequences, L, H, HV, length, varlen, True, False,
-            None, None, 0, 0, None,
+            False, None, None, 0, 0, None,
         )  # fmt: skip
     T.sync_threads()
 

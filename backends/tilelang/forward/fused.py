@@ -1,7 +1,7 @@
 """Forward in one kernel: the intra-chunk work, and the scan.
 
-`intra_chunk.py` and `scan_step.py` have the equations. Nothing but q, k, v, the gates, o and the
-states goes through memory.
+`intra_chunk.py` and `scan_step.py` have the equations. Nothing but q, k, v, the gates, o, the
+states and what backward needs goes through memory.
 
     reads   q, k [B, L, H, K]; v [B, L, HV, V]; g, beta [B, L, HV]; S_in, the states to start from
     writes  o [B, L, HV, V]; S_out, the final states; for backward (save) `Kept`
@@ -97,15 +97,15 @@ def fused_forward(
     final: whether S_in is read and S_out written; cut: into pieces; transfer: the transfer scan,
     which must have cut and final; pool: S_in and S_out are a pool, but for the states between
     pieces; ring: whether a thread block takes one whole sequence after another; save: whether to
-    keep what backward needs, which is of whole sequences."""
+    keep what backward needs, in the transfer scan M of all pieces."""
     B, L, H, HV, N, M = (T.dynamic(name) for name in ("B", "L", "H", "HV", "N", "M"))
     bounds, entries, slots = (T.dynamic(name) for name in ("bounds", "entries", "slots"))
     output, blocks = not transfer, 1 + transfer
     assert V == 2 * ROWS
-    assert not ((ring or save) and (cut or transfer))
+    assert not (ring and (cut or transfer))
     listed = pool is not None and pool.apart
     min_parts, max_parts = choose_parts(dtype, l2, sigmoid, double)
-    chooses, has_norms = min_parts < max_parts, l2 and output
+    chooses, has_norms, keeps = min_parts < max_parts, l2 and output, save and output
     stages, rows = FusedSmem.STAGES[output], V + K if transfer else V
     ends = ScanEnds(
         initial, final, v_first or (cut and output), v_first or transfer, cut, transfer,
@@ -152,7 +152,7 @@ def fused_forward(
         ragged = T.alloc_var("int32")
         W = T.alloc_local((16,), "float32")
         ragged = T.if_then_else(task[LAST] < C, chunks - 1, -1)
-        own_A = [T.address_of(smem.A[0, 0, 0])] if save else []
+        own_A = [T.address_of(smem.A[0, 0, 0])] if keeps else []
         if chunks > 0:
             start_k_kT(M, smem, ready, ragged == 0, task[LAST], first, 0)
             T.wait_wgmma(0)
@@ -166,7 +166,7 @@ def fused_forward(
             if chooses and not l2:
                 store_key_square(M, smem.key_squares, warp, lane)
             T.sync_threads(4, 128)
-            if save and chunk > 0:
+            if keeps and chunk > 0:
                 store_A(task, kept, smem, chunk - 1, warp)
             if min_parts == max_parts:
                 begin_scaled_inverse(max_parts, M, inv, tokens, s, warp, lane)
@@ -176,7 +176,7 @@ def fused_forward(
                     begin_scaled_inverse(2, M, inv, tokens, s, warp, lane)
                 else:
                     begin_scaled_inverse(1, M, inv, tokens, s, warp, lane)
-            if save and warp == 0:
+            if keeps and warp == 0:
                 T.tma_store_wait(0)  # A of the chunk before has left
             T.sync_threads(4, 128)
             following = T.min(chunk + 1, chunks - 1)  # after the last one, for nothing
@@ -194,7 +194,7 @@ def fused_forward(
             T.barrier_arrive(intra_chunk_ready[s])
             if min_parts == max_parts:
                 T.wait_wgmma(0)
-        if save and chunks > 0:
+        if keeps and chunks > 0:
             T.sync_threads(4, 128)
             store_A(task, kept, smem, chunks - 1, warp)
 
@@ -228,8 +228,8 @@ def fused_forward(
             keys_ready, intra_chunk_ready, o_ready = (
                 T.alloc_barrier([n] * stages) for n in (128, 384 if output else 128, 256)
             )
-            smem = FusedSmem(K, dtype, max_parts, output, save)
-            kept = Kept(norms, A_out, HV // H) if save else None
+            smem = FusedSmem(K, dtype, max_parts, output, keeps)
+            kept = Kept(norms, A_out, HV // H) if keeps else None
             task_ready, task_free = task_barriers(ring, 480 if has_norms else 448)
             tasks = Tasks(FIELDS + 3 * pooled, task_ready, task_free)
             tx, wg = T.get_thread_binding(0), T.get_thread_binding(1)
@@ -237,7 +237,7 @@ def fused_forward(
             # === what the thread block scans ===
             block = cta % blocks  # of a transfer scan: 0 for N, 1 for M
             found = (
-                block, cu_seqlens, sequences, L, H, HV, length, varlen, cut, transfer,
+                block, cu_seqlens, sequences, L, H, HV, length, varlen, cut, transfer, save,
                 state_indices, fresh, null_index, (S_in if transfer else S_out).shape[0], pool,
             )  # fmt: skip
             if not ring:  # noqa: SIM102, known before the kernel is; the next is not
@@ -261,7 +261,7 @@ def fused_forward(
                     tasks, compute_intra_chunk, smem, ready, tokens_ready, keys_ready,
                     intra_chunk_ready, thread, M_frag, kept,
                 )  # fmt: skip
-                if save and thread < 32:
+                if keeps and thread < 32:
                     T.tma_store_wait(0)
             elif wg < 3:
                 T.set_max_nreg(registers[1], 1)

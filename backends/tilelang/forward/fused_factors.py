@@ -57,10 +57,12 @@ def compute_token_factors(smem: Any, s: Any, lane: Any) -> None:
 
 @T.macro
 def compute_query_factors(
-    smem: Any, s: Any, scale: Any, lane: Any, l2: bool, task: Any, chunk: Any, kept: Kept | None
-) -> None:
+    smem: Any, s: Any, scale: Any, left: Any, lane: Any, l2: bool, task: Any, chunk: Any,
+    kept: Kept | None,
+) -> None:  # fmt: skip
     """The factors of two tokens a lane that have rq, from the sums of squares of q. They keep rq
-    and, where there is no L2 norm, rk."""
+    and, where there is no L2 norm, rk: 1 past the end, since q may hold anything there. left: live
+    tokens from the chunk's first one on."""
     factor = T.alloc_local((1,), "float32")  # scale rq
     for n in T.unroll(2):
         token = lane * 2 + n
@@ -70,7 +72,9 @@ def compute_query_factors(
         if kept is not None:  # noqa: SIM102, known before the kernel is; the next is not
             if keeps_norms(task, kept):
                 for which in T.unroll(1 if l2 else 2):
-                    kept.norms[task[SLOT] + chunk, task[KEY_HEAD], which, token] = factor[0]
+                    kept.norms[task[SLOT] + chunk, task[KEY_HEAD], which, token] = T.if_then_else(
+                        token < left, factor[0], 1.0
+                    )
         factor[0] *= scale
         smem.scan_factors[s, QS_FACTOR, token] = -smem.scan_factors[s, KS_FACTOR, token] * factor[0]
         smem.tokens[s, P_FACTOR, token] = factor[0]
@@ -99,7 +103,7 @@ def compute_factors(
         if output:
             if l2:
                 T.barrier_wait(norms_ready[s], parity)
-            compute_query_factors(smem, s, scale, lane, l2, task, chunk, kept)
+            compute_query_factors(smem, s, scale, left, lane, l2, task, chunk, kept)
         T.barrier_arrive(tokens_ready[s])
         T.sync_warp()
 

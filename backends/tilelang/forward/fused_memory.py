@@ -75,11 +75,12 @@ class FusedSmem:
 @T.macro
 def find_task(
     task: Any, piece: Any, head: Any, block: Any, cu_seqlens: Any, sequences: Any, L: Any, H: Any,
-    HV: Any, length: Any, varlen: bool, cut: bool, transfer: bool, indices: Any, fresh: Any,
-    null_index: Any, slots: Any, pool: PoolKind | None,
+    HV: Any, length: Any, varlen: bool, cut: bool, transfer: bool, save: bool, indices: Any,
+    fresh: Any, null_index: Any, slots: Any, pool: PoolKind | None,
 ) -> None:  # fmt: skip
     """Fill `task`; by one thread. block: of a transfer scan, 0 for N and 1 for M; length: tokens of
-    a piece, if sequences are cut; slots: of the pool, if there is one."""
+    a piece, if sequences are cut; save: whether M of the first and last piece is wanted; slots:
+    of the pool, if there is one."""
     pooled = pool is not None
     place = Fields("sequence", "start", "stop", "slot", "number", "last_number")
     piece_bounds(piece, cu_seqlens, sequences, L, length, place.array, varlen, cut, pooled)
@@ -104,6 +105,8 @@ def find_task(
         task[LAST_NUMBER] = place.last_number
         if transfer:  # what is not wanted gets no chunks, which costs nothing
             wanted = T.And(task[NUMBER] >= block, task[NUMBER] < task[LAST_NUMBER])
+            if save:
+                wanted = T.Or(block == 1, wanted)
             task[CHUNKS] = T.if_then_else(wanted, task[CHUNKS], 0)
 
 

@@ -22,6 +22,7 @@ from gdn.problem import CHUNK, Call
 from ...common.chunking import piece_length, piece_slots
 from ..arguments import search_job
 from ..kernels import Job, combine_pieces, scan
+from ..piece_lengths import saved_length
 from ..tile.layout import ROWS
 from ..tile.pool_kind import slot_tables
 
@@ -36,7 +37,7 @@ def choose_pieces(call: Call, save: bool) -> tuple[int | None, int]:
     and A_v half as often. With save they stay whole: backward uses the same pieces, and its
     thread blocks have 64 columns.
     """
-    length = piece_length(call, ROWS)
+    length = saved_length(call) if save else piece_length(call, ROWS)
     half = -(-(length or 0) // (2 * CHUNK)) * CHUNK
     if save or call.v.shape[3] == ROWS or half < MIN_HALF_PIECE_CHUNKS * CHUNK:
         return length, 1

@@ -139,7 +139,7 @@ class ForwardPass:
             "v_first": call.state_v_first,
         }
         states["pool"] = pool
-        whole = len(self.new_saved[True]) == self.matrices  # no states of parts or pieces
+        whole = len(stretches(call)) == 1  # forward saves no states between parts or stretches
         self.fused = {
             save: FusedPass.of(call, self.prepare_options | states, save)
             for save in ((False, True) if whole and pool is None else (False,))
