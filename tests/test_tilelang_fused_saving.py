@@ -195,6 +195,7 @@ def test_serialises_no_product_and_spills_outside_of_loops(name: str, tmp_path: 
         (1, 2048, 96, True),
         (3, 32768, 32, False),  # backward needs states between parts of sequences
         (1, 32768, 16, True),  # in pieces
+        (1, 32768, 8, False),  # too many pieces
         (1, 32768, 20, False),  # `prepare` and `scan` have pieces, the one kernel has none
         (1, 8192, 16, False),
     ],

@@ -11,6 +11,9 @@ from .tile.layout import ROWS
 MIN_PIECES, MIN_PIECE_CHUNKS = 8, 32
 """One kernel cuts sequences into at least so many pieces, of at least so many chunks: else
 `prepare` and `scan` take much less time where nothing forgets."""
+MAX_SAVED_PIECES = 8
+"""Where backward follows, one kernel cuts sequences into at most so many pieces: with twice as many
+backward takes more time than forward gains where nothing forgets."""
 
 
 def one_kernel_computes(call: Call) -> bool:
@@ -38,7 +41,7 @@ def one_kernel_length(call: Call) -> int | None:
 def saved_length(call: Call) -> int | None:
     """Tokens of a piece where backward follows, which scans the same pieces as forward. None if
     sequences are not cut."""
-    length = piece_length(call, ROWS)
-    if length is None or not one_kernel_computes(call):
+    length, shorter = piece_length(call, ROWS), one_kernel_length(call)
+    if length is None or shorter is None or not one_kernel_computes(call):
         return length
-    return one_kernel_length(call) or length
+    return shorter if call.q.shape[1] <= MAX_SAVED_PIECES * shorter else length
