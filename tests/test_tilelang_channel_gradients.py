@@ -27,7 +27,7 @@ import test_distributed
 import test_padded_packs
 from gdn.backends.common import chunking
 from gdn.backends.tilelang import memory_rounds as rounds
-from gdn.backends.tilelang.backward import plan as backward
+from gdn.backends.tilelang import piece_lengths
 from gdn.backends.tilelang.backward.plan import BackwardPass
 from support import assert_close, compile_together, poisoned_memory, run, truth  # noqa: F401
 from test_close_keys import check_against_rounding
@@ -104,7 +104,7 @@ def test_pairs_within_sixteen_tokens(
 
 def test_pieces(world: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     world(late=True)
-    for module in (pieces, backward):
+    for module in (pieces, piece_lengths):
         monkeypatch.setattr(module, "piece_length", lambda call, rows: 128)
     case = replace(FUSED, T=300, fused=False, gates="weak")
     check(case, with_gradients(make_inputs(case)))

@@ -19,7 +19,7 @@ pytest.importorskip("test_tilelang_emulated")
 
 import test_decode
 import test_distributed
-from gdn.backends.tilelang import BACKEND
+from gdn.backends.tilelang import BACKEND, piece_lengths
 from support import assert_close, compile_together, poisoned_memory, run, truth  # noqa: F401
 from test_close_keys import check_against_rounding
 from test_float16_ranges import CASES as RANGES
@@ -99,7 +99,8 @@ def test_forward_as_plans_cut_it(
     elif way == "segments":
         monkeypatch.setattr(forward, "MIN_SEGMENT_CHUNKS", 2)
     else:
-        monkeypatch.setattr(pieces, "piece_length", lambda call, rows: 128)
+        for module in (pieces, piece_lengths):
+            monkeypatch.setattr(module, "piece_length", lambda call, rows: 128)
     if way == "halved":
         monkeypatch.setattr(pieces, "MIN_HALF_PIECE_CHUNKS", 1)
     check(case, make_inputs(case))
@@ -231,7 +232,8 @@ def test_neither_spills_nor_serialises(
 ) -> None:
     """Scans in float16 spill up to 28 registers, where those of a decay per head spill 11."""
     if cut:
-        monkeypatch.setattr(pieces, "piece_length", lambda call, rows: 128)
+        for module in (pieces, piece_lengths):
+            monkeypatch.setattr(module, "piece_length", lambda call, rows: 128)
     plan, _ = plan_of(replace(FUSED, T=256, B=40, dtype=dtype))
     for kernel in compile_together(*plan.jobs(save=False)):
         assert_compiles_well(kernel, tmp_path, spilled=112 if dtype == torch.float16 else 0)

@@ -33,7 +33,7 @@ if shutil.which("nvcc") is None or shutil.which("g++") is None:
     pytest.skip("no nvcc or no g++", allow_module_level=True)
 
 from gdn.backends.common import chunking
-from gdn.backends.tilelang import TileLangBackend, streams
+from gdn.backends.tilelang import TileLangBackend, piece_lengths, streams
 from gdn.backends.tilelang import memory_rounds as rounds
 from gdn.backends.tilelang import plan as tilelang_plan
 from gdn.backends.tilelang.backward import plan as backward
@@ -159,7 +159,7 @@ def test_float16_ranges_in_pieces(
     world: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world(late=False)
-    for module in (pieces, backward):
+    for module in (pieces, piece_lengths):
         monkeypatch.setattr(module, "piece_length", lambda call, rows: 64)
     check_ranges("emulated", LARGE_STATES)
 

@@ -68,7 +68,7 @@ def test_keeps_what_prepare_keeps(
 ) -> None:
     """The norms of every key head, and A with zeros above its diagonal."""
     world(late=True)
-    case = replace(CASES["dense"], H=2, HV=4, T=130, l2norm=l2norm)
+    case = replace(CASES["dense"], H=2, HV=4, T=192, l2norm=l2norm)
     inputs = make_inputs(case)
     norms, A = saved_by(case, inputs)
     monkeypatch.setattr(fused_plan, "MIN_SHARE", 2.0)
@@ -114,14 +114,13 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "piece_length", lambda call, rows: 384)
 
 
-@WORLDS
-@pytest.mark.parametrize(
+PIECES = pytest.mark.parametrize(
     "case",
     [
         Case("none-forgets", T=500, H=1, HV=2, K=128, V=128, dtype=torch.bfloat16, gates="weak"),
         Case(
-            "some-forget", lengths=(450, 0, 70, 193), H=1, HV=2, K=128, V=128, fused=True,
-            dtype=torch.bfloat16, gates="mixed", initial_state=False,
+            "some-forget", T=450, H=1, HV=2, K=128, V=128, fused=True, dtype=torch.bfloat16,
+            gates="mixed", initial_state=False,
         ),
         Case(
             "all-forget", T=400, B=2, H=1, HV=1, K=64, V=128, dtype=torch.bfloat16, l2norm=True,
@@ -130,6 +129,10 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda case: case.name,
 )  # fmt: skip
+
+
+@WORLDS
+@PIECES
 def test_pieces(
     world: Callable[..., None],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -179,6 +182,14 @@ def test_close_keys_cost_no_more_than_rounding(
     check_against_rounding("emulated", case, with_gradients(make_inputs(case)))
 
 
+def test_pieces_spill_outside_of_loops(cut: None, tmp_path: Path) -> None:
+    """The transfer scan and the final one."""
+    plan, _ = compiled.plan_of(replace(CASES["dense"], T=500))
+    transfer, _, last = plan.jobs(save=True)
+    for kernel in compile_together(transfer, last):
+        compiled.assert_compiles_well(kernel, tmp_path, spilled=24)
+
+
 @pytest.mark.parametrize("name", ["dense", "packed"])
 def test_serialises_no_product_and_spills_outside_of_loops(name: str, tmp_path: Path) -> None:
     """As without saving, with one or two addresses more."""
@@ -200,7 +211,7 @@ def test_serialises_no_product_and_spills_outside_of_loops(name: str, tmp_path: 
         (1, 8192, 16, False),
     ],
 )
-def test_is_chosen_where_no_state_is_saved(
+def test_is_chosen_from_shapes_alone(
     monkeypatch: pytest.MonkeyPatch, B: int, T: int, HV: int, chosen: bool
 ) -> None:
     """Tensors on the meta device count as on a GPU with 132 SMs."""
@@ -227,3 +238,14 @@ def test_agrees_with_the_definition_on_a_gpu(monkeypatch: pytest.MonkeyPatch, ca
         assert_close(name, value, expected[name], case.dtype)
     for name, value in run("tilelang", case, inputs).items():
         assert torch.equal(value, got[name])
+
+
+@pytest.mark.gpu
+@PIECES
+def test_pieces_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cut: None, case: Case) -> None:
+    monkeypatch.setattr(forward, "prepare", None)  # not used
+    inputs = with_gradients(make_inputs(case, "cuda"))
+    require("tilelang", inputs)
+    expected = truth(case)
+    for name, value in run("tilelang", case, inputs).items():
+        assert_close(name, value, expected[name], case.dtype)

@@ -12,8 +12,8 @@ MIN_PIECES, MIN_PIECE_CHUNKS = 8, 32
 """One kernel cuts sequences into at least so many pieces, of at least so many chunks: else
 `prepare` and `scan` take much less time where nothing forgets."""
 MAX_SAVED_PIECES = 8
-"""Where backward follows, one kernel cuts sequences into at most so many pieces: with twice as many
-backward takes more time than forward gains where nothing forgets."""
+"""Where backward follows, one kernel cuts sequences into at most so many pieces, so exactly as
+many: with twice as many backward takes more time than forward gains where nothing forgets."""
 
 
 def one_kernel_computes(call: Call) -> bool:
@@ -40,8 +40,13 @@ def one_kernel_length(call: Call) -> int | None:
 
 def saved_length(call: Call) -> int | None:
     """Tokens of a piece where backward follows, which scans the same pieces as forward. None if
-    sequences are not cut."""
+    sequences are not cut.
+
+    Packed calls take `prepare` and `scan`: one kernel leaves no M of a sequence without tokens.
+    """
     length, shorter = piece_length(call, ROWS), one_kernel_length(call)
     if length is None or shorter is None or not one_kernel_computes(call):
+        return length
+    if call.cu_seqlens is not None:
         return length
     return shorter if call.q.shape[1] <= MAX_SAVED_PIECES * shorter else length

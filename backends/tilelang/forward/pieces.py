@@ -34,8 +34,8 @@ def choose_pieces(call: Call, save: bool) -> tuple[int | None, int]:
     """Tokens of a piece (None: sequences are not cut), and consumer warpgroups of the final scan.
 
     Long pieces are halved: as many thread blocks, with twice the columns of V each, read q, k, P
-    and A_v half as often. With save they stay whole: backward uses the same pieces, and its
-    thread blocks have 64 columns.
+    and A_v half as often. With save they stay whole, since backward's thread blocks have 64
+    columns, or are those of one kernel (`piece_lengths.py`): backward uses the same pieces.
     """
     length = saved_length(call) if save else piece_length(call, ROWS)
     half = -(-(length or 0) // (2 * CHUNK)) * CHUNK
