@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,16 +61,21 @@ def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_plan, "one_kernel_length", lambda call: None)
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that takes `prepare` fails."""
+    monkeypatch.setattr(forward, "prepare", None)
+
+
 @WORLDS
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_definition(
     world: Callable[..., None],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
     name: str,
     late: bool,
 ) -> None:
     world(late)
-    monkeypatch.setattr(forward, "prepare", None)  # not used
     check(CASES[name], make_inputs(CASES[name]))
 
 
@@ -174,11 +180,8 @@ def test_serialises_no_product_and_spills_outside_of_loops(name: str, tmp_path: 
     assert "SR_TID.X" not in merges, "threadIdx is read again: see `gdn_kept_thread`"
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", ON_GPU, ids=lambda case: f"{case.name}-{str(case.dtype)[6:]}")
-def test_agrees_with_the_definition_on_a_gpu(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
-    monkeypatch.setattr(forward, "prepare", None)  # not used
-    inputs = make_inputs(case, "cuda")
+def check_twice_on_a_gpu(case: Case, inputs: dict[str, Any]) -> None:
+    """A call agrees with the definition, and a second one with the first, bit by bit."""
     require("tilelang", inputs)
     expected = truth(case)
     got = run("tilelang", case, inputs)
@@ -186,6 +189,13 @@ def test_agrees_with_the_definition_on_a_gpu(monkeypatch: pytest.MonkeyPatch, ca
         assert_close(name, value, expected[name], case.dtype)
     for name, value in run("tilelang", case, inputs).items():
         assert torch.equal(value, got[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("case", ON_GPU, ids=lambda case: f"{case.name}-{str(case.dtype)[6:]}")
+def test_agrees_with_the_definition_on_a_gpu(case: Case) -> None:
+    check_twice_on_a_gpu(case, make_inputs(case, "cuda"))
 
 
 @pytest.mark.gpu

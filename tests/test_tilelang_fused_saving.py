@@ -25,17 +25,19 @@ from gdn.backends.tilelang.backward.plan import BackwardPass  # noqa: E402
 from gdn.backends.tilelang.forward import fused_plan  # noqa: E402
 from gdn.backends.tilelang.forward import plan as forward  # noqa: E402
 from support import (  # noqa: E402
-    assert_close,
     compile_together,
-    require,
-    run,
-    truth,
     with_gradients,
 )
 from test_close_keys import check_against_rounding  # noqa: E402
 from test_padded_packs import check as check_padded  # noqa: E402
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: E402, F401
-from test_tilelang_fused import CASES, ON_GPU, one_kernel  # noqa: E402, F401
+from test_tilelang_fused import (  # noqa: E402, F401
+    CASES,
+    ON_GPU,
+    alone,
+    check_twice_on_a_gpu,
+    one_kernel,
+)
 
 
 def forward_and_backward(case: Case) -> None:
@@ -43,15 +45,14 @@ def forward_and_backward(case: Case) -> None:
 
 
 @WORLDS
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
 def test_gradients_agree_with_the_definition(
     world: Callable[..., None],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
     case: Case,
     late: bool,
 ) -> None:
     world(late)
-    monkeypatch.setattr(forward, "prepare", None)  # not used
     forward_and_backward(case)
 
 
@@ -133,16 +134,10 @@ PIECES = pytest.mark.parametrize(
 
 @WORLDS
 @PIECES
-def test_pieces(
-    world: Callable[..., None],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    cut: None,
-    case: Case,
-    late: bool,
-) -> None:
+@pytest.mark.usefixtures("alone", "cut")
+def test_pieces(world: Callable[..., None], case: Case, late: bool) -> None:  # noqa: F811
     """Backward scans the pieces of the one kernel, from its states and transfer matrices."""
     world(late)
-    monkeypatch.setattr(forward, "prepare", None)  # not used
     forward_and_backward(case)
 
 
@@ -227,25 +222,14 @@ def test_is_chosen_from_shapes_alone(
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("case", ON_GPU, ids=lambda case: f"{case.name}-{str(case.dtype)[6:]}")
-def test_agrees_with_the_definition_on_a_gpu(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
-    monkeypatch.setattr(forward, "prepare", None)  # not used
-    inputs = with_gradients(make_inputs(case, "cuda"))
-    require("tilelang", inputs)
-    expected = truth(case)
-    got = run("tilelang", case, inputs)
-    for name, value in got.items():
-        assert_close(name, value, expected[name], case.dtype)
-    for name, value in run("tilelang", case, inputs).items():
-        assert torch.equal(value, got[name])
+def test_agrees_with_the_definition_on_a_gpu(case: Case) -> None:
+    check_twice_on_a_gpu(case, with_gradients(make_inputs(case, "cuda")))
 
 
 @pytest.mark.gpu
 @PIECES
-def test_pieces_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cut: None, case: Case) -> None:
-    monkeypatch.setattr(forward, "prepare", None)  # not used
-    inputs = with_gradients(make_inputs(case, "cuda"))
-    require("tilelang", inputs)
-    expected = truth(case)
-    for name, value in run("tilelang", case, inputs).items():
-        assert_close(name, value, expected[name], case.dtype)
+@pytest.mark.usefixtures("alone", "cut")
+def test_pieces_on_a_gpu(case: Case) -> None:
+    check_twice_on_a_gpu(case, with_gradients(make_inputs(case, "cuda")))

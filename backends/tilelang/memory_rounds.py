@@ -34,18 +34,22 @@ def sequence_chunks(call: Call) -> int:
     return -(-call.q.shape[1] // CHUNK)
 
 
+def indivisible(call: Call) -> bool:
+    """Whether the call cannot be divided into rounds: its sequences are packed, and one of them may
+    have nearly all tokens, or they are cut into pieces."""
+    return call.cu_seqlens is not None or piece_length(call, ROWS) is not None
+
+
 def fills_badly(call: Call) -> bool:
     """Whether the scans of one sequence would take turns instead of running side by side.
 
     A sequence has equally many thread blocks of `recompute_states` and of `reverse_scan`, which
     needs an SM for each. If these are more than half of the SMs, some blocks of one scan wait until
     the other one ends; from three quarters on, `reverse_scan` leaves too few SMs for it to matter.
-    Calls with packed sequences or pieces are one round, and batch-invariant ones are not divided
-    (`round_shape`). With a decay per channel `recompute_states`, too, may need an SM for a block.
+    Batch-invariant calls are not divided (`round_shape`). With a decay per channel
+    `recompute_states`, too, may need an SM for a block.
     """
-    if call.cu_seqlens is not None or call.batch_invariant or call.per_channel:
-        return False
-    if piece_length(call, ROWS) is not None:
+    if indivisible(call) or call.batch_invariant or call.per_channel:
         return False
     blocks, sms = call.v.shape[2] * call.v.shape[3] // ROWS, sm_count(call.q.device)
     return 2 * blocks > sms and 4 * blocks <= 3 * sms
@@ -54,12 +58,11 @@ def fills_badly(call: Call) -> bool:
 def round_shape(call: Call) -> tuple[int, int]:
     """The number of sequences in a round, and of parts in a sequence.
 
-    A call is one round if its sequences are packed, since one of them may have nearly all tokens,
-    or if they are cut into pieces. Sequences of batch-invariant calls are whole: scans round once
-    more between parts, and the batch decides how many there are.
+    Sequences of batch-invariant calls are whole: scans round once more between parts, and the batch
+    decides how many there are.
     """
     N, (HV, V), K = call.sequences, call.v.shape[2:], call.q.shape[3]
-    if call.cu_seqlens is not None or piece_length(call, ROWS) is not None:
+    if indivisible(call):
         return max(N, 1), 1
     size = call.q.element_size() * N * sequence_chunks(call) * HV * V * (2 * K + CHUNK)
     rounds = max(1, min(size // MIN_ROUND_BYTES, MAX_ROUNDS))

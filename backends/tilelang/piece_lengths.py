@@ -45,8 +45,7 @@ def saved_length(call: Call) -> int | None:
     Packed calls take `prepare` and `scan`: one kernel leaves no M of a sequence without tokens.
     """
     length, shorter = piece_length(call, ROWS), one_kernel_length(call)
-    if length is None or shorter is None or not one_kernel_computes(call):
+    if length is None or shorter is None:
         return length
-    if call.cu_seqlens is not None:
-        return length
-    return shorter if call.q.shape[1] <= MAX_SAVED_PIECES * shorter else length
+    dense = call.cu_seqlens is None and one_kernel_computes(call)
+    return shorter if dense and call.q.shape[1] <= MAX_SAVED_PIECES * shorter else length

@@ -19,6 +19,7 @@ from gdn.problem import CHUNK, Call
 from ...common.allocation import allocator
 from ...common.chunking import piece_slots, sm_count
 from ..kernels import Job, combine_pieces, fused_forward, list_sequences
+from ..memory_rounds import stretches
 from ..piece_lengths import one_kernel_computes, one_kernel_length, saved_length
 from ..tile.pool_kind import slot_tables
 
@@ -70,19 +71,20 @@ class FusedPass:
             self.new_transfer = allocator((self.pieces, HV, V + K, K), f32, device)
             self.new_begins = allocator((self.pieces, HV, V, K), f32, device)
             self.new_forgets = allocator((self.pieces, HV), torch.int32, device)
-            transfer = options | {"final": True}
+            first = {"final": True, "cut": True, "transfer": True, "save": save}
             combine = {
                 name: options[name]
                 for name in ("offsets", "K", "V", "varlen", "initial", "v_first", "pool")
             } | {"final": False, "reverse": False, "forgetting": True}
             self.jobs = [
-                (fused_forward, transfer | {"cut": True, "transfer": True, "save": save}),
+                (fused_forward, options | first),
                 (combine_pieces, combine),
             ]
         self.draws = length is None and draws_sequences(call)
         self.blocks = min(call.sequences * call.v.shape[2], sm_count(call.q.device))
         pool = options["pool"]
         self.listed = pool is not None and pool.apart
+        self.counts = self.draws and not self.listed  # from a counter that must be zero before
         self.new_counter: Any = lambda: None
         if self.draws and call.cu_seqlens is not None:
             entries = 2 + self.sequences if self.listed else 1
@@ -95,15 +97,13 @@ class FusedPass:
 
     @classmethod
     def of(cls, call: Call, options: dict[str, Any], save: bool) -> FusedPass | None:
-        """None if other kernels compute the call. save: whether it saves tensors for backward, and
-        no states between parts or stretches among them."""
-        if not one_kernel_computes(call):
-            return None
-        length = one_kernel_length(call)
-        if save:
-            if saved_length(call) not in (None, length):
-                return None  # backward has other pieces
-            length = saved_length(call)
+        """None if other kernels compute the call. save: whether it saves tensors for backward."""
+        if not one_kernel_computes(call) or (save and len(stretches(call)) > 1):
+            return None  # the one kernel saves no states between stretches
+        own = one_kernel_length(call)
+        length = saved_length(call) if save else own
+        if length not in (None, own):
+            return None  # backward has other pieces
         fits = length is not None or fills_gpu(call)
         return cls(call, options, length, save) if fits else None
 

@@ -139,10 +139,8 @@ class ForwardPass:
             "v_first": call.state_v_first,
         }
         states["pool"] = pool
-        whole = len(stretches(call)) == 1  # forward saves no states between parts or stretches
         self.fused = {
-            save: FusedPass.of(call, self.prepare_options | states, save)
-            for save in ((False, True) if whole and pool is None else (False,))
+            save: FusedPass.of(call, self.prepare_options | states, save) for save in (False, True)
         }
         if pool is not None and call.cu_seqlens is not None:
             self.prepare_options["unchecked"] = True
@@ -170,18 +168,14 @@ class ForwardPass:
         self.clear_jobs: dict[bool, list[Job]] = {False: [], True: []}
         if call.cu_seqlens is not None and clears_tail:
             clear = clear_tail_options(call, backward=False)
-            for save, jobs in self.clear_jobs.items():
-                jobs.append((clear_tail, clear | {"counter": self.counts(save)}))
+            for save, fused in self.fused.items():
+                counter = fused is not None and fused.counts
+                self.clear_jobs[save].append((clear_tail, clear | {"counter": counter}))
         self.launchers: dict[bool, tuple[list[Any], Any]] = {}
-
-    def counts(self, save: bool) -> bool:
-        """Whether thread blocks draw sequences from a counter, which must be zero."""
-        fused = self.fused.get(save)
-        return fused is not None and fused.draws and not fused.listed
 
     def jobs(self, save: bool) -> list[Job]:
         """The kernels in the order of their launches, without `clear_tail`."""
-        fused = self.fused.get(save)
+        fused = self.fused[save]
         if fused:
             return fused.jobs
         options = self.prepare_options | {"save": save}
@@ -223,12 +217,13 @@ class ForwardPass:
         if call.initial_state is not None:  # else it may be a pool, in a dtype of its own
             initial = tma_ready(call.initial_state.float())
         launch, run_clear = self.launchers.get(save) or self._launchers(save)
-        fused, counts = self.fused.get(save), self.counts(save)
+        fused = self.fused[save]
         counter = fused.new_counter() if fused else None
+        cleared = counter if fused and fused.counts else None
         if run_clear is not None:
-            run_clear(o, None, None, None, None, cu_seqlens, counter if counts else None)
-        elif counter is not None and counts:
-            counter.zero_()
+            run_clear(o, None, None, None, None, cu_seqlens, cleared)
+        elif cleared is not None:
+            cleared.zero_()
         saved = [new() for new in self.new_saved[save]] if save or not fused else []
         if fused:
             gates = (g, beta, A_log, dt_bias)
