@@ -54,11 +54,15 @@ ON_GPU = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call takes the one kernel that it can."""
+def prefer_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call takes the one kernel that it can, and scans whole sequences."""
     monkeypatch.setattr(fused_plan, "MIN_SHARE", 0.0)
     monkeypatch.setattr(fused_plan, "one_kernel_length", lambda call: None)
+
+
+@pytest.fixture(autouse=True)
+def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer_one_kernel(monkeypatch)
 
 
 @pytest.fixture

@@ -24,10 +24,7 @@ from gdn.backends.tilelang import piece_lengths  # noqa: E402
 from gdn.backends.tilelang.backward.plan import BackwardPass  # noqa: E402
 from gdn.backends.tilelang.forward import fused_plan  # noqa: E402
 from gdn.backends.tilelang.forward import plan as forward  # noqa: E402
-from support import (  # noqa: E402
-    compile_together,
-    with_gradients,
-)
+from support import compile_together, with_gradients  # noqa: E402
 from test_close_keys import check_against_rounding  # noqa: E402
 from test_padded_packs import check as check_padded  # noqa: E402
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: E402, F401

@@ -24,7 +24,7 @@ from gdn.backends.tilelang.forward import fused_plan
 from gdn.backends.tilelang.forward import plan as forward
 from support import assert_close, compile_together, poisoned_memory, require  # noqa: F401
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: F401
-from test_tilelang_fused import fail_without
+from test_tilelang_fused import fail_without, prefer_one_kernel
 
 import gdn
 
@@ -41,8 +41,7 @@ DENSE = replace(SHORT, name="dense", lengths=None, B=7, T=70)
 def two_sms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls take the one kernel, in two thread blocks."""
     monkeypatch.setattr(forward, "prepare", None)  # not used
-    monkeypatch.setattr(fused_plan, "MIN_SHARE", 0.0)
-    monkeypatch.setattr(fused_plan, "one_kernel_length", lambda call: None)
+    prefer_one_kernel(monkeypatch)
     monkeypatch.setattr(fused_plan, "sm_count", lambda device: 2)
 
 

@@ -26,6 +26,7 @@ from gdn.backends.tilelang.pool_plan import PoolPlan
 from support import compile_together, poisoned_memory  # noqa: F401
 from test_strided_inputs import measure
 from test_tilelang_emulated import WORLDS, folder, world  # noqa: F401
+from test_tilelang_fused import prefer_one_kernel
 
 
 def with_sizes(case: PrefillCase) -> PrefillCase:
@@ -86,8 +87,7 @@ def test_pieces(
 def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls take the one kernel that they can."""
     monkeypatch.setattr(forward, "prepare", None)  # not used
-    monkeypatch.setattr(fused_plan, "MIN_SHARE", 0.0)
-    monkeypatch.setattr(fused_plan, "one_kernel_length", lambda call: None)
+    prefer_one_kernel(monkeypatch)
 
 
 @pytest.mark.usefixtures("poisoned_memory", "one_kernel")
