@@ -104,7 +104,7 @@ def world(
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(streams, "_aside", lambda device: stream)
     # few SMs: a thread block takes many chunks
-    monkeypatch.setattr(backward, "sm_count", lambda device: 3)
+    monkeypatch.setattr("gdn.backends.tilelang.backward.jobs.sm_count", lambda device: 3)
     monkeypatch.setattr(forward, "choose_prepare_grid", three_blocks)
 
     def enter(late: bool, edit: Callable[[str], str] = str, slow: int = -1) -> None:

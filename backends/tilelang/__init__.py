@@ -4,8 +4,9 @@
   the state chunk by chunk and computes the outputs. `fused` does both. With a decay per channel
   `prepare_channels` takes the place of `prepare`.
 - `backward/`: `gate_sums`, `recompute_states`, `reverse_scan` and `gradients`, in memory rounds
-  (`memory_rounds.py`). With a decay per channel `prepare_channels` and `channel_gradients` take the
-  places of the first and the last.
+  (`memory_rounds.py`); `reverse_gradients` does the work of the last two where heads fill the GPU.
+  With a decay per channel `prepare_channels` and `channel_gradients` take the places of the first
+  and the last.
 - `combine_pieces.py`: the states between the pieces of a sequence, for both; `clear_tail.py`: zeros
   for tokens that belong to no sequence.
 - `decode/`: the serving step, a few tokens a sequence.

@@ -31,6 +31,7 @@ Job = tuple[Kernel, dict[str, Any]]
 """A kernel and its static options."""
 
 channel_gradients = Kernel("channel_gradients", "backward.channel_gradients")
+reverse_gradients = Kernel("reverse_gradients", "backward.reverse_gradients")
 gradients = Kernel("gradients", "backward.gradients")
 fused_forward = Kernel("fused_forward", "forward.fused")
 prepare_channels = Kernel("prepare_channels", "forward.prepare_channels")

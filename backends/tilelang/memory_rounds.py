@@ -1,6 +1,7 @@
 """Memory rounds: the shares of a backward call that are in memory at the same time.
 
-Backward keeps S, dS and U of every chunk between its scans and `gradients`. A memory round covers
+Backward keeps S, dS and U of every chunk between its scans and `gradients`, or S and U where one
+kernel is its second scan and computes all gradients. A memory round covers
 whole sequences, or one part of a sequence, and the next round uses the same buffers. The parts of a
 sequence go from the last to the first; forward saves the states between them.
 
@@ -15,16 +16,22 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gdn.problem import CHUNK, Call
 
 from ..common.chunking import piece_length, piece_slots, sm_count
+from .piece_lengths import saved_length
 from .tile.layout import ROWS
 
 MIN_ROUND_BYTES, MAX_ROUNDS = 320 << 20, 4
 """Bytes of S, dS and U in a round, at least, and rounds, at most: for a whole batch, or for each
 sequence where sequences go one by one."""
+MAX_JOINED_BYTES = 1 << 30
+"""Bytes of S and U in a round, at most, where one kernel computes all gradients."""
+MIN_SHARE = 0.8
+"""The share of the SMs that its equal thread blocks must keep busy, on average."""
 MIN_STRETCH_CHUNKS = 8
 """Chunks that a stretch has at least: each is two more launches in forward."""
 
@@ -40,6 +47,42 @@ def indivisible(call: Call) -> bool:
     return call.cu_seqlens is not None or piece_length(call, ROWS) is not None
 
 
+def joined_sequences(call: Call) -> int:
+    """Sequences in a round where one kernel scans backward and computes all gradients
+    (`backward/reverse_gradients.py`), else 0.
+
+    It has a thread block for a sequence or piece and a head, each on an SM: a round has as few
+    sequences as fill the SMs, all if it would be small. If even so S and U take too much, two
+    kernels, whose rounds divide sequences, take less. The lengths of packed sequences are not known
+    here. With several value heads a key head two kernels are faster: `gradients` sums what the
+    value heads contribute.
+    """
+    N, (T, H, K), (HV, V) = call.sequences, call.q.shape[1:], call.v.shape[2:]
+    if (K, V, HV, call.q.dtype) != (128, 128, H, torch.bfloat16) or call.cu_seqlens is not None:
+        return 0
+    if call.per_channel or call.batch_invariant or call.context_parallel or N * T * H == 0:
+        return 0
+    size = call.q.element_size() * sequence_chunks(call) * HV * V * (K + CHUNK)
+    shares, blocks = [n for n in range(1, N + 1) if N % n == 0], HV
+    length = saved_length(call)
+    if length is not None:  # pieces are not divided
+        shares, blocks = [N], HV * piece_slots(call, length) // N
+    filling = [n for n in shares if fills(call, n * blocks)]
+    together = next((n for n in filling if n * size >= MIN_ROUND_BYTES), max(filling, default=0))
+    return together if together * size <= MAX_JOINED_BYTES else 0
+
+
+def joins_gradients(call: Call) -> bool:
+    """Whether one kernel scans backward and computes all gradients."""
+    return joined_sequences(call) > 0
+
+
+def fills(call: Call, blocks: int) -> bool:
+    """Whether so many equal thread blocks keep nearly all SMs busy, one on each."""
+    sms = sm_count(call.q.device)
+    return blocks >= MIN_SHARE * sms * -(-blocks // sms)
+
+
 def fills_badly(call: Call) -> bool:
     """Whether the scans of one sequence would take turns instead of running side by side.
 
@@ -49,7 +92,7 @@ def fills_badly(call: Call) -> bool:
     Batch-invariant calls are not divided (`round_shape`). With a decay per channel
     `recompute_states`, too, may need an SM for a block.
     """
-    if indivisible(call) or call.batch_invariant or call.per_channel:
+    if indivisible(call) or call.batch_invariant or call.per_channel or joins_gradients(call):
         return False
     blocks, sms = call.v.shape[2] * call.v.shape[3] // ROWS, sm_count(call.q.device)
     return 2 * blocks > sms and 4 * blocks <= 3 * sms
@@ -62,6 +105,8 @@ def round_shape(call: Call) -> tuple[int, int]:
     decides how many there are.
     """
     N, (HV, V), K = call.sequences, call.v.shape[2:], call.q.shape[3]
+    if joins_gradients(call):
+        return joined_sequences(call), 1
     if indivisible(call):
         return max(N, 1), 1
     size = call.q.element_size() * N * sequence_chunks(call) * HV * V * (2 * K + CHUNK)

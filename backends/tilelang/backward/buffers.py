@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """Tensors [B, T, ...] of a round. dv holds the stored R until `gradients` is done."""
+    """Tensors [B, T, ...] of a round. If `gradients` runs, dv is the stored R until it is done."""
 
     q: Tensor
     k: Tensor
@@ -42,12 +42,12 @@ class States(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What the scans of a round write for its `gradients`."""
+    """What the scans of a round write for its `gradients`. None: it stays on the SMs."""
 
     S: Tensor  # S^T before every chunk [slots, HV, V, K]
-    dS: Tensor  # dS^T after every chunk [slots, HV, V, K]
+    dS: Tensor | None  # dS^T after every chunk [slots, HV, V, K]
     U: Tensor  # U^T [slots, HV, V, C]
-    rowsum_RV: Tensor  # float32 [slots, HV, V / 64, C]
+    rowsum_RV: Tensor | None  # float32 [slots, HV, V / 64, C]
     row_scales: Tensor  # of S^T and U^T, float32 [slots, HV, V / 64, 64]; float16 only, else empty
     decayed_rows: Tensor | None  # with a decay per channel: see `prepare_channels`
     factors: Tensor | None

@@ -23,7 +23,7 @@ from gdn.problem import CHUNK as C
 
 from ..tile.gate_math import log_decay, log_decay_slope, remaining_beta, stored_R_scale
 from ..tile.indexing import rolled_loop
-from ..tile.layout import LOG2_E, ROWS
+from ..tile.layout import LOG2_E
 from .factors import Factor
 from .gradients_inter import sum_blocks
 from .gradients_memory import Dot, PairSum
@@ -89,9 +89,7 @@ def store_gate_gradients(
             * sum_blocks(smem, b, Dot.U_DS, i)
             * T.exp2((smem.factors[b, Factor.G, C - 1] - smem.factors[b, Factor.G, i]) * LOG2_E)
         )
-        d_beta[e] = 0.0
-        for block in T.unroll(int(smem.R.shape[2]) // ROWS):
-            d_beta[e] += smem.factors[b, Factor.RV + block, i]
+        d_beta[e] = smem.rowsum_RV(b, i)
         d_beta[e] -= (k_R_S + smem.pair_row_sums[b, PairSum.R_U, i]) / stored_R_scale(beta)
         if sigmoid:
             d_beta[e] *= beta * (1.0 - (0.5 if double else 1.0) * beta)

@@ -34,7 +34,7 @@ from .gradients_memory import COLUMNS, Dot, row_scale
 
 def sum_blocks(smem: Any, b: Any, dot: int, i: Any) -> Any:
     """`row_dots` of row i over all columns of K."""
-    blocks = [smem.row_dots[b, dot, h, i] for h in range(int(smem.q.shape[0]))]
+    blocks = [smem.row_dots[b, dot, h, i] for h in range(int(smem.row_dots.shape[2]))]
     return blocks[0] if len(blocks) == 1 else blocks[0] + blocks[1]
 
 

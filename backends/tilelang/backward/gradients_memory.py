@@ -76,6 +76,10 @@ class GradientsSmem:
         if not self.stage_in_inputs:
             self.staged = T.alloc_shared((2, blocks * C, COLUMNS), dtype)
 
+    def rowsum_RV(self, b: Any, i: Any) -> Any:
+        """rowsum(R * V) of token i of the value head in buffer b."""
+        return sum(self.factors[b, row, i] for row in range(Factor.RV, self.first_scales))
+
     def pair_products(self, which: int) -> Any:
         """Address of kk (which = 0) or qk (1)."""
         return T.address_of(self.pairs[which * C, 0])

@@ -5,7 +5,10 @@
     reverse_scan       dS after every chunk, and R    }
     gradients          all other gradients, from these
 
-The last three run once a memory round, since S, dS and U take most of backward's memory
+Where `joins_gradients` says so, reverse_gradients takes the place of reverse_scan and gradients,
+after recompute_states: dS and R do not go through memory.
+
+All but gate_sums run once a memory round, since S, dS and U take most of backward's memory
 (`memory_rounds.py`). Where a round has stretches, recompute_states scans them in parallel, from the
 states that forward saved between them, in what SMs reverse_scan leaves. If forward cut sequences
 into pieces, there is one round, and reverse_scan runs twice: over the chunks that matter before
@@ -25,122 +28,23 @@ from gdn.backend import Gradients
 from gdn.exchange import Exchange, PieceMaps
 from gdn.problem import CHUNK, Call
 
-from ...common.chunking import piece_slots, sm_count
-from ..arguments import (
-    channel_options,
-    clear_tail_options,
-    dtype_name,
-    gate_options,
-    search_job,
-    tma_ready,
-    token_ready,
-)
-from ..kernels import (
-    Job,
-    channel_gradients,
-    clear_tail,
-    combine_pieces,
-    gate_sums,
-    gradients,
-    prepare_channels,
-    recompute_states,
-    reverse_scan,
-)
+from ..arguments import tma_ready, token_ready
 from ..launch import launchers
-from ..memory_rounds import MemoryRound, memory_rounds, stretch_length, stretches
-from ..piece_lengths import saved_length
+from ..memory_rounds import MemoryRound
 from ..streams import join_side_stream, side_stream
 from ..tile.layout import ROWS
 from ..tile.pool_kind import NO_TABLES, slot_tables
 from .buffers import Chunks, Common, Scratch, States, Tokens
 from .factors import rows_of_factors
-
-MAX_CHUNKS = 10
-"""Pairs of a chunk and a q/k head that a thread block of `gradients` takes, at most."""
+from .jobs import BackwardJobs
 
 
-class BackwardPass:
-    """What all backward calls of one kind (shapes, dtypes, device, options) have in common."""
+class BackwardPass(BackwardJobs):
+    """What all backward calls of one kind have in common, and how one runs."""
 
     def __init__(self, call: Call) -> None:
-        H, K = call.q.shape[2:]
-        HV, V = call.v.shape[2:]
-        self.slots, self.sequences = piece_slots(call, CHUNK), call.sequences
-        self.shape: dict[str, Any] = {
-            "dtype": dtype_name(call.q),
-            "K": K,
-            "V": V,
-            "group": HV // H,
-            "varlen": call.cu_seqlens is not None,
-        }
-        self.length = saved_length(call)  # tokens of a piece; None: sequences are not cut
-        self.cut = self.length is not None
-        self.pieces = self.sequences if self.length is None else piece_slots(call, self.length)
-        self.rounds = memory_rounds(call)
-        self.stretch = stretch_length(call)  # tokens of a stretch; None: parts are not divided
-        self.split = len(stretches(call)) > 1  # whether forward saved states inside of sequences
-        self.round_slots = max(r.slots for r in self.rounds)
-        # As many thread blocks as SMs, or a multiple: otherwise some SMs would have more to do.
-        work, sms = self.round_slots * H, sm_count(call.q.device)
-        self.thread_blocks = min(work, sms * max(1, -(-work // (sms * MAX_CHUNKS))))
-        self.offsets = dtype_name(call.cu_seqlens, "int32")
-        self.v_first = call.state_v_first
-        self.scan_options = self.shape | {
-            # the states between pieces are always [V, K]
-            "offsets": self.offsets, "v_first": self.cut or self.v_first, "cut": self.cut,
-            "channels": call.per_channel,
-        }  # fmt: skip
-        self.gate_options, self.channels = gate_options(call), call.per_channel
-        self.search = search_job(call, reverse=True)  # if sequences are cut
-        if self.channels:
-            self.gate_options |= channel_options(call)
-        self.clear_jobs: list[Job] = []
-        if call.cu_seqlens is not None:
-            self.clear_jobs = [(clear_tail, clear_tail_options(call, backward=True))]
+        super().__init__(call)
         self.launchers: dict[tuple[bool, bool], list[Any]] = {}
-
-    def jobs(self, initial: bool, final: bool) -> list[Job]:
-        """The kernels in the order of their launches; `clear_tail` last. initial: whether
-        the call has an initial state; final: whether the final state has a gradient."""
-        if self.split:  # scans start from saved states, and from gradients of the round before
-            initial = final = True
-        if self.channels:
-            prepare = {name: x for name, x in self.shape.items() if name != "group"} | {
-                "offsets": self.offsets, "save": False, "rows_alone": True,
-            }  # fmt: skip
-            first: Job = (prepare_channels, self.gate_options | prepare)
-            last: Job = (channel_gradients, self.shape | self.gate_options)
-        else:
-            options = {name: x for name, x in self.gate_options.items() if name != "l2"}
-            first = (gate_sums, options | {"offsets": self.offsets, "varlen": self.shape["varlen"]})
-            last = (gradients, self.shape | self.gate_options)
-        scan = self.scan_options
-        if not self.cut:
-            stretched = self.stretch is not None
-            return [
-                first,
-                (recompute_states, scan | {"initial": initial, "cut": stretched}),
-                (reverse_scan, scan | {"final": final, "initial": initial, "outputs": True}),
-                last,
-                *self.clear_jobs,
-            ]
-        combine = {name: self.shape[name] for name in ("K", "V", "varlen")} | {
-            "offsets": self.offsets, "v_first": self.v_first, "reverse": True,
-            "forgetting": False,
-            # backward begins with the final state
-            "initial": final, "final": initial,
-        }  # fmt: skip
-        from_zero = {"final": False, "initial": True, "outputs": False, "forgetting": True}
-        return [
-            first,
-            (recompute_states, scan | {"initial": True}),
-            self.search,
-            (reverse_scan, scan | from_zero),
-            (combine_pieces, combine),
-            (reverse_scan, scan | {"final": True, "initial": False, "outputs": True}),
-            last,
-            *self.clear_jobs,
-        ]
 
     def backward(
         self, call: Call, saved: list[Tensor], grad_o: Tensor, grad_final_state: Tensor | None,
@@ -166,9 +70,11 @@ class BackwardPass:
         scaled_slots = self.round_slots if q.dtype == torch.float16 else 0
         scratch = Scratch(
             S=new((*rows, K)),
-            dS=new((*rows, K)),
+            dS=None if self.joined else new((*rows, K)),
             U=new((*rows, CHUNK)),
-            rowsum_RV=new((self.round_slots, HV, V // ROWS, CHUNK), dtype=torch.float32),
+            rowsum_RV=None
+            if self.joined
+            else new((self.round_slots, HV, V // ROWS, CHUNK), dtype=torch.float32),
             row_scales=new((scaled_slots, HV, V // ROWS, ROWS), dtype=torch.float32),
             decayed_rows=new((*rows[:2], 3, CHUNK, K)) if self.channels else None,
             factors=new((*rows[:2], rows_of_factors(K, True), CHUNK), dtype=torch.float32)
@@ -246,6 +152,7 @@ class BackwardPass:
         row_scales = scales if q.dtype == torch.float16 else None
         N = r.last - r.first
         grid = (N, self.pieces if self.cut else N, self.length or 0)
+        piece_ends = torch.empty_like(states_saved[1]) if self.cut else None
 
         def recompute() -> None:
             begin, pieces = states.begin, grid
@@ -263,13 +170,14 @@ class BackwardPass:
             inputs = (q, k, v, do, G_beta, norms, A, *decayed)
             outputs = (dS, dv, rowsum_RV)
             if not self.cut:
-                (launch_scan,) = launch_reverse
-                ends = states.d_begin, None
-                launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, *ends, scale, *grid)
+                if not self.joined:
+                    (launch_scan,) = launch_reverse
+                    ends = states.d_begin, None
+                    launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, *ends, scale, *grid)
                 return
             transfer, begins = states_saved
-            dN, d_ends = torch.empty_like(begins), torch.empty_like(begins)
-            launch_search, launch_first, launch_combine, launch_second = launch_reverse
+            dN = torch.empty_like(begins)
+            launch_search, launch_first, launch_combine, *launch_second = launch_reverse
             matter = dN.new_empty(dN.shape[:2], dtype=torch.int32)
             launch_search(
                 k, g, beta, A_log, dt_bias, cu_seqlens, *(decayed[1:] if self.channels else ()),
@@ -280,10 +188,11 @@ class BackwardPass:
             if exchange and self.length:  # beside `recompute_states`
                 d_end = exchange(PieceMaps(transfer, dN, self.length))()
             launch_combine(
-                transfer, dN, None, d_ends, d_end, states.d_begin, cu_seqlens,
+                transfer, dN, None, piece_ends, d_end, states.d_begin, cu_seqlens,
                 *slot_tables(NO_TABLES), N, q.shape[1], self.length,
             )  # fmt: skip
-            launch_second(*inputs, d_ends, cu_seqlens, *outputs, None, None, scale, *grid)
+            for launch_scan in launch_second:
+                launch_scan(*inputs, piece_ends, cu_seqlens, *outputs, None, None, scale, *grid)
 
         # Stretches fill what `reverse_scan` leaves: it comes first then, with priority.
         aside, beside = (reverse, recompute) if self.stretch else (recompute, reverse)
@@ -291,6 +200,13 @@ class BackwardPass:
             aside()
         beside()
         join_side_stream(q.device)
+        if self.joined:
+            ends = (piece_ends, None) if self.cut else (states.d_end, states.d_begin)
+            launch_gradients(
+                q, k, v, g, A_log, dt_bias, do, G_beta, norms, A, U, S, ends[0],
+                dq, dk, dv, dg, dbeta, dA_log, ddt_bias, ends[1], scale, *grid,
+            )  # fmt: skip
+            return
         factors = decayed[1:] if self.channels else [G_beta, norms]
         work = U.shape[0] * q.shape[2]  # a thread block of `channel_gradients` must have some
         launch_gradients(

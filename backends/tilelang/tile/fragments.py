@@ -38,9 +38,12 @@ template <> __device__ __forceinline__ half2 gdn_narrow<half2>(float2 x) {
 __device__ __forceinline__ float2 gdn_widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
 __device__ __forceinline__ float2 gdn_widen(half2 x) { return __half22float2(x); }
 // Each moves the 16 columns number `pair` of a fragment: from or to 16 rows of shared memory
-// (transposed), or to 16 columns (`gdn_store`).
+// (transposed), or from or to 16 columns (`gdn_load`, `gdn_store`).
 __device__ __forceinline__ void gdn_load_transposed(const void *from, void *to, int pair) {
   tl::ptx_ldmatrix_x4_trans(from, reinterpret_cast<int *>(to) + 4 * pair);
+}
+__device__ __forceinline__ void gdn_load(const void *from, void *to, int pair) {
+  tl::ptx_ldmatrix_x4(from, reinterpret_cast<int *>(to) + 4 * pair);
 }
 __device__ __forceinline__ void gdn_store(void *to, const void *from, int pair) {
   const int *x = reinterpret_cast<const int *>(from) + 4 * pair;
@@ -97,6 +100,20 @@ def store(fragment: Any, tile: Any, s: Any, thread: Any) -> None:
         T.call_extern(
             "handle",
             "gdn_store",
+            T.address_of(tile[s, warp * 16 + lane % 16, pair * 16 + lane // 16 * 8]),
+            fragment.data,
+            pair,
+        )
+
+
+@T.macro
+def load(tile: Any, s: Any, fragment: Any, thread: Any) -> None:
+    """fragment = tile[s], both [64, N]: the inverse of `store`."""
+    warp, lane = thread // 32, thread % 32
+    for pair in T.unroll(fragment.shape[1] // 16):
+        T.call_extern(
+            "handle",
+            "gdn_load",
             T.address_of(tile[s, warp * 16 + lane % 16, pair * 16 + lane // 16 * 8]),
             fragment.data,
             pair,
