@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gdn import registry
 from gdn.problem import Call
-from gdn.testing import Case, make_inputs, with_gradients
+from gdn.testing import Case, make_inputs, relative_error, with_gradients
 
 pytest.importorskip("tilelang")
 emulated = pytest.importorskip("test_tilelang_emulated")
@@ -22,7 +23,7 @@ compiled = pytest.importorskip("test_tilelang")
 from gdn.backends.tilelang import memory_rounds as rounds  # noqa: E402
 from gdn.backends.tilelang.backward.plan import BackwardPass  # noqa: E402
 from gdn.backends.tilelang.backward.reverse_gradients_memory import Barriers  # noqa: E402
-from support import assert_close, compile_together, run  # noqa: E402
+from support import assert_close, compile_together, require, run, truth  # noqa: E402
 from test_tilelang import call_of  # noqa: E402
 from test_tilelang_emulated import WORLDS, check, folder, world  # noqa: E402, F401
 from test_tilelang_fused import check_twice_on_a_gpu  # noqa: E402
@@ -189,7 +190,31 @@ def on_a_gpu(case: Case) -> None:
 @pytest.mark.parametrize("gates", ["mixed", "none", "model", "strong"])
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
 def test_agrees_with_the_definition_on_a_gpu(case: Case, gates: str) -> None:
-    on_a_gpu(replace(case, H=4, HV=4, T=max(1, case.T * 4 - 3), gates=gates))
+    # Without decay dg of a token sums over all that follow. Of 797 tokens some of its numbers
+    # exceed a bound that is for 200: see `test_errors_are_those_of_two_kernels_on_a_gpu`.
+    T = case.T if gates == "none" else max(1, case.T * 4 - 3)
+    on_a_gpu(replace(case, H=4, HV=4, T=T, gates=gates))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gates", ["mixed", "none", "model"])
+@pytest.mark.parametrize("l2norm", [False, True])
+def test_errors_are_those_of_two_kernels_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, gates: str, l2norm: bool
+) -> None:
+    """Within a tenth, and 1e-4."""
+    case = replace(DENSE, T=797, H=4, HV=4, gates=gates, l2norm=l2norm)
+    inputs = with_gradients(make_inputs(case, "cuda"))
+    require("tilelang", inputs)
+    errors = []
+    for share in (0.0, 2.0):
+        monkeypatch.setattr(rounds, "MIN_SHARE", share)
+        registry.generation += 1  # another plan
+        assert rounds.joins_gradients(Call(**{"scale": 1.0} | inputs)) is (share == 0.0)
+        got = run("tilelang", case, inputs)
+        errors.append({name: relative_error(x, truth(case)[name]) for name, x in got.items()})
+    for name, error in errors[0].items():
+        assert error <= 1.1 * errors[1][name] + 1e-4, (name, errors)
 
 
 @pytest.mark.gpu
