@@ -147,13 +147,13 @@ def test_a_missing_wait_shows(
 
 
 @pytest.mark.usefixtures("joined")
-def test_neither_spills_in_loops_nor_serialises(tmp_path: Path) -> None:
-    """Spilled are addresses."""
+def test_spills_little_and_serialises_nothing(tmp_path: Path) -> None:
+    """Spilled are addresses, and numbers of the storing warp."""
     for fused in (False, True):
         case = replace(DENSE, fused=fused, l2norm=fused)
         call = Call(**{"scale": 0.125} | make_inputs(case, "meta"))
         kernel = compile_together(*BackwardPass(call).jobs(initial=True, final=True))[-1]
-        compiled.assert_compiles_well(kernel, tmp_path, spilled=352)
+        compiled.assert_compiles_well(kernel, tmp_path, spilled=384)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ from ..tile.fragment_sums import PRELUDE as SUMS
 from ..tile.fragments import PRELUDE
 from ..tile.gate_math import remaining_beta
 from ..tile.indexing import Fields, piece_bounds, rolled_loop, strided
-from ..tile.largest import PRELUDE as LARGEST
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import store_live_rows
@@ -39,7 +38,7 @@ from .reverse_gradients_intra import IntraFragments, compute_D, compute_F, compu
 from .reverse_gradients_memory import HALVES, Barriers, ReverseGradientsSmem, load_chunk
 from .reverse_gradients_scan import ScanFragments, add_rounding_residual, scan_chunk
 
-CUDA = FENCES + PRELUDE + SUMS + LARGEST
+CUDA = FENCES + PRELUDE + SUMS
 REGISTERS = (176, 120, 40)
 """Registers a thread of the scan warpgroups, the intra-chunk one, the others."""
 
