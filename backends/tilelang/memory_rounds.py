@@ -1,9 +1,9 @@
 """Memory rounds: the shares of a backward call that are in memory at the same time.
 
-Backward keeps S, dS and U of every chunk between its scans and `gradients`, or S and U where one
-kernel is its second scan and computes all gradients. A memory round covers
-whole sequences, or one part of a sequence, and the next round uses the same buffers. The parts of a
-sequence go from the last to the first; forward saves the states between them.
+Between its kernels backward keeps S, dS and U of every chunk; before `reverse_gradients`, S and U.
+A memory round covers whole sequences, or one part of a sequence, and the next round uses the same
+buffers. The parts of a sequence go from the last to the first; forward saves the states between
+them.
 
 `recompute_states` and `reverse_scan` of a round run side by side. Where the thread blocks of both
 would not find room on the SMs at the same time, parts are divided into stretches: forward saves the
@@ -27,11 +27,11 @@ from .tile.layout import ROWS
 
 MIN_ROUND_BYTES, MAX_ROUNDS = 320 << 20, 4
 """Bytes of S, dS and U in a round, at least, and rounds, at most: for a whole batch, or for each
-sequence where sequences go one by one."""
+sequence where sequences go one by one. Rounds of `reverse_gradients` may be more."""
 MAX_JOINED_BYTES = 1 << 30
-"""Bytes of S and U in a round, at most, where one kernel computes all gradients."""
+"""Bytes of S and U in a round of whole sequences before `reverse_gradients`, at most."""
 MIN_SHARE = 0.8
-"""The share of the SMs that its equal thread blocks must keep busy, on average."""
+"""The share of the SMs that the thread blocks of `reverse_gradients` must keep busy, on average."""
 MIN_STRETCH_CHUNKS = 8
 """Chunks that a stretch has at least: each is two more launches in forward."""
 
@@ -51,25 +51,24 @@ def joined_sequences(call: Call) -> int:
     """Sequences in a round where one kernel scans backward and computes all gradients
     (`backward/reverse_gradients.py`), else 0.
 
-    It has a thread block for a sequence or piece and a head, each on an SM: a round has as few
-    sequences as fill the SMs, all if it would be small. If even so S and U take too much, two
-    kernels, whose rounds divide sequences, take less. The lengths of packed sequences are not known
-    here. With several value heads a key head two kernels are faster: `gradients` sums what the
-    value heads contribute.
+    It has a thread block for a sequence or piece and a head, each on an SM. A round has the fewest
+    sequences that divide the batch, fill the SMs and would take MIN_ROUND_BYTES with dS, else as
+    many as fit. Where S and U are too much, two kernels, whose rounds divide sequences, take less;
+    but pieces are one round in any case. The lengths of packed sequences are not known here. With
+    several value heads a key head two kernels are faster: `gradients` sums what they contribute.
     """
     N, (T, H, K), (HV, V) = call.sequences, call.q.shape[1:], call.v.shape[2:]
     if (K, V, HV, call.q.dtype) != (128, 128, H, torch.bfloat16) or call.cu_seqlens is not None:
         return 0
     if call.per_channel or call.batch_invariant or call.context_parallel or N * T * H == 0:
         return 0
-    size = call.q.element_size() * sequence_chunks(call) * HV * V * (K + CHUNK)
-    shares, blocks = [n for n in range(1, N + 1) if N % n == 0], HV
-    length = saved_length(call)
-    if length is not None:  # pieces are not divided
-        shares, blocks = [N], HV * piece_slots(call, length) // N
-    filling = [n for n in shares if fills(call, n * blocks)]
-    together = next((n for n in filling if n * size >= MIN_ROUND_BYTES), max(filling, default=0))
-    return together if together * size <= MAX_JOINED_BYTES else 0
+    if (length := saved_length(call)) is not None:
+        return N if fills(call, piece_slots(call, length) * H) else 0
+    rows = call.q.element_size() * sequence_chunks(call) * H * V
+    most = MAX_JOINED_BYTES / (rows * (K + CHUNK))
+    least = MIN_ROUND_BYTES / (rows * (2 * K + CHUNK))
+    fitting = [n for n in range(1, N + 1) if N % n == 0 and n <= most and fills(call, n * H)]
+    return next((n for n in fitting if n >= least), max(fitting, default=0))
 
 
 def joins_gradients(call: Call) -> bool:

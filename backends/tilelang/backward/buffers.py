@@ -42,7 +42,8 @@ class States(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What the scans of a round write for its `gradients`. None: it stays on the SMs."""
+    """What the scans of a round write for its `gradients`. dS and rowsum_RV are None where
+    `reverse_gradients` keeps them on the SMs."""
 
     S: Tensor  # S^T before every chunk [slots, HV, V, K]
     dS: Tensor | None  # dS^T after every chunk [slots, HV, V, K]

@@ -5,8 +5,8 @@
     reverse_scan       dS after every chunk, and R    }
     gradients          all other gradients, from these
 
-Where `joins_gradients` says so, reverse_gradients takes the place of reverse_scan and gradients,
-after recompute_states: dS and R do not go through memory.
+Where `joins_gradients` says so, reverse_gradients takes the place of gradients and of the
+reverse_scan before it, after recompute_states: dS and R do not go through memory.
 
 All but gate_sums run once a memory round, since S, dS and U take most of backward's memory
 (`memory_rounds.py`). Where a round has stretches, recompute_states scans them in parallel, from the

@@ -15,13 +15,12 @@ HALVES = (0, 1)
 
 
 class ReverseGradientsSmem:
-    """Shared memory of a thread block. A first size of 2 S means S halves of two chunks, which take
-    turns; [2, ...] two halves; [4, ...] tiles [64 of V, 64 of K], that of half h of K and half v of
-    V is number 2 h + v."""
+    """Shared memory of a thread block. Two chunks take turns in two slots s. q, k: half h of K of
+    slot s is number 2 s + h. do, R, U: two halves of V. S, dS: the tile [64 of V, 64 of K] of half
+    h of K and half v of V is number 2 h + v. Factors and sums: the first index is the slot."""
 
     def __init__(self, dtype: str) -> None:
-        # === loaded, for two chunks: the number of half h is 2 s + h ===
-        # In the end they hold dq and dk of the same columns, which are stored from there.
+        # === loaded, for two chunks; in the end dq and dk, which are stored from there ===
         self.q, self.k = (T.alloc_shared((4, C, COLUMNS), dtype) for _ in range(2))
         self.factors = T.alloc_shared((2, rows_of_factors(128, False), C), "float32")
         # === loaded, for a chunk ===

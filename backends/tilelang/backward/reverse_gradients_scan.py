@@ -1,6 +1,6 @@
 """`reverse_gradients.py`: what a scan warpgroup computes for a chunk. The equations are in
-`reverse_scan.py` and `gradients_inter.py`; here dQ and dK are those of normalised rows times rq and
-rk, since F and D are, too."""
+`reverse_scan.py` and `gradients_inter.py`; here dq and dk are rq and rk times the
+gradients of normalised rows, as F and D are."""
 
 from typing import Any
 
@@ -95,7 +95,7 @@ def scan_chunk(smem: Any, frag: Any, bars: Any, w: Any, step: Any, thread: Any, 
     # === dU = P^T dO + (e^{gamma - G} rk * K dS), and the stored dS ===
     for h in HALVES:
         T.copy(frag.dS[h], frag.dS_half[h])
-    T.barrier_wait(bars.P_ready, parity)  # by threads that waited for q and k
+    T.barrier_wait(bars.P_ready, parity)  # who computed P had waited for q and k
     for h in HALVES:
         T.wgmma_gemm(
             frag.dS_half[h], smem.k[s * 2 + h, :, :], frag.dU, transpose_B=True,
@@ -184,7 +184,7 @@ def scan_chunk(smem: Any, frag: Any, bars: Any, w: Any, step: Any, thread: Any, 
         load(smem.q, s * 2 + w, frag.rows, thread)
     T.wait_wgmma(0)
     T.barrier_arrive(bars.F_free)
-    T.barrier_wait(bars.F_free, parity)  # the other warpgroup, too, has read k and dS, and has dots
+    T.barrier_wait(bars.F_free, parity)  # the other warpgroup has read q, k and dS, and has dots
     if l2:
         apply_norm(frag.rows, frag.dq, smem, s, Factor.RQ, Dot.DQ)
     T.copy(frag.dq, frag.rows)
@@ -222,8 +222,7 @@ def scan_chunk(smem: Any, frag: Any, bars: Any, w: Any, step: Any, thread: Any, 
 
 
 def stored_R_factor(smem: Any, s: Any, i: Any) -> Any:
-    """What R S^T is multiplied by for rk dK, where R is the stored one: -beta e^G rk over
-    `R_scale`."""
+    """The factor of R S^T in dk, for the stored R: -beta e^G rk / `R_scale`."""
     return -(
         remaining_beta(smem.factors[s, Factor.BETA, i])
         * smem.factors[s, Factor.RK, i]
