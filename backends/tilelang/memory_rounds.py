@@ -104,8 +104,8 @@ def round_shape(call: Call) -> tuple[int, int]:
     decides how many there are.
     """
     N, (HV, V), K = call.sequences, call.v.shape[2:], call.q.shape[3]
-    if joins_gradients(call):
-        return joined_sequences(call), 1
+    if together := joined_sequences(call):
+        return together, 1
     if indivisible(call):
         return max(N, 1), 1
     size = call.q.element_size() * N * sequence_chunks(call) * HV * V * (2 * K + CHUNK)

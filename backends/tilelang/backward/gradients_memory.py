@@ -162,11 +162,11 @@ def load_tokens(
 
 
 @T.macro
-def load_rows(x: Any, to: Any, ready: Any, batch: Any, token: Any, key_head: Any) -> None:
-    """Load the chunk's rows of q or k, block by block; by one warp, which arrives later."""
+def load_rows(x: Any, to: Any, ready: Any, batch: Any, token: Any, head: Any) -> None:
+    """Load a chunk's rows of a head, block by block; by one warp, which arrives later."""
     for b in T.unroll(to.shape[0]):
         T.tma_copy(
-            x[batch, token : token + C, key_head, b * COLUMNS : b * COLUMNS + COLUMNS],
+            x[batch, token : token + C, head, b * COLUMNS : b * COLUMNS + COLUMNS],
             to[b, :, :], barrier=ready, leader_scope_threads=32,
         )  # fmt: skip
 

@@ -170,10 +170,9 @@ class BackwardPass(BackwardJobs):
             inputs = (q, k, v, do, G_beta, norms, A, *decayed)
             outputs = (dS, dv, rowsum_RV)
             if not self.cut:
-                if not self.joined:
-                    (launch_scan,) = launch_reverse
-                    ends = states.d_begin, None
-                    launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, *ends, scale, *grid)
+                (launch_scan,) = launch_reverse
+                ends = states.d_begin, None
+                launch_scan(*inputs, states.d_end, cu_seqlens, *outputs, *ends, scale, *grid)
                 return
             transfer, begins = states_saved
             dN = torch.empty_like(begins)
@@ -196,10 +195,13 @@ class BackwardPass(BackwardJobs):
 
         # Stretches fill what `reverse_scan` leaves: it comes first then, with priority.
         aside, beside = (reverse, recompute) if self.stretch else (recompute, reverse)
-        with side_stream(q.device):
-            aside()
-        beside()
-        join_side_stream(q.device)
+        if self.joined and not self.cut:  # nothing runs beside it
+            recompute()
+        else:
+            with side_stream(q.device):
+                aside()
+            beside()
+            join_side_stream(q.device)
         if self.joined:
             ends = (piece_ends, None) if self.cut else (states.d_end, states.d_begin)
             launch_gradients(

@@ -30,7 +30,7 @@ from ..tile.gate_math import remaining_beta
 from ..tile.indexing import Fields, piece_bounds, rolled_loop, strided
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
-from ..tile.ragged_rows import store_live_rows
+from ..tile.ragged_rows import store_columns
 from .factors import Factor
 from .gradients_gates import store_gate_gradients
 from .gradients_memory import COLUMNS
@@ -45,7 +45,7 @@ REGISTERS = (176, 120, 40)
 
 @T.macro
 def store_dv(
-    smem: Any, bars: Any, dv: Any, batch: Any, token: Any, live: Any, head: Any, step: Any,
+    smem: Any, bars: Any, dv: Any, batch: Any, token: Any, stop: Any, head: Any, step: Any,
     lane: Any,
 ) -> None:  # fmt: skip
     """Turn the stored R into dv = beta R, when all others have read it, and store it; by one
@@ -67,37 +67,8 @@ def store_dv(
     T.barrier_arrive(bars.factors_free[step % 2])
     fence()
     T.sync_warp()
-    if live >= C:
-        for half in HALVES:
-            columns = slice(half * COLUMNS, (half + 1) * COLUMNS)
-            T.tma_copy(
-                smem.R[half, :, :], dv[batch, token : token + C, head, columns],
-                leader_scope_threads=32,
-            )  # fmt: skip
-        T.tma_store_wait(0)
-    else:
-        for half in HALVES:
-            store_live_rows(smem.R, half, dv, batch, token, live, head, half * COLUMNS, lane)
+    store_columns(dv, smem.R, batch, token, stop, head, 0, 0, 2, lane)
     T.barrier_arrive(bars.R_free)
-
-
-@T.macro
-def store_dq_dk(
-    smem: Any, dq: Any, dk: Any, s: Any, batch: Any, token: Any, live: Any, head: Any, lane: Any
-) -> None:
-    """Store the live rows of dq and dk to memory; by one warp."""
-    if live >= C:
-        for h in HALVES:
-            for x, to in ((smem.q, dq), (smem.k, dk)):
-                T.tma_copy(
-                    x[s * 2 + h, :, :],
-                    to[batch, token : token + C, head, h * COLUMNS : (h + 1) * COLUMNS],
-                    leader_scope_threads=32,
-                )  # fmt: skip
-    else:
-        for h in HALVES:
-            for x, to in ((smem.q, dq), (smem.k, dk)):
-                store_live_rows(x, s * 2 + h, to, batch, token, live, head, h * COLUMNS, lane)
 
 
 @kernel(own_barriers=True)
@@ -205,20 +176,20 @@ def reverse_gradients(
                     for step in T.serial(chunks):
                         chunk = chunks - 1 - step
                         s, token = step % 2, start + chunk * C
-                        live = stop - token
                         T.barrier_wait(bars.dq_dk_ready[s], step // 2 % 2)
-                        store_dq_dk(smem, dq, dk, s, batch, token, live, head, tx - 32)
-                        T.tma_store_wait(0)
+                        for x, to in ((smem.q, dq), (smem.k, dk)):
+                            store_columns(to, x, batch, token, stop, head, 0, s, 2, tx - 32)
                         T.barrier_arrive(bars.qk_free[s])
                         store_gate_gradients(
                             smem, g, A_log, dt_bias, dg, dbeta, dA_log, ddt_bias, s, batch, token,
-                            live, slot + chunk, head, scale, tx - 32, gate, bias, sigmoid, double,
+                            stop - token, slot + chunk, head, scale, tx - 32, gate, bias, sigmoid,
+                            double,
                         )  # fmt: skip
                         T.barrier_arrive(bars.factors_free[s])
                 elif tx < 96:
                     # === dv warp ===
                     for step in T.serial(chunks):
                         token = start + (chunks - 1 - step) * C
-                        store_dv(smem, bars, dv, batch, token, stop - token, head, step, tx - 64)
+                        store_dv(smem, bars, dv, batch, token, stop, head, step, tx - 64)
 
     return reverse_gradients_kernel

@@ -36,10 +36,15 @@ class IntraFragments:
 
 
 @T.macro
-def multiply_halves(x: Any, y: Any, at: Any, product: Any) -> None:
-    """product = x y^T of rows in shared memory, the halves number at and at + 1."""
-    T.wgmma_gemm(x[at, :, :], y[at, :, :], product, transpose_B=True, clear_accum=True)
-    T.wgmma_gemm(x[at + 1, :, :], y[at + 1, :, :], product, transpose_B=True)
+def multiply_halves(
+    x: Any, i: Any, y: Any, j: Any, product: Any, transpose_x: bool, transpose_y: bool
+) -> None:
+    """product = x[i] y[j] + x[i + 1] y[j + 1], each x or y transposed or not."""
+    for h in HALVES:
+        T.wgmma_gemm(
+            x[i + h, :, :], y[j + h, :, :], product, transpose_A=transpose_x,
+            transpose_B=transpose_y, clear_accum=h == 0,
+        )  # fmt: skip
 
 
 @T.macro
@@ -62,7 +67,7 @@ def compute_P(
             smem.factors[s, Factor.RK, thread]
         )
     T.sync_threads(INTRA, 128)
-    multiply_halves(smem.q, smem.k, s * 2, frag.product)
+    multiply_halves(smem.q, s * 2, smem.k, s * 2, frag.product, False, True)
     for i, j in T.Parallel(C, C):
         frag.decay[i, j] = smem.G2[s, i] - smem.column_exponent[s, j]
     for i, j in T.Parallel(C, C):  # exponents may be infinite where they are not wanted
@@ -81,8 +86,7 @@ def compute_F(smem: Any, frag: Any, bars: Any, step: Any, thread: Any) -> None:
     s, parity = step % 2, step % 2
     T.barrier_wait(bars.do_ready, parity)
     T.barrier_wait(bars.U_ready, parity)
-    T.wgmma_gemm(smem.do[0, :, :], smem.U[0, :, :], frag.product, clear_accum=True)
-    T.wgmma_gemm(smem.do[1, :, :], smem.U[1, :, :], frag.product)
+    multiply_halves(smem.do, 0, smem.U, 0, frag.product, False, False)
     T.sync_warp()
     load(smem.P, 0, frag.P, thread)
     T.wait_wgmma(0)
@@ -106,8 +110,7 @@ def compute_D(smem: Any, frag: Any, bars: Any, step: Any, thread: Any) -> None:
     """Compute D, and sum (R U^T) * N over rows and, times beta, over columns."""
     s, parity = step % 2, step % 2
     T.barrier_wait(bars.R_ready, parity)
-    T.wgmma_gemm(smem.R[0, :, :], smem.U[0, :, :], frag.product, clear_accum=True)
-    T.wgmma_gemm(smem.R[1, :, :], smem.U[1, :, :], frag.product)
+    multiply_halves(smem.R, 0, smem.U, 0, frag.product, False, False)
     T.wait_wgmma(0)
     T.barrier_arrive(bars.R_read)
     T.barrier_arrive(bars.U_free)
@@ -115,7 +118,7 @@ def compute_D(smem: Any, frag: Any, bars: Any, step: Any, thread: Any) -> None:
         frag.product[i, j] *= smem.factors[s, Factor.RK, i] * frag.decay[i, j]
     for i, j in T.Parallel(C, C):
         frag.product[i, j] = T.if_then_else(i > j, frag.product[i, j], 0.0)
-    multiply_halves(smem.k, smem.k, s * 2, frag.kk)
+    multiply_halves(smem.k, s * 2, smem.k, s * 2, frag.kk, False, True)
     T.sync_warp()
     for i, j in T.Parallel(C, C):
         frag.half[i, j] = -remaining_beta(smem.factors[s, Factor.BETA, i]) * frag.product[i, j]

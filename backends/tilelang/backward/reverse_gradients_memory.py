@@ -8,7 +8,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from gdn.problem import CHUNK as C
 
 from .factors import Factor, rows_of_factors
-from .gradients_memory import COLUMNS
+from .gradients_memory import COLUMNS, load_rows
 
 HALVES = (0, 1)
 """Halves of 64 of K and of V, which are 128."""
@@ -105,11 +105,7 @@ def load_chunk(
     )  # fmt: skip
     T.barrier_arrive(bars.qk_ready[s])
     T.barrier_wait(bars.do_free, step % 2 ^ 1)
-    for half in HALVES:
-        T.tma_copy(
-            do[batch, token : token + C, head, half * COLUMNS : (half + 1) * COLUMNS],
-            smem.do[half, :, :], barrier=bars.do_ready, leader_scope_threads=32,
-        )  # fmt: skip
+    load_rows(do, smem.do, bars.do_ready, batch, token, head)
     T.barrier_arrive(bars.do_ready)
     T.barrier_wait(bars.U_free, step % 2 ^ 1)
     for half in HALVES:
@@ -132,9 +128,5 @@ def load_chunk(
     T.tma_copy(A[slot, head, :, :], smem.A[0, :, :], barrier=bars.A_ready, leader_scope_threads=32)
     T.barrier_arrive(bars.A_ready)
     T.barrier_wait(bars.R_free, step % 2 ^ 1)
-    for half in HALVES:
-        T.tma_copy(
-            v[batch, token : token + C, head, half * COLUMNS : (half + 1) * COLUMNS],
-            smem.R[half, :, :], barrier=bars.v_ready, leader_scope_threads=32,
-        )  # fmt: skip
+    load_rows(v, smem.R, bars.v_ready, batch, token, head)
     T.barrier_arrive(bars.v_ready)

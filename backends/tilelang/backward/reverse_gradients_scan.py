@@ -8,15 +8,16 @@ import tilelang.language as T
 
 from gdn.problem import CHUNK as C
 
-from ..tile.fragment_sums import sum_columns, sum_rows
+from ..tile.fragment_sums import sum_columns
 from ..tile.fragments import load, load_transposed, store, store_transposed
 from ..tile.gate_math import remaining_beta
 from ..tile.layout import LOG2_E
 from ..tile.proxy_fence import fence
 from ..tile.ragged_rows import clear_rows_past_end
 from .factors import Factor
-from .gradients_inter import sum_blocks
+from .gradients_inter import sum_blocks, sum_row_dots
 from .gradients_memory import COLUMNS, Dot
+from .reverse_gradients_intra import multiply_halves
 from .reverse_gradients_memory import HALVES
 
 SCANS, OWN = 1, 3
@@ -40,16 +41,6 @@ class ScanFragments:
         )
         self.rows = T.alloc_fragment((C, COLUMNS), dtype)
         self.e_gamma, self.S_dS = (T.alloc_local((1,), "float32") for _ in range(2))
-
-
-@T.macro
-def sum_row_dots(
-    x: Any, y: Any, smem: Any, frag: Any, s: Any, dot: int, w: Any, thread: Any
-) -> None:
-    """row_dots[s, dot, w] = rowsum(x * y), both in registers. Overwrites frag.product."""
-    for i, j in T.Parallel(C, COLUMNS):
-        frag.product[i, j] = x[i, j] * y[i, j]
-    sum_rows(frag.product, T.address_of(smem.row_dots[s, dot, w, thread // 32 * 16]))
 
 
 @T.macro
@@ -150,8 +141,7 @@ def scan_chunk(smem: Any, frag: Any, bars: Any, w: Any, step: Any, thread: Any, 
     sum_columns(frag.R, T.address_of(smem.RV[s, w * 4 + thread // 32, 0]))
 
     # === dq: dO S^T and F K ===
-    T.wgmma_gemm(smem.do[0, :, :], smem.S[w * 2, :, :], frag.dq, clear_accum=True)
-    T.wgmma_gemm(smem.do[1, :, :], smem.S[w * 2 + 1, :, :], frag.dq)
+    multiply_halves(smem.do, 0, smem.S, w * 2, frag.dq, False, False)
     T.sync_warp()
     load(smem.q, s * 2 + w, frag.rows, thread)
     T.wait_wgmma(0)
@@ -169,8 +159,7 @@ def scan_chunk(smem: Any, frag: Any, bars: Any, w: Any, step: Any, thread: Any, 
     # === dk: U dS^T and F^T Q ===
     T.barrier_wait(bars.U_ready, parity)
     T.barrier_wait(bars.R_ready, parity)  # and with it dS of the other warpgroup
-    T.wgmma_gemm(smem.U[0, :, :], smem.dS[w * 2, :, :], frag.dk, transpose_A=True, clear_accum=True)
-    T.wgmma_gemm(smem.U[1, :, :], smem.dS[w * 2 + 1, :, :], frag.dk, transpose_A=True)
+    multiply_halves(smem.U, 0, smem.dS, w * 2, frag.dk, True, False)
     T.sync_warp()
     load(smem.k, s * 2 + w, frag.rows, thread)
     T.wait_wgmma(0)
@@ -191,8 +180,7 @@ def scan_chunk(smem: Any, frag: Any, bars: Any, w: Any, step: Any, thread: Any, 
     store(frag.rows, smem.q, s * 2 + w, thread)
 
     # === R S^T ===
-    T.wgmma_gemm(smem.R[0, :, :], smem.S[w * 2, :, :], frag.dq, clear_accum=True)
-    T.wgmma_gemm(smem.R[1, :, :], smem.S[w * 2 + 1, :, :], frag.dq)
+    multiply_halves(smem.R, 0, smem.S, w * 2, frag.dq, False, False)
     T.sync_warp()
     load(smem.k, s * 2 + w, frag.rows, thread)
     T.wait_wgmma(0)

@@ -8,7 +8,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from gdn.problem import CHUNK as C
 
 from ..tile.layout import K_IN, K_OUT, Q_IN, ROWS
-from ..tile.ragged_rows import store_live_rows
+from ..tile.ragged_rows import store_columns
 from .factors import Factor, rows_of_factors
 
 
@@ -106,14 +106,7 @@ def store_chunk(
     T.tma_copy(
         smem.dS[0, :, :], dS_out[slot, head, column : column + ROWS, :], leader_scope_threads=32
     )
-    if live >= C:
-        T.tma_copy(
-            smem.R[0, :, :], R_out[batch, token : token + C, head, column : column + ROWS],
-            leader_scope_threads=32,
-        )  # fmt: skip
-    else:
-        store_live_rows(smem.R, 0, R_out, batch, token, live, head, column, lane)
-    T.tma_store_wait(0)
+    store_columns(R_out, smem.R, batch, token, token + live, head, column, 0, 1, lane)
     T.barrier_arrive(bars.dS_R_free)
 
     total = T.alloc_local((2,), "float32")  # two tokens a lane

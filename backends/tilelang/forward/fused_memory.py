@@ -14,9 +14,8 @@ from ..tile.indexing import SEQUENCE, START, STOP, Fields, piece_bounds, piece_n
 from ..tile.layout import ROWS
 from ..tile.pool import SKIPPED, find_slot
 from ..tile.pool_kind import PoolKind
-from ..tile.ragged_rows import clear_tokens
+from ..tile.ragged_rows import clear_tokens, store_columns
 from .block_inverse import BlockInverseSmem
-from .scan_memory import store_chunk
 
 HEAD, KEY_HEAD, CHUNKS, LAST, PIECE, NUMBER, LAST_NUMBER, FORGETS = range(4, 12)
 """What a thread block scans, in shared memory, after what `piece_bounds` finds. LAST: live tokens
@@ -153,7 +152,7 @@ def store_outputs(
         s, token = stage_of(first, chunk, smem.stages), task[START] + chunk * C
         T.barrier_wait(o_ready[s], parity_of(first, chunk, smem.stages))
         if output:
-            store_chunk(o, smem.v, batch, token, task[STOP], task[HEAD], 0, s, 2, lane)
+            store_columns(o, smem.v, batch, token, task[STOP], task[HEAD], 0, s, 2, lane)
         T.barrier_arrive(v_free[s])
     if output and pooled:  # noqa: SIM102, known before the kernel is; the next is not
         if task[POOL_SLOT] == SKIPPED:

@@ -37,12 +37,12 @@ from ..tile.pool import SKIPPED, declare_checkpoints, declare_slots, declare_sta
 from ..tile.pool_kind import PoolKind
 from ..tile.proxy_fence import PRELUDE as FENCES
 from ..tile.proxy_fence import fence
-from ..tile.ragged_rows import clear_rows_past_end, clear_tokens
+from ..tile.ragged_rows import clear_rows_past_end, clear_tokens, store_columns
 from ..tile.row_scales import PRELUDE as ROW_SCALES
 from .checkpoints import PRELUDE as CHECKPOINTS_PRELUDE
 from .checkpoints import scan_to_checkpoints
 from .first_chunks import limit_transfer
-from .scan_memory import ScanSmem, load_chunk, load_P, store_chunk
+from .scan_memory import ScanSmem, load_chunk, load_P
 from .scan_step import (
     ScanFragments,
     begin_scan,
@@ -191,7 +191,7 @@ def scan(
             s, token = chunk % stages, start + chunk * C
             T.barrier_wait(o_ready[s], chunk // stages % 2)
             if output:
-                store_chunk(o, smem.v, batch, token, stop, head, row, s, warpgroups, lane)
+                store_columns(o, smem.v, batch, token, stop, head, row, s, warpgroups, lane)
             T.barrier_arrive(stage_free[s])
         if to_pool:  # noqa: SIM102, known before the kernel is; the next is not
             if task.pool_slot == SKIPPED:

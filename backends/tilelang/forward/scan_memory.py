@@ -10,7 +10,6 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from gdn.problem import CHUNK as C
 
 from ..tile.layout import K_IN, K_OUT, Q_IN, ROWS, factor_rows
-from ..tile.ragged_rows import store_live_rows
 
 
 class ScanSmem:
@@ -93,25 +92,3 @@ def load_P(P_A_v: Any, smem: Any, P_ready: Any, slot: Any, head: Any, p: Any) ->
         P_A_v[slot, head, 0, :, :], smem.P[p, :, :], barrier=P_ready[p], leader_scope_threads=32
     )
     T.barrier_arrive(P_ready[p])
-
-
-@T.macro
-def store_chunk(
-    o: Any, v: Any, batch: Any, token: Any, stop: Any, head: Any, row: Any, s: Any,
-    warpgroups: int, lane: Any,
-) -> None:  # fmt: skip
-    """Store the chunk's o, which is in v's place in stage s, by one warp. token, stop: the chunk's
-    first token, and the one after the sequence's last. row: the first column of V."""
-    if token + C <= stop:
-        for wg in T.unroll(warpgroups):
-            column = row + wg * ROWS
-            T.tma_copy(
-                v[s * warpgroups + wg, :, :],
-                o[batch, token : token + C, head, column : column + ROWS],
-                leader_scope_threads=32,
-            )
-    else:
-        for wg in T.unroll(warpgroups):
-            column, tile = row + wg * ROWS, s * warpgroups + wg
-            store_live_rows(v, tile, o, batch, token, stop - token, head, column, lane)
-    T.tma_store_wait(0)

@@ -10,6 +10,8 @@ from typing import Any
 
 import tilelang.language as T
 
+from gdn.problem import CHUNK as C
+
 from .indexing import rolled_loop
 
 
@@ -52,6 +54,30 @@ def store_live_rows(
         if row < live:
             for j in T.vectorized(8):
                 to[batch, token + row, head, first + column + j] = x[s, row, column + j]
+
+
+@T.macro
+def store_columns(
+    to: Any, x: Any, batch: Any, token: Any, stop: Any, head: Any, first: Any, s: Any, tiles: int,
+    lane: Any,
+) -> None:  # fmt: skip
+    """Store `tiles` tiles [C, 64] of x in shared memory, from number s * tiles on, to a chunk of
+    `to` [B, L, HV, V], side by side from column `first` on; by one warp, which waits until they
+    have been read. token, stop: the chunk's first token, and the one after the sequence's last."""
+    if token + C <= stop:
+        for tile in T.unroll(tiles):
+            column = first + tile * 64
+            T.tma_copy(
+                x[s * tiles + tile, :, :],
+                to[batch, token : token + C, head, column : column + 64],
+                leader_scope_threads=32,
+            )
+    else:
+        for tile in T.unroll(tiles):
+            store_live_rows(
+                x, s * tiles + tile, to, batch, token, stop - token, head, first + tile * 64, lane
+            )
+    T.tma_store_wait(0)
 
 
 @T.macro
